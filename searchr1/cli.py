@@ -1,0 +1,58 @@
+"""`searchr1 COMMAND …`: one command, a table of sub-commands, each with a `main(argv) -> exit code` of its own."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from searchr1 import __version__
+from searchr1.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("searchr1.runner.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
+    "eval": ("searchr1.runner.evaluate", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
+    "check-config": ("searchr1.config.cli", "print what a YAML would run, or every problem in it"),
+    "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
+    "convert": ("searchr1.actor.export", "turn a training checkpoint into a Hugging Face folder"),
+    "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),
+    "build-index": ("searchr1.retrieval.build", "build a BM25 or dense index of a corpus"),
+    "report": ("searchr1.tracking.report", "write a page of curves and trajectories for a run"),
+    "demo-world": ("searchr1.data.demo_world.cli", "make the fictional encyclopedia and its questions"),
+    "demo": ("searchr1.runner.demo", "the whole pipeline on the demo world (what run.sh calls)"),
+}
+
+
+def usage() -> str:
+    """The help text: one line per command."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(
+        [f"searchr1 {__version__}", "usage: searchr1 COMMAND [...]", "", *lines, "", "searchr1 COMMAND --help tells more."]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command. Returns its exit code; 2 for a user's mistake, told without a traceback."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if args[0] == "--version":
+        print(__version__)
+        return 0
+    command, *rest = args
+    if command not in COMMANDS:
+        print(f"searchr1: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+    except UserError as error:
+        print(f"searchr1 {command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"searchr1 {command}: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
