@@ -1,0 +1,1 @@
+"""Training: packing, packed attention, the FSDP2 backend, checkpoints."""

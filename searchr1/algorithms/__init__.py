@@ -1,0 +1,1 @@
+"""Advantages, losses and their measurements: pure functions on tensors, nothing but torch."""

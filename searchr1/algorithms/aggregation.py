@@ -1,0 +1,62 @@
+"""From one loss per token to one loss per mini-batch, whatever way the mini-batch is cut up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from searchr1.errors import UserError
+
+LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """What a mini-batch's loss is divided by, counted over all ranks and all micro-batches."""
+
+    tokens: int
+    """Policy tokens."""
+    sequences: int
+    """Sequences with at least one policy token."""
+
+
+def check_aggregation(name: str) -> LossAggregation:
+    """The name itself if `algorithm.loss_agg_func` may be that.
+
+    Raises:
+        UserError: unknown name.
+    """
+    for known in get_args(LossAggregation):
+        if name == known:
+            return name  # type: ignore[return-value]
+    raise UserError(f"algorithm.loss_agg_func: unknown '{name}'; use one of {', '.join(get_args(LossAggregation))}")
+
+
+def token_weights(aggregation: LossAggregation, segment_ids_P: Tensor, denominators: Denominators) -> Tensor:
+    """Weight of each policy token; the loss is the sum of weight times token loss.
+
+    Because the denominators are global, the sum over all micro-batches and ranks is the loss of the whole
+    mini-batch: packing, micro-batch size and data-parallel size change nothing. A sequence must lie whole within
+    one call.
+
+    Args:
+        aggregation: `token-mean`: every token alike. `seq-mean-token-sum`: sum over a sequence's tokens, mean over
+            sequences. `seq-mean-token-mean`: mean over a sequence's tokens, then mean over sequences.
+        segment_ids_P: [P] int, the sequence of each policy token; numbers start at 0.
+        denominators: of the whole mini-batch.
+
+    Returns:
+        [P] float64 weights.
+    """
+    # max(1, ·): a mini-batch without any policy token has loss 0, not NaN.
+    sequences = max(1, denominators.sequences)
+    weights_P = torch.ones(segment_ids_P.shape, dtype=torch.float64, device=segment_ids_P.device)
+    if aggregation == "token-mean":
+        return weights_P / max(1, denominators.tokens)
+    if aggregation == "seq-mean-token-sum":
+        return weights_P / sequences
+    tokens_S = torch.bincount(segment_ids_P)
+    return weights_P / (tokens_S[segment_ids_P.long()] * sequences)
