@@ -1,0 +1,212 @@
+"""The one place that knows CPU from GPU.
+
+Everything else asks a `Device` and never tests for CUDA itself. Importing this module imports neither torch nor vLLM.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from searchr1.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+DeviceKind = Literal["cpu", "cuda"]
+Role = Literal["rollout", "actor", "inference", "reward"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryStats:
+    """Bytes held by this process on its device (host memory on a CPU)."""
+
+    used_bytes: int
+    peak_bytes: int
+    total_bytes: int
+    """What the whole device (or machine) has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What kind of hardware the run uses and everything that follows from it."""
+
+    kind: DeviceKind
+    slots: int
+    """How many workers of one group fit: GPUs, or usable cores on a CPU."""
+    cores: int
+    """CPU cores that this process may use."""
+
+    @classmethod
+    def detect(cls, setting: str = "auto") -> Device:
+        """Finds the device. `setting` is "auto" (a GPU if there is one), "cpu" or "cuda".
+
+        Raises:
+            UserError: unknown setting, or "cuda" without a usable GPU.
+        """
+        if setting not in ("auto", "cpu", "cuda"):
+            raise UserError(f"device: {setting!r} is not known; use auto, cpu or cuda")
+        cores = usable_cores()
+        gpus = 0 if setting == "cpu" else _cuda_device_count()
+        if setting == "cuda" and gpus == 0:
+            raise UserError(
+                "device: cuda was asked for, but torch sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and that "
+                "the installed torch is a CUDA build, or set device=cpu"
+            )
+        if gpus:
+            return cls(kind="cuda", slots=gpus, cores=cores)
+        return cls(kind="cpu", slots=cores, cores=cores)
+
+    @property
+    def is_cuda(self) -> bool:
+        """True on GPUs."""
+        return self.kind == "cuda"
+
+    @property
+    def workers_for_all(self) -> int:
+        """How many workers the placement "all" means: one per GPU, or a single one on a CPU (they share its cores)."""
+        return self.slots if self.is_cuda else 1
+
+    def torch_device(self, local_rank: int = 0) -> torch.device:
+        """The torch device of the worker with this local rank."""
+        import torch
+
+        return torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
+
+    @property
+    def collective_backend(self) -> str:
+        """The torch.distributed backend."""
+        return "nccl" if self.is_cuda else "gloo"
+
+    @property
+    def attention_implementation(self) -> str:
+        """Transformers' name for the actor's packed attention."""
+        if self.is_cuda and importlib.util.find_spec("flash_attn") is not None:
+            return "flash_attention_2"
+        return "searchr1_packed"
+
+    @property
+    def supports_sleep(self) -> bool:
+        """True where the rollout engine can hand its memory back between rollouts."""
+        return self.is_cuda
+
+    def worker_env(self, role: Role, workers: int = 1) -> dict[str, str]:
+        """Environment variables that must be set before torch or vLLM is imported in a worker.
+
+        Args:
+            role: the worker's group.
+            workers: how many workers of that group share this machine; they divide the cores.
+        """
+        env = {"TOKENIZERS_PARALLELISM": "false"}
+        if role == "rollout":
+            env |= {
+                # The engine lives in the worker's own process, stepped by a thread (see rollout/engine.py).
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "WARNING"),
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+            }
+        if self.is_cuda:
+            return env
+        env["OMP_NUM_THREADS"] = str(self.threads_for(role, workers))
+        if role == "rollout":
+            env |= {
+                # Eager only: compiling vLLM's small helper functions costs a first run some 15 s and saves nothing.
+                "TORCHDYNAMO_DISABLE": "1",
+                # Tensor-parallel ranks must not be bound one per NUMA node: most machines have a single one.
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+        return env
+
+    def threads_for(self, role: Role, workers: int = 1) -> int:
+        """OpenMP threads of one worker of this group.
+
+        The groups take turns, so each gets all cores; the rollout leaves one to its event loop and the search server.
+        """
+        share = max(1, self.cores // max(1, workers))
+        return max(1, share - 1) if role == "rollout" else share
+
+    def engine_kwargs(self, kv_cache_bytes: int | None, enforce_eager: bool) -> dict[str, Any]:
+        """The vLLM engine arguments that differ between devices.
+
+        Args:
+            kv_cache_bytes: size of the KV cache; None: 1 GiB on a CPU, what `gpu_memory_utilization` leaves on a GPU.
+            enforce_eager: the user's wish; a CPU is always eager.
+        """
+        if self.is_cuda:
+            kwargs: dict[str, Any] = {"enforce_eager": enforce_eager, "enable_sleep_mode": True}
+            if kv_cache_bytes is not None:
+                kwargs["kv_cache_memory_bytes"] = kv_cache_bytes
+            return kwargs
+        return {
+            "enforce_eager": True,
+            # CPU attention wants blocks in multiples of 32 tokens.
+            "block_size": 32,
+            "kv_cache_memory_bytes": GIB if kv_cache_bytes is None else kv_cache_bytes,
+        }
+
+    @property
+    def chunked_prefill(self) -> bool:
+        """Whether a prompt may be prefilled in parts.
+
+        Not on a CPU: vLLM takes a seeded draw back by moving the generator's offset, which CPU generators do not have,
+        so a seeded request whose prompt is split kills the engine.
+        """
+        return self.is_cuda
+
+    def synchronize(self) -> None:
+        """Waits for queued work on the device."""
+        if self.is_cuda:
+            import torch
+
+            torch.cuda.synchronize()
+
+    def memory(self) -> MemoryStats:
+        """Memory of this process: allocated by torch on a GPU, resident on a CPU."""
+        if self.is_cuda:
+            import torch
+
+            return MemoryStats(
+                used_bytes=torch.cuda.memory_allocated(),
+                peak_bytes=torch.cuda.max_memory_allocated(),
+                total_bytes=torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory,
+            )
+        return _host_memory()
+
+
+def usable_cores() -> int:
+    """CPU cores this process may use: its affinity mask, cut by a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def _cuda_device_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def _host_memory() -> MemoryStats:
+    import resource
+
+    # Linux counts the peak in KiB, macOS in bytes.
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    try:
+        used = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        used = peak
+    return MemoryStats(
+        used_bytes=used, peak_bytes=peak, total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )

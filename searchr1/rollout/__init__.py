@@ -1,0 +1,1 @@
+"""The vLLM engine behind a small interface, and weight updates into it."""

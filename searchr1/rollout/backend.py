@@ -1,0 +1,57 @@
+"""What the engine's thread drives: a synchronous engine that is stepped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from searchr1.agent.settings import FinishReason, GenerateParams
+
+
+@dataclass(slots=True)
+class Finished:
+    """A request that ended."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[float]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+    cached_tokens: int
+    prompt_logprobs: list[float] | None
+
+
+class Backend(Protocol):
+    """What the engine's thread drives; `VllmBackend` is the one in use."""
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is unfinished."""
+
+    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams) -> None:
+        """Queues a generation."""
+
+    def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
+        """Queues the scoring of given tokens."""
+
+    def step(self) -> list[Finished]:
+        """Runs the model once; returns what ended."""
+
+    def abort(self, request_ids: list[str]) -> list[Finished]:
+        """Ends requests; returns what they had."""
+
+    def load_weights(self, files: tuple[str, ...], version: int) -> None:
+        """Replaces the weights between two steps and empties the caches."""
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets cached prompts."""
+
+    def sleep(self, level: int) -> None:
+        """Hands memory back."""
+
+    def wake(self) -> None:
+        """Takes memory again."""
+
+    def close(self) -> None:
+        """Frees everything."""

@@ -1,0 +1,392 @@
+"""The rollout engine as the agent loop sees it: `await engine.generate(...)`.
+
+vLLM's synchronous engine runs in this process, stepped by one thread that owns it. Coroutines hand requests to that
+thread through a queue; after each step the thread hands everything that ended back to the event loop in one call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from searchr1.agent.settings import GenerateParams, Generation
+from searchr1.device import Device
+from searchr1.errors import UserError
+from searchr1.rollout.backend import Backend, Finished
+from searchr1.rollout.settings import EngineSettings
+from searchr1.rollout.vllm_backend import VllmBackend
+from searchr1.rollout.weights import WeightManifest
+
+logger = logging.getLogger(__name__)
+
+_CLOSE_SECONDS = 30.0
+
+
+class EngineError(RuntimeError):
+    """The engine refused or lost a request, or stopped."""
+
+
+class EngineTimeout(EngineError):
+    """The engine did not answer in time."""
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the start."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    """Prompt tokens that the prefix cache saved."""
+    generated_tokens: int = 0
+    steps: int = 0
+    busy_seconds: float = 0.0
+    """Time spent stepping the model."""
+    weight_updates: int = 0
+    running: int = 0
+    """Requests unfinished now."""
+
+    @property
+    def prefix_cache_hit_rate(self) -> float:
+        """Share of prompt tokens that came from the cache."""
+        return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class _Pending:
+    """A future of an event loop that the engine's thread owes an answer."""
+
+    future: asyncio.Future[Any]
+    loop: asyncio.AbstractEventLoop
+    weight_version: int = 0
+    answer: Any = None
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Command:
+    """Work for the engine's thread, between two steps."""
+
+    run: Callable[[Backend], Any]
+    pending: _Pending | None = None
+    """Who waits; None: nobody."""
+    answers_later: bool = False
+    """`run` only registers a request; a later step answers."""
+
+
+class Engine:
+    """One vLLM engine; safe to use from any coroutine, and from more than one event loop.
+
+    A request with a seed gives the same tokens whatever else is running. (In float32 on a CPU this is exact; in half
+    precision a kernel may sum in another order at another batch size, and a near tie can fall the other way.)
+    """
+
+    def __init__(self, backend_factory: Callable[[], Backend], settings: EngineSettings) -> None:
+        """Use `Engine.start`; this only keeps the factory, which runs in the engine's thread."""
+        self._factory = backend_factory
+        self._settings = settings
+        self._ids = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="rollout-engine", daemon=True)
+        # Guarded by `_wakeup`.
+        self._wakeup = threading.Condition()
+        self._commands: list[_Command] = []
+        self._closing = False
+        self._stop_reason: str | None = None
+        self._cause: BaseException | None = None
+        # Written by the engine's thread only.
+        self._requests: dict[str, _Pending] = {}
+        self._outbox: list[_Pending] = []
+        self._stats = EngineStats()
+        self._weight_version = 0
+
+    @classmethod
+    async def start(cls, model_path: str, device: Device, settings: EngineSettings) -> Engine:
+        """Loads the model and starts the thread.
+
+        One engine per process: vLLM keeps its parallel state in module globals.
+
+        Raises:
+            UserError: the model or the environment cannot be used.
+            EngineError: the engine did not come up (`__cause__` says why).
+            EngineTimeout: it took longer than `startup_timeout_s`.
+        """
+        return await cls.start_backend(lambda: VllmBackend(model_path, device, settings), settings)
+
+    @classmethod
+    async def start_backend(cls, backend_factory: Callable[[], Backend], settings: EngineSettings) -> Engine:
+        """Like `start`, with a backend of one's own."""
+        engine = cls(backend_factory, settings)
+        engine._thread.start()
+        await engine._call(lambda backend: None, settings.startup_timeout_s, "start")
+        return engine
+
+    @property
+    def weight_version(self) -> int:
+        """Version of the weights in use; 0 until the first update."""
+        return self._weight_version
+
+    def stats(self) -> EngineStats:
+        """A copy of the counters."""
+        return replace(self._stats, running=len(self._requests))
+
+    async def generate(
+        self, prompt_ids: list[int], params: GenerateParams, timeout_s: float | None = None
+    ) -> Generation:
+        """Samples one continuation.
+
+        The log-probabilities are those of the distribution sampled from (temperature, top-p, top-k and penalties
+        applied); greedy ones are at temperature 1. Special tokens are part of the text. `weight_version` is that of the
+        first token: an update in mid-flight goes on with the new weights.
+
+        Raises:
+            EngineTimeout: not done after `timeout_s` (default `request_timeout_s`); the request is aborted.
+            EngineError: the request was refused, or the engine stopped.
+        """
+        request_id = f"request-{next(self._ids)}"
+        pending = self._expect()
+        prompt_ids = list(prompt_ids)
+
+        def add(backend: Backend) -> None:
+            self._add(request_id, pending, lambda: backend.add(request_id, prompt_ids, params))
+
+        self._send(_Command(add, pending, answers_later=True))
+        timeout_s = timeout_s or self._settings.request_timeout_s
+        result: Generation = await self._wait(pending, timeout_s, "generate", request_id)
+        return result
+
+    async def logprobs(self, sequences: list[list[int]], timeout_s: float | None = None) -> list[list[float]]:
+        """Scores given tokens at temperature 1, without the prefix cache: a probe of the weights.
+
+        Returns:
+            For each sequence one value per token; 0 for the first, which has nothing before it.
+
+        Raises:
+            EngineTimeout, EngineError: as `generate`.
+        """
+        return list(await asyncio.gather(*(self._score(sequence, timeout_s) for sequence in sequences)))
+
+    async def update_weights(self, manifest: WeightManifest) -> None:
+        """Loads published weights and empties the prefix cache.
+
+        Loses no request: what is running goes on with the new weights, its cache recomputed.
+
+        Raises:
+            EngineError: a file is missing (the engine goes on as before), or loading failed (the engine stops, because
+                its weights are a mixture).
+            EngineTimeout: not done after `update_timeout_s`.
+        """
+        _check_files(manifest)
+
+        def load(backend: Backend) -> None:
+            backend.load_weights(manifest.files, manifest.version)
+            self._weight_version = manifest.version
+            self._stats.weight_updates += 1
+
+        await self._call(load, self._settings.update_timeout_s, f"load weights of version {manifest.version}")
+
+    async def reset_prefix_cache(self) -> None:
+        """Forgets cached prompts (an update does so by itself)."""
+        timeout_s = self._settings.update_timeout_s
+        await self._call(lambda backend: backend.reset_prefix_cache(), timeout_s, "reset its cache")
+
+    async def sleep(self, level: int = 1) -> None:
+        """Hands GPU memory to the trainer until `wake`; does nothing on a CPU. Nothing may be running."""
+        await self._call(lambda backend: backend.sleep(level), self._settings.update_timeout_s, "sleep")
+
+    async def wake(self) -> None:
+        """Takes GPU memory back."""
+        await self._call(lambda backend: backend.wake(), self._settings.update_timeout_s, "wake")
+
+    async def abort_all(self) -> int:
+        """Ends all generations; they return what they have, with finish_reason "abort". Returns how many."""
+
+        def abort(backend: Backend) -> int:
+            finished = backend.abort(list(self._requests))
+            self._settle(finished)
+            return len(finished)
+
+        count: int = await self._call(abort, self._settings.update_timeout_s, "abort requests")
+        return count
+
+    async def close(self) -> None:
+        """Stops the thread and frees the engine; requests still running fail. Closing twice does no harm."""
+        with self._wakeup:
+            self._closing = True
+            self._wakeup.notify()
+        await asyncio.to_thread(self._thread.join, _CLOSE_SECONDS)
+
+    # The event loop's side.
+
+    async def _score(self, sequence: list[int], timeout_s: float | None) -> list[float]:
+        request_id = f"score-{next(self._ids)}"
+        pending = self._expect()
+        token_ids = list(sequence)
+
+        def add(backend: Backend) -> None:
+            self._add(request_id, pending, lambda: backend.add_scoring(request_id, token_ids))
+
+        self._send(_Command(add, pending, answers_later=True))
+        timeout_s = timeout_s or self._settings.request_timeout_s
+        result: list[float] = await self._wait(pending, timeout_s, "score tokens", request_id)
+        return result
+
+    async def _call(self, run: Callable[[Backend], Any], timeout_s: float, what: str) -> Any:
+        pending = self._expect()
+        self._send(_Command(run, pending))
+        return await self._wait(pending, timeout_s, what)
+
+    def _expect(self) -> _Pending:
+        loop = asyncio.get_running_loop()
+        return _Pending(loop.create_future(), loop)
+
+    def _send(self, command: _Command) -> None:
+        with self._wakeup:
+            if self._stop_reason is not None or self._closing:
+                raise self._stopped()
+            self._commands.append(command)
+            self._wakeup.notify()
+
+    async def _wait(self, pending: _Pending, timeout_s: float, what: str, request_id: str | None = None) -> Any:
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await pending.future
+        except (TimeoutError, asyncio.CancelledError) as error:
+            if request_id is not None:
+                with contextlib.suppress(EngineError, UserError):
+                    self._send(_Command(lambda backend: self._settle(backend.abort([request_id]))))
+            if isinstance(error, TimeoutError):
+                raise EngineTimeout(f"the rollout engine did not {what} within {timeout_s:g} s") from error
+            raise
+
+    def _stopped(self) -> Exception:
+        if isinstance(self._cause, UserError):
+            return self._cause
+        error = EngineError(self._stop_reason or "the rollout engine was closed")
+        error.__cause__ = self._cause
+        return error
+
+    # The engine thread's side.
+
+    def _run(self) -> None:
+        backend: Backend | None = None
+        try:
+            backend = self._factory()
+            while self._turn(backend):
+                pass
+        except BaseException as error:
+            self._cause = error
+            self._stop("the rollout engine stopped: " + (f"{type(error).__name__}: {error}".strip(": ")))
+        else:
+            self._stop("the rollout engine was closed")
+        finally:
+            if backend is not None:
+                try:
+                    backend.close()
+                except Exception:
+                    logger.exception("closing the rollout engine failed")
+
+    def _turn(self, backend: Backend) -> bool:
+        """Runs waiting commands and one step; False once closed."""
+        with self._wakeup:
+            while not self._commands and not self._closing and not backend.has_work:
+                self._wakeup.wait()
+            if self._closing:
+                return False
+            commands, self._commands = self._commands, []
+        for position, command in enumerate(commands):
+            try:
+                answer = command.run(backend)
+            except BaseException:
+                with self._wakeup:
+                    self._commands = commands[position:] + self._commands
+                raise
+            if command.pending is not None and not command.answers_later:
+                command.pending.answer = answer
+                self._outbox.append(command.pending)
+        if backend.has_work:
+            started = time.perf_counter()
+            finished = backend.step()
+            self._stats.busy_seconds += time.perf_counter() - started
+            self._stats.steps += 1
+            self._settle(finished)
+        self._deliver()
+        return True
+
+    def _add(self, request_id: str, pending: _Pending, add: Callable[[], None]) -> None:
+        if pending.future.done():
+            return  # given up while it waited
+        try:
+            add()
+        except Exception as error:
+            pending.error = EngineError(f"the rollout engine refused a request: {error}")
+            pending.error.__cause__ = error
+            self._outbox.append(pending)
+            return
+        pending.weight_version = self._weight_version
+        self._requests[request_id] = pending
+
+    def _settle(self, finished: list[Finished]) -> None:
+        for one in finished:
+            pending = self._requests.pop(one.request_id, None)
+            self._stats.requests += 1
+            self._stats.prompt_tokens += one.prompt_tokens
+            self._stats.cached_prompt_tokens += one.cached_tokens
+            self._stats.generated_tokens += len(one.token_ids)
+            if pending is None:
+                continue
+            if one.prompt_logprobs is not None:
+                pending.answer = one.prompt_logprobs
+            else:
+                pending.answer = Generation(
+                    token_ids=one.token_ids,
+                    logprobs=one.logprobs,
+                    text=one.text,
+                    finish_reason=one.finish_reason,
+                    weight_version=pending.weight_version,
+                )
+            self._outbox.append(pending)
+
+    def _stop(self, reason: str) -> None:
+        with self._wakeup:
+            self._stop_reason = reason
+            commands, self._commands = self._commands, []
+        waiting = [command.pending for command in commands if command.pending is not None]
+        for pending in [*self._requests.values(), *waiting]:
+            pending.error = self._stopped()
+            self._outbox.append(pending)
+        self._requests.clear()
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """Hands answers over: one call into each waiting event loop, however many requests ended."""
+        outbox, self._outbox = self._outbox, []
+        loops: dict[asyncio.AbstractEventLoop, list[_Pending]] = {}
+        for pending in outbox:
+            loops.setdefault(pending.loop, []).append(pending)
+        for loop, batch in loops.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+                loop.call_soon_threadsafe(_resolve, batch)
+
+
+def _resolve(batch: list[_Pending]) -> None:
+    for pending in batch:
+        if pending.future.done():
+            continue
+        if pending.error is not None:
+            pending.future.set_exception(pending.error)
+        else:
+            pending.future.set_result(pending.answer)
+
+
+def _check_files(manifest: WeightManifest) -> None:
+    for path in manifest.files:
+        if not os.path.exists(path):
+            raise EngineError(f"weights of version {manifest.version} are gone: {path}; publish them again")

@@ -1,0 +1,256 @@
+"""vLLM's `LLMEngine` cut down to what the rollout needs. Synchronous; everything is called from one thread."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import replace
+from typing import Any
+
+from searchr1.agent.settings import GenerateParams
+from searchr1.device import Device
+from searchr1.errors import UserError
+from searchr1.rollout.backend import Finished
+from searchr1.rollout.settings import EngineSettings
+
+# On a CPU large steps cost nothing but latency; prompts are short next to this.
+_CPU_BATCHED_TOKENS = 8192
+
+
+class VllmBackend:
+    """One in-process vLLM engine."""
+
+    def __init__(self, model_path: str, device: Device, settings: EngineSettings) -> None:
+        """Loads the model.
+
+        Raises:
+            UserError: the environment forbids an in-process engine, or the model cannot be read.
+        """
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
+            raise UserError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the rollout steps its engine in process")
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        # Registers the weight-transfer engine before the model is built.
+        from searchr1.rollout import vllm_transfer
+
+        self._settings = settings
+        self._device = device
+        arguments = engine_arguments(model_path, device, settings)
+        arguments["weight_transfer_config"] = {"backend": vllm_transfer.BACKEND}
+        arguments["worker_extension_cls"] = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"
+        self._llm = LLMEngine.from_engine_args(EngineArgs(**arguments), enable_multiprocessing=False)
+        self._core = self._llm.engine_core.engine_core
+        self._tokenizer = self._llm.get_tokenizer() if settings.detokenize else None
+        # vLLM appends random characters to request ids; these map ours to its own.
+        self._internal_ids: dict[str, str] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """True while a request is unfinished."""
+        return self._llm.has_unfinished_requests()
+
+    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams) -> None:
+        """Queues a generation.
+
+        Raises:
+            ValueError: the prompt is empty or too long, or the parameters make no sense.
+        """
+        if params.stop and self._tokenizer is None:
+            raise ValueError("stop strings need rollout.detokenize: True")
+        if len(prompt_ids) >= self._settings.max_model_len:
+            raise ValueError(
+                f"a prompt of {len(prompt_ids)} tokens leaves no room in max_model_len={self._settings.max_model_len}"
+            )
+        sampling = _sampling_params(replace(params, seed=None))
+        if params.seed is not None:
+            sampling = sampling.clone()
+            # vLLM reads a 64-bit seed; seeds may be any integer.
+            sampling.seed = params.seed % (1 << 63)
+        self._submit(request_id, prompt_ids, sampling)
+
+    def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
+        """Queues the scoring of given tokens; `Finished.prompt_logprobs` will hold one value per token.
+
+        Raises:
+            ValueError: the sequence is empty or does not fit (scoring samples one more token).
+        """
+        if not 0 < len(token_ids) < self._settings.max_model_len:
+            raise ValueError(
+                f"cannot score {len(token_ids)} tokens: between 1 and max_model_len - 1 = "
+                f"{self._settings.max_model_len - 1} fit"
+            )
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
+            flat_logprobs=True,
+            skip_reading_prefix_cache=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._submit(request_id, token_ids, sampling)
+
+    def step(self) -> list[Finished]:
+        """Runs the model once for everything queued or running; returns what ended."""
+        return [self._finish(output) for output in self._llm.step() if output.finished]
+
+    def abort(self, request_ids: list[str]) -> list[Finished]:
+        """Ends requests at once; returns what they had generated so far. Unknown ids are ignored."""
+        partial = []
+        for request_id in request_ids:
+            internal = self._internal_ids.pop(request_id, None)
+            state = self._llm.output_processor.request_states.get(internal) if internal else None
+            if internal is None or state is None:
+                continue
+            logprobs = state.logprobs_processor.logprobs
+            token_ids = list(state.detokenizer.output_token_ids)
+            partial.append(
+                Finished(
+                    request_id=request_id,
+                    token_ids=token_ids,
+                    logprobs=list(logprobs.logprobs) if logprobs is not None else [],
+                    text=self._decode(token_ids),
+                    finish_reason="abort",
+                    prompt_tokens=state.prompt_len,
+                    cached_tokens=0,
+                    prompt_logprobs=None,
+                )
+            )
+            self._llm.abort_request([internal], internal=True)
+        return partial
+
+    def load_weights(self, files: tuple[str, ...], version: int) -> None:
+        """Replaces the weights. Running requests go on with the new ones, their caches recomputed."""
+        self._settle()
+        try:
+            self._llm.collective_rpc("start_weight_update")
+            self._llm.collective_rpc("update_weights", args=({"files": list(files)},))
+            self._llm.collective_rpc("finish_weight_update")
+            self.reset_prefix_cache()
+            self._llm.set_weight_version(str(version))
+        finally:
+            self._core.resume_scheduler()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets all cached keys and values; running requests are prefilled again."""
+        self._llm.reset_prefix_cache(reset_running_requests=True)
+
+    def sleep(self, level: int) -> None:
+        """Hands memory back: level 1 keeps the weights in host memory, level 2 drops them (an update must follow)."""
+        if self._device.supports_sleep:
+            self._settle()
+            self._llm.sleep(level=level, mode="keep")
+
+    def wake(self) -> None:
+        """Takes the memory again."""
+        if self._device.supports_sleep:
+            self._llm.wake_up()
+
+    def close(self) -> None:
+        """Frees the engine."""
+        self._llm.engine_core.shutdown()
+
+    def _settle(self) -> None:
+        """Waits for steps already handed to the device (GPU engines schedule one ahead), and schedules no more."""
+        self._core.pause_scheduler(mode="keep", clear_cache=False)
+        while self._core.batch_queue:
+            self._llm.step()
+
+    def _submit(self, request_id: str, prompt_ids: list[int], sampling: Any) -> None:
+        from vllm.inputs.engine import tokens_input
+
+        internal = self._llm.add_request(request_id, tokens_input(prompt_ids), sampling)
+        self._internal_ids[request_id] = internal
+        # Per-token strings of the log-probabilities are never read, and cost more than detokenizing itself.
+        self._llm.output_processor.request_states[internal].logprobs_processor.tokenizer = None
+
+    def _finish(self, output: Any) -> Finished:
+        self._internal_ids.pop(output.request_id, None)
+        completion = output.outputs[0]
+        token_ids = list(completion.token_ids)
+        prompt_logprobs = None
+        if output.prompt_logprobs is not None:
+            # The first token has nothing before it, and no entry.
+            prompt_logprobs = [0.0, *output.prompt_logprobs.logprobs]
+        return Finished(
+            request_id=output.request_id,
+            token_ids=token_ids,
+            logprobs=list(completion.logprobs.logprobs) if completion.logprobs is not None else [],
+            text=completion.text or self._decode(token_ids),
+            finish_reason="length" if completion.finish_reason == "length" else "stop",
+            prompt_tokens=len(output.prompt_token_ids or ()),
+            cached_tokens=output.num_cached_tokens or 0,
+            prompt_logprobs=prompt_logprobs,
+        )
+
+    def _decode(self, token_ids: list[int]) -> str:
+        if self._tokenizer is None:
+            return ""
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=False))
+
+
+def engine_arguments(model_path: str, device: Device, settings: EngineSettings) -> dict[str, Any]:
+    """vLLM's `EngineArgs` for these settings on this device."""
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "pipeline_parallel_size": settings.pipeline_parallel_size,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "enable_chunked_prefill": settings.enable_chunked_prefill and device.chunked_prefill,
+        "load_format": settings.load_format,
+        "skip_tokenizer_init": not settings.detokenize,
+        # The default reports the raw distribution, without the temperature.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        **device.engine_kwargs(settings.kv_cache_bytes, settings.enforce_eager),
+    }
+    if settings.block_size is not None:
+        arguments["block_size"] = settings.block_size
+    if settings.executor_backend is not None and settings.tensor_parallel_size * settings.pipeline_parallel_size > 1:
+        arguments["distributed_executor_backend"] = settings.executor_backend
+    batched = settings.max_num_batched_tokens
+    if batched is None and not device.is_cuda:
+        batched = _CPU_BATCHED_TOKENS
+    if batched is not None:
+        if not arguments["enable_chunked_prefill"]:
+            batched = max(batched, settings.max_model_len)
+        arguments["max_num_batched_tokens"] = batched
+    return arguments
+
+
+@functools.lru_cache(maxsize=64)
+def _sampling_params(params: GenerateParams) -> Any:
+    """vLLM's sampling parameters, without the seed (validating them costs more than a copy)."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    if params.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, not {params.max_new_tokens}")
+    return SamplingParams(
+        max_tokens=params.max_new_tokens,
+        min_tokens=params.min_new_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        # Recipes write 1000000 for "off".
+        top_k=0 if params.top_k < 0 or params.top_k >= 1_000_000 else params.top_k,
+        repetition_penalty=params.repetition_penalty,
+        stop=list(params.stop) or None,
+        include_stop_str_in_output=True,
+        # Tags may be special tokens of a tokenizer; the text must show them.
+        skip_special_tokens=False,
+        spaces_between_special_tokens=False,
+        detokenize=bool(params.stop),
+        logprobs=0,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

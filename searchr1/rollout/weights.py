@@ -1,0 +1,199 @@
+"""Weights on their way from the trainer to the rollout engines, as files in shared memory.
+
+The trainer writes one folder per version; every engine process on the node maps the same pages. Folders of killed
+processes are found by their lock (a dead process holds none) and removed by the next publisher.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from searchr1.errors import UserError
+
+SHARED_MEMORY = Path("/dev/shm")
+DEFAULT_BUCKET_BYTES = 256 << 20
+_PREFIX = "searchr1-weights-"
+_LOCK = ".lock"
+# A folder this young may belong to a publisher that has not locked it yet.
+_STALE_AFTER_SECONDS = 60.0
+
+_held_locks: dict[str, int] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One published tensor."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    """Torch's name without the module: "float32", "bfloat16"."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightManifest:
+    """What `publish_weights` wrote; small, picklable, valid on this node until `release`."""
+
+    version: int
+    directory: str
+    files: tuple[str, ...]
+    """Absolute paths of safetensors files, in loading order."""
+    tensors: tuple[TensorInfo, ...]
+    total_bytes: int
+
+
+def weight_directory(needed_bytes: int, fallback: Path) -> Path:
+    """Chooses where to publish: shared memory if it is writable and has room for two versions, else `fallback`."""
+    try:
+        if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= 2 * needed_bytes:
+            return SHARED_MEMORY
+    except OSError:
+        pass
+    return fallback
+
+
+def publish_weights(
+    named: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    directory: Path | str,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> WeightManifest:
+    """Writes tensors into a new folder under `directory`, a bucket at a time.
+
+    Holds at most about two buckets in memory. The folder appears under its final name only when it is complete.
+
+    Args:
+        named: Hugging Face names and full tensors, on any device; read once, in order.
+        version: the optimizer step that produced the weights.
+        directory: usually `weight_directory(...)`.
+        bucket_bytes: how much to gather before writing a file.
+
+    Raises:
+        UserError: the folder cannot be written or is full.
+        ValueError: no tensors, or a name comes twice.
+    """
+    root = Path(directory)
+    folder = root / f"{_PREFIX}v{version}-{uuid.uuid4().hex[:12]}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_stale(root)
+        folder.mkdir()
+        _held_locks[str(folder)] = _lock(folder)
+    except OSError as error:
+        raise UserError(f"cannot write weights below {root}: {error.strerror}; give a writable folder") from error
+    try:
+        files: list[str] = []
+        tensors: list[TensorInfo] = []
+        for bucket in _buckets(named, bucket_bytes):
+            path = folder / f"bucket-{len(files):05d}.safetensors"
+            partial = path.with_suffix(".partial")
+            save_file(bucket, str(partial))
+            partial.rename(path)
+            files.append(str(path))
+            tensors += [
+                TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+                for name, tensor in bucket.items()
+            ]
+        names = [tensor.name for tensor in tensors]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("publish_weights needs at least one tensor, and each name once")
+    except BaseException as error:
+        _remove(folder)
+        if _is_full(error):
+            raise UserError(
+                f"no room for the weights below {root}: {error}; free space there, enlarge /dev/shm "
+                "(docker: --shm-size), or publish to another folder"
+            ) from error
+        raise
+    return WeightManifest(
+        version=version,
+        directory=str(folder),
+        files=tuple(files),
+        tensors=tuple(tensors),
+        total_bytes=sum(os.path.getsize(path) for path in files),
+    )
+
+
+def read_weights(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of published files, mapped rather than read: each costs memory only where it is touched."""
+    for path in files:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                yield name, handle.get_tensor(name)
+
+
+def release(manifest: WeightManifest) -> None:
+    """Deletes what `publish_weights` made, and nothing else. Deleting twice does no harm."""
+    folder = Path(manifest.directory)
+    if not folder.name.startswith(_PREFIX):
+        raise ValueError(f"{folder} was not made by publish_weights")
+    _remove(folder)
+
+
+def _buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
+    bucket: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    size = 0
+    for name, tensor in named:
+        host = tensor.detach().to("cpu").contiguous()
+        # safetensors refuses tensors that share memory (tied weights given under both names).
+        if host.untyped_storage().data_ptr() in storages:
+            host = host.clone()
+        storages.add(host.untyped_storage().data_ptr())
+        if name in bucket:
+            raise ValueError(f"publish_weights got {name!r} twice")
+        bucket[name] = host
+        size += host.numel() * host.element_size()
+        if size >= bucket_bytes:
+            yield bucket
+            bucket, storages, size = {}, set(), 0
+    if bucket:
+        yield bucket
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _remove(folder: Path) -> None:
+    for pattern in ("bucket-*.safetensors", "bucket-*.partial", _LOCK):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # gone already, or someone keeps a file of their own there
+        folder.rmdir()
+    descriptor = _held_locks.pop(str(folder), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _remove_stale(root: Path) -> None:
+    for folder in root.glob(f"{_PREFIX}v*"):
+        if str(folder) in _held_locks:
+            continue
+        try:
+            if time.time() - folder.stat().st_mtime < _STALE_AFTER_SECONDS:
+                continue
+            descriptor = _lock(folder)
+        except OSError:
+            continue  # another process publishes there, or it is not ours
+        os.close(descriptor)
+        _remove(folder)
+
+
+def _is_full(error: BaseException) -> bool:
+    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)

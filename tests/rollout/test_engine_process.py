@@ -1,0 +1,83 @@
+"""What needs an engine of its own, in a process of its own: dummy weights, incomplete updates."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from searchr1.device import Device
+
+SCRIPT = """
+import asyncio, sys
+import torch
+from transformers import Qwen2ForCausalLM
+from searchr1.agent.settings import GenerateParams
+from searchr1.device import Device
+from searchr1.rollout.engine import Engine, EngineError
+from searchr1.rollout.settings import EngineSettings
+from searchr1.rollout.weights import publish_weights
+
+async def main(model_path, directory):
+    settings = EngineSettings(
+        max_model_len=128, kv_cache_memory_gb=0.1, load_format="dummy", detokenize=False,
+        tensor_parallel_size=int(sys.argv[3]),
+    )
+    engine = await Engine.start(model_path, Device.detect("cpu"), settings)
+    model = Qwen2ForCausalLM.from_pretrained(model_path)
+    ids = list(range(3, 63))
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+    async def difference():
+        scored, = await engine.logprobs([ids])
+        return float((torch.tensor(scored[1:]) - expected).abs().max())
+
+    assert await difference() > 0.1
+    await engine.update_weights(publish_weights(model.named_parameters(), 1, directory))
+    assert await difference() < 1e-4
+    answer = await engine.generate(ids, GenerateParams(max_new_tokens=3, min_new_tokens=3))
+    assert len(answer.token_ids) == 3 and answer.text == "" and answer.weight_version == 1
+    await engine.sleep()
+    await engine.wake()
+
+    half = [(n, p) for n, p in model.named_parameters() if "layers.1." not in n]
+    try:
+        await engine.update_weights(publish_weights(half, 2, directory))
+    except EngineError as error:
+        print("UPDATE", error)
+    try:
+        await engine.generate(ids, GenerateParams(max_new_tokens=3))
+    except EngineError as error:
+        print("GENERATE", error)
+    await engine.close()
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2]))
+"""
+
+
+def run_script(model_path: Path, tmp_path: Path, tensor_parallel: int) -> list[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | Device.detect("cpu").worker_env("rollout", workers=tensor_parallel)
+    environment["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    result = subprocess.run(
+        [sys.executable, str(script), str(model_path), str(tmp_path / "weights"), str(tensor_parallel)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
+    return [line for line in result.stdout.splitlines() if line.startswith(("UPDATE", "GENERATE"))]
+
+
+def test_dummy_start_then_update_and_an_incomplete_update_stops_the_engine(model_path: Path, tmp_path: Path) -> None:
+    update, generate = run_script(model_path, tmp_path, tensor_parallel=1)
+    for line in (update, generate):
+        assert "left" in line
+        assert "layers.1." in line
