@@ -1,0 +1,160 @@
+"""Start the worker groups on a cluster, call them, and tell their failures."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from searchr1.config.placement import group_ranks
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.errors import UserError
+from searchr1.workers import channels
+from searchr1.workers.failure import WorkerError, unwrap
+
+POLL_SECONDS = 0.005
+START_TIMEOUT_S = 900.0
+
+
+class Call:
+    """A method running on all ranks of a group."""
+
+    def __init__(self, result: Any, name: str) -> None:
+        self._result = result
+        self._name = name
+        self._started = time.perf_counter()
+        self.seconds = 0.0
+        """Wall time until `wait` returned."""
+
+    def wait(self, timeout_s: float) -> list[Any]:
+        """The results of all ranks.
+
+        Raises:
+            UserError, WorkerError: a rank failed, or did not answer within `timeout_s`.
+        """
+        while not self._result.done():
+            if time.perf_counter() - self._started > timeout_s:
+                raise WorkerError(
+                    f"{self._name} did not finish within {timeout_s:.0f} s (runner.step_timeout_s); "
+                    "raise it if the work is really that long"
+                )
+            time.sleep(POLL_SECONDS)
+        self.seconds = time.perf_counter() - self._started
+        return unwrap(self._result.wait(), self._name)
+
+
+class Group:
+    """One worker group: `group.call("method", …)` runs it on all ranks."""
+
+    def __init__(self, handle: Any, name: str, size: int) -> None:
+        self._handle = handle
+        self.name = name
+        self.size = size
+
+    def call(self, method: str, *args: Any) -> Call:
+        """Start `method` on every rank."""
+        return Call(getattr(self._handle, method)(*args), f"{self.name}.{method}")
+
+
+class Groups:
+    """The groups of one run and the channel between them. Use `launch` as a context manager."""
+
+    def __init__(self, config: Config, device: Device, training: bool) -> None:
+        from rlinf.scheduler import Channel, Cluster
+
+        from searchr1.workers.actor import ActorWorker
+        from searchr1.workers.inference import InferenceWorker
+        from searchr1.workers.reward import RewardWorker
+        from searchr1.workers.rollout import RolloutWorker
+
+        self._config = config
+        self._device = device
+        with _own_ray(config.cluster.num_nodes):
+            self._cluster = Cluster(num_nodes=config.cluster.num_nodes)
+        # RLinf answers a dying worker process by ending the driver with a signal; we want to save and explain first.
+        signal.signal(signal.SIGUSR1, _worker_died)
+        self.channel: Any = Channel.create(channels.CHANNEL)
+        with_reference = training and config.algorithm.kl_beta > 0
+        inference_ranks = len(group_ranks(config, "inference", device)) if with_reference else 0
+        self.rollout = self._launch("rollout", RolloutWorker, config, device, self.channel)
+        self.reward = self._launch("reward", RewardWorker, config, self.channel, inference_ranks)
+        self.inference: Group | None = None
+        self.actor: Group | None = None
+        if with_reference:
+            self.inference = self._launch("inference", InferenceWorker, config, device, self.channel)
+        if training:
+            self.actor = self._launch("actor", ActorWorker, config, device, self.channel)
+
+    def start(self) -> None:
+        """Load everything, all groups at once."""
+        groups = [g for g in (self.rollout, self.reward, self.inference, self.actor) if g is not None]
+        for call in [group.call("start") for group in groups]:
+            call.wait(START_TIMEOUT_S)
+
+    def _launch(self, component: str, worker: Any, *args: Any) -> Group:
+        from rlinf.scheduler import NodePlacementStrategy, PackedPlacementStrategy
+
+        ranks = group_ranks(self._config, component, self._device)
+        name = getattr(self._config, component).group_name
+        if self._device.is_cuda and component != "reward":
+            per_process = len(ranks[0])
+            strategy = PackedPlacementStrategy(ranks[0][0], ranks[-1][-1], num_hardware_per_process=per_process)
+        else:
+            strategy = NodePlacementStrategy([0] * len(ranks))
+        handle = worker.create_group(*args).launch(
+            self._cluster, placement_strategy=strategy, name=name, catch_system_failure=False
+        )
+        return Group(handle, name, len(ranks))
+
+
+@contextmanager
+def launch(config: Config, device: Device, training: bool) -> Iterator[Groups]:
+    """Start all groups, and end them however the block ends."""
+    import ray
+
+    logging.getLogger("rlinf").setLevel(logging.WARNING)
+    try:
+        groups = Groups(config, device, training)
+        groups.start()
+        yield groups
+    finally:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        ray.shutdown()
+
+
+def _worker_died(signum: int, frame: object) -> None:
+    raise WorkerError("a worker process died (out of memory, or killed from outside); its last words are above")
+
+
+@contextmanager
+def _own_ray(num_nodes: int) -> Iterator[None]:
+    """A Ray of our own on a single node, and the user's (`ray start`, RAY_ADDRESS) for more.
+
+    RLinf joins whatever Ray it finds on the machine; two runs would then share one cluster and end together.
+    """
+    import ray
+
+    if num_nodes > 1 or os.environ.get("RAY_ADDRESS"):
+        yield
+        return
+    original = ray.init
+
+    @functools.wraps(original)
+    def init(**kwargs: Any) -> Any:
+        if kwargs.get("address") == "auto":
+            raise ConnectionError("a cluster of our own is wanted")
+        return original(address="local", include_dashboard=False, **kwargs)
+
+    ray.init = init
+    try:
+        yield
+    except ConnectionError as error:
+        raise UserError(f"cannot start Ray on this machine: {error}") from error
+    finally:
+        ray.init = original

@@ -1,0 +1,143 @@
+"""`searchr1 train`: the whole algorithm, top to bottom."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from searchr1.actor.packing import sequence_length, split_balanced
+from searchr1.agent.trajectory import Trajectory
+from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, compute_advantages
+from searchr1.config.check import require_valid
+from searchr1.config.load import load_config
+from searchr1.config.schema import Config
+from searchr1.data.loader import PromptLoader
+from searchr1.device import Device
+from searchr1.runner.collect import collect
+from searchr1.runner.data import load_data
+from searchr1.runner.evaluate import evaluate
+from searchr1.runner.groups import Groups, launch
+from searchr1.runner.run_folder import RunFolder
+from searchr1.runner.weight_sync import sync_weights, validate_weights
+from searchr1.tracking.metrics import step_metrics
+from searchr1.tracking.run_log import RunLog
+from searchr1.workers import channels
+from searchr1.workers.actor import ActorShare
+
+
+def train(config: Config) -> Path:
+    """Train the policy that `config` describes. Returns the run's folder.
+
+    Raises:
+        UserError: something the user can put right; nothing that was saved is lost.
+    """
+    device = Device.detect(config.cluster.device)
+    data = load_data(config)
+    loader = PromptLoader(
+        data.train, config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle,
+        max_epochs=config.runner.max_epochs,
+    )
+    total_steps = loader.total_steps if config.runner.max_steps < 0 else config.runner.max_steps
+    folder = RunFolder.open(config)
+    with launch(config, device, training=True) as groups:
+        timeout_s = config.runner.step_timeout_s
+        step = folder.resume(groups, loader)
+        with RunLog(folder.path, config, first_step=step, total_steps=total_steps) as log:
+            sync_weights(groups, step, timeout_s)
+            if config.rollout.validate_weight_first_sync:
+                probe = [sample.prompt_ids for sample in data.train[:8]]
+                validate_weights(groups, probe, config.actor.model.precision, timeout_s)
+            if step == 0 and config.runner.val_before_train:
+                evaluate(groups, data.val, config, log, step)
+
+            while step < total_steps:
+                step += 1
+                started = time.perf_counter()
+                batch = collect(
+                    groups,
+                    loader.next_batch(),
+                    step=step,
+                    mode="train",
+                    group_size=config.algorithm.group_size,
+                    seed=hash_seed(config.runner.seed, step),
+                    timeout_s=timeout_s,
+                )
+                actor_metrics = train_on(groups, batch.trajectories, config, step)
+                update_seconds = sync_weights(groups, step, timeout_s)
+                log.step(
+                    step,
+                    batch.trajectories,
+                    step_metrics(batch.trajectories)
+                    | batch.metrics()
+                    | actor_metrics
+                    | {"time/weight_update": update_seconds, "time/step": time.perf_counter() - started},
+                )
+                if is_due(step, total_steps, config.runner.save_interval):
+                    folder.save(groups, loader, step)
+                if is_due(step, total_steps, config.runner.val_check_interval):
+                    evaluate(groups, data.val, config, log, step)
+    return folder.path
+
+
+def train_on(groups: Groups, trajectories: list[Trajectory], config: Config, step: int) -> dict[str, float]:
+    """Advantages of whole groups, then every actor rank trains on its share. Returns the actor's metrics."""
+    assert groups.actor is not None
+    advantages_N = compute_advantages(
+        AdvantageInputs(
+            rewards_N=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
+            group_ids_N=torch.tensor([t.sample.index for t in trajectories]),
+            policy_tokens_N=torch.tensor([t.policy_length for t in trajectories]),
+        ),
+        AdvantageSettings(
+            adv_type=config.algorithm.adv_type,
+            normalize=config.algorithm.normalize_advantages,
+            mode=config.algorithm.advantage_mode,
+            loss_scales=config.algorithm.loss_scales,
+        ),
+    ).tolist()
+    minibatches = minibatch_ids(trajectories, config, step)
+    for rank, share in enumerate(split_balanced([sequence_length(t) for t in trajectories], groups.actor.size)):
+        part = ActorShare(
+            [trajectories[i] for i in share], [advantages_N[i] for i in share], [minibatches[i] for i in share]
+        )
+        groups.channel.put(part, key=channels.actor_key(rank))
+    call = groups.actor.call("train_step")
+    metrics: dict[str, float] = call.wait(config.runner.step_timeout_s)[0]
+    return metrics | {"time/actor": call.seconds}
+
+
+def minibatch_ids(trajectories: list[Trajectory], config: Config, step: int) -> list[int]:
+    """Which optimizer step of this rollout step each trajectory trains in; a group is never split."""
+    prompts = max(t.sample.index for t in trajectories) + 1
+    order = torch.arange(prompts)
+    if config.algorithm.shuffle_rollout:
+        order = torch.randperm(prompts, generator=torch.Generator().manual_seed(hash_seed(config.runner.seed, step)))
+    minibatch_P = torch.empty(prompts, dtype=torch.long)
+    minibatch_P[order] = torch.arange(prompts) * config.algorithm.n_minibatches // prompts
+    return [int(minibatch_P[t.sample.index]) for t in trajectories]
+
+
+def hash_seed(seed: int, step: int) -> int:
+    """A seed for one step; far apart for neighbouring runs and steps."""
+    return (seed * 1_000_003 + step * 7_919) % (1 << 31)
+
+
+def is_due(step: int, total_steps: int, interval: int) -> bool:
+    """Every `interval` steps, and after the last one; -1 or 0 means never."""
+    return interval > 0 and (step % interval == 0 or step == total_steps)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command."""
+    parser = argparse.ArgumentParser(prog="searchr1 train", description="Train a policy as a YAML describes.")
+    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance runner.max_steps=10")
+    args = parser.parse_args(argv)
+    config = load_config(args.config, args.overrides)
+    require_valid(config, for_training=True)
+    folder = train(config)
+    print(f"done: {folder}")
+    return 0

@@ -1,0 +1,53 @@
+"""From the actor's weights to the rollout engines', and the proof that they agree."""
+
+from __future__ import annotations
+
+import logging
+
+from searchr1.errors import UserError
+from searchr1.runner.groups import Group, Groups
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.05}
+"""Largest difference of a log-probability that rounding explains, by precision; a stale or torn copy differs by more."""
+
+
+def sync_weights(groups: Groups, version: int, timeout_s: float) -> float:
+    """Publish the actor's weights and load them into every engine. Returns the seconds it took."""
+    actor = _actor(groups)
+    publish = actor.call("publish_weights", version)
+    manifest = publish.wait(timeout_s)[0]
+    update = groups.rollout.call("update_weights", manifest)
+    update.wait(timeout_s)
+    actor.call("release_weights", manifest).wait(timeout_s)
+    return publish.seconds + update.seconds
+
+
+def validate_weights(groups: Groups, probe: list[list[int]], precision: str, timeout_s: float) -> float:
+    """Compare both sides' log-probabilities of probe sequences. Returns the largest difference.
+
+    Raises:
+        UserError: it is larger than rounding explains: the engines do not run the actor's weights.
+    """
+    engines = groups.rollout.call("probe_logprobs", probe)
+    actor = _actor(groups).call("probe_logprobs", probe)
+    expected = actor.wait(timeout_s)[0]
+    worst = 0.0
+    for found in engines.wait(timeout_s):
+        for ours, theirs in zip(expected, found, strict=True):
+            worst = max(worst, *(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
+    tolerance = PROBE_TOLERANCE[precision]
+    if not worst <= tolerance:
+        raise UserError(
+            f"rollout.validate_weight_first_sync: actor and rollout disagree by {worst:.2g} on a probe (at most "
+            f"{tolerance:g} in {precision}); rollout.model.model_path and actor.model must be the same model"
+        )
+    logger.info("weights agree: largest difference of a log-probability %.2g", worst)
+    return worst
+
+
+def _actor(groups: Groups) -> Group:
+    if groups.actor is None:
+        raise RuntimeError("there is no actor group in an evaluation")
+    return groups.actor

@@ -1,0 +1,1 @@
+"""Thin RLinf workers around rollout, rewards and actor: no algorithm lives here."""

@@ -1,0 +1,82 @@
+"""ActorGroup: the policy's training ranks."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlinf.scheduler import Worker
+
+from searchr1.agent.trajectory import Trajectory
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.workers import channels
+from searchr1.workers.failure import reported
+
+
+@dataclass(slots=True)
+class ActorShare:
+    """One rank's part of a step."""
+
+    trajectories: list[Trajectory]
+    advantages: list[float]
+    minibatch_ids: list[int]
+    """Which optimizer step of this rollout step each trajectory belongs to."""
+
+
+class ActorWorker(Worker):
+    """One rank of the policy."""
+
+    def __init__(self, config: Config, device: Device, channel: Any) -> None:
+        super().__init__()
+        self._config = config
+        self._device = device
+        self._channel = channel
+        os.environ.update(device.worker_env("actor", self._world_size))
+
+    @reported
+    async def start(self) -> None:
+        """Join the process group and load the model and the optimizer."""
+        from searchr1.actor.fsdp import FsdpActor
+
+        self._actor = FsdpActor.start(self._config, self._device)
+
+    @reported
+    async def train_step(self) -> dict[str, float]:
+        """Take this rank's share of the step from the channel and train on it. Returns metrics of all ranks."""
+        share: ActorShare = await channels.get(
+            self._channel, channels.actor_key(self._rank), self._config.runner.step_timeout_s
+        )
+        return self._actor.train_step(share.trajectories, share.advantages, share.minibatch_ids)
+
+    @reported
+    async def publish_weights(self, version: int) -> Any:
+        """Write the weights where the rollout group can map them. Rank 0 returns the manifest."""
+        from searchr1.rollout.weights import publish_weights
+
+        return publish_weights(self._actor.named_weights(), version, writer=self._rank == 0)
+
+    @reported
+    async def release_weights(self, manifest: Any) -> None:
+        """Delete published weights that everyone has taken over."""
+        if self._rank == 0:
+            from searchr1.rollout.weights import release
+
+            release(manifest)
+
+    @reported
+    async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each token of each sequence (0 for the first) under the current weights."""
+        return self._actor.probe_logprobs(sequences)
+
+    @reported
+    async def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint into `folder`."""
+        self._actor.save(folder)
+
+    @reported
+    async def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        self._actor.load(folder)

@@ -1,0 +1,54 @@
+"""Keys of the one channel that all groups share, and how workers use it.
+
+A channel is a process of its own; one with many keyed queues costs less than one per queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+CHANNEL = "searchr1"
+
+
+def prompts_key(rank: int) -> str:
+    """Runner -> rollout rank: one list of `Sample` per batch."""
+    return f"prompts/{rank}"
+
+
+ROLLOUTS = "rollouts"
+"""Rollout -> reward: a `Chunk` of finished groups; None ends the batch."""
+
+
+def scored_key(rank: int) -> str:
+    """Reward -> inference rank: that rank's share of a `Chunk`; None ends the batch."""
+    return f"scored/{rank}"
+
+
+FINISHED = "finished"
+"""Reward or inference -> runner: a finished `Chunk`; None ends the batch."""
+
+
+def actor_key(rank: int) -> str:
+    """Runner -> actor rank: its share of the step, an `ActorShare`."""
+    return f"actor/{rank}"
+
+
+async def get(channel: Any, key: str, timeout_s: float) -> Any:
+    """The next item of a queue.
+
+    Raises:
+        TimeoutError: nothing came in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        return await channel.get(key=key, async_op=True).async_wait()
+
+
+async def put(channel: Any, item: Any, key: str, timeout_s: float) -> None:
+    """Append to a queue.
+
+    Raises:
+        TimeoutError: the channel did not take it in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        await channel.put(item, key=key, async_op=True).async_wait()

@@ -1,0 +1,151 @@
+"""RolloutGroup: engines with the agent loop beside them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from rlinf.scheduler import Worker
+
+from searchr1.agent.trajectory import Chunk, Mode, Sample, Trajectory
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.workers import channels
+from searchr1.workers.failure import reported
+
+FLUSH_SECONDS = 0.2
+"""Finished groups wait at most this long for company: a channel message costs about 10 ms whatever is in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutReport:
+    """What one rank did in one batch."""
+
+    trajectories: int
+    generated_tokens: int
+    seconds: float
+    engine_busy_seconds: float
+
+
+class RolloutWorker(Worker):
+    """One engine and its share of the questions."""
+
+    def __init__(self, config: Config, device: Device, channel: Any) -> None:
+        super().__init__()
+        self._config = config
+        self._device = device
+        self._channel = channel
+        os.environ.update(device.worker_env("rollout", self._world_size))
+
+    @reported
+    async def start(self) -> None:
+        """Load the model, the tokenizer and the tools."""
+        from transformers import AutoTokenizer
+
+        from searchr1.agent.loop import resolve_generate_fn
+        from searchr1.agent.settings import AgentSettings
+        from searchr1.agent.tools import build_tools
+        from searchr1.rollout.engine import Engine
+        from searchr1.rollout.settings import EngineSettings
+
+        config = self._config
+        self._tokenizer = AutoTokenizer.from_pretrained(config.rollout.model.model_path)
+        self._tools = build_tools(config.tools)
+        self._settings: dict[Mode, AgentSettings] = {
+            "train": AgentSettings.from_config(config, "train"),
+            "eval": AgentSettings.from_config(config, "eval"),
+        }
+        self._run = resolve_generate_fn(config.agentloop.generate_fn)
+        self._engine = await Engine.start(
+            config.rollout.model.model_path, self._device, EngineSettings.from_config(config)
+        )
+
+    @reported
+    async def rollout(self, step: int, mode: Mode, group_size: int, seed: int) -> RolloutReport:
+        """Answer one batch of questions `group_size` times each; finished groups leave as they finish."""
+        timeout = self._config.runner.step_timeout_s
+        started = time.perf_counter()
+        before = self._engine.stats()
+        samples: list[Sample] = await channels.get(self._channel, channels.prompts_key(self._rank), timeout)
+        finished: list[Trajectory] = []
+        done = asyncio.Event()
+
+        async def one_group(sample: Sample) -> None:
+            replicas = [
+                self._run(
+                    sample=sample,
+                    replica=replica,
+                    engine=self._engine,
+                    tools=self._tools,
+                    tokenizer=self._tokenizer,
+                    settings=self._settings[mode],
+                    seed=seed,
+                )
+                for replica in range(group_size)
+            ]
+            finished.extend(await asyncio.gather(*replicas))
+
+        async def flush() -> None:
+            last = False
+            while not last:
+                try:
+                    async with asyncio.timeout(FLUSH_SECONDS):
+                        await done.wait()
+                    last = True
+                except TimeoutError:
+                    pass
+                if finished:
+                    chunk = Chunk(step, mode, list(finished))
+                    finished.clear()
+                    await channels.put(self._channel, chunk, channels.ROLLOUTS, timeout)
+
+        flusher = asyncio.create_task(flush())
+        try:
+            async with asyncio.timeout(timeout), asyncio.TaskGroup() as groups:
+                for sample in samples:
+                    groups.create_task(one_group(sample))
+        except ExceptionGroup as errors:
+            # Every other trajectory has been cancelled; the first cause is what the user needs.
+            raise errors.exceptions[0] from None
+        finally:
+            done.set()
+            await flusher
+        after = self._engine.stats()
+        return RolloutReport(
+            trajectories=len(samples) * group_size,
+            generated_tokens=after.generated_tokens - before.generated_tokens,
+            seconds=time.perf_counter() - started,
+            engine_busy_seconds=after.busy_seconds - before.busy_seconds,
+        )
+
+    @reported
+    async def update_weights(self, manifest: Any) -> None:
+        """Take over published weights."""
+        await self._engine.update_weights(manifest)
+
+    @reported
+    async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """Log-probability of each token of each sequence (0 for the first) under the current weights."""
+        return await self._engine.logprobs(sequences)
+
+    @reported
+    async def sleep(self) -> None:
+        """Lend the GPU's memory to the trainer."""
+        if self._device.supports_sleep:
+            await self._engine.sleep()
+
+    @reported
+    async def wake(self) -> None:
+        """Take the GPU's memory back."""
+        if self._device.supports_sleep:
+            await self._engine.wake()
+
+    @reported
+    async def stop(self) -> None:
+        """Close the engine and the connections."""
+        for tool in self._tools.values():
+            await tool.aclose()
+        await self._engine.close()
