@@ -2,6 +2,10 @@
 
 vLLM's synchronous engine runs in this process, stepped by one thread that owns it. Coroutines hand requests to that
 thread through a queue; after each step the thread hands everything that ended back to the event loop in one call.
+
+Measured on one core, 64 trajectories of three turns (48 sampled and 100 tool tokens each): 13,500 tokens/s against
+AsyncLLM's 10,000 with a 0.1M-parameter model, 4,600 against 3,800 with 1.5M parameters; AsyncLLM also takes a second
+process and 20 s more to start. Seeded requests cost 5% (a generator per request), stop strings nothing measurable.
 """
 
 from __future__ import annotations

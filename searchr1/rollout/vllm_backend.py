@@ -7,6 +7,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from searchr1.agent.settings import GenerateParams
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -29,6 +31,9 @@ class VllmBackend:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
             raise UserError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the rollout steps its engine in process")
+        if not device.is_cuda and "OMP_NUM_THREADS" in os.environ:
+            # OpenMP's thread count belongs to the calling thread, and was read when torch was imported.
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 

@@ -1,0 +1,57 @@
+"""From settings to vLLM's arguments."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from searchr1.agent.settings import GenerateParams
+from searchr1.device import Device
+from searchr1.rollout.settings import EngineSettings
+from searchr1.rollout.vllm_backend import _sampling_params, engine_arguments
+
+CPU = Device(kind="cpu", slots=2, cores=2)
+CUDA = Device(kind="cuda", slots=8, cores=64)
+SETTINGS = EngineSettings(max_model_len=2048)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_every_argument_is_one_that_vllm_knows(device: Device) -> None:
+    from vllm import EngineArgs
+
+    settings = dataclasses.replace(
+        SETTINGS, block_size=64, kv_cache_memory_gb=0.5, max_num_batched_tokens=100, executor_backend="mp"
+    )
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    assert set(engine_arguments("model", device, settings)) <= known
+
+
+def test_a_cpu_never_splits_a_prompt() -> None:
+    arguments = engine_arguments("model", CPU, dataclasses.replace(SETTINGS, max_num_batched_tokens=100))
+    assert arguments["enable_chunked_prefill"] is False
+    assert arguments["max_num_batched_tokens"] == 2048
+    assert engine_arguments("model", CPU, SETTINGS)["max_num_batched_tokens"] >= 2048
+    assert engine_arguments("model", CPU, SETTINGS)["block_size"] == 32
+
+
+def test_a_gpu_goes_by_the_settings() -> None:
+    arguments = engine_arguments("model", CUDA, dataclasses.replace(SETTINGS, max_num_batched_tokens=100))
+    assert arguments["enable_chunked_prefill"] is True
+    assert arguments["max_num_batched_tokens"] == 100
+    assert "max_num_batched_tokens" not in engine_arguments("model", CUDA, SETTINGS)
+    off = dataclasses.replace(SETTINGS, max_num_batched_tokens=100, enable_chunked_prefill=False)
+    assert engine_arguments("model", CUDA, off)["max_num_batched_tokens"] == 2048
+    assert "distributed_executor_backend" not in arguments
+    parallel = dataclasses.replace(SETTINGS, tensor_parallel_size=2, executor_backend="mp")
+    assert engine_arguments("model", CUDA, parallel)["distributed_executor_backend"] == "mp"
+
+
+def test_sampling_parameters() -> None:
+    sampling = _sampling_params(GenerateParams(max_new_tokens=7, top_k=1_000_000, stop=("</search>",)))
+    assert sampling.top_k in (0, -1)
+    assert sampling.detokenize
+    assert sampling.include_stop_str_in_output
+    assert sampling.logprobs == 0
+    assert not _sampling_params(GenerateParams(max_new_tokens=7)).detokenize
+    assert _sampling_params(GenerateParams(max_new_tokens=7, top_k=5)).top_k == 5

@@ -1,0 +1,82 @@
+"""What follows from the device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from searchr1 import device as device_module
+from searchr1.device import Device, usable_cores
+from searchr1.errors import UserError
+
+CPU = Device(kind="cpu", slots=4, cores=4)
+CUDA = Device(kind="cuda", slots=8, cores=64)
+
+
+def test_detect(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_cuda_device_count", lambda: 0)
+    assert Device.detect("auto") == Device.detect("cpu") == Device("cpu", usable_cores(), usable_cores())
+    with pytest.raises(UserError, match="no GPU"):
+        Device.detect("cuda")
+    with pytest.raises(UserError, match="'gpu' is not known; use auto, cpu or cuda"):
+        Device.detect("gpu")
+    monkeypatch.setattr(device_module, "_cuda_device_count", lambda: 8)
+    assert Device.detect("auto") == Device.detect("cuda") == Device("cuda", 8, usable_cores())
+    assert Device.detect("cpu").kind == "cpu"
+
+
+def test_placement_and_collectives() -> None:
+    assert (CPU.workers_for_all, CUDA.workers_for_all) == (1, 8)
+    assert (CPU.collective_backend, CUDA.collective_backend) == ("gloo", "nccl")
+    assert (CPU.supports_sleep, CUDA.supports_sleep) == (False, True)
+    assert str(CPU.torch_device(3)) == "cpu"
+    assert str(CUDA.torch_device(3)) == "cuda:3"
+
+
+def test_threads_divide_the_cores() -> None:
+    assert [CPU.threads_for("actor", workers) for workers in (1, 2, 3, 9)] == [4, 2, 1, 1]
+    assert [CPU.threads_for("rollout", workers) for workers in (1, 2, 4)] == [3, 1, 1]
+    assert CPU.worker_env("actor", workers=2)["OMP_NUM_THREADS"] == "2"
+    assert CPU.worker_env("rollout")["OMP_NUM_THREADS"] == "3"
+    assert "OMP_NUM_THREADS" not in CUDA.worker_env("actor")
+
+
+def test_rollout_workers_keep_vllm_in_their_own_process() -> None:
+    for device in (CPU, CUDA):
+        assert device.worker_env("rollout")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        assert not any(name.startswith("VLLM") for name in device.worker_env("actor"))
+    assert all(isinstance(value, str) for value in CPU.worker_env("rollout").values())
+
+
+def test_engine_arguments_of_each_device() -> None:
+    assert CPU.engine_kwargs(None, enforce_eager=False) == {
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 1 << 30,
+    }
+    assert CPU.engine_kwargs(5, enforce_eager=True)["kv_cache_memory_bytes"] == 5
+    assert CUDA.engine_kwargs(None, enforce_eager=False) == {"enforce_eager": False, "enable_sleep_mode": True}
+    assert CUDA.engine_kwargs(7, enforce_eager=True)["kv_cache_memory_bytes"] == 7
+    assert not CPU.chunked_prefill
+
+
+def test_memory_of_this_process() -> None:
+    before = CPU.memory()
+    block = bytearray(64 << 20)
+    after = CPU.memory()
+    assert after.used_bytes - before.used_bytes > 32 << 20
+    assert after.used_bytes <= after.peak_bytes + (1 << 20)
+    assert after.peak_bytes < after.total_bytes
+    del block
+
+
+def test_importing_the_device_module_imports_nothing_heavy() -> None:
+    code = "import sys, searchr1.device; print(sorted({'torch', 'vllm', 'ray'} & set(sys.modules)))"
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert result.stdout.strip() == "[]"
