@@ -1,4 +1,4 @@
-"""What needs an engine of its own, in a process of its own: dummy weights, incomplete updates."""
+"""What needs an engine of its own, in a process of its own: dummy weights, a full cache, incomplete updates."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from searchr1.device import Device
 
@@ -21,7 +23,7 @@ from searchr1.rollout.weights import publish_weights
 
 async def main(model_path, directory):
     settings = EngineSettings(
-        max_model_len=128, kv_cache_memory_gb=0.1, load_format="dummy", detokenize=False,
+        max_model_len=128, kv_cache_memory_gb=0.0005, load_format="dummy", detokenize=False,
         tensor_parallel_size=int(sys.argv[3]),
     )
     engine = await Engine.start(model_path, Device.detect("cpu"), settings)
@@ -42,6 +44,13 @@ async def main(model_path, directory):
     assert len(answer.token_ids) == 3 and answer.text == "" and answer.weight_version == 1
     await engine.sleep()
     await engine.wake()
+
+    # The cache holds 1,000 tokens: 24 requests of 100 push each other out, and must give what they give alone.
+    prompts = [[3 + (i * j) % 290 for j in range(1, 51)] for i in range(1, 25)]
+    params = [GenerateParams(max_new_tokens=50, min_new_tokens=50, seed=i) for i in range(24)]
+    together = await asyncio.gather(*(engine.generate(p, q) for p, q in zip(prompts, params, strict=True)))
+    for i in range(0, 24, 4):
+        assert (await engine.generate(prompts[i], params[i])).token_ids == together[i].token_ids
 
     half = [(n, p) for n, p in model.named_parameters() if "layers.1." not in n]
     try:
@@ -74,6 +83,12 @@ def run_script(model_path: Path, tmp_path: Path, tensor_parallel: int) -> list[s
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-5000:]
     return [line for line in result.stdout.splitlines() if line.startswith(("UPDATE", "GENERATE"))]
+
+
+@pytest.mark.slow
+def test_two_tensor_parallel_processes_follow_an_update(model_path: Path, tmp_path: Path) -> None:
+    update, _ = run_script(model_path, tmp_path, tensor_parallel=2)
+    assert "layers.1." in update
 
 
 def test_dummy_start_then_update_and_an_incomplete_update_stops_the_engine(model_path: Path, tmp_path: Path) -> None:
