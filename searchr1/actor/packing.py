@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -85,8 +86,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """The same on another device."""
-        tensors = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved = {name: value.to(device) for name, value in tensors.items() if isinstance(value, Tensor)}
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def with_old_logprobs(self, old_logprobs_T: Tensor) -> PackedBatch:

@@ -118,7 +118,7 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
     """
     totals = {name: float(value) for name, value in sums.totals.items()}
     tokens = max(1.0, totals["tokens"])
-    metrics = {name: totals[name] for name in ("loss", "policy_loss", "kl_loss") if name in totals}
+    metrics: dict[str, float] = {name: totals[name] for name in ("loss", "policy_loss", "kl_loss") if name in totals}
     per_token = {"clipped": "clip_fraction", "dual_clipped": "dual_clip_fraction"}
     for name in ("ratio", "approx_kl", "approx_kl_k3", "clipped", "dual_clipped", "kl", "entropy"):
         if name in totals:
