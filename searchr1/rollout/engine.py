@@ -110,6 +110,7 @@ class Engine:
         self._outbox: list[_Pending] = []
         self._stats = EngineStats()
         self._weight_version = 0
+        self._asleep = False
 
     @classmethod
     async def start(cls, model_path: str, device: Device, settings: EngineSettings) -> Engine:
@@ -202,12 +203,26 @@ class Engine:
         await self._call(lambda backend: backend.reset_prefix_cache(), timeout_s, "reset its cache")
 
     async def sleep(self, level: int = 1) -> None:
-        """Hands GPU memory to the trainer until `wake`; does nothing on a CPU. Nothing may be running."""
-        await self._call(lambda backend: backend.sleep(level), self._settings.update_timeout_s, "sleep")
+        """Hands GPU memory to the trainer (on a CPU there is none to hand over). Requests wait until `wake`.
+
+        Args:
+            level: 1 keeps the weights in host memory, 2 drops them (load new ones after waking).
+        """
+
+        def sleep(backend: Backend) -> None:
+            backend.sleep(level)
+            self._asleep = True
+
+        await self._call(sleep, self._settings.update_timeout_s, "sleep")
 
     async def wake(self) -> None:
-        """Takes GPU memory back."""
-        await self._call(lambda backend: backend.wake(), self._settings.update_timeout_s, "wake")
+        """Takes GPU memory back and goes on."""
+
+        def wake(backend: Backend) -> None:
+            backend.wake()
+            self._asleep = False
+
+        await self._call(wake, self._settings.update_timeout_s, "wake")
 
     async def abort_all(self) -> int:
         """Ends all generations; they return what they have, with finish_reason "abort". Returns how many."""
@@ -300,7 +315,7 @@ class Engine:
     def _turn(self, backend: Backend) -> bool:
         """Runs waiting commands and one step; False once closed."""
         with self._wakeup:
-            while not self._commands and not self._closing and not backend.has_work:
+            while not self._commands and not self._closing and not self._can_step(backend):
                 self._wakeup.wait()
             if self._closing:
                 return False
@@ -315,7 +330,7 @@ class Engine:
             if command.pending is not None and not command.answers_later:
                 command.pending.answer = answer
                 self._outbox.append(command.pending)
-        if backend.has_work:
+        if self._can_step(backend):
             started = time.perf_counter()
             finished = backend.step()
             self._stats.busy_seconds += time.perf_counter() - started
@@ -323,6 +338,9 @@ class Engine:
             self._settle(finished)
         self._deliver()
         return True
+
+    def _can_step(self, backend: Backend) -> bool:
+        return backend.has_work and not self._asleep
 
     def _add(self, request_id: str, pending: _Pending, add: Callable[[], None]) -> None:
         if pending.future.done():

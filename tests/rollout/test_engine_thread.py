@@ -197,6 +197,21 @@ def test_a_cancelled_caller_frees_its_request(until: Any) -> None:
     play(scene)
 
 
+def test_requests_wait_while_the_engine_sleeps() -> None:
+    async def scene(engine: Engine, backend: ScriptedBackend) -> None:
+        running = asyncio.create_task(engine.generate([1], GenerateParams(max_new_tokens=1000)))
+        await engine.sleep()
+        waiting = asyncio.create_task(engine.generate([1], PARAMS))
+        steps = engine.stats().steps
+        await asyncio.sleep(0.05)
+        assert engine.stats().steps == steps
+        assert not waiting.done()
+        await engine.wake()
+        await asyncio.gather(running, waiting)
+
+    play(scene)
+
+
 def test_closing_fails_what_is_left_and_can_be_repeated() -> None:
     async def scene(engine: Engine, backend: ScriptedBackend) -> None:
         task = asyncio.create_task(engine.generate([1], GenerateParams(max_new_tokens=10**9)))
