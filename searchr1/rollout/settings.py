@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from searchr1.config.schema import Config
+
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 LoadFormat = Literal["auto", "dummy"]
 
@@ -45,6 +50,30 @@ class EngineSettings:
     """How long one generation may take before it is given up."""
     update_timeout_s: float = 300.0
     """How long a weight update, a cache reset or a sleep may take."""
+
+    @classmethod
+    def from_config(cls, config: Config) -> EngineSettings:
+        """The settings that a run's YAML asks for."""
+        rollout = config.rollout
+        return cls(
+            max_model_len=config.runner.seq_length,
+            dtype=_DTYPES[rollout.model.precision],
+            seed=config.runner.seed,
+            gpu_memory_utilization=rollout.gpu_memory_utilization,
+            kv_cache_memory_gb=rollout.vllm.kv_cache_memory_gb,
+            block_size=rollout.vllm.block_size,
+            enforce_eager=rollout.enforce_eager,
+            enable_prefix_caching=rollout.vllm.enable_prefix_caching,
+            enable_chunked_prefill=rollout.vllm.enable_chunked_prefill,
+            max_num_batched_tokens=rollout.vllm.max_num_batched_tokens,
+            max_num_seqs=rollout.max_running_requests,
+            tensor_parallel_size=rollout.tensor_parallel_size,
+            pipeline_parallel_size=rollout.pipeline_parallel_size,
+            executor_backend=rollout.distributed_executor_backend,
+            detokenize=rollout.detokenize,
+            # A request may wait for most of a step until the engine has room for it.
+            request_timeout_s=config.runner.step_timeout_s,
+        )
 
     @property
     def kv_cache_bytes(self) -> int | None:

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from searchr1.agent.settings import GenerateParams
+from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import _sampling_params, engine_arguments
@@ -45,6 +46,34 @@ def test_a_gpu_goes_by_the_settings() -> None:
     assert "distributed_executor_backend" not in arguments
     parallel = dataclasses.replace(SETTINGS, tensor_parallel_size=2, executor_backend="mp")
     assert engine_arguments("model", CUDA, parallel)["distributed_executor_backend"] == "mp"
+
+
+def test_settings_from_a_config() -> None:
+    config = Config()
+    config.runner.seq_length = 777
+    config.runner.step_timeout_s = 99.0
+    config.runner.seed = 5
+    config.rollout.model.precision = "fp32"
+    config.rollout.max_running_requests = 9
+    config.rollout.vllm.max_num_batched_tokens = 1000
+    config.rollout.vllm.kv_cache_memory_gb = 0.5
+    config.rollout.vllm.enable_prefix_caching = False
+    settings = EngineSettings.from_config(config)
+    assert settings == EngineSettings(
+        max_model_len=777,
+        dtype="float32",
+        seed=5,
+        kv_cache_memory_gb=0.5,
+        enable_prefix_caching=False,
+        max_num_batched_tokens=1000,
+        max_num_seqs=9,
+        executor_backend="mp",
+        request_timeout_s=99.0,
+    )
+    assert settings.kv_cache_bytes == 1 << 29
+    for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
+        config.rollout.model.precision = precision
+        assert EngineSettings.from_config(config).dtype == dtype
 
 
 def test_sampling_parameters() -> None:
