@@ -27,7 +27,14 @@ def usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
-        [f"searchr1 {__version__}", "usage: searchr1 COMMAND [...]", "", *lines, "", "searchr1 COMMAND --help tells more."]
+        [
+            f"searchr1 {__version__}",
+            "usage: searchr1 COMMAND [...]",
+            "",
+            *lines,
+            "",
+            "searchr1 COMMAND --help tells more.",
+        ]
     )
 
 

@@ -1,0 +1,1 @@
+"""Questions: rows, prompts, the loader, and the demo world."""

@@ -37,7 +37,10 @@ def train(config: Config) -> Path:
     device = Device.detect(config.cluster.device)
     data = load_data(config)
     loader = PromptLoader(
-        data.train, config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle,
+        data.train,
+        config.data.rollout_batch_size,
+        seed=config.data.seed,
+        shuffle=config.data.shuffle,
         max_epochs=config.runner.max_epochs,
     )
     total_steps = loader.total_steps if config.runner.max_steps < 0 else config.runner.max_steps

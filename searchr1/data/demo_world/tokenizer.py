@@ -53,5 +53,3 @@ def save_tokenizer(out: Path) -> None:
     """Write the tokenizer where `AutoTokenizer` finds it."""
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer().save_pretrained(out)
-
-

@@ -1,0 +1,1 @@
+"""The YAML tree: its schema, loading, checking and explaining."""

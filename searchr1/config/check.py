@@ -1,0 +1,192 @@
+"""What types cannot say: files, sizes that must fit, and choices that exclude each other."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from searchr1.config.load import ConfigError, Problem
+from searchr1.config.placement import group_ranks
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.errors import UserError
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "actor.model.precision": PRECISIONS,
+    "rollout.model.precision": PRECISIONS,
+    "algorithm.loss_type": ("actor",),
+    "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"),
+    "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
+    "algorithm.adv_type": ("grpo", "grpo_dynamic"),
+    "algorithm.advantage_mode": ("trajectory", "turn"),
+    "agentloop.tool_response_truncate_side": ("right", "left", "middle"),
+    "agentloop.information_style": ("searchr1", "rlinf"),
+    "actor.training_backend": ("fsdp", "megatron"),
+    "actor.optim.optimizer": ("adam",),
+    "actor.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
+    "rollout.rollout_backend": ("vllm", "sglang"),
+    "rollout.distributed_executor_backend": ("mp", "ray"),
+    "cluster.device": ("auto", "cpu", "cuda"),
+}
+
+
+def require_valid(config: Config, for_training: bool) -> None:
+    """Raise a `ConfigError` with every problem, if there is one."""
+    problems = check_config(config, for_training)
+    if problems:
+        raise ConfigError("the configuration", problems)
+
+
+def check_config(config: Config, for_training: bool) -> list[Problem]:
+    """Every problem across keys and with files."""
+    return [
+        *_choices(config),
+        *_sizes(config),
+        *_placement(config, for_training),
+        *_files(config, for_training),
+        *_unsupported(config, for_training),
+        *_code(config),
+    ]
+
+
+def warnings(config: Config) -> list[str]:
+    """What will run, but perhaps not as meant."""
+    found = []
+    if config.rollout.rollout_backend == "sglang":
+        found.append("rollout.rollout_backend: sglang is read as vllm")
+    if config.actor.training_backend == "megatron":
+        found.append("actor.training_backend: megatron is not available yet; set it to fsdp to train")
+    if config.algorithm.group_size == 1:
+        found.append("algorithm.group_size: 1 gives every GRPO advantage 0; that is only right for evaluation")
+    return found
+
+
+def value_of(config: Config, key: str) -> object:
+    """The value at a dotted key."""
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _choices(config: Config) -> Iterator[Problem]:
+    for key, allowed in CHOICES.items():
+        if value_of(config, key) not in allowed:
+            yield Problem(key, f"{value_of(config, key)!r} is not one of {', '.join(allowed)}")
+
+
+def _sizes(config: Config) -> Iterator[Problem]:
+    positive = (
+        "algorithm.group_size", "algorithm.n_minibatches", "data.rollout_batch_size", "data.max_prompt_length",
+        "runner.seq_length", "runner.max_tokens_per_mbs", "agentloop.max_tool_response_length", "cluster.num_nodes",
+        "tools.search.topk", "tools.search.timeout_s", "rollout.tensor_parallel_size", "rollout.pipeline_parallel_size",
+        "rollout.max_running_requests", "actor.optim.lr", "actor.optim.clip_grad", "runner.step_timeout_s",
+    )  # fmt: skip
+    for key in positive:
+        value = value_of(config, key)
+        if not (isinstance(value, int | float) and value > 0):
+            yield Problem(key, f"must be more than 0, found {value}")
+    runner, algorithm, data = config.runner, config.algorithm, config.data
+    if config.agentloop.max_turns < 0:
+        yield Problem("agentloop.max_turns", "must be 0 or more")
+    if data.max_prompt_length >= runner.seq_length:
+        yield Problem(
+            "data.max_prompt_length",
+            f"{data.max_prompt_length} leaves nothing of runner.seq_length = {runner.seq_length} for the response",
+        )
+    if runner.max_tokens_per_mbs < runner.seq_length:
+        yield Problem(
+            "runner.max_tokens_per_mbs",
+            f"{runner.max_tokens_per_mbs} is less than runner.seq_length = {runner.seq_length}: the longest trajectory "
+            "would fit in no micro-batch",
+        )
+    if algorithm.n_minibatches > 0 and data.rollout_batch_size % algorithm.n_minibatches:
+        yield Problem(
+            "algorithm.n_minibatches",
+            f"{algorithm.n_minibatches} does not divide data.rollout_batch_size = {data.rollout_batch_size} "
+            "(a mini-batch holds whole groups)",
+        )
+    if not 0 <= config.tools.search.max_failure_rate <= 1:
+        yield Problem("tools.search.max_failure_rate", "must be between 0 and 1")
+    for name in ("sampling_params", "eval_sampling_params"):
+        sampling = getattr(algorithm, name)
+        if sampling is None:
+            continue
+        if sampling.stop and not config.rollout.detokenize:
+            yield Problem("rollout.detokenize", f"must be True: algorithm.{name}.stop has stop strings")
+        if sampling.do_sample and sampling.temperature <= 0:
+            yield Problem(f"algorithm.{name}.temperature", "must be more than 0 (do_sample: False is greedy)")
+        if not 0 < sampling.top_p <= 1:
+            yield Problem(f"algorithm.{name}.top_p", "must be in (0, 1]")
+
+
+def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
+    try:
+        device = Device.detect(config.cluster.device)
+        groups = ["rollout", "reward", *(["actor"] if for_training else [])]
+        for component in groups:
+            group_ranks(config, component, device)
+        rollout = len(group_ranks(config, "rollout", device))
+        if config.data.rollout_batch_size < rollout:
+            yield Problem("data.rollout_batch_size", f"is less than the {rollout} rollout engines")
+    except UserError as error:
+        key, _, message = str(error).partition(": ")
+        yield Problem(key, message)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or Path(path).is_dir()
+
+
+def _files(config: Config, for_training: bool) -> Iterator[Problem]:
+    models = [("rollout.model.model_path", config.rollout.model.model_path)]
+    models += [
+        (key, value)
+        for key, value in (
+            ("actor.model.path", config.actor.model.path),
+            ("inference.model_path", config.inference.model_path),
+        )
+        if value is not None and for_training
+    ]
+    for key, path in models:
+        if not path:
+            yield Problem(key, "is empty; give a Hugging Face folder or a hub name")
+        elif _looks_local(path) and not (Path(path) / "config.json").is_file():
+            yield Problem(key, f"{path} is no model folder (config.json is missing); edit the path")
+    lists = ["data.val_data_paths", *(["data.train_data_paths"] if for_training else [])]
+    for key in lists:
+        paths = value_of(config, key)
+        assert isinstance(paths, list)
+        if not paths and (key.endswith("train_data_paths") or not for_training or config.runner.val_check_interval > 0):
+            yield Problem(key, "is empty; give a list of jsonl or parquet files")
+        for path in paths:
+            if not Path(path).is_file():
+                yield Problem(key, f"{path} does not exist; edit the path")
+
+
+def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
+    if config.critic.use_critic_model:
+        yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
+    if config.reward.use_reward_model:
+        yield Problem("reward.use_reward_model", "reward models are not supported; use reward.reward_type")
+    if config.algorithm.advantage_mode == "turn":
+        yield Problem("algorithm.advantage_mode", "turn is not supported yet; use trajectory")
+    if for_training and config.actor.training_backend == "megatron":
+        yield Problem("actor.training_backend", "megatron is not available yet; use fsdp")
+    if for_training and not config.algorithm.recompute_logprobs and not config.rollout.return_logprobs:
+        yield Problem("rollout.return_logprobs", "must be True if algorithm.recompute_logprobs is False")
+
+
+def _code(config: Config) -> Iterator[Problem]:
+    for key in ("reward.reward_type", "agentloop.generate_fn"):
+        path = value_of(config, key)
+        if not isinstance(path, str) or not any(mark in path for mark in ":."):
+            continue
+        module, _, name = path.replace(":", ".").rpartition(".")
+        try:
+            if not callable(getattr(importlib.import_module(module), name, None)):
+                yield Problem(key, f"{module} has no function {name}")
+        except ImportError as error:
+            yield Problem(key, f"cannot import {module}: {error}")

@@ -1,0 +1,74 @@
+"""`searchr1 check-config`: what a YAML would run, or every problem in it."""
+
+from __future__ import annotations
+
+import argparse
+
+from searchr1.config.check import check_config, warnings
+from searchr1.config.load import ConfigError, load_config, unused_keys
+from searchr1.config.placement import group_ranks
+from searchr1.config.schema import Config
+from searchr1.device import Device
+
+
+def explain(config: Config, for_training: bool) -> str:
+    """Groups, placement, batch arithmetic and limits, for people."""
+    device = Device.detect(config.cluster.device)
+    runner, algorithm, data, agent = config.runner, config.algorithm, config.data, config.agentloop
+    groups = ["rollout", "reward"]
+    if for_training:
+        groups += [*(["inference"] if algorithm.kl_beta > 0 else []), "actor"]
+    lines = [f"device      {device.kind}", "groups"]
+    for component in groups:
+        ranks = group_ranks(config, component, device)
+        slots = " ".join("+".join(map(str, rank)) for rank in ranks)
+        lines.append(f"  {component:<10}{len(ranks)} process{'es' if len(ranks) > 1 else ''} on slots {slots}")
+    lines.append(f"model       {config.rollout.model.model_path}")
+    if for_training:
+        trajectories = data.rollout_batch_size * algorithm.group_size
+        actors = len(group_ranks(config, "actor", device))
+        lines += [
+            f"step        {data.rollout_batch_size} questions x {algorithm.group_size} attempts = {trajectories} "
+            f"trajectories, {algorithm.n_minibatches} optimizer step{'s' if algorithm.n_minibatches > 1 else ''} of "
+            f"{trajectories // algorithm.n_minibatches}",
+            f"actor       about {trajectories // actors} trajectories a rank, packed into micro-batches of at most "
+            f"{runner.max_tokens_per_mbs} tokens",
+            f"algorithm   {algorithm.adv_type}, {algorithm.loss_agg_func}, KL {algorithm.kl_beta:g} "
+            f"({algorithm.kl_penalty_type}), learning rate {config.actor.optim.lr:g} "
+            f"({config.actor.lr_sched.lr_decay_style})",
+            f"length      {f'{runner.max_steps} steps' if runner.max_steps >= 0 else f'{runner.max_epochs} epoch(s)'}, "
+            f"evaluation every {runner.val_check_interval}, checkpoint every {runner.save_interval}",
+        ]
+    lines += [
+        f"limits      prompt {data.max_prompt_length}, trajectory {runner.seq_length}, tool text "
+        f"{agent.max_tool_response_length} tokens; {agent.max_turns} tool turns"
+        + (" and a final one" if agent.force_final_turn else ""),
+        f"search      {'off (dummy_mode)' if config.tools.search.dummy_mode else config.tools.search.server_addr}, "
+        f"top {config.tools.search.topk}",
+        f"output      {runner.output_dir}/{runner.experiment_name}",
+    ]
+    lines += [f"warning     {text}" for text in warnings(config)]
+    unused = unused_keys(config)
+    if unused:
+        lines.append(f"warning     keys without effect here: {', '.join(unused)}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command."""
+    parser = argparse.ArgumentParser(prog="searchr1 check-config", description=__doc__)
+    parser.add_argument("config", help="path of a YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--eval", action="store_true", help="check it for `searchr1 eval` (found out by itself for *-eval.yaml)"
+    )
+    args = parser.parse_args(argv)
+    for_training = not (args.eval or args.config.removesuffix(".yaml").endswith("-eval"))
+    config = load_config(args.config, args.overrides)
+    problems = check_config(config, for_training)
+    if for_training and config.actor.training_backend == "megatron":
+        problems = [problem for problem in problems if problem.key != "actor.training_backend"]
+    if problems:
+        raise ConfigError(args.config, problems)
+    print(explain(config, for_training))
+    return 0

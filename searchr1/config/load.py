@@ -1,0 +1,240 @@
+"""From a YAML and overrides to a typed `Config`; every problem is told, not only the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from searchr1.config.schema import ALIASES, UNUSED_KEYS, Config
+from searchr1.errors import UserError
+
+RESOLVERS = {
+    "subtract": lambda a, b: a - b,
+    "add": lambda a, b: a + b,
+    "multiply": lambda a, b: a * b,
+    "divide": lambda a, b: a / b,
+    "int_div": lambda a, b: a // b,
+    "not": lambda a: not a,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a configuration."""
+
+    key: str
+    """Full dotted key."""
+    message: str
+    """What is wrong and what to do."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.message}" if self.key else self.message
+
+
+class ConfigError(UserError):
+    """A configuration with problems."""
+
+    def __init__(self, source: str, problems: Sequence[Problem]) -> None:
+        count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  - {problem}" for problem in problems)]))
+        self.problems = list(problems)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML (Hydra's `defaults` included), apply `key=value` overrides, and check names and types.
+
+    Raises:
+        ConfigError: unknown keys, wrong types, unresolvable values.
+        UserError: no such file, or not YAML.
+    """
+    tree = _compose(Path(path), overrides)
+    problems: list[Problem] = []
+    values = _resolve(tree, problems)
+    _rename_aliases(values, problems)
+    config = _build(Config, values, "", problems)
+    if problems:
+        raise ConfigError(str(path), problems)
+    config.vars["unused_keys"] = sorted(_unused(values, Config, ""))
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the whole tree, defaults included; `load_config` reads it back."""
+    values = dataclasses.asdict(config)
+    values["vars"].pop("unused_keys", None)
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
+
+
+def unused_keys(config: Config) -> list[str]:
+    """Keys of the YAML that were accepted without effect."""
+    return list(config.vars.get("unused_keys", []))
+
+
+def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give the path of a YAML")
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{path}: a configuration's name ends in .yaml")
+    for name, function in RESOLVERS.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override}: overrides look like key=value")
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
+            # `++` sets keys that the file leaves out as well; a misspelt one is found below, with the nearest name.
+            forced = [o if o.startswith(("+", "~")) else "++" + o for o in overrides]
+            return compose(path.stem, overrides=forced)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # the YAML parser's own errors have no common base outside the parser
+        raise UserError(f"{path}: not readable as YAML: {error}") from error
+
+
+def _resolve(tree: DictConfig, problems: list[Problem]) -> dict[str, Any]:
+    """Plain values; an interpolation that fails becomes a problem of its key."""
+
+    def walk(node: Any, prefix: str) -> Any:
+        if OmegaConf.is_dict(node):
+            found = {}
+            for name in node:
+                key = f"{prefix}{name}"
+                try:
+                    found[str(name)] = walk(node[name], f"{key}.")
+                except OmegaConfBaseException as error:
+                    problems.append(Problem(key, str(error).splitlines()[0]))
+            return found
+        return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_list(node) else node
+
+    result: dict[str, Any] = walk(tree, "")
+    return result
+
+
+def _rename_aliases(values: dict[str, Any], problems: list[Problem]) -> None:
+    for old, new in ALIASES.items():
+        section, _, name = old.rpartition(".")
+        holder = values.get(section)
+        if isinstance(holder, dict) and name in holder:
+            if new.rpartition(".")[2] in holder:
+                problems.append(Problem(old, f"is the old name of {new}, which is set too; keep one"))
+            holder[new.rpartition(".")[2]] = holder.pop(name)
+
+
+def _is_unused(key: str) -> bool:
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in UNUSED_KEYS)
+
+
+def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
+    """Every key of the schema, sections included."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        yield prefix + field.name
+        inner = _dataclass_of(hints[field.name])
+        if inner is not None:
+            yield from known_keys(inner, f"{prefix}{field.name}.")
+
+
+def _dataclass_of(hint: Any) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[arg-type]
+
+
+def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
+    """An instance of dataclass `cls` from plain values."""
+    if not isinstance(values, dict):
+        problems.append(Problem(prefix.rstrip("."), f"expects a section with keys, found {values!r}"))
+        return cls()
+    hints = typing.get_type_hints(cls)
+    chosen: dict[str, Any] = {}
+    for name, value in values.items():
+        key = prefix + name
+        if name not in hints:
+            if not (_is_unused(key) or _is_unused(key + ".")):
+                problems.append(_unknown(key))
+            continue
+        inner = _dataclass_of(hints[name])
+        if inner is not None and not (value is None and type(None) in typing.get_args(hints[name])):
+            chosen[name] = _build(inner, value, key + ".", problems)
+        else:
+            try:
+                chosen[name] = _convert(value, hints[name])
+            except ValueError as error:
+                problems.append(Problem(key, str(error)))
+    return cls(**chosen)
+
+
+def _unused(values: Any, cls: type, prefix: str) -> Iterator[str]:
+    hints = typing.get_type_hints(cls)
+    for name, value in values.items():
+        inner = _dataclass_of(hints.get(name))
+        if name not in hints:
+            yield prefix + name
+        elif inner is not None and isinstance(value, dict):
+            yield from _unused(value, inner, f"{prefix}{name}.")
+
+
+def _unknown(key: str) -> Problem:
+    # The nearest name in the same section is more helpful than a nearer one elsewhere.
+    keys = list(known_keys())
+    section = key.rpartition(".")[0]
+    siblings = [k for k in keys if k.rpartition(".")[0] == section]
+    near = difflib.get_close_matches(key, siblings, 1, 0.7) or difflib.get_close_matches(key, keys, 1, 0.6)
+    return Problem(key, "unknown key" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """`value` as `hint`; numbers are not made from booleans, text is not made from numbers."""
+    if hint is Any:
+        return value
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        try:
+            return _convert_one(value, option)
+        except ValueError:
+            continue
+    expected = " or ".join(_describe(option) for option in options)
+    raise ValueError(f"expects {expected}, found {value!r}")
+
+
+def _describe(option: Any) -> str:
+    origin = typing.get_origin(option)
+    if origin is list:
+        return f"a list of {_describe(typing.get_args(option)[0])}"
+    return "a mapping" if origin is dict else _NAMES.get(option, str(option))
+
+
+def _convert_one(value: Any, option: Any) -> Any:
+    origin = typing.get_origin(option)
+    if origin is list and isinstance(value, list):
+        return [_convert(item, typing.get_args(option)[0]) for item in value]
+    if origin is dict and isinstance(value, dict):
+        return value
+    if option is type(None) and value is None:
+        return None
+    if option is bool and isinstance(value, bool):
+        return value
+    if option is int and isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if option is float and not isinstance(value, bool) and isinstance(value, int | float | str):
+        return float(value)  # YAML 1.1 reads 1e-6 as text
+    if option is str and isinstance(value, str):
+        return value
+    raise ValueError

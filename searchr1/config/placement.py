@@ -1,0 +1,60 @@
+"""Which slots each group's processes take. A slot is a GPU, or a process on a CPU."""
+
+from __future__ import annotations
+
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.errors import UserError
+
+
+def parse_slots(value: object, slots: int, key: str) -> list[int]:
+    """`all`, `3`, `0-3`, `0,2` or mixtures -> slot numbers.
+
+    Raises:
+        UserError: not such a value, or a slot that does not exist.
+    """
+    text = str(value).strip()
+    if text == "all":
+        return list(range(slots))
+    found: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise UserError(f"{key}: {text!r} is no placement; use all, a slot (0), a range (0-3) or a list (0,2)")
+        found += range(int(first), int(last or first) + 1)
+    if not found or max(found) >= slots or len(set(found)) != len(found):
+        raise UserError(f"{key}: {text!r} does not fit {slots} slot{'s' if slots > 1 else ''} (numbered from 0)")
+    return sorted(found)
+
+
+def total_slots(config: Config, device: Device) -> int:
+    """What `all` means."""
+    return config.cluster.slots or device.workers_for_all
+
+
+def group_slots(config: Config, component: str, device: Device) -> list[int]:
+    """Slots of a group. The inference group shares the actor's unless it is placed itself."""
+    for names, value in config.cluster.component_placement.items():
+        if component in [name.strip() for name in str(names).split(",")]:
+            return parse_slots(value, total_slots(config, device), f"cluster.component_placement.{names}")
+    if component == "inference":
+        return group_slots(config, "actor", device)
+    raise UserError(f"cluster.component_placement: nothing is said about {component!r}; add `{component}: all`")
+
+
+def group_ranks(config: Config, component: str, device: Device) -> list[tuple[int, ...]]:
+    """The processes of a group, each with its slots (several for an engine of several GPUs).
+
+    Raises:
+        UserError: the placement does not fit the parallel sizes.
+    """
+    slots = group_slots(config, component, device)
+    size = 1
+    if component == "rollout":
+        size = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
+    if len(slots) % size:
+        raise UserError(
+            f"rollout.tensor_parallel_size x rollout.pipeline_parallel_size = {size} does not divide the rollout's "
+            f"{len(slots)} slot{'s' if len(slots) > 1 else ''} (cluster.component_placement)"
+        )
+    return [tuple(slots[i : i + size]) for i in range(0, len(slots), size)]

@@ -1,0 +1,339 @@
+"""The typed tree behind a run's YAML; key names are RLinf's, additions are ours.
+
+Each field has a type, a default and a line that says what it does. Keys of RLinf that are accepted without effect are in
+`UNUSED_KEYS`; every other unknown key is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
+
+UNUSED_KEYS = (
+    "actor.calculate_flops",
+    "actor.enable_dp_load_balance",
+    "actor.mcore_gpt",
+    "actor.megatron.*",
+    "actor.model.*",
+    "actor.optim.*",
+    "actor.lr_sched.*",
+    "actor.pack_traj",
+    "actor.spec_name",
+    "actor.tokenizer.*",
+    "actor.checkpoint_*",
+    "algorithm.logprob_forward_micro_batch_size",
+    "algorithm.rollout_batch_size_per_gpu",
+    "algorithm.training_batch_size_per_gpu",
+    "algorithm.val_rollout_batch_size_per_gpu",
+    "algorithm.use_valid_token_scale",
+    "algorithm.importance_sampling_*",
+    "agentloop.is_dynamic_rollout_batch",
+    "agentloop.print_outputs",
+    "agentloop.toolcall_parser",
+    "agentloop.extra_config.*",
+    "cluster.component_placement.agentloop",
+    "critic.*",
+    "data.num_workers",
+    "data.seq_length",
+    "data.type",
+    "data.val_rollout_batch_size_per_gpu",
+    "data.validation_shuffle",
+    "defaults",
+    "hydra.*",
+    "inference.load_from_actor",
+    "inference.model.*",
+    "reward.tokenizer.*",
+    "rollout.cuda_graph_max_bs",
+    "rollout.disable_log_stats",
+    "rollout.eos",
+    "rollout.is_eval",
+    "rollout.max_running_requests_per_gpu",
+    "rollout.model.*",
+    "rollout.padding",
+    "rollout.print_outputs",
+    "rollout.sglang.*",
+    "rollout.validate_save_dir",
+    "rollout.validate_weight",
+    "rollout.vllm.*",
+    "runner.enable_dynamic_batch_size",
+    "runner.logger.log_path",
+    "runner.logger.project_name",
+    "runner.logger.experiment_name",
+    "runner.task_type",
+    "tools.*",
+)
+"""Patterns (`*` at the end) of keys that RLinf's recipes set and this system does not need."""
+
+ALIASES = {"agentloop.maxturn": "agentloop.max_turns"}
+"""Old spellings."""
+
+
+@dataclass
+class ClusterConfig:
+    """What runs where."""
+
+    num_nodes: int = 1
+    """Machines in the Ray cluster."""
+    component_placement: dict[str, Any] = field(default_factory=lambda: {"actor,rollout,reward": "all"})
+    """Group names (several with commas) -> slots: `all`, `0-3` or `0,2`. A slot is a GPU, or a process on a CPU."""
+    device: str = "auto"
+    """`auto` (a GPU if there is one), `cpu` or `cuda`."""
+    slots: int | None = None
+    """What `all` means: null takes every GPU, or one process on a CPU."""
+
+
+@dataclass
+class LoggerConfig:
+    """Where metrics go besides metrics.jsonl."""
+
+    logger_backends: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Any of tensorboard, wandb, swanlab."""
+    project_name: str = "searchr1"
+    """Project in wandb and swanlab."""
+
+
+@dataclass
+class RunnerConfig:
+    """The loop."""
+
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    """See `LoggerConfig`."""
+    max_epochs: int = 1
+    """Passes over the training questions."""
+    max_steps: int = -1
+    """Stop after this many steps; -1 goes by `max_epochs`."""
+    val_check_interval: int = 25
+    """Evaluate every so many steps and after the last; -1 never."""
+    val_before_train: bool = True
+    """Evaluate the starting point too."""
+    save_interval: int = 25
+    """Write a checkpoint every so many steps and after the last; -1 never."""
+    keep_checkpoints: int | None = None
+    """Delete all but the newest so many; null keeps all."""
+    seq_length: int = 4096
+    """Prompt and response tokens of one trajectory, at most."""
+    max_tokens_per_mbs: int = 8192
+    """Tokens of one packed micro-batch, at most."""
+    resume_dir: str | None = None
+    """A checkpoint folder `global_step_N`, or `auto` for the newest one of this run."""
+    experiment_name: str = "searchr1"
+    """Name of the run's folder."""
+    output_dir: str = "results"
+    """Where runs' folders are."""
+    overwrite: bool = False
+    """Write over an earlier run in the same folder."""
+    seed: int = 1234
+    """Seed of sampling and shuffling."""
+    step_timeout_s: float = 3600.0
+    """A phase of a step that takes longer ends the run with an error."""
+
+
+@dataclass
+class SamplingParams:
+    """How the policy samples."""
+
+    do_sample: bool = True
+    """False is greedy."""
+    temperature: float = 1.0
+    """Softmax temperature; log-probabilities are taken at it too."""
+    top_k: int = -1
+    """-1 or anything above the vocabulary is off."""
+    top_p: float = 1.0
+    """1 is off."""
+    repetition_penalty: float = 1.0
+    """1 is off."""
+    max_new_tokens: int | None = None
+    """Response tokens, policy and tools, at most; null is what `runner.seq_length` leaves."""
+    min_new_tokens: int = 1
+    """Tokens of one generation, at least."""
+    stop: list[str] = field(default_factory=lambda: ["</search>", "</access>", "</answer>"])
+    """Strings that end a generation; they need `rollout.detokenize`."""
+
+
+@dataclass
+class AlgorithmConfig:
+    """What is optimised, and how."""
+
+    group_size: int = 5
+    """Attempts at each question."""
+    n_minibatches: int = 1
+    """Optimizer steps per rollout step; a group is never split."""
+    recompute_logprobs: bool = True
+    """Old log-probabilities from the actor (True) or as sampled by the engine (False)."""
+    shuffle_rollout: bool = False
+    """Assign questions to mini-batches at random."""
+    loss_type: str = "actor"
+    """`actor` is the clipped policy gradient."""
+    loss_agg_func: str = "token-mean"
+    """`token-mean`, `seq-mean-token-sum` or `seq-mean-token-mean`."""
+    kl_beta: float = 0.001
+    """Weight of the KL term; 0 needs no reference model and starts no inference group."""
+    kl_penalty_type: str = "low_var_kl"
+    """`low_var_kl` (k3), `kl` (k1), `mse` (k2) or `abs`."""
+    ratio_clip_eps: float = 0.2
+    """Clip range on both sides unless `clip_ratio_low` or `clip_ratio_high` says otherwise."""
+    clip_ratio_low: float | None = None
+    """Lower clip range; null is `ratio_clip_eps`."""
+    clip_ratio_high: float | None = None
+    """Upper clip range; null is `ratio_clip_eps`."""
+    clip_ratio_c: float | None = None
+    """Dual clip: bound of the loss for negative advantages; null is off."""
+    entropy_bonus: float = 0.0
+    """Weight of the entropy bonus."""
+    calculate_entropy: bool = False
+    """Report the entropy even if the bonus is 0."""
+    adv_type: str = "grpo"
+    """`grpo` or `grpo_dynamic`."""
+    loss_scales: list[str] = field(default_factory=list)
+    """For `grpo_dynamic`; every scale is 1 for trajectories that are one sequence."""
+    advantage_mode: str = "trajectory"
+    """`trajectory`: all policy tokens of a trajectory share its advantage."""
+    normalize_advantages: bool = False
+    """Whiten advantages over the step's policy tokens."""
+    early_stop_imp_ratio: float | None = None
+    """Skip the remaining mini-batches of a step once the mean ratio passes this; null never does."""
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    """Training rollouts."""
+    eval_sampling_params: SamplingParams | None = None
+    """Evaluation; null is greedy with the training limits and stop strings."""
+
+
+@dataclass
+class AgentLoopConfig:
+    """The multi-turn loop."""
+
+    group_name: str = "AgentLoopGroup"
+    """RLinf's name; the loop runs inside the rollout group here."""
+    max_turns: int = 2
+    """Turns that may call a tool; a last generation without tools follows."""
+    force_final_turn: bool = True
+    """After the last tool turn, generate once more without tools."""
+    max_new_tokens_per_turn: int | None = None
+    """Tokens of one generation, at most; null is what the trajectory has left."""
+    max_tool_response_length: int = 500
+    """Tokens of one tool text, at most; its tags are never cut."""
+    tool_response_truncate_side: str = "right"
+    """Which end is cut off: `right`, `left` or `middle`."""
+    information_style: str = "searchr1"
+    """How documents are shown: `searchr1` (`Doc 1(Title: …)`) or `rlinf` (`[Doc 1](url):`)."""
+    invalid_action_message: str = (
+        "\nThat was no valid action. To search, put the query between <search> and </search>. "
+        "To answer, put the answer between <answer> and </answer>.\n"
+    )
+    """Told to the policy after a turn that neither calls a tool nor answers."""
+    generate_fn: str | None = None
+    """Dotted path of an async function in place of `searchr1.agent.loop.run_trajectory`."""
+
+
+@dataclass
+class SearchToolConfig:
+    """The search tool."""
+
+    server_addr: Any = "127.0.0.1:8000"
+    """`host:port`, or a list of them."""
+    topk: int = 3
+    """Documents per query."""
+    timeout_s: float = 30.0
+    """Deadline of one call, retries included."""
+    retries: int = 2
+    """Further attempts within the deadline."""
+    max_failure_rate: float = 0.5
+    """End the run once a larger share of the latest calls has failed."""
+    dummy_mode: bool = False
+    """No server: every search finds nothing. For evaluating without the tool."""
+
+
+@dataclass
+class AccessToolConfig:
+    """The page tool."""
+
+    enabled: bool = False
+    """Let the policy read pages with `<access> url </access>`."""
+
+
+@dataclass
+class ToolsConfig:
+    """What the policy may call."""
+
+    search: SearchToolConfig = field(default_factory=SearchToolConfig)
+    """See `SearchToolConfig`."""
+    access: AccessToolConfig = field(default_factory=AccessToolConfig)
+    """See `AccessToolConfig`."""
+
+
+@dataclass
+class RewardConfig:
+    """The reward group."""
+
+    group_name: str = "RewardGroup"
+    """Name of the worker group."""
+    use_reward_model: bool = False
+    """A learned reward model; not supported."""
+    reward_type: str = "searchr1"
+    """Name of a reward (`searchr1` = `exact_match`, `f1_score`, `substring_match`) or the dotted path of a function."""
+    reward_scale: float = 1.0
+    """Multiplies every reward."""
+
+
+@dataclass
+class DataConfig:
+    """Questions."""
+
+    train_data_paths: list[str] = field(default_factory=list)
+    """jsonl or parquet files."""
+    val_data_paths: list[str] = field(default_factory=list)
+    """jsonl or parquet files."""
+    max_prompt_length: int = 1024
+    """Prompt tokens, at most."""
+    filter_prompt_by_length: bool = True
+    """Leave longer prompts out, and count them; False makes one an error."""
+    rollout_batch_size: int = 512
+    """Questions per step."""
+    val_rollout_batch_size: int | None = None
+    """Questions per evaluation batch; null is all at once."""
+    prompt_key: str = "prompt"
+    """Column of the prompt."""
+    answer_key: str = "solutions"
+    """Column of the gold answers."""
+    apply_chat_template: bool = False
+    """Treat a plain prompt as a user message."""
+    prompt_template: str | None = None
+    """Template for rows that carry only a question: `searchr1`, `demo`."""
+    data_size: int | None = None
+    """Read only the first so many rows; null or -1 reads all."""
+    shuffle: bool = True
+    """Draw a new order each epoch."""
+    seed: int = 1234
+    """Seed of that order."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """See `ClusterConfig`."""
+    runner: RunnerConfig = field(default_factory=RunnerConfig)
+    """See `RunnerConfig`."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """See `AlgorithmConfig`."""
+    agentloop: AgentLoopConfig = field(default_factory=AgentLoopConfig)
+    """See `AgentLoopConfig`."""
+    tools: ToolsConfig = field(default_factory=ToolsConfig)
+    """See `ToolsConfig`."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """See `RolloutConfig`."""
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    """See `RewardConfig`."""
+    actor: ActorConfig = field(default_factory=ActorConfig)
+    """See `ActorConfig`."""
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    """See `InferenceConfig`."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """See `CriticConfig`."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """See `DataConfig`."""
+    vars: dict[str, Any] = field(default_factory=dict)
+    """Free: values for interpolation elsewhere in the YAML (`${vars.name}`)."""

@@ -1,0 +1,173 @@
+"""The sections about models: rollout, actor, inference, critic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RolloutModelConfig:
+    """The model to train or evaluate."""
+
+    model_path: str = ""
+    """A Hugging Face folder or hub name."""
+    model_type: str = ""
+    """RLinf's name of the family; read from the model's own config here."""
+    precision: str = "bf16"
+    """`fp32`, `bf16` or `fp16`: what the engine computes in."""
+
+
+@dataclass
+class VllmConfig:
+    """vLLM's own settings."""
+
+    enable_chunked_prefill: bool = True
+    """Prefill long prompts in parts (GPU only)."""
+    enable_prefix_caching: bool = True
+    """Keep the prompt's cache between turns and between attempts at one question."""
+    max_num_batched_tokens: int | None = None
+    """Tokens per engine step; null is vLLM's choice."""
+    kv_cache_memory_gb: float | None = None
+    """Size of the cache; null: 1 GiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
+    block_size: int | None = None
+    """Tokens per cache block; null is the device's own."""
+
+
+@dataclass
+class RolloutConfig:
+    """The rollout group."""
+
+    group_name: str = "RolloutGroup"
+    """Name of the worker group."""
+    gpu_memory_utilization: float = 0.75
+    """Share of a GPU's memory for the engine."""
+    model: RolloutModelConfig = field(default_factory=RolloutModelConfig)
+    """See `RolloutModelConfig`."""
+    enforce_eager: bool = False
+    """No CUDA graphs."""
+    distributed_executor_backend: str = "mp"
+    """`mp` or `ray`, for engines of more than one GPU."""
+    detokenize: bool = True
+    """Needed by stop strings."""
+    return_logprobs: bool = True
+    """Keep the sampled log-probabilities; they also measure the mismatch between engine and actor."""
+    rollout_backend: str = "vllm"
+    """`vllm`; a recipe that says `sglang` runs on vLLM too, with a warning."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """See `VllmConfig`."""
+    tensor_parallel_size: int = 1
+    """GPUs that share one layer."""
+    pipeline_parallel_size: int = 1
+    """GPUs that share the layers."""
+    max_running_requests: int = 128
+    """Sequences generated at once per engine."""
+    validate_weight_first_sync: bool = False
+    """Compare log-probabilities of engine and actor on a probe after the first weight update."""
+
+
+@dataclass
+class ActorModelConfig:
+    """How the policy is held for training."""
+
+    precision: str = "fp32"
+    """`fp32`, `bf16` or `fp16`: what the actor computes in; the optimizer keeps fp32 weights."""
+    path: str | None = None
+    """Model folder; null is `rollout.model.model_path`."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    tensor_model_parallel_size: int = 1
+    """Megatron only."""
+    pipeline_model_parallel_size: int = 1
+    """Megatron only."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    optimizer: str = "adam"
+    """`adam`."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    adam_beta1: float = 0.9
+    """First moment."""
+    adam_beta2: float = 0.95
+    """Second moment."""
+    adam_eps: float = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.01
+    """Decoupled; not on norms and biases."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient."""
+
+
+@dataclass
+class LrSchedConfig:
+    """Learning rate over optimizer steps."""
+
+    lr_warmup_fraction: float = 0.0
+    """Share of `lr_decay_iters` that warms up, unless `lr_warmup_iters` is set."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_warmup_init: float = 0.0
+    """Rate at the start of the warm-up."""
+    min_lr: float = 0.0
+    """Rate at the end of the decay."""
+    lr_decay_style: str = "constant"
+    """`constant`, `linear` or `cosine`."""
+    lr_decay_iters: int | None = None
+    """Steps of warm-up and decay together; null is the whole run."""
+
+
+@dataclass
+class FsdpConfig:
+    """FSDP2."""
+
+    reshard_after_forward: bool = True
+    """Free gathered weights between forward and backward: less memory, more traffic."""
+    cpu_offload: bool = False
+    """Keep weights and optimizer state in host memory."""
+
+
+@dataclass
+class ActorConfig:
+    """The actor group."""
+
+    group_name: str = "ActorGroup"
+    """Name of the worker group."""
+    training_backend: str = "fsdp"
+    """`fsdp`; `megatron` arrives later."""
+    seed: int = 1234
+    """Seed of the training processes."""
+    offload_optimizer: bool = False
+    """GPU: keep the optimizer state in host memory during rollouts."""
+    offload_weight: bool = False
+    """GPU: keep the weights in host memory during rollouts."""
+    offload_grad: bool = False
+    """GPU: free gradients during rollouts; FSDP2 always does."""
+    model: ActorModelConfig = field(default_factory=ActorModelConfig)
+    """See `ActorModelConfig`."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """See `OptimConfig`."""
+    lr_sched: LrSchedConfig = field(default_factory=LrSchedConfig)
+    """See `LrSchedConfig`."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """See `FsdpConfig`."""
+
+
+@dataclass
+class InferenceConfig:
+    """The reference model's group."""
+
+    group_name: str = "InferenceGroup"
+    """Name of the worker group."""
+    model_path: str | None = None
+    """The reference model; null is `rollout.model.model_path`."""
+
+
+@dataclass
+class CriticConfig:
+    """A value model; later."""
+
+    use_critic_model: bool = False
+    """Not supported yet."""

@@ -1,0 +1,61 @@
+"""The questions of a run, as its YAML names them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from searchr1.agent.trajectory import Sample
+from searchr1.config.schema import Config
+from searchr1.data.dataset import load_dataset_files
+from searchr1.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RunData:
+    """Tokenized questions."""
+
+    train: list[Sample]
+    val: list[Sample]
+
+
+def load_tokenizer(config: Config) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: the model's folder has none.
+    """
+    from transformers import AutoTokenizer
+
+    path = config.rollout.model.model_path
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"rollout.model.model_path: no tokenizer in {path}: {error}") from error
+
+
+def load_data(config: Config, training: bool = True) -> RunData:
+    """Read, render and tokenize the questions; an evaluation reads `data.val_data_paths` only."""
+    tokenizer = load_tokenizer(config)
+    data = config.data
+    parts: dict[str, list[Sample]] = {"train": [], "val": []}
+    for part, paths in (("train", data.train_data_paths), ("val", data.val_data_paths)):
+        if not paths or (part == "train" and not training):
+            continue
+        loaded = load_dataset_files(
+            paths,
+            tokenizer=tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            prompt_key=data.prompt_key,
+            answer_key=data.answer_key,
+            template=data.prompt_template,
+            filter_by_length=data.filter_prompt_by_length,
+            data_size=data.data_size,
+            apply_chat_template=data.apply_chat_template,
+        )
+        logger.info("%s questions: %s", part, loaded.stats)
+        parts[part] = loaded.samples
+    return RunData(parts["train"], parts["val"])

@@ -1,0 +1,87 @@
+"""A run's folder: where everything goes, and where to go on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from searchr1.actor.checkpoint import latest_checkpoint, new_checkpoint, prune_checkpoints
+from searchr1.config.load import save_config
+from searchr1.config.schema import Config
+from searchr1.data.loader import PromptLoader
+from searchr1.errors import UserError
+from searchr1.runner.groups import Groups
+
+logger = logging.getLogger(__name__)
+
+RUNNER_STATE = "runner.json"
+SAVE_TIMEOUT_S = 3600.0
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """`{runner.output_dir}/{runner.experiment_name}`."""
+
+    path: Path
+    resume_from: Path | None
+    keep_checkpoints: int | None
+
+    @classmethod
+    def open(cls, config: Config) -> RunFolder:
+        """Make the folder, or decide what to resume.
+
+        Raises:
+            UserError: the folder holds a run that nobody asked to resume, or there is nothing to resume.
+        """
+        path = Path(config.runner.output_dir) / config.runner.experiment_name
+        resume_from = _resume_from(path, config.runner.resume_dir)
+        used = (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
+        if used and config.runner.resume_dir is None and not config.runner.overwrite:
+            raise UserError(
+                f"runner.experiment_name: {path} already holds a run; give another name, set runner.resume_dir=auto to go "
+                "on with it, or runner.overwrite=True to write over it"
+            )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            save_config(config, path / "config.yaml")
+        except OSError as error:
+            raise UserError(f"runner.output_dir: cannot write {path}: {error.strerror}") from error
+        return cls(path, resume_from, config.runner.keep_checkpoints)
+
+    def resume(self, groups: Groups, loader: PromptLoader) -> int:
+        """Load the checkpoint, if there is one to go on from. Returns the last finished step (0 for a fresh run)."""
+        if self.resume_from is None:
+            return 0
+        assert groups.actor is not None
+        state = json.loads((self.resume_from / RUNNER_STATE).read_text())
+        groups.actor.call("load", self.resume_from / "actor").wait(SAVE_TIMEOUT_S)
+        loader.load_state_dict(state["loader"])
+        logger.info("going on after step %d from %s", state["step"], self.resume_from)
+        return int(state["step"])
+
+    def save(self, groups: Groups, loader: PromptLoader, step: int) -> Path:
+        """Write a checkpoint that appears under its final name only when it is complete."""
+        assert groups.actor is not None
+        with new_checkpoint(self.path / "checkpoints", step) as folder:
+            groups.actor.call("save", folder / "actor").wait(SAVE_TIMEOUT_S)
+            state = {"step": step, "loader": loader.state_dict()}
+            (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
+        if self.keep_checkpoints:
+            prune_checkpoints(self.path / "checkpoints", self.keep_checkpoints)
+        return self.path / "checkpoints" / f"global_step_{step}"
+
+
+def _resume_from(path: Path, resume_dir: str | None) -> Path | None:
+    if resume_dir is None:
+        return None
+    if resume_dir == "auto":
+        return latest_checkpoint(path / "checkpoints")
+    folder = Path(resume_dir)
+    if not (folder / RUNNER_STATE).is_file():
+        raise UserError(
+            f"runner.resume_dir: {folder} is no checkpoint ({RUNNER_STATE} is missing); give a folder named "
+            "global_step_N, or auto"
+        )
+    return folder
