@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -36,8 +35,8 @@ class AdvantageSettings:
     adv_type: str = "grpo"
     normalize: bool = False
     """`normalize_advantages`: whiten over all policy tokens of the step."""
-    mode: Literal["trajectory", "turn"] = "trajectory"
-    """`advantage_mode`, read by `grpo_dynamic`."""
+    mode: str = "trajectory"
+    """`advantage_mode`, read by `grpo_dynamic`: only `trajectory` is supported."""
     loss_scales: Sequence[str] = ()
     """Read by `grpo_dynamic`."""
 
