@@ -111,9 +111,7 @@ def compute_advantages(inputs: AdvantageInputs, settings: AdvantageSettings) -> 
         ValueError: shapes differ or a reward is not finite.
     """
     if settings.adv_type not in ADVANTAGES:
-        raise UserError(
-            f"algorithm.adv_type: unknown '{settings.adv_type}'; use one of {', '.join(sorted(ADVANTAGES))}"
-        )
+        raise UserError(f"algorithm.adv_type: unknown '{settings.adv_type}'; use one of {', '.join(sorted(ADVANTAGES))}")
     if not inputs.rewards_N.shape == inputs.group_ids_N.shape == inputs.policy_tokens_N.shape:
         raise ValueError("rewards_N, group_ids_N and policy_tokens_N differ in shape")
     if not bool(inputs.rewards_N.isfinite().all()):
