@@ -37,7 +37,7 @@ class RewardWorker(Worker):
         Training chunks go on to the inference group if there is one: each of its ranks gets a share of every chunk (an
         empty one too), because its ranks must run in lockstep.
         """
-        from searchr1.rewards.score import score_trajectory
+        from searchr1.rewards.registry import score_trajectory
 
         timeout = self._config.runner.step_timeout_s
         reward = self._config.reward

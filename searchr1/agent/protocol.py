@@ -1,0 +1,120 @@
+"""The tags between policy and environment: reading the policy's, writing the environment's. Pure functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from searchr1.agent.trajectory import ActionKind
+
+TAGS = ("think", "search", "information", "answer", "access")
+InformationStyle = Literal["searchr1", "rlinf"]
+TruncateSide = Literal["right", "left", "middle"]
+
+NO_RESULTS = "No search results are found."
+
+_ACTION = re.compile(r"<(search|access|answer)>(.*?)</\1>", re.DOTALL)
+# A tag of ours in any case, with blanks or attributes, closed or not; and the chat markers of Qwen and Llama.
+_OURS = re.compile(rf"<(?=\s*/?\s*(?:{'|'.join(TAGS)})\b)", re.IGNORECASE)
+_CHAT = re.compile(r"<(?=\|[^<>|]{1,40}\|>)")
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One search result."""
+
+    title: str
+    text: str
+    id: str = ""
+    url: str = ""
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """What a turn of the policy asks for."""
+
+    kind: ActionKind
+    arguments: list[str] = field(default_factory=list)
+    """Queries of a search, addresses of an access, the text of an answer."""
+
+
+def parse_action(text: str) -> Action:
+    """What the policy's turn asks for.
+
+    The first complete tag decides: an answer ends, a search or an access calls the tool with every further query of
+    the same kind up to the end of the turn or up to an answer. An empty query counts as invalid.
+    """
+    first = _ACTION.search(text)
+    if first is None:
+        return Action("invalid")
+    kind = first.group(1)
+    if kind == "answer":
+        return Action("answer", [first.group(2).strip()])
+    arguments = []
+    for found in _ACTION.finditer(text, first.start()):
+        if found.group(1) == "answer":
+            break
+        if found.group(1) == kind and found.group(2).strip():
+            arguments.append(found.group(2).strip())
+    return Action("search" if kind == "search" else "access", arguments) if arguments else Action("invalid")
+
+
+def neutralise(text: str) -> str:
+    """Retrieved text with every tag of ours and every chat marker made harmless: `<` becomes `‹`.
+
+    What the environment writes can then neither end a turn nor look like an answer. Idempotent.
+    """
+    return _CHAT.sub("‹", _OURS.sub("‹", text))
+
+
+def render_body(results: Sequence[Sequence[Document]], style: InformationStyle) -> str:
+    """What stands between the information tags; results of several queries follow each other."""
+    documents = [document for found in results for document in found]
+    if not documents:
+        return NO_RESULTS
+    if style == "rlinf":
+        parts = [f"[Doc {i}]({neutralise(d.url)}):\n{neutralise(_titled(d))}\n" for i, d in enumerate(documents, start=1)]
+        return "\n".join(parts)
+    return "\n".join(
+        f'Doc {i}(Title: "{neutralise(d.title)}") {neutralise(d.text)}' for i, d in enumerate(documents, start=1)
+    )
+
+
+def _titled(document: Document) -> str:
+    return f"{document.title}\n{document.text}" if document.title else document.text
+
+
+def frame(style: InformationStyle) -> tuple[str, str]:
+    """What the environment writes before and after a body."""
+    if style == "rlinf":
+        return "\n\n<information>\n", "\n</information>\n<think>\n"
+    return "\n\n<information>", "</information>\n\n"
+
+
+def render_information(results: Sequence[Sequence[Document]], style: InformationStyle) -> str:
+    """A whole tool text, tags included, without a length limit."""
+    before, after = frame(style)
+    return before + render_body(results, style) + after
+
+
+def truncate_ids(body_ids: list[int], limit: int, side: TruncateSide) -> list[int]:
+    """At most `limit` tokens of a body; `side` says which end is lost."""
+    if len(body_ids) <= limit:
+        return body_ids
+    if limit <= 0:
+        return []
+    if side == "right":
+        return body_ids[:limit]
+    if side == "left":
+        return body_ids[-limit:]
+    tail = limit // 2
+    return body_ids[: limit - tail] + (body_ids[-tail:] if tail else [])
+
+
+def last_answer(policy_text: str) -> str | None:
+    """The text of the last complete answer tag, or None."""
+    answers = re.findall(r"<answer>(.*?)</answer>", policy_text, re.DOTALL)
+    return answers[-1].strip() if answers else None

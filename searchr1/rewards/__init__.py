@@ -1,0 +1,1 @@
+"""Rewards: functions of what the policy wrote, never of what it read."""

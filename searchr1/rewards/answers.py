@@ -1,0 +1,64 @@
+"""The metrics of open-domain question answering, as SQuAD and Search-R1 define them."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from searchr1.agent.protocol import last_answer
+
+MAX_ANSWER_TAGS = 10
+"""Above this, RLinf's rule gives a quarter of the reward."""
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalise(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(answer: str | None, golden_answers: Sequence[str]) -> float:
+    """1 if the normalised answer equals any normalised gold answer, else 0."""
+    if answer is None:
+        return 0.0
+    return float(any(normalise(answer) == normalise(gold) for gold in golden_answers))
+
+
+def f1(answer: str | None, golden_answers: Sequence[str]) -> float:
+    """Best token F1 over the gold answers; yes, no and noanswer count only if equal."""
+    if answer is None:
+        return 0.0
+    return max((_f1_of(normalise(answer), normalise(gold)) for gold in golden_answers), default=0.0)
+
+
+def _f1_of(answer: str, gold: str) -> float:
+    if answer != gold and ({answer, gold} & {"yes", "no", "noanswer"}):
+        return 0.0
+    ours, theirs = answer.split(), gold.split()
+    common = sum((Counter(ours) & Counter(theirs)).values())
+    if not common:
+        return 0.0
+    precision, recall = common / len(ours), common / len(theirs)
+    return 2 * precision * recall / (precision + recall)
+
+
+def substring_match(answer: str | None, golden_answers: Sequence[str]) -> float:
+    """1 if any normalised gold answer stands in the normalised answer, else 0."""
+    if answer is None:
+        return 0.0
+    text = normalise(answer)
+    return float(any(gold in text for gold in map(normalise, golden_answers) if gold))
+
+
+def answer_of(policy_text: str) -> str | None:
+    """The policy's last complete answer."""
+    return last_answer(policy_text)
+
+
+def spam_factor(policy_text: str) -> float:
+    """A quarter for more than `MAX_ANSWER_TAGS` answer tags, else 1."""
+    return 0.25 if policy_text.count("</answer>") > MAX_ANSWER_TAGS else 1.0
