@@ -1,0 +1,208 @@
+"""Checkpoints: PyTorch DCP inside, atomic outside.
+
+    checkpoints/global_step_N/
+      runner.json        the runner's own state
+      sizes.json         every file with its size: a truncated file is found before it is read
+      actor/             DCP shards, hf/ (config and tokenizer of the model)
+
+A checkpoint is written under another name and renamed when it is complete, so a folder `global_step_N` is always whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim.lr_scheduler import LambdaLR
+
+from searchr1.errors import UserError
+
+SIZES = "sizes.json"
+HF_FOLDER = "hf"
+_FINAL = re.compile(r"global_step_(\d+)")
+
+
+@contextmanager
+def new_checkpoint(root: Path, step: int) -> Iterator[Path]:
+    """A folder to write a checkpoint of `step` into; it gets its final name when the block ends well.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = root / f"global_step_{step}"
+    partial = root / f".partial_step_{step}_{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".partial_step_*"):
+            shutil.rmtree(leftover)  # of a run that was killed while saving
+        partial.mkdir()
+        yield partial
+        _write_sizes(partial)
+        _sync_tree(partial)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(root)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(
+            f"cannot write a checkpoint below {root}: {reason}; earlier checkpoints are untouched. Free space (or set "
+            "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def checkpoint_steps(root: Path) -> list[int]:
+    """Steps with a complete checkpoint, ascending."""
+    if not root.is_dir():
+        return []
+    matches = (_FINAL.fullmatch(folder.name) for folder in root.iterdir() if (folder / SIZES).is_file())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest complete checkpoint, or None.
+
+    Raises:
+        UserError: it has been damaged since it was written.
+    """
+    steps = checkpoint_steps(root)
+    if not steps:
+        return None
+    newest = root / f"global_step_{steps[-1]}"
+    verify_checkpoint(newest)
+    return newest
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file's size with what was written.
+
+    Raises:
+        UserError: a file is missing or truncated; names it, and the next older checkpoint.
+    """
+    try:
+        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is no complete checkpoint: {SIZES} is missing or unreadable ({error})") from error
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            step = int(_FINAL.fullmatch(folder.name).group(1)) if _FINAL.fullmatch(folder.name) else 0  # type: ignore[union-attr]
+            older = [s for s in checkpoint_steps(folder.parent) if s < step]
+            advice = f"use runner.resume_dir={folder.parent / f'global_step_{older[-1]}'}" if older else "start again"
+            raise UserError(f"{path} {state}: the checkpoint is damaged; {advice}")
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for step in checkpoint_steps(root)[:-keep]:
+        shutil.rmtree(root / f"global_step_{step}")
+
+
+def save_state(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR, model_path: str
+) -> None:
+    """Write everything a training rank holds; a collective."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    dcp.save(state, checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        extra = {"schedule": schedule.state_dict(), "rng": _random_state()}
+        extra["schedule"].pop("lr_lambdas", None)
+        torch.save(extra, folder / "extra.pt")
+        save_hf_files(model_path, model, folder / HF_FOLDER)
+    dist.barrier()
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+    """Read what `save_state` wrote into a model of the same shape; a collective.
+
+    Raises:
+        UserError: damaged, or of another model.
+    """
+    verify_checkpoint(folder.parent)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    try:
+        dcp.load(state, checkpoint_id=folder)
+        extra = torch.load(folder / "extra.pt", weights_only=True)
+    except (CheckpointException, RuntimeError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"cannot load {folder}: it is damaged or belongs to another model ({str(error).splitlines()[0]})"
+        ) from error
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    schedule.load_state_dict(extra["schedule"] | {"lr_lambdas": [None] * len(schedule.lr_lambdas)})
+    _restore_random_state(extra["rng"])
+
+
+def save_hf_files(model_path: str, model: nn.Module, folder: Path) -> None:
+    """Configuration, generation configuration and tokenizer, so that an export needs no other folder."""
+    from transformers import AutoTokenizer
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
+    # A model without a tokenizer of its own is fine here; the exporter says so if it needs one.
+    with suppress(OSError, ValueError):
+        AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": _listed(random.getstate()),
+    }
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _write_sizes(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n")
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)

@@ -1,0 +1,111 @@
+"""The policy as a sharded transformers model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from searchr1.actor import attention  # noqa: F401  (registers the packed attention)
+from searchr1.actor.attention import packed_model_inputs
+from searchr1.actor.packing import PackedBatch
+from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
+from searchr1.device import Device
+from searchr1.errors import UserError
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
+"""fp16 needs loss scaling, which bf16 does not; recipes that say fp16 compute in bf16 here."""
+
+
+def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
+    """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or be alone without them."""
+    from datetime import timedelta
+
+    if dist.is_initialized():
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        dist.init_process_group(device.collective_backend, timeout=timeout)
+    else:
+        store = dist.FileStore(tempfile.mktemp(prefix="searchr1-store-"), 1)
+        dist.init_process_group(device.collective_backend, store=store, rank=0, world_size=1, timeout=timeout)
+
+
+def load_model(
+    path: str,
+    device: Device,
+    *,
+    precision: str = "fp32",
+    trainable: bool = True,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """A causal language model from a Hugging Face folder, sharded over the process group with FSDP2.
+
+    Weights are held in fp32 (they are the optimizer's master copy) and computed with in `precision`.
+
+    Raises:
+        UserError: no usable model there.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=device.attention_implementation
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"cannot load a causal language model from {path}: {error}") from error
+    return shard_model(
+        model,
+        device,
+        precision=precision,
+        trainable=trainable,
+        reshard_after_forward=reshard_after_forward,
+        cpu_offload=cpu_offload,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+
+
+def shard_model(
+    model: Any,
+    device: Device,
+    *,
+    precision: str = "fp32",
+    trainable: bool = True,
+    reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
+    gradient_checkpointing: bool = False,
+) -> nn.Module:
+    """Shard a loaded model: one FSDP2 unit per decoder layer and one for the rest."""
+    model.config.use_cache = False
+    model.requires_grad_(trainable)
+    model.train(trainable)
+    if gradient_checkpointing and trainable:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    mesh = init_device_mesh(device.torch_device().type, (dist.get_world_size(),))
+    compute = COMPUTE_DTYPES[precision]
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    shard: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
+    for layer in model.model.layers:
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **shard)
+    fully_shard(model, reshard_after_forward=False, **shard)
+    return model  # type: ignore[no-any-return]
+
+
+def policy_logprobs(model: nn.Module, batch: PackedBatch, temperature: float, with_entropy: bool = False) -> TokenLogprobs:
+    """Log-probabilities of the P policy tokens of a packed micro-batch; only their positions reach the output layer.
+
+    Returns:
+        [P] values, in the order of `batch.policy_positions_P`.
+    """
+    positions_P = batch.policy_positions_P
+    logits_PV: Tensor = model(**packed_model_inputs(batch), logits_to_keep=positions_P - 1).logits[0]
+    return logprobs_from_logits(logits_PV, batch.input_ids_T[positions_P], temperature, with_entropy)
