@@ -1,0 +1,94 @@
+"""The order in which questions are asked; the same after a resume as without one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from searchr1.agent.trajectory import Sample
+from searchr1.errors import UserError
+
+
+class PromptLoader:
+    """Batches of questions, a new order each epoch; the rest of an epoch that fills no batch is left out."""
+
+    def __init__(self, samples: Sequence[Sample], batch_size: int, *, seed: int, shuffle: bool, max_epochs: int) -> None:
+        if len(samples) < batch_size:
+            raise UserError(
+                f"data.rollout_batch_size: {batch_size} is more than the {len(samples)} training questions; lower it"
+            )
+        self._samples = samples
+        self._batch_size = batch_size
+        self._seed = seed
+        self._shuffle = shuffle
+        self._max_epochs = max_epochs
+        self._epoch = 0
+        self._position = 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches in one pass."""
+        return len(self._samples) // self._batch_size
+
+    @property
+    def total_steps(self) -> int:
+        """Batches in all epochs."""
+        return self.steps_per_epoch * self._max_epochs
+
+    def next_batch(self) -> list[Sample]:
+        """The next questions, numbered from 0; epochs follow each other without end."""
+        if self._position >= self.steps_per_epoch:
+            self._epoch += 1
+            self._position = 0
+        order = self._order(self._epoch)
+        start = self._position * self._batch_size
+        self._position += 1
+        chosen = order[start : start + self._batch_size]
+        return [replace(self._samples[int(row)], index=index) for index, row in enumerate(chosen)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what the data looked like."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "seed": self._seed,
+            "batch_size": self._batch_size,
+            "fingerprint": self._fingerprint(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        Raises:
+            UserError: the data, its seed or the batch size have changed, so the order would not go on.
+        """
+        current = self.state_dict()
+        for key, name in (
+            ("fingerprint", "the training questions (data.train_data_paths)"),
+            ("seed", "data.seed"),
+            ("batch_size", "data.rollout_batch_size"),
+        ):
+            if state[key] != current[key]:
+                raise UserError(f"cannot resume: {name} changed since the checkpoint was written; restore it")
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+
+    def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if not self._shuffle:
+            return np.arange(len(self._samples))
+        return np.random.default_rng([self._seed, epoch]).permutation(len(self._samples))
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(str(len(self._samples)).encode())
+        for sample in self._samples:
+            digest.update(f"{sample.id}\0{sample.question}\0".encode(errors="replace"))
+        return digest.hexdigest()[:16]
+
+
+def eval_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
+    """Every question once, in order; the last batch may be smaller."""
+    for start in range(0, len(samples), batch_size):
+        yield [replace(sample, index=index) for index, sample in enumerate(samples[start : start + batch_size])]

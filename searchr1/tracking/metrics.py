@@ -1,0 +1,94 @@
+"""Metrics of a step's or an evaluation's trajectories. Pure functions."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from searchr1.agent.trajectory import Trajectory
+
+
+def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """What the policy did in one batch.
+
+    `reward/*` are means over trajectories; `rollout/searches` are queries per trajectory; `rollout/invalid_rate` is the
+    share of turns that neither called a tool nor answered; `rollout/uniform_groups` is the share of groups whose attempts
+    all earned the same, which teach nothing.
+    """
+    rewards = np.array([t.reward for t in trajectories])
+    lengths = np.array([t.response_length for t in trajectories])
+    turns = sum(len(t.turns) for t in trajectories)
+    calls = sum(t.tool_calls for t in trajectories)
+    seconds = [turn.tool_seconds for t in trajectories for turn in t.turns if turn.action in ("search", "access")]
+    groups = defaultdict(list)
+    for t in trajectories:
+        groups[t.sample.index].append(t.reward)
+    metrics = {
+        "reward/mean": float(rewards.mean()),
+        "reward/std": float(rewards.std()),
+        "rollout/searches": _mean([t.searches for t in trajectories]),
+        "rollout/turns": turns / len(trajectories),
+        "rollout/response_length": float(lengths.mean()),
+        "rollout/response_length_max": float(lengths.max()),
+        "rollout/policy_tokens": _mean([t.policy_length for t in trajectories]),
+        "rollout/invalid_rate": sum(t.invalid_actions for t in trajectories) / max(turns, 1),
+        "rollout/answered": _mean([t.stop == "answer" for t in trajectories]),
+        "rollout/truncated": _mean([t.stop == "length" for t in trajectories]),
+        "rollout/forced_final": _mean([t.forced_final for t in trajectories]),
+        "rollout/uniform_groups": _mean([len(set(values)) == 1 for values in groups.values()]),
+        "tool/calls": float(calls),
+        "tool/failure_rate": sum(t.tool_failures for t in trajectories) / max(calls, 1),
+        "tool/seconds_p50": float(np.percentile(seconds, 50)) if seconds else 0.0,
+        "tool/seconds_p99": float(np.percentile(seconds, 99)) if seconds else 0.0,
+    }
+    for part in sorted({name for t in trajectories for name in t.reward_parts} - {"reward"}):
+        metrics[f"reward/{part}"] = _mean([t.reward_parts.get(part, 0.0) for t in trajectories])
+    return metrics
+
+
+def eval_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`val/<name>` over all rows, `val/<data source>/<name>` per source, and `val/macro/exact_match`, the sources' mean."""
+    sources = defaultdict(list)
+    for t in trajectories:
+        sources[t.sample.data_source].append(t)
+    metrics = _eval_of(trajectories, "val")
+    for source in sorted(sources):
+        metrics |= _eval_of(sources[source], f"val/{source}")
+    metrics["val/macro/exact_match"] = _mean([metrics[f"val/{source}/exact_match"] for source in sources])
+    return metrics
+
+
+def _eval_of(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float]:
+    turns = sum(len(t.turns) for t in trajectories)
+    calls = sum(t.tool_calls for t in trajectories)
+    return {
+        f"{prefix}/questions": float(len(trajectories)),
+        f"{prefix}/exact_match": _mean([t.reward_parts.get("exact_match", 0.0) for t in trajectories]),
+        f"{prefix}/f1": _mean([t.reward_parts.get("f1", 0.0) for t in trajectories]),
+        f"{prefix}/reward": _mean([t.reward for t in trajectories]),
+        f"{prefix}/searches": _mean([t.searches for t in trajectories]),
+        f"{prefix}/response_length": _mean([t.response_length for t in trajectories]),
+        f"{prefix}/invalid_rate": sum(t.invalid_actions for t in trajectories) / max(turns, 1),
+        f"{prefix}/truncated": _mean([t.stop == "length" for t in trajectories]),
+        f"{prefix}/tool_failure_rate": sum(t.tool_failures for t in trajectories) / max(calls, 1),
+    }
+
+
+def eval_table(metrics: dict[str, float]) -> str:
+    """The evaluation for people: a row per data source and one for all."""
+    names = ("questions", "exact_match", "f1", "searches", "response_length", "invalid_rate")
+    sources = sorted({key.split("/")[1] for key in metrics if key.count("/") == 2} - {"macro"})
+    lines = [f"{'':<16}" + "".join(f"{name:>17}" for name in names)]
+    for label, prefix in [*((source, f"val/{source}") for source in sources), ("all", "val")]:
+        cells = []
+        for name in names:
+            value = metrics.get(f"{prefix}/{name}", float("nan"))
+            cells.append(f"{value:>17.0f}" if name == "questions" else f"{value:>17.3f}")
+        lines.append(f"{label:<16}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

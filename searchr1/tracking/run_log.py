@@ -1,0 +1,133 @@
+"""One object that records a run: metrics, trajectories, the progress bar and a line per step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from searchr1.agent.trajectory import Trajectory
+from searchr1.config.schema import Config
+from searchr1.rewards.answers import answer_of
+from searchr1.tracking.loggers import build_loggers
+from searchr1.tracking.metrics import eval_table
+
+LINE = (
+    ("reward", "reward/mean", "{:.3f}"),
+    ("em", "reward/exact_match", "{:.3f}"),
+    ("searches", "rollout/searches", "{:.2f}"),
+    ("length", "rollout/response_length", "{:.0f}"),
+    ("kl", "actor/kl", "{:.4f}"),
+    ("entropy", "actor/entropy", "{:.3f}"),
+    ("mismatch", "mismatch/logprob_gap_max", "{:.0e}"),
+)
+SECONDS = (
+    ("rollout", "time/rollout"),
+    ("reward", "time/reward"),
+    ("logprob", "time/logprob"),
+    ("train", "time/train"),
+    ("update", "time/weight_update"),
+)
+
+
+class RunLog:
+    """Use as a context manager; every write is on disk when the call returns."""
+
+    def __init__(self, folder: Path, config: Config, *, first_step: int, total_steps: int) -> None:
+        self._folder = folder
+        self._console = Console(file=sys.stdout, soft_wrap=True)
+        self._loggers = build_loggers(
+            folder,
+            config.runner.logger.logger_backends,
+            project=config.runner.logger.project_name,
+            name=config.runner.experiment_name,
+            config=dataclasses.asdict(config),
+            first_step=first_step,
+        )
+        (folder / "trajectories").mkdir(exist_ok=True)
+        self._progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal or total_steps == 0,
+        )
+        self._task = self._progress.add_task("steps", total=total_steps, completed=first_step, rate="")
+        self._started = time.perf_counter()
+        self._first_step, self._total_steps = first_step, total_steps
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+        for logger in self._loggers:
+            logger.close()
+
+    def step(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
+        """Record a training step."""
+        write_trajectories(self._folder / "trajectories" / f"step_{step}.jsonl", trajectories)
+        for logger in self._loggers:
+            logger.log(step, metrics)
+        per_step = (time.perf_counter() - self._started) / max(step - self._first_step, 1)
+        left = per_step * (self._total_steps - step)
+        values = [f"{name} {form.format(metrics[key])}" for name, key, form in LINE if key in metrics]
+        seconds = "/".join(f"{metrics.get(key, 0.0):.1f}" for _, key in SECONDS)
+        names = "/".join(name for name, _ in SECONDS)
+        self._progress.update(self._task, completed=step, rate=f"{per_step:.1f} s/step")
+        self._console.print(
+            f"step {step}/{self._total_steps}  {'  '.join(values)}  seconds {seconds} ({names})  left {left / 60:.1f} min",
+            highlight=False,
+            markup=False,
+        )
+
+    def evaluation(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
+        """Record an evaluation."""
+        write_trajectories(self._folder / "trajectories" / f"eval_step_{step}.jsonl", trajectories)
+        for logger in self._loggers:
+            logger.log(step, metrics)
+        self._console.print(f"evaluation at step {step}\n{eval_table(metrics)}", highlight=False, markup=False)
+
+
+def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
+    """A trajectory for people (and for the report)."""
+    sample = trajectory.sample
+    return {
+        "id": sample.id,
+        "data_source": sample.data_source,
+        "replica": trajectory.replica,
+        "question": sample.question,
+        "golden_answers": sample.golden_answers,
+        "answer": answer_of(trajectory.policy_text),
+        "reward": trajectory.reward,
+        "reward_parts": trajectory.reward_parts,
+        "stop": trajectory.stop,
+        "forced_final": trajectory.forced_final,
+        "searches": trajectory.searches,
+        "response_length": trajectory.response_length,
+        "weight_version": trajectory.weight_version,
+        "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
+    }
+
+
+def write_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
+    """One JSON object per trajectory; the file appears whole or not at all."""
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for trajectory in trajectories:
+            file.write(json.dumps(trajectory_row(trajectory), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
