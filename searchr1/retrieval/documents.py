@@ -1,0 +1,32 @@
+"""Passages and pages as they travel over HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievedDocument:
+    """A passage that a server found."""
+
+    id: str
+    title: str
+    text: str
+    url: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page behind an address."""
+
+    url: str
+    contents: str
+
+
+def split_contents(contents: str) -> tuple[str, str]:
+    """`"Title"\\ntext` -> (title, text); without a line break the title is empty."""
+    first, separator, rest = contents.partition("\n")
+    if not separator:
+        return "", contents.strip()
+    return first.strip().strip('"').strip(), rest.strip()
