@@ -142,9 +142,7 @@ class Engine:
         """A copy of the counters."""
         return replace(self._stats, running=len(self._requests))
 
-    async def generate(
-        self, prompt_ids: list[int], params: GenerateParams, timeout_s: float | None = None
-    ) -> Generation:
+    async def generate(self, prompt_ids: list[int], params: GenerateParams, timeout_s: float | None = None) -> Generation:
         """Samples one continuation.
 
         The log-probabilities are those of the distribution sampled from (temperature, top-p, top-k and penalties

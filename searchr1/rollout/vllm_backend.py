@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,12 +66,7 @@ class VllmBackend:
             raise ValueError(
                 f"a prompt of {len(prompt_ids)} tokens leaves no room in max_model_len={self._settings.max_model_len}"
             )
-        sampling = _sampling_params(replace(params, seed=None))
-        if params.seed is not None:
-            sampling = sampling.clone()
-            # vLLM reads a 64-bit seed; seeds may be any integer.
-            sampling.seed = params.seed % (1 << 63)
-        self._submit(request_id, prompt_ids, sampling)
+        self._submit(request_id, prompt_ids, _sampling_params(params))
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         """Queues the scoring of given tokens; `Finished.prompt_logprobs` will hold one value per token.
@@ -233,9 +226,8 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
     return arguments
 
 
-@functools.lru_cache(maxsize=64)
 def _sampling_params(params: GenerateParams) -> Any:
-    """vLLM's sampling parameters, without the seed (validating them costs more than a copy)."""
+    """vLLM's sampling parameters."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -249,6 +241,8 @@ def _sampling_params(params: GenerateParams) -> Any:
         # Recipes write 1000000 for "off".
         top_k=0 if params.top_k < 0 or params.top_k >= 1_000_000 else params.top_k,
         repetition_penalty=params.repetition_penalty,
+        # Seeds may be any integer; vLLM takes 64 bits.
+        seed=None if params.seed is None else params.seed % (1 << 63),
         stop=list(params.stop) or None,
         include_stop_str_in_output=True,
         # Tags may be special tokens of a tokenizer; the text must show them.
