@@ -129,6 +129,12 @@ class FsdpActor(FsdpModel):
         """As the rollout engine holds them: in its precision unless `dtype` says otherwise."""
         yield from super().named_weights(dtype or COMPUTE_DTYPES[self._config.rollout.model.precision])
 
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights as published."""
+        size = COMPUTE_DTYPES[self._config.rollout.model.precision].itemsize
+        return sum(parameter.numel() for parameter in self.model.parameters()) * size
+
     def train_step(
         self, trajectories: Sequence[Trajectory], advantages: Sequence[float], minibatch_ids: Sequence[int]
     ) -> dict[str, float]:

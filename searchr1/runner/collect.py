@@ -25,6 +25,16 @@ class Batch:
     engine_busy_share: float
     """Share of the rollout during which the engines had something to do, mean over ranks."""
 
+    def metrics(self) -> dict[str, float]:
+        """Seconds of each phase (what a later phase took beyond the earlier one's end) and the rollout's speed."""
+        return {
+            "time/rollout": self.rollout_seconds,
+            "time/reward": self.reward_seconds,
+            "time/reference": self.reference_seconds,
+            "rollout/tokens_per_second": self.generated_tokens / max(self.rollout_seconds, 1e-9),
+            "rollout/engine_busy": self.engine_busy_share,
+        }
+
 
 def collect(
     groups: Groups, samples: list[Sample], *, step: int, mode: Mode, group_size: int, seed: int, timeout_s: float

@@ -45,7 +45,7 @@ def run(config: Config) -> tuple[dict[str, float], Path]:
     device = Device.detect(config.cluster.device)
     samples = load_data(config, training=False).val
     folder = RunFolder.open(config)
-    with launch(config, device, training=False) as groups:
+    with launch(config, device) as groups:
         with RunLog(folder.path, config, first_step=0, total_steps=0) as log:
             metrics = evaluate(groups, samples, config, log, step=0)
     (folder.path / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n")

@@ -65,7 +65,7 @@ class Group:
 class Groups:
     """The groups of one run and the channel between them. Use `launch` as a context manager."""
 
-    def __init__(self, config: Config, device: Device, training: bool) -> None:
+    def __init__(self, config: Config, device: Device, optimizer_steps: int | None) -> None:
         from rlinf.scheduler import Channel, Cluster
 
         from searchr1.workers.actor import ActorWorker
@@ -80,6 +80,7 @@ class Groups:
         # RLinf answers a dying worker process by ending the driver with a signal; we want to save and explain first.
         signal.signal(signal.SIGUSR1, _worker_died)
         self.channel: Any = Channel.create(channels.CHANNEL)
+        training = optimizer_steps is not None
         with_reference = training and config.algorithm.kl_beta > 0
         inference_ranks = len(group_ranks(config, "inference", device)) if with_reference else 0
         self.rollout = self._launch("rollout", RolloutWorker, config, device, self.channel)
@@ -89,7 +90,7 @@ class Groups:
         if with_reference:
             self.inference = self._launch("inference", InferenceWorker, config, device, self.channel)
         if training:
-            self.actor = self._launch("actor", ActorWorker, config, device, self.channel)
+            self.actor = self._launch("actor", ActorWorker, config, device, self.channel, optimizer_steps)
 
     def start(self) -> None:
         """Load everything, all groups at once."""
@@ -114,13 +115,19 @@ class Groups:
 
 
 @contextmanager
-def launch(config: Config, device: Device, training: bool) -> Iterator[Groups]:
-    """Start all groups, and end them however the block ends."""
+def launch(config: Config, device: Device, optimizer_steps: int | None = None) -> Iterator[Groups]:
+    """Start all groups, and end them however the block ends.
+
+    Args:
+        config: of the run.
+        device: where the groups run.
+        optimizer_steps: of the whole training; None is an evaluation, which has neither actor nor inference group.
+    """
     import ray
 
     logging.getLogger("rlinf").setLevel(logging.WARNING)
     try:
-        groups = Groups(config, device, training)
+        groups = Groups(config, device, optimizer_steps)
         groups.start()
         yield groups
     finally:

@@ -45,7 +45,7 @@ def train(config: Config) -> Path:
     )
     total_steps = loader.total_steps if config.runner.max_steps < 0 else config.runner.max_steps
     folder = RunFolder.open(config)
-    with launch(config, device, training=True) as groups:
+    with launch(config, device, total_steps * config.algorithm.n_minibatches) as groups:
         timeout_s = config.runner.step_timeout_s
         step = folder.resume(groups, loader)
         with RunLog(folder.path, config, first_step=step, total_steps=total_steps) as log:
@@ -78,10 +78,11 @@ def train(config: Config) -> Path:
                     | actor_metrics
                     | {"time/weight_update": update_seconds, "time/step": time.perf_counter() - started},
                 )
-                if is_due(step, total_steps, config.runner.save_interval):
-                    folder.save(groups, loader, step)
+                # Before saving: a run killed in between evaluates again instead of never.
                 if is_due(step, total_steps, config.runner.val_check_interval):
                     evaluate(groups, data.val, config, log, step)
+                if is_due(step, total_steps, config.runner.save_interval):
+                    folder.save(groups, loader, step)
     return folder.path
 
 

@@ -30,7 +30,7 @@ class JsonlLogger:
         rows = read_metrics(path) if path.exists() else []
         if rows:
             # Steps after the checkpoint that a resumed run goes on from will be run, and logged, again.
-            kept = [row for row in rows if row["step"] <= first_step and not (first_step == 0)]
+            kept = [row for row in rows if row["step"] <= first_step and first_step != 0]
             path.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 

@@ -29,9 +29,10 @@ class ActorShare:
 class ActorWorker(Worker):
     """One rank of the policy."""
 
-    def __init__(self, config: Config, device: Device, channel: Any) -> None:
+    def __init__(self, config: Config, device: Device, channel: Any, optimizer_steps: int) -> None:
         super().__init__()
         self._config = config
+        self._optimizer_steps = optimizer_steps
         self._device = device
         self._channel = channel
         os.environ.update(device.worker_env("actor", self._world_size))
@@ -41,7 +42,7 @@ class ActorWorker(Worker):
         """Join the process group and load the model and the optimizer."""
         from searchr1.actor.fsdp import FsdpActor
 
-        self._actor = FsdpActor.start(self._config, self._device)
+        self._actor = FsdpActor.start(self._config, self._device, self._optimizer_steps)
 
     @reported
     async def train_step(self) -> dict[str, float]:
@@ -54,9 +55,15 @@ class ActorWorker(Worker):
     @reported
     async def publish_weights(self, version: int) -> Any:
         """Write the weights where the rollout group can map them. Rank 0 returns the manifest."""
-        from searchr1.rollout.weights import publish_weights
+        from searchr1.rollout.weights import publish_weights, weight_directory
 
-        return publish_weights(self._actor.named_weights(), version, writer=self._rank == 0)
+        named = self._actor.named_weights()
+        if self._rank == 0:
+            fallback = Path(self._config.runner.output_dir) / "weights"
+            return publish_weights(named, version, weight_directory(self._actor.weight_bytes, fallback))
+        for _ in named:  # gathering a tensor takes all ranks
+            pass
+        return None
 
     @reported
     async def release_weights(self, manifest: Any) -> None:
