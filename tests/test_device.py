@@ -76,7 +76,5 @@ def test_memory_of_this_process() -> None:
 def test_importing_the_device_module_imports_nothing_heavy() -> None:
     code = "import sys, searchr1.device; print(sorted({'torch', 'vllm', 'ray'} & set(sys.modules)))"
     root = Path(__file__).parents[1]
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout.strip() == "[]"

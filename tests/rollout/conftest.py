@@ -18,9 +18,7 @@ T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
 
 MAX_MODEL_LEN = 512
-SETTINGS = EngineSettings(
-    max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_memory_gb=0.25, request_timeout_s=120.0
-)
+SETTINGS = EngineSettings(max_model_len=MAX_MODEL_LEN, max_num_seqs=128, kv_cache_memory_gb=0.25, request_timeout_s=120.0)
 
 
 def save_tiny_model(path: Path, *, vocab_size: int = 512, hidden: int = 64) -> None:
@@ -38,9 +36,7 @@ def save_tiny_model(path: Path, *, vocab_size: int = 512, hidden: int = 64) -> N
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    words = [
-        a + b + c for a in ("ka", "lo", "mi", "ra") for b in ("ne", "si", "pu", "do") for c in ("", "r", "n", "st")
-    ]
+    words = [a + b + c for a in ("ka", "lo", "mi", "ra") for b in ("ne", "si", "pu", "do") for c in ("", "r", "n", "st")]
     tokenizer.train_from_iterator([" ".join(words) + " <search> </search> <answer> </answer>"] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     fast.save_pretrained(path)

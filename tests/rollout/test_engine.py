@@ -196,9 +196,7 @@ def test_abort_all_returns_what_there_is(engine: Engine, run: Any, until: Any) -
     assert engine.stats().running == 0
 
 
-def test_logprobs_probe_matches_transformers_and_leaves_the_cache_alone(
-    engine: Engine, model_path: Path, run: Any
-) -> None:
+def test_logprobs_probe_matches_transformers_and_leaves_the_cache_alone(engine: Engine, model_path: Path, run: Any) -> None:
     model = Qwen2ForCausalLM.from_pretrained(model_path)
     sequences = random_prompts(6, 2, 300, seed=8)
     run(engine.generate(sequences[0], GenerateParams(max_new_tokens=1)))

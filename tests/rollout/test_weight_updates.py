@@ -57,9 +57,7 @@ def restored(engine: Engine, model_path: Path, tmp_path: Path, run: Any) -> Any:
     load(engine, Qwen2ForCausalLM.from_pretrained(model_path), 0, tmp_path, run)
 
 
-def test_engine_follows_ten_updates_of_a_tied_model(
-    restored: Engine, model_path: Path, tmp_path: Path, run: Any
-) -> None:
+def test_engine_follows_ten_updates_of_a_tied_model(restored: Engine, model_path: Path, tmp_path: Path, run: Any) -> None:
     model = Qwen2ForCausalLM.from_pretrained(model_path)
     assert model.config.tie_word_embeddings
     assert worst_difference(restored, model, run) < 1e-4
