@@ -40,8 +40,12 @@ class ActorWorker(Worker):
     @reported
     async def start(self) -> None:
         """Join the process group and load the model and the optimizer."""
+        import torch
+
         from searchr1.actor.fsdp import FsdpActor
 
+        # Ray starts workers with one OpenMP thread.
+        torch.set_num_threads(self._device.threads_for("actor", self._world_size))
         self._actor = FsdpActor.start(self._config, self._device, self._optimizer_steps)
 
     @reported

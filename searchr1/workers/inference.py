@@ -26,8 +26,12 @@ class InferenceWorker(Worker):
     @reported
     async def start(self) -> None:
         """Load the reference model: the weights that training started from."""
+        import torch
+
         from searchr1.actor.fsdp import FsdpReference
 
+        # Ray starts workers with one OpenMP thread.
+        torch.set_num_threads(self._device.threads_for("inference", self._world_size))
         self._model = FsdpReference.start(self._config, self._device)
 
     @reported

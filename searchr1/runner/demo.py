@@ -1,0 +1,138 @@
+"""`searchr1 demo`, what run.sh calls: world, retrieval server, training, conversion, evaluation, report.
+
+Every step is a command of its own, printed before it runs, so that a person can repeat any of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from searchr1.errors import UserError
+from searchr1.tracking.loggers import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAIN_CONFIG = ROOT / "examples/searchr1/config/tiny-cpu.yaml"
+EVAL_CONFIG = ROOT / "examples/searchr1/config/tiny-cpu-eval.yaml"
+COLD_START = ROOT / "examples/demo/cold_start"
+NEW_WORLD_SEED = 77
+SERVER_TIMEOUT_S = 60.0
+HOPS = ("one_hop", "two_hop", "three_hop")
+
+
+def command(*arguments: object, env: dict[str, str] | None = None) -> None:
+    """Run a sub-command in a process of its own.
+
+    Raises:
+        UserError: it failed; what went wrong is above.
+    """
+    words = [str(argument) for argument in arguments]
+    print(f"\n$ searchr1 {shlex.join(words)}", flush=True)
+    code = subprocess.call([sys.executable, "-m", "searchr1.cli", *words], env=os.environ | (env or {}))
+    if code:
+        raise UserError(f"searchr1 {words[0]} ended with exit code {code}; see its message above")
+
+
+@contextmanager
+def retrieval_server(world: Path, log: Path) -> Iterator[str]:
+    """A server on a free port for as long as the block runs. Yields its address.
+
+    Raises:
+        UserError: it did not come up.
+    """
+    address_file = world / "address"
+    address_file.unlink(missing_ok=True)
+    words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(world / "corpus.jsonl")]
+    words += ["--pages_path", str(world / "pages.jsonl"), "--port", "0", "--save-address-to", str(address_file)]
+    print(f"\n$ searchr1 {shlex.join(words)} &", flush=True)
+    with log.open("w") as output:
+        server = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *words], stdout=output, stderr=output)
+    try:
+        deadline = time.monotonic() + SERVER_TIMEOUT_S
+        while not address_file.exists():
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise UserError(f"the retrieval server did not start; its last words: {log.read_text()[-500:]}")
+            time.sleep(0.05)
+        print(log.read_text().strip(), flush=True)
+        yield address_file.read_text()
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def summary(folder: Path) -> str:
+    """What came of it, for people."""
+    rows = [row for row in read_metrics(folder / "train/metrics.jsonl") if "val/exact_match" in row]
+    exported = json.loads((folder / "eval/eval.json").read_text())
+    columns = [("before training", rows[0]), (f"after {rows[-1]['step']} steps", rows[-1]), ("converted model", exported)]
+    lines = ["held-out questions" + "".join(f"{name:>20}" for name, _ in columns)]
+    for label, key in [("exact match", "val/exact_match"), *((f"  {h}", f"val/{h}/exact_match") for h in HOPS)]:
+        lines.append(f"{label:<18}" + "".join(f"{row.get(key, float('nan')):>20.3f}" for _, row in columns))
+    lines.append(f"{'searches/question':<18}" + "".join(f"{row['val/searches']:>20.2f}" for _, row in columns))
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole demo."""
+    started = time.perf_counter()
+    out: Path = args.out or Path(f"runs/demo-seed{args.seed}")
+    out.mkdir(parents=True, exist_ok=True)
+    world = out / "world"
+    if not (world / "world.json").exists():
+        command("demo-world", "--seed", args.seed, "--out", world)
+    with retrieval_server(world, out / "retrieval.log") as address:
+        env = {"SEARCHR1_DEMO_DIR": str(out), "SEARCHR1_SEARCH_ADDR": address, "SEARCHR1_COLD_START": str(args.model)}
+        overrides = [f"runner.seed={args.seed}", "runner.resume_dir=auto", *args.overrides]
+        if args.steps is not None:
+            overrides.append(f"runner.max_steps={args.steps}")
+        command("train", TRAIN_CONFIG, *overrides, env=env)
+        steps = sorted((out / "train/checkpoints").glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
+        model = out / "model"
+        if not model.exists():
+            command("convert", "fsdp2hf", "--checkpoint", steps[-1] / "actor", "--output", model)
+        command("eval", EVAL_CONFIG, "runner.overwrite=True", env=env)
+        if args.checks:
+            off = ["runner.experiment_name=eval-search-off", "tools.search.dummy_mode=True", "runner.overwrite=True"]
+            command("eval", EVAL_CONFIG, *off, env=env)
+    if args.checks:
+        other = out / "new-world" / "world"
+        command("demo-world", "--seed", NEW_WORLD_SEED, "--out", other)
+        with retrieval_server(other, out / "retrieval-new-world.log") as address:
+            env = {"SEARCHR1_DEMO_DIR": str(out / "new-world"), "SEARCHR1_SEARCH_ADDR": address}
+            command("eval", EVAL_CONFIG, f"rollout.model.model_path={model}", "runner.overwrite=True", env=env)
+    command("report", out / "train")
+    print(f"\n{summary(out)}\n")
+    if args.checks:
+        for label, path in (("search off", "eval-search-off"), (f"world {NEW_WORLD_SEED}", "new-world/eval")):
+            metrics = json.loads((out / path / "eval.json").read_text())
+            print(f"exact match, {label}: {metrics['val/exact_match']:.3f}")
+    print(f"model   {model}\ntable   {out / 'eval/eval.json'}\npage    {out / 'train/report.html'}")
+    print(f"everything took {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command."""
+    parser = argparse.ArgumentParser(
+        prog="run.sh",
+        description="A small language model learns to search a fictional encyclopedia, on a CPU, in about a quarter of an "
+        "hour. A second run goes on where the first one stopped.",
+    )
+    parser.add_argument("--steps", type=int, help="training steps (default: those of tiny-cpu.yaml; 2 for the impatient)")
+    parser.add_argument("--seed", type=int, default=0, help="of the world and of the training (default 0)")
+    parser.add_argument("--out", type=Path, help="folder for everything (default runs/demo-seedSEED)")
+    parser.add_argument("--model", type=Path, default=COLD_START, help="model to start from")
+    parser.add_argument("--checks", action="store_true", help=f"also evaluate without search, and on world {NEW_WORLD_SEED}")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's YAML")
+    run(parser.parse_args(argv))
+    return 0
