@@ -1,0 +1,97 @@
+"""The whole loop as a user runs it, with real processes: shortened, interrupted, and with its server taken away."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from searchr1.runner.demo import ROOT
+from searchr1.tracking.loggers import read_metrics
+
+NO_EVAL = ("runner.val_check_interval=-1", "runner.val_before_train=False")
+
+
+@pytest.mark.timeout(400)
+def test_demo_with_two_steps_ends_with_a_model_a_table_and_a_page(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "searchr1.cli", "demo", "--steps", "2", "--out", str(tmp_path / "demo"), "data.data_size=80"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=380,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert (tmp_path / "demo/model/model.safetensors").is_file()
+    assert (tmp_path / "demo/eval/eval.json").is_file()
+    page = (tmp_path / "demo/train/report.html").read_text()
+    assert "<svg" in page
+    rows = read_metrics(tmp_path / "demo/train/metrics.jsonl")
+    steps = [row for row in rows if "reward/mean" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    # fp32 on both sides: engine and actor agree on every sampled token.
+    assert all(row["mismatch/logprob_gap_max"] < 1e-4 for row in steps)
+    assert all(row["tool/failure_rate"] == 0 for row in steps)
+
+
+@pytest.mark.timeout(400)
+def test_server_that_dies_mid_run_ends_it_with_a_clear_error(demo, address):
+    process = demo.start(address, "runner.experiment_name=dies", "runner.save_interval=1", "runner.max_steps=500", *NO_EVAL)
+    folder = demo.path / "dies"
+    try:
+        wait_for_step(folder / "metrics.jsonl", 1, process)
+        port = address.rpartition(":")[2]
+        kill_listener(int(port))
+        output, _ = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 2, output[-3000:]
+    message = output[output.rindex("searchr1 train:") :]
+    assert "tools.search.server_addr" in message
+    assert "calls failed" in message
+    assert "Traceback" not in message
+    assert (folder / "checkpoints/global_step_1/sizes.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_run_gives_the_metrics_of_an_uninterrupted_one(demo, address):
+    common = ("runner.max_steps=4", "runner.save_interval=2", *NO_EVAL)
+    whole = demo.train(address, "runner.experiment_name=whole", *common)
+    assert whole.returncode == 0, whole.stdout[-3000:]
+    process = demo.start(address, "runner.experiment_name=killed", *common)
+    try:
+        wait_for_step(demo.path / "killed/metrics.jsonl", 3, process)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    resumed = demo.train(address, "runner.experiment_name=killed", "runner.resume_dir=auto", *common)
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
+    expected = {row["step"]: row for row in read_metrics(demo.path / "whole/metrics.jsonl")}
+    found = {row["step"]: row for row in read_metrics(demo.path / "killed/metrics.jsonl")}
+    assert sorted(found) == sorted(expected) == [1, 2, 3, 4]
+    for step in (3, 4):
+        for name in ("reward/mean", "reward/exact_match", "rollout/searches", "rollout/response_length"):
+            assert found[step][name] == expected[step][name], (step, name)
+        for name in ("actor/loss", "actor/grad_norm", "actor/kl", "actor/entropy"):
+            assert found[step][name] == pytest.approx(expected[step][name], rel=1e-3, abs=1e-6), (step, name)
+
+
+def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], timeout: float = 200) -> None:
+    deadline = time.monotonic() + timeout
+    while not (metrics.exists() and any(row["step"] >= step for row in read_metrics(metrics))):
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, "the run is too slow"
+        time.sleep(0.1)
+
+
+def kill_listener(port: int) -> None:
+    import psutil
+
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            os.kill(connection.pid, signal.SIGKILL)
