@@ -11,11 +11,13 @@ from typing import Any
 from searchr1.agent.trajectory import Sample
 from searchr1.data.prompts import render_prompt
 from searchr1.errors import UserError
+from searchr1.rewards.registry import reward_function
 
 Row = dict[str, Any]
 ANSWER_KEYS = ("solutions", "golden_answers", "answers", "answer", "target")
 QUESTION_KEYS = ("question", "query")
 TOKENIZE_ROWS = 4096
+"""Rows handed to the tokenizer at once; it spreads them over the cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +56,25 @@ def load_dataset_files(
 ) -> LoadedData:
     """Read jsonl and parquet files in RLinf's, Search-R1's and FlashRAG's row shapes.
 
+    Args:
+        paths: files, read one after the other.
+        tokenizer: of the model; its chat template renders prompts that are chat messages.
+        max_prompt_length: tokens.
+        prompt_key: column of the prompt: a text or chat messages.
+        answer_key: column of the gold answers; where a row has none, the usual names (`ANSWER_KEYS`) are tried.
+        template: see `searchr1.data.prompts`.
+        filter_by_length: leave longer prompts out and count them; otherwise one is an error.
+        data_size: read only the first so many rows of all files together; None or a negative number reads all.
+        apply_chat_template: treat a plain prompt as a user message.
+
     Raises:
-        UserError: a missing or empty file, invalid JSON, a row without prompt or answer, or (without
-            `filter_by_length`) a prompt that is too long.
+        UserError: a missing, unreadable or empty file; invalid JSON; a row without prompt or answer, or with an unknown
+            reward; (without `filter_by_length`) a prompt that is too long; no row left.
     """
+    if not paths:
+        raise UserError("no data file is named; give data.train_data_paths or data.val_data_paths")
     limit = data_size if data_size is not None and data_size >= 0 else None
+    columns = _Columns(prompt_key, answer_key, template, apply_chat_template)
     texts: list[str] = []
     samples: list[Sample] = []
     for path in map(Path, paths):
@@ -66,15 +82,12 @@ def load_dataset_files(
             if limit is not None and len(samples) >= limit:
                 break
             try:
-                text, sample = _sample(row, line, path, tokenizer, prompt_key, answer_key, template, apply_chat_template)
+                text, sample = _sample(row, line, path, tokenizer, columns)
             except UserError as error:
                 raise UserError(f"{path}:{line}: {error}") from error
             texts.append(text)
             samples.append(sample)
-    for start in range(0, len(texts), TOKENIZE_ROWS):
-        encoded = tokenizer(texts[start : start + TOKENIZE_ROWS], add_special_tokens=False)["input_ids"]
-        for sample, ids in zip(samples[start : start + TOKENIZE_ROWS], encoded, strict=True):
-            sample.prompt_ids = ids
+    _tokenize(samples, texts, tokenizer)
     kept = [sample for sample in samples if len(sample.prompt_ids) <= max_prompt_length]
     if len(kept) < len(samples) and not filter_by_length:
         worst = max(samples, key=lambda sample: len(sample.prompt_ids))
@@ -83,9 +96,12 @@ def load_dataset_files(
             f"(the longest, {worst.id}, has {len(worst.prompt_ids)}); raise it or set data.filter_prompt_by_length=True"
         )
     if not kept:
+        names = ", ".join(map(str, paths))
+        if not samples:
+            raise UserError(f"data.data_size: {data_size} leaves no row of {names}")
         raise UserError(
-            f"{', '.join(map(str, paths))}: no row is left; all {len(samples)} prompts are longer than "
-            f"data.max_prompt_length = {max_prompt_length}"
+            f"{names}: no row is left; all {len(samples)} prompts are longer than data.max_prompt_length = "
+            f"{max_prompt_length} tokens; raise it"
         )
     return LoadedData(kept, LoadStats(len(samples), len(kept), len(samples) - len(kept)))
 
@@ -99,21 +115,27 @@ def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     count = 0
-    for line, row in _parquet(path) if path.suffix == ".parquet" else _jsonl(path):
-        count += 1
-        yield line, row
+    try:
+        for line, row in _parquet(path) if path.suffix == ".parquet" else _jsonl(path):
+            count += 1
+            yield line, row
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error})") from error
     if not count:
         raise UserError(f"{path}: the file has no rows")
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open(encoding="utf-8") as file:
-        for line, text in enumerate(file, start=1):
-            if not text.strip():
+    # Bytes, and the text of one line at a time: so that a line that is not UTF-8 can be named.
+    with path.open("rb") as file:
+        for line, data in enumerate(file, start=1):
+            if not data.strip():
                 continue
             try:
-                row = json.loads(text)
-            except ValueError as error:
+                row = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}:{line}: not valid JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{line}: expected an object with keys, found {type(row).__name__}")
@@ -125,58 +147,95 @@ def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
         line = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                line += 1
-                yield line, row
-    except (pa.ArrowException, OSError) as error:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=TOKENIZE_ROWS):
+                for row in batch.to_pylist():
+                    line += 1
+                    yield line, row
+    except pa.ArrowException as error:
         raise UserError(f"{path}: not readable as parquet ({error})") from error
 
 
-def _sample(
-    row: Row, line: int, path: Path, tokenizer: Any, prompt_key: str, answer_key: str, template: str | None, chat: bool
-) -> tuple[str, Sample]:
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Where a row's parts are, and how its prompt is made."""
+
+    prompt_key: str
+    answer_key: str
+    template: str | None
+    chat: bool
+
+
+def _sample(row: Row, line: int, path: Path, tokenizer: Any, columns: _Columns) -> tuple[str, Sample]:
     """The prompt's text and the sample, still without token ids."""
-    prompt = row.get(prompt_key)
+    prompt = row.get(columns.prompt_key)
     question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), None)
-    text = render_prompt(prompt, question, tokenizer, template, chat)
+    text = render_prompt(prompt, question, tokenizer, columns.template, columns.chat)
     source = row.get("data_source")
     source = source if isinstance(source, str) and source else path.stem
     extra = row.get("extra_info")
-    number = extra.get("index") if isinstance(extra, dict) else row.get("id")
+    number = extra.get("index") if isinstance(extra, dict) else None
+    number = row.get("id") if number is None else number
     reward = row.get("reward_model")
+    reward = reward if isinstance(reward, str) and reward else None
+    if reward is not None:
+        reward_function(reward)  # An unknown one must not wait for the first step to be found.
     sample = Sample(
         id=f"{source}/{line - 1 if number is None else number}",
         index=0,
         prompt_ids=[],
         question=question or _question_of(prompt, text),
-        golden_answers=_answers(row, answer_key),
+        golden_answers=_answers(row, columns.answer_key),
         data_source=source,
-        reward_name=reward if isinstance(reward, str) and reward else None,
+        reward_name=reward,
     )
+    for part in (text, sample.id, sample.question, *sample.golden_answers):
+        _require_unicode(part)
     return text, sample
 
 
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"half of a surrogate pair at character {error.start} of {text[:40]!r}; repair it") from error
+
+
 def _question_of(prompt: object, text: str) -> str:
-    """For logs: the user's last message, or what follows the last "Question:"."""
-    if isinstance(prompt, list) and prompt:
-        text = str(prompt[-1].get("content", text))
+    """For logs: the last message, or the text; of either what follows the last "Question:"."""
+    if isinstance(prompt, list):
+        text = prompt[-1]["content"]
+    elif isinstance(prompt, str):
+        text = prompt
     return text.rpartition("Question:")[2].strip()
 
 
 def _answers(row: Row, answer_key: str) -> list[str]:
+    """The first column that holds an answer, as texts."""
     reward = row.get("reward_model")
     truth = reward.get("ground_truth") if isinstance(reward, dict) else None
-    candidates = [row.get(answer_key), truth, *(row.get(key) for key in ANSWER_KEYS)]
-    for value in candidates:
+    for value in (row.get(answer_key), truth, *(row.get(key) for key in ANSWER_KEYS)):
         if isinstance(value, dict):
             value = value.get("target")
-        if isinstance(value, str | int | float) and not isinstance(value, bool):
-            value = [value]
-        if isinstance(value, list):
-            answers = [str(answer) for answer in value if str(answer).strip()]
-            if answers:
-                return answers
-    raise UserError(f"the row has no answer; give a text or a list of texts under {answer_key!r}")
+        values = value if isinstance(value, list) else [value]
+        scalars = [item for item in values if isinstance(item, str | int | float)]
+        answers = [str(item).strip() for item in scalars if str(item).strip()]
+        if answers:
+            return answers
+    raise UserError(f"the row has no answer; give a text or a list of texts under {answer_key!r} (data.answer_key)")
+
+
+def _tokenize(samples: list[Sample], texts: list[str], tokenizer: Any) -> None:
+    """Fill in `prompt_ids`. No special tokens are added: a template that wants them writes them."""
+    # One int object per distinct id: with a new one per token the 170k prompts of Search-R1 would hold 1 GB more.
+    shared: dict[int, int] = {}
+    for start in range(0, len(texts), TOKENIZE_ROWS):
+        chunk = samples[start : start + TOKENIZE_ROWS]
+        encoded = tokenizer(texts[start : start + TOKENIZE_ROWS], add_special_tokens=False)["input_ids"]
+        for sample, ids in zip(chunk, encoded, strict=True):
+            if not ids:
+                raise UserError(
+                    f"the prompt of {sample.id} has no tokens: {sample.question[:60]!r}; is the tokenizer the model's own?"
+                )
+            sample.prompt_ids = [shared.setdefault(token, token) for token in ids]

@@ -14,7 +14,20 @@ from searchr1.errors import UserError
 
 
 class PromptLoader:
-    """Batches of questions, a new order each epoch; the rest of an epoch that fills no batch is left out."""
+    """Batches of questions, a new order each epoch; the rest of an epoch that fills no batch is left out.
+
+    The order of an epoch depends on the seed and the epoch's number alone, so that it can be taken up anywhere.
+
+    Args:
+        samples: all training questions.
+        batch_size: questions per step.
+        seed: of the order.
+        shuffle: draw a new order each epoch; otherwise every epoch has the files' order.
+        max_epochs: sets `total_steps`; `next_batch` itself goes on for as long as it is asked.
+
+    Raises:
+        UserError: fewer questions than one batch needs.
+    """
 
     def __init__(self, samples: Sequence[Sample], batch_size: int, *, seed: int, shuffle: bool, max_epochs: int) -> None:
         if len(samples) < batch_size:
@@ -28,6 +41,7 @@ class PromptLoader:
         self._max_epochs = max_epochs
         self._epoch = 0
         self._position = 0
+        self._fingerprint: str | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,7 +54,7 @@ class PromptLoader:
         return self.steps_per_epoch * self._max_epochs
 
     def next_batch(self) -> list[Sample]:
-        """The next questions, numbered from 0; epochs follow each other without end."""
+        """The next questions as copies, `index` numbered from 0; epochs follow each other without end."""
         if self._position >= self.steps_per_epoch:
             self._epoch += 1
             self._position = 0
@@ -56,36 +70,45 @@ class PromptLoader:
             "epoch": self._epoch,
             "position": self._position,
             "seed": self._seed,
+            "shuffle": self._shuffle,
             "batch_size": self._batch_size,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._data_fingerprint(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken.
 
         Raises:
-            UserError: the data, its seed or the batch size have changed, so the order would not go on.
+            UserError: the data, the shuffling or the batch size have changed, so the order would not go on.
         """
         current = self.state_dict()
         for key, name in (
             ("fingerprint", "the training questions (data.train_data_paths)"),
             ("seed", "data.seed"),
+            ("shuffle", "data.shuffle"),
             ("batch_size", "data.rollout_batch_size"),
         ):
-            if state[key] != current[key]:
-                raise UserError(f"cannot resume: {name} changed since the checkpoint was written; restore it")
+            if state.get(key) != current[key]:
+                raise UserError(
+                    f"cannot resume: {name} changed since the checkpoint was written; restore it, or start a new run"
+                )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
 
     def _order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         if not self._shuffle:
             return np.arange(len(self._samples))
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._samples))
+        return np.random.default_rng([self._seed % 2**64, epoch]).permutation(len(self._samples))
 
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256(str(len(self._samples)).encode())
-        for sample in self._samples:
-            digest.update(f"{sample.id}\0{sample.question}\0".encode(errors="replace"))
-        return digest.hexdigest()[:16]
+    def _data_fingerprint(self) -> str:
+        """A hash of everything that training sees of the questions."""
+        if self._fingerprint is None:
+            digest = hashlib.sha256()
+            for s in self._samples:
+                parts = (s.id, s.question, s.golden_answers, s.data_source, s.reward_name)
+                digest.update(repr(parts).encode())
+                digest.update(np.asarray(s.prompt_ids, dtype=np.int32).tobytes())
+            self._fingerprint = digest.hexdigest()[:16]
+        return self._fingerprint
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from searchr1.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+EXTRAS = {"tensorboard": "train", "wandb": "wandb", "swanlab": "swanlab"}
+"""Which extra of the package brings a backend."""
 
 
 class Logger(Protocol):
@@ -24,19 +31,25 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """One JSON object a line, `{"step": …, name: value}`; written at once, so that a killed run keeps what it had."""
+    """One JSON object a line, `{"step": …, name: value}`; handed to the system at once, so that a killed run keeps it.
+
+    Args:
+        path: the file; made if missing.
+        first_step: the step that the run goes on from. Rows of later steps will be logged again and are removed; with 0
+            (a fresh run) all are.
+    """
 
     def __init__(self, path: Path, first_step: int) -> None:
-        rows = read_metrics(path) if path.exists() else []
-        if rows:
-            # Steps after the checkpoint that a resumed run goes on from will be run, and logged, again.
-            kept = [row for row in rows if row["step"] <= first_step and first_step != 0]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
+            partial = path.with_suffix(".partial")
+            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(partial, path)
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line; values that JSON cannot hold become null."""
-        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        row = {name: float(value) if math.isfinite(value) else None for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
 
     def close(self) -> None:
@@ -45,17 +58,18 @@ class JsonlLogger:
 
 
 class TensorBoardLogger:
-    """Event files for TensorBoard."""
+    """Event files for TensorBoard; what an earlier run in the folder logged after `first_step` is hidden there."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """One scalar per metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
+        self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""
@@ -63,11 +77,16 @@ class TensorBoardLogger:
 
 
 class ModuleLogger:
-    """wandb and swanlab, whose modules have the same three functions."""
+    """wandb and swanlab, whose modules have the same three functions. A resumed run goes on under its old id."""
 
-    def __init__(self, module: Any, project: str, name: str, config: dict[str, Any]) -> None:
+    def __init__(
+        self, module: Any, folder: Path, *, project: str, name: str, config: dict[str, Any], first_step: int
+    ) -> None:
         self._module = module
-        module.init(project=project, name=name, config=config)
+        id_file = folder / f"{module.__name__}_id"
+        if not first_step or not id_file.is_file():
+            id_file.write_text(hashlib.sha256(os.urandom(16)).hexdigest()[:16])
+        module.init(project=project, name=name, config=config, id=id_file.read_text(), resume="allow")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Send a step."""
@@ -83,35 +102,63 @@ def build_loggers(
 ) -> list[Logger]:
     """metrics.jsonl and every backend.
 
+    Args:
+        folder: the run's, which exists.
+        backends: any of tensorboard, wandb, swanlab.
+        project: in wandb and swanlab.
+        name: of the run there.
+        config: shown there.
+        first_step: the step that the run goes on from, 0 for a fresh one.
+
     Raises:
         UserError: unknown backend, or its package is not installed.
     """
-    import importlib
-
-    loggers: list[Logger] = [JsonlLogger(folder / "metrics.jsonl", first_step)]
-    makers: dict[str, Callable[[], Logger]] = {
+    logger_of: dict[str, Callable[[], Logger]] = {
         "tensorboard": lambda: TensorBoardLogger(folder / "tensorboard", first_step),
-        "wandb": lambda: ModuleLogger(importlib.import_module("wandb"), project, name, config),
-        "swanlab": lambda: ModuleLogger(importlib.import_module("swanlab"), project, name, config),
+        "wandb": lambda: _module_logger("wandb"),
+        "swanlab": lambda: _module_logger("swanlab"),
     }
+
+    def _module_logger(module: str) -> Logger:
+        found = importlib.import_module(module)
+        return ModuleLogger(found, folder, project=project, name=name, config=config, first_step=first_step)
+
     for backend in backends:
-        if backend not in makers:
-            raise UserError(f"runner.logger.logger_backends: unknown {backend!r}; use any of {', '.join(makers)}")
+        if backend not in logger_of:
+            raise UserError(f"runner.logger.logger_backends: unknown {backend!r}; use any of {', '.join(logger_of)}")
+    loggers: list[Logger] = [JsonlLogger(folder / METRICS_FILE, first_step)]
+    for backend in backends:
         try:
-            loggers.append(makers[backend]())
+            loggers.append(logger_of[backend]())
         except ImportError as error:
             raise UserError(
-                f"runner.logger.logger_backends: {backend} is not installed; pip install 'searchr1[{backend}]'"
+                f"runner.logger.logger_backends: {backend} is not installed; pip install 'searchr1[{EXTRAS[backend]}]' "
+                f"or take it out of the list ({error})"
             ) from error
     return loggers
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of a metrics.jsonl; a last line that a kill cut short is left out.
+
+    Raises:
+        UserError: the file cannot be read, or another line is not a row of metrics.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError as error:
+        raise UserError(f"{path}: not readable ({error.strerror})") from error
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path}:{number}: not valid JSON ({error}); remove the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{path}:{number}: no row of metrics ('step' is missing); remove the line")
+        rows.append(row)
     return rows

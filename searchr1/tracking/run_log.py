@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
-from searchr1.rewards.answers import answer_of
 from searchr1.tracking.loggers import build_loggers
 from searchr1.tracking.metrics import eval_table
+from searchr1.tracking.trajectory_log import FOLDER, eval_file, train_file, write_trajectories
 
 LINE = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -53,7 +51,7 @@ class RunLog:
             config=dataclasses.asdict(config),
             first_step=first_step,
         )
-        (folder / "trajectories").mkdir(exist_ok=True)
+        (folder / FOLDER).mkdir(exist_ok=True)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -80,7 +78,7 @@ class RunLog:
 
     def step(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         """Record a training step."""
-        write_trajectories(self._folder / "trajectories" / f"step_{step}.jsonl", trajectories)
+        write_trajectories(train_file(self._folder, step), trajectories)
         for logger in self._loggers:
             logger.log(step, metrics)
         per_step = (time.perf_counter() - self._started) / max(step - self._first_step, 1)
@@ -97,37 +95,7 @@ class RunLog:
 
     def evaluation(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         """Record an evaluation."""
-        write_trajectories(self._folder / "trajectories" / f"eval_step_{step}.jsonl", trajectories)
+        write_trajectories(eval_file(self._folder, step), trajectories)
         for logger in self._loggers:
             logger.log(step, metrics)
         self._console.print(f"evaluation at step {step}\n{eval_table(metrics)}", highlight=False, markup=False)
-
-
-def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
-    """A trajectory for people (and for the report)."""
-    sample = trajectory.sample
-    return {
-        "id": sample.id,
-        "data_source": sample.data_source,
-        "replica": trajectory.replica,
-        "question": sample.question,
-        "golden_answers": sample.golden_answers,
-        "answer": answer_of(trajectory.policy_text),
-        "reward": trajectory.reward,
-        "reward_parts": trajectory.reward_parts,
-        "stop": trajectory.stop,
-        "forced_final": trajectory.forced_final,
-        "searches": trajectory.searches,
-        "response_length": trajectory.response_length,
-        "weight_version": trajectory.weight_version,
-        "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
-    }
-
-
-def write_trajectories(path: Path, trajectories: Sequence[Trajectory]) -> None:
-    """One JSON object per trajectory; the file appears whole or not at all."""
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for trajectory in trajectories:
-            file.write(json.dumps(trajectory_row(trajectory), ensure_ascii=False) + "\n")
-    os.replace(partial, path)

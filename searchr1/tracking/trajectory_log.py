@@ -1,0 +1,91 @@
+"""Trajectories on disk, one JSON object a line, for people and for the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from searchr1.agent.trajectory import Trajectory
+from searchr1.errors import UserError
+from searchr1.rewards.answers import answer_of
+
+FOLDER = "trajectories"
+
+
+def train_file(run: Path, step: int) -> Path:
+    """The trajectories that step `step` trained on."""
+    return run / FOLDER / f"step_{step}.jsonl"
+
+
+def eval_file(run: Path, step: int) -> Path:
+    """The trajectories of the evaluation after step `step`."""
+    return run / FOLDER / f"eval_step_{step}.jsonl"
+
+
+def logged_steps(run: Path, prefix: str) -> list[int]:
+    """Steps with a file `{prefix}{step}.jsonl`, ascending; the prefix is "step_" or "eval_step_"."""
+    names = (path.stem.removeprefix(prefix) for path in (run / FOLDER).glob(f"{prefix}*.jsonl"))
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
+    """What is written of a trajectory: the question, every turn in plain text, and how it was scored."""
+    sample = trajectory.sample
+    return {
+        "id": sample.id,
+        "data_source": sample.data_source,
+        "replica": trajectory.replica,
+        "question": sample.question,
+        "golden_answers": sample.golden_answers,
+        "answer": answer_of(trajectory.policy_text),
+        "reward": _number(trajectory.reward),
+        "reward_parts": {name: _number(value) for name, value in trajectory.reward_parts.items()},
+        "stop": trajectory.stop,
+        "forced_final": trajectory.forced_final,
+        "searches": trajectory.searches,
+        "response_length": trajectory.response_length,
+        "policy_tokens": trajectory.policy_length,
+        "weight_version": trajectory.weight_version,
+        "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
+    }
+
+
+def write_trajectories(path: Path, trajectories: Sequence[Trajectory], limit: int | None = None) -> None:
+    """Write at most `limit` trajectories (None: all); the file appears whole or not at all.
+
+    Halves of surrogate pairs, which UTF-8 cannot hold, are written as their JSON escapes.
+    """
+    partial = path.with_suffix(".partial")
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
+        for trajectory in trajectories[:limit]:
+            file.write(json.dumps(trajectory_row(trajectory), ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def read_some_trajectories(path: Path, count: int) -> list[dict[str, Any]]:
+    """At most `count` rows of a file, evenly spread over it.
+
+    Raises:
+        UserError: a line that is not one of ours.
+    """
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
+    rows = []
+    for number, line in (lines[i * len(lines) // count] for i in range(count)) if len(lines) > count else lines:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: not valid JSON ({error}); remove the file or the line") from error
+        if not isinstance(row, dict) or not isinstance(row.get("turns"), list):
+            raise UserError(f"{path}:{number}: not a logged trajectory; remove the file or the line")
+        rows.append(row)
+    return rows
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return float(value) if math.isfinite(value) else None
