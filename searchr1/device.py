@@ -96,6 +96,10 @@ class Device:
         """True where the rollout engine can hand its memory back between rollouts."""
         return self.is_cuda
 
+    def driver_env(self) -> dict[str, str]:
+        """Environment variables that all workers inherit from the driver, because torch reads them when it is imported."""
+        return {} if self.is_cuda else {"OMP_WAIT_POLICY": "PASSIVE", "TORCHDYNAMO_DISABLE": "1"}
+
     def worker_env(self, role: Role, workers: int = 1) -> dict[str, str]:
         """Environment variables of a worker, to be set before its process imports torch or vLLM.
 

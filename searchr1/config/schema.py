@@ -19,6 +19,7 @@ UNUSED_KEYS = (
     "actor.model.*",
     "actor.optim.*",
     "actor.lr_sched.*",
+    "actor.offload_*",
     "actor.pack_traj",
     "actor.spec_name",
     "actor.tokenizer.*",

@@ -139,12 +139,6 @@ class ActorConfig:
     """`fsdp`; `megatron` arrives later."""
     seed: int = 1234
     """Seed of the training processes."""
-    offload_optimizer: bool = False
-    """GPU: keep the optimizer state in host memory during rollouts."""
-    offload_weight: bool = False
-    """GPU: keep the weights in host memory during rollouts."""
-    offload_grad: bool = False
-    """GPU: free gradients during rollouts; FSDP2 always does."""
     model: ActorModelConfig = field(default_factory=ActorModelConfig)
     """See `ActorModelConfig`."""
     optim: OptimConfig = field(default_factory=OptimConfig)

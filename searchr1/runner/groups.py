@@ -75,6 +75,9 @@ class Groups:
 
         self._config = config
         self._device = device
+        # Ray's workers inherit the driver's environment; some of it must be there before they import torch.
+        for name, value in device.driver_env().items():
+            os.environ.setdefault(name, value)
         with _own_ray(config.cluster.num_nodes):
             self._cluster = Cluster(num_nodes=config.cluster.num_nodes)
         # RLinf answers a dying worker process by ending the driver with a signal; we want to save and explain first.

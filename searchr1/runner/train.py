@@ -68,7 +68,10 @@ def train(config: Config) -> Path:
                     seed=hash_seed(config.runner.seed, step),
                     timeout_s=timeout_s,
                 )
+                # On GPUs the engines lend their memory to the trainer; on a CPU both calls do nothing.
+                groups.rollout.call("sleep").wait(timeout_s)
                 actor_metrics = train_on(groups, batch.trajectories, config, step)
+                groups.rollout.call("wake").wait(timeout_s)
                 update_seconds = sync_weights(groups, step, timeout_s)
                 log.step(
                     step,

@@ -53,11 +53,11 @@ class RolloutWorker(Worker):
 
         config = self._config
         self._tokenizer = AutoTokenizer.from_pretrained(config.rollout.model.model_path)
-        self._tools = build_tools(config.tools, config.agentloop.information_style)
         self._settings: dict[Mode, AgentSettings] = {
             "train": AgentSettings.from_config(config, "train"),
             "eval": AgentSettings.from_config(config, "eval"),
         }
+        self._tools = build_tools(config.tools, self._settings["train"].information_style)
         self._run = resolve_generate_fn(config.agentloop.generate_fn)
         self._engine = await Engine.start(config.rollout.model.model_path, self._device, EngineSettings.from_config(config))
 
