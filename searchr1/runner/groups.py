@@ -20,6 +20,7 @@ from searchr1.workers.failure import WorkerError, unwrap
 
 POLL_SECONDS = 0.005
 START_TIMEOUT_S = 900.0
+SHOW_WORKER_LOGS = "SEARCHR1_WORKER_LOGS"
 
 
 class Call:
@@ -66,6 +67,7 @@ class Groups:
     """The groups of one run and the channel between them. Use `launch` as a context manager."""
 
     def __init__(self, config: Config, device: Device, optimizer_steps: int | None) -> None:
+        os.environ.setdefault("RLINF_LOG_LEVEL", "WARNING")  # read when RLinf is imported
         from rlinf.scheduler import Channel, Cluster
 
         from searchr1.workers.actor import ActorWorker
@@ -128,7 +130,9 @@ def launch(config: Config, device: Device, optimizer_steps: int | None = None) -
     """
     import ray
 
-    logging.getLogger("rlinf").setLevel(logging.WARNING)
+    for name in ("NodePlacementStrategy", "PackedPlacementStrategy"):  # they reset their own level
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING)
+    print(f"starting {'training' if optimizer_steps is not None else 'evaluation'} groups on {device.kind}", flush=True)
     try:
         groups = Groups(config, device, optimizer_steps)
         groups.start()
@@ -139,7 +143,19 @@ def launch(config: Config, device: Device, optimizer_steps: int | None = None) -
 
 
 def _worker_died(signum: int, frame: object) -> None:
-    raise WorkerError("a worker process died (out of memory, or killed from outside); its last words are above")
+    raise WorkerError(
+        f"a worker process died (out of memory, or killed from outside); its last words are in {worker_logs()}"
+    )
+
+
+def worker_logs() -> str:
+    """Where Ray keeps what workers print; `SEARCHR1_WORKER_LOGS=1` shows it on the console as well."""
+    import ray
+
+    try:
+        return str(ray._private.worker._global_node.get_logs_dir_path())
+    except AttributeError:
+        return "Ray's log folder (<tmp>/ray/session_latest/logs)"
 
 
 @contextmanager
@@ -159,7 +175,8 @@ def _own_ray(num_nodes: int) -> Iterator[None]:
     def init(**kwargs: Any) -> Any:
         if kwargs.get("address") == "auto":
             raise ConnectionError("a cluster of our own is wanted")
-        return original(address="local", include_dashboard=False, **kwargs)
+        show = os.environ.get(SHOW_WORKER_LOGS) == "1"
+        return original(address="local", include_dashboard=False, log_to_driver=show, **kwargs)
 
     ray.init = init
     try:
