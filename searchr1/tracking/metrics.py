@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from searchr1.agent.trajectory import Trajectory
 
+STEP_METRICS = {
+    "reward/mean": "mean reward of a trajectory, `reward.reward_scale` included",
+    "reward/std": "standard deviation of the reward over all trajectories",
+    "reward/exact_match": "share of trajectories whose last answer is a gold answer",
+    "reward/f1": "mean token F1 of the last answer against the best gold answer",
+    "rollout/searches": "search queries of a trajectory",
+    "rollout/turns": "generations of a trajectory",
+    "rollout/response_length": "tokens of a response, the environment's included",
+    "rollout/response_length_max": "the longest response",
+    "rollout/policy_tokens": "tokens of a response that the policy sampled",
+    "rollout/invalid_rate": "share of turns that neither called a tool nor answered",
+    "rollout/answered": "share of trajectories that ended with an answer",
+    "rollout/truncated": "share of trajectories that ran out of tokens",
+    "rollout/failed": "share of trajectories that an error ended",
+    "rollout/forced_final": "share of trajectories whose last turn was forced because the search turns were used up",
+    "rollout/uniform_groups": "share of groups whose attempts all earned the same, which teach nothing",
+    "tool/calls": "tool calls of all trajectories together",
+    "tool/failure_rate": "share of tool calls that failed",
+    "tool/seconds_p50": "median seconds of a tool call",
+    "tool/seconds_p99": "seconds that 99% of the tool calls stayed below",
+}
+"""What `step_metrics` returns; a reward function's own parts come as `reward/<part>` besides."""
+
 
 def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """What the policy did in one batch.
-
-    `reward/*` are means over trajectories; `rollout/searches` are queries per trajectory; `rollout/invalid_rate` is the
-    share of turns that neither called a tool nor answered; `rollout/uniform_groups` is the share of groups whose attempts
-    all earned the same, which teach nothing.
-    """
+    """What the policy did in one batch (at least one trajectory), by the names of `STEP_METRICS`."""
     rewards = np.array([t.reward for t in trajectories])
     lengths = np.array([t.response_length for t in trajectories])
     turns = sum(len(t.turns) for t in trajectories)
@@ -36,6 +54,7 @@ def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "rollout/invalid_rate": sum(t.invalid_actions for t in trajectories) / max(turns, 1),
         "rollout/answered": _mean([t.stop == "answer" for t in trajectories]),
         "rollout/truncated": _mean([t.stop == "length" for t in trajectories]),
+        "rollout/failed": _mean([t.stop == "error" for t in trajectories]),
         "rollout/forced_final": _mean([t.forced_final for t in trajectories]),
         "rollout/uniform_groups": _mean([len(set(values)) == 1 for values in groups.values()]),
         "tool/calls": float(calls),
@@ -76,17 +95,28 @@ def _eval_of(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float
     }
 
 
-def eval_table(metrics: dict[str, float]) -> str:
+def data_sources(metrics: Mapping[str, object]) -> list[str]:
+    """The data sources of an evaluation's metrics, sorted; a source's name may itself hold slashes."""
+    ending = "/questions"
+    return sorted(
+        key[len("val/") : -len(ending)]
+        for key in metrics
+        if key.startswith("val/") and key.count("/") > 1 and key.endswith(ending)
+    )
+
+
+def eval_table(metrics: Mapping[str, float]) -> str:
     """The evaluation for people: a row per data source and one for all."""
     names = ("questions", "exact_match", "f1", "searches", "response_length", "invalid_rate")
-    sources = sorted({key.split("/")[1] for key in metrics if key.count("/") == 2} - {"macro"})
-    lines = [f"{'':<16}" + "".join(f"{name:>17}" for name in names)]
-    for label, prefix in [*((source, f"val/{source}") for source in sources), ("all", "val")]:
+    prefixes = {source: f"val/{source}" for source in data_sources(metrics)} | {"all": "val"}
+    width = max(16, *(len(label) + 1 for label in prefixes))
+    lines = [" " * width + "".join(f"{name:>17}" for name in names)]
+    for label, prefix in prefixes.items():
         cells = []
         for name in names:
             value = metrics.get(f"{prefix}/{name}", float("nan"))
             cells.append(f"{value:>17.0f}" if name == "questions" else f"{value:>17.3f}")
-        lines.append(f"{label:<16}" + "".join(cells))
+        lines.append(f"{label:<{width}}" + "".join(cells))
     return "\n".join(lines)
 
 

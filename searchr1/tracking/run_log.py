@@ -17,7 +17,7 @@ from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
 from searchr1.tracking.loggers import build_loggers
 from searchr1.tracking.metrics import eval_table
-from searchr1.tracking.trajectory_log import FOLDER, eval_file, train_file, write_trajectories
+from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 
 LINE = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -51,7 +51,7 @@ class RunLog:
             config=dataclasses.asdict(config),
             first_step=first_step,
         )
-        (folder / FOLDER).mkdir(exist_ok=True)
+        remove_later(folder, first_step)
         self._progress = Progress(
             TextColumn("training"),
             BarColumn(),

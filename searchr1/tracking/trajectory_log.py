@@ -33,6 +33,15 @@ def logged_steps(run: Path, prefix: str) -> list[int]:
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
+def remove_later(run: Path, first_step: int) -> None:
+    """Make the folder, without the files of steps that a run from `first_step` on (0: a fresh one) will write again."""
+    (run / FOLDER).mkdir(exist_ok=True)
+    for prefix, file in (("step_", train_file), ("eval_step_", eval_file)):
+        for step in logged_steps(run, prefix):
+            if step > first_step or not first_step:
+                file(run, step).unlink(missing_ok=True)
+
+
 def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
     """What is written of a trajectory: the question, every turn in plain text, and how it was scored."""
     sample = trajectory.sample
