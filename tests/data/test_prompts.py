@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+
+from searchr1.agent.protocol import parse_action
+from searchr1.data.prompts import SEARCHR1, render_prompt
+from searchr1.errors import UserError
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+
+
+def test_a_plain_prompt_is_taken_as_it_stands(tokenizer):
+    assert render_prompt("  Who?\n", None, tokenizer, None, False) == "  Who?\n"
+    assert render_prompt("Who?", "another question", tokenizer, "none", False) == "Who?"
+
+
+def test_a_plain_prompt_becomes_a_user_message_if_asked(tokenizer):
+    assert render_prompt("Who?", None, tokenizer, None, True) == "<user>Who?</user><assistant>"
+
+
+def test_chat_messages_go_through_the_chat_template(tokenizer):
+    expected = "<system>Be brief.</system><user>Who?</user><assistant>"
+    assert render_prompt(CHAT, None, tokenizer, None, False) == expected
+    assert render_prompt(CHAT, None, tokenizer, "searchr1", False) == expected
+
+
+def test_templates_take_the_question(tokenizer):
+    assert render_prompt(None, "Who {x}? ", tokenizer, "demo", False) == "Question: Who {x}?\n"
+    assert render_prompt("Who?", None, tokenizer, "demo", False) == "Question: Who?\n"
+    assert (
+        render_prompt("made by someone else", "Who?", tokenizer, "demo", True) == "<user>Question: Who?\n</user><assistant>"
+    )
+
+
+def test_the_searchr1_template_tells_the_protocol(tokenizer):
+    text = render_prompt(None, "Who?", tokenizer, "searchr1", False)
+    assert text.endswith("Question: Who?\n")
+    for tag in ("think", "search", "information", "answer"):
+        assert f"<{tag}>" in text
+        assert f"</{tag}>" in text
+    assert "Beijing" in text
+    assert parse_action("<answer> Beijing </answer>").kind == "answer"
+    assert SEARCHR1.count("{") == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question", "template", "message"),
+    [
+        (None, None, None, "data.prompt_key"),
+        (None, "Who?", None, "data.prompt_template"),
+        (None, "Who?", "none", "data.prompt_template"),
+        (None, "  ", "demo", "question is empty"),
+        ("", None, "demo", "question is empty"),
+        (" \n", None, None, "prompt is empty"),
+        ([], None, None, "chat messages"),
+        ([{"role": "user"}], None, None, "chat messages"),
+        ([{"role": "user", "content": " "}], None, None, "prompt is empty"),
+        ([{"role": "tool", "content": "x"}], None, None, "no tools here"),
+        (["Who?"], None, None, "chat messages"),
+        (7, None, None, "int"),
+        ("Who?", None, "serachr1", "searchr1, demo"),
+    ],
+)
+def test_what_cannot_become_a_prompt_is_told(tokenizer, prompt, question, template, message):
+    with pytest.raises(UserError, match=message):
+        render_prompt(prompt, question, tokenizer, template, False)
+
+
+def test_chat_messages_need_a_chat_template(bare_tokenizer):
+    with pytest.raises(UserError, match="no chat template"):
+        render_prompt(CHAT, None, bare_tokenizer, None, False)
