@@ -30,6 +30,8 @@ class Corpus:
         self._file = path.open("rb")
         self._data = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         self._offsets = _line_offsets(self._data)
+        if not len(self._offsets):
+            raise UserError(f"--corpus_path {path}: the file has no rows")
         self[0]  # a wrong format is told at the start, not at the first search
 
     def __len__(self) -> int:

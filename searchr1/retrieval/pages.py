@@ -50,5 +50,6 @@ class Pages:
         offset = self._offsets.get(canonical_url(url))
         if offset is None:
             return None
-        row = json.loads(self._data[offset : self._data.find(b"\n", offset) % (len(self._data) + 1)])
+        end = self._data.find(b"\n", offset)
+        row = json.loads(self._data[offset : end if end >= 0 else len(self._data)])
         return Page(row["url"], str(row.get("contents", "")))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from searchr1.runner.demo import COLD_START, TRAIN_CONFIG, retrieval_server
 
 SMALL = ("data.data_size=64", "algorithm.group_size=4", "data.rollout_batch_size=8", "runner.seq_length=512")

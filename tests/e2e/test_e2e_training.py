@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from searchr1.runner.demo import ROOT
 from searchr1.tracking.loggers import read_metrics
 
