@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchr1.agent.trajectory import Sample, Trajectory, Turn
+from searchr1.errors import UserError
+from searchr1.tracking.trajectory_log import (
+    eval_file,
+    logged_steps,
+    read_some_trajectories,
+    remove_later,
+    train_file,
+    write_trajectories,
+)
+
+
+def test_a_person_finds_everything_in_a_row(tmp_path, make_trajectory):
+    path = tmp_path / "step_1.jsonl"
+    write_trajectories(path, [make_trajectory()])
+    row = json.loads(path.read_text())
+    assert row["question"] == "Who?"
+    assert row["golden_answers"] == ["Ann"]
+    assert row["answer"].strip() == "Ann"
+    assert row["stop"] == "answer"
+    assert row["reward_parts"]["exact_match"] == 1
+    assert (row["response_length"], row["policy_tokens"], row["searches"]) == (10, 7, 1)
+    search, answer = row["turns"]
+    assert search["queries"] == ["who"]
+    assert search["tool_text"] == "<information>Ann</information>"
+    assert answer["policy_text"] == "<answer> Ann </answer>"
+
+
+def test_text_is_readable_not_escaped(tmp_path, make_trajectory):
+    path = tmp_path / "step_1.jsonl"
+    write_trajectories(path, [make_trajectory(turns=[Turn("谁是 Zoë?", "none", 3)])])
+    assert "谁是 Zoë?" in path.read_text(encoding="utf-8")
+
+
+@settings(max_examples=60)
+@given(text=st.text(st.characters(exclude_categories=())), reward=st.floats())
+def test_no_text_and_no_reward_can_break_the_log(tmp_path_factory, text, reward):
+    path = tmp_path_factory.mktemp("log") / "step_1.jsonl"
+    sample, empty = Sample("q/0", 0, [1], text, [text]), np.zeros(0)
+    turns = [Turn(text, "search", 1, [text], text, 1)]
+    odd = Trajectory(sample, 0, empty.astype(np.int32), empty.astype(bool), empty, turns, "eos", reward=reward)
+    write_trajectories(path, [odd, odd])
+    first, second = read_some_trajectories(path, 10)
+    assert first["turns"][0]["policy_text"] == first["turns"][0]["tool_text"] == text
+    assert "NaN" not in path.read_text(encoding="utf-8") or "NaN" in text
+    assert second["reward"] is None or second["reward"] == reward
+
+
+def test_the_file_appears_whole_or_not_at_all(tmp_path, make_trajectory):
+    path = tmp_path / "step_1.jsonl"
+
+    bad = make_trajectory()
+    bad.turns = None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        write_trajectories(path, [make_trajectory(), bad])
+    assert not path.exists()
+
+
+def test_limit_and_an_even_sample(tmp_path, make_trajectory):
+    path = tmp_path / "step_1.jsonl"
+    write_trajectories(path, [make_trajectory(index=i) for i in range(10)], limit=8)
+    assert [row["id"] for row in read_some_trajectories(path, 4)] == ["one_hop/0", "one_hop/2", "one_hop/4", "one_hop/6"]
+    assert len(read_some_trajectories(path, 100)) == 8
+    assert read_some_trajectories(path, 0) == []
+
+
+@pytest.mark.parametrize("line", ["{torn", "[]", '{"question": "no turns"}'])
+def test_a_damaged_line_is_named(tmp_path, make_trajectory, line):
+    path = tmp_path / "step_1.jsonl"
+    write_trajectories(path, [make_trajectory()])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(UserError, match=r"step_1.jsonl:2: "):
+        read_some_trajectories(path, 5)
+
+
+@pytest.mark.parametrize(("first_step", "train", "evals"), [(0, [], []), (2, [1, 2], [0, 2]), (30, [1, 2, 10], [0, 2, 10])])
+def test_files_of_steps_that_will_run_again_go(tmp_path, make_trajectory, first_step, train, evals):
+    remove_later(tmp_path, 0)
+    for step in (1, 2, 10):
+        write_trajectories(train_file(tmp_path, step), [make_trajectory()])
+    for step in (0, 2, 10):
+        write_trajectories(eval_file(tmp_path, step), [make_trajectory()])
+    (tmp_path / "trajectories" / "step_notes.jsonl").touch()
+    remove_later(tmp_path, first_step)
+    assert logged_steps(tmp_path, "step_") == train
+    assert logged_steps(tmp_path, "eval_step_") == evals
+    assert (tmp_path / "trajectories" / "step_notes.jsonl").exists()
