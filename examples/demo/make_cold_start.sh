@@ -15,7 +15,7 @@ searchr1 demo-world --demonstrations full --worlds 40 --per-world 1200 --out "$w
 searchr1 demo-world --demonstrations mediocre --worlds 8 --per-world 1000 --seed 1 --out "$work/mediocre"
 searchr1 sft --device cpu --fresh "$here/fresh_model" --tokenizer "$work/tokenizer" --data "$work/full/demonstrations.jsonl" \
   --output "$work/first" --lr 3e-3 --warmup 100 --tokens-per-batch 11000 --max-tokens-per-mbs 11000 --weight-decay 0.05 \
-  --max-steps 650 --save-dtype fp32
+  --max-steps 650
 searchr1 sft --device cpu --model "$work/first" --data "$work/mediocre/demonstrations.jsonl" \
   --output "$output" --lr 3e-4 --warmup 10 --tokens-per-batch 11000 --max-tokens-per-mbs 11000 --weight-decay 0.0 \
-  --max-steps 80 --save-dtype bf16
+  --max-steps 80
