@@ -142,7 +142,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     """
     verify_checkpoint(folder.parent)
     model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     try:
         dcp.load(state, checkpoint_id=folder)
         extra = torch.load(folder / "extra.pt", weights_only=True)
@@ -169,7 +169,8 @@ def save_hf_files(model_path: str, model: nn.Module, folder: Path) -> None:
 
 
 def _random_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = legacy
     return {
         "torch": torch.get_rng_state(),
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],

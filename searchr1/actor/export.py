@@ -136,7 +136,7 @@ def write_weights(named: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes
     if len(shards) == 1:
         (folder / "shard-0.safetensors").rename(folder / "model.safetensors")
         return count
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"shard-{number}.safetensors").rename(folder / file)

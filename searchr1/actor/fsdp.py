@@ -198,7 +198,7 @@ class FsdpActor(FsdpModel):
         seconds = time.perf_counter() - started
         return result | {
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
-            "actor/lr": self.schedule.get_last_lr()[0],
+            "actor/lr": float(self.schedule.get_last_lr()[0]),
             "actor/updates": float(len(norms)),
             "actor/skipped_updates": float(skipped),
             "actor/early_stopped": float(stopped),

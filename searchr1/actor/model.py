@@ -97,7 +97,7 @@ def shard_model(
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **shard)
     fully_shard(model, reshard_after_forward=False, **shard)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def policy_logprobs(model: nn.Module, batch: PackedBatch, temperature: float, with_entropy: bool = False) -> TokenLogprobs:

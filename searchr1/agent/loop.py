@@ -202,4 +202,4 @@ def resolve_generate_fn(path: str | None) -> GenerateFn:
         raise UserError(f"agentloop.generate_fn: cannot import {path!r}: {error}") from error
     if not asyncio.iscoroutinefunction(function):
         raise UserError(f"agentloop.generate_fn: {path} is not an async function")
-    return function  # type: ignore[no-any-return]
+    return function

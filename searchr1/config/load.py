@@ -151,7 +151,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 def _dataclass_of(hint: Any) -> type | None:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)  # type: ignore[arg-type]
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:

@@ -56,7 +56,7 @@ def reward_function(name: str) -> RewardFn:
         except (ImportError, AttributeError) as error:
             raise UserError(f"reward.reward_type: cannot import {name!r}: {error}") from error
         if callable(found):
-            return found  # type: ignore[no-any-return]
+            return found
     raise UserError(
         f"reward.reward_type: {name!r} is not known; use one of {', '.join(REWARDS)}, or package.module:function"
     )

@@ -83,7 +83,8 @@ def _chat_segments(messages: list[dict[str, Any]], tokenizer: Any) -> list[Segme
 
 def load_rows(paths: Sequence[Path], tokenizer: Any, max_length: int) -> tuple[list[Trajectory], int]:
     """Tokenized rows, and how many were left out because they are longer than `max_length`."""
-    rows, too_long = [], 0
+    rows: list[Trajectory] = []
+    too_long = 0
     for path in paths:
         for line, row in read_rows(path):
             try:
@@ -195,7 +196,7 @@ def train(args: argparse.Namespace) -> None:
     if lead:
         args.output.mkdir(parents=True, exist_ok=True)
         write_weights(named, args.output)
-        model.config.dtype = DTYPES[args.save_dtype]  # type: ignore[union-attr]
+        model.config.dtype = DTYPES[args.save_dtype]
         model.config.save_pretrained(args.output)  # type: ignore[union-attr, operator]
         tokenizer.save_pretrained(args.output)
         print(f"model -> {args.output}")

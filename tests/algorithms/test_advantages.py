@@ -12,9 +12,7 @@ from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, c
 from searchr1.errors import UserError
 
 
-def advantages(
-    rewards: list[float], groups: list[int], tokens: list[int] | None = None, **settings: object
-) -> np.ndarray:
+def advantages(rewards: list[float], groups: list[int], tokens: list[int] | None = None, **settings: object) -> np.ndarray:
     inputs = AdvantageInputs(
         rewards_N=torch.tensor(rewards, dtype=torch.float64),
         group_ids_N=torch.tensor(groups),

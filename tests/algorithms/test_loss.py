@@ -99,9 +99,7 @@ def test_gradients_equal_finite_differences(aggregation: str) -> None:
             step = torch.zeros_like(grad_T)
             step[t] = 1e-6
             up, down = (
-                by_hand(
-                    replace(inputs, **{name: getattr(inputs, name).detach() + sign * step}), aggregation, 0.05, 0.01
-                )
+                by_hand(replace(inputs, **{name: getattr(inputs, name).detach() + sign * step}), aggregation, 0.05, 0.01)
                 for sign in (1, -1)
             )
             assert found[t].item() == pytest.approx((up - down) / 2e-6, abs=1e-7)
