@@ -34,7 +34,9 @@ def total_slots(config: Config, device: Device) -> int:
 
 def group_slots(config: Config, component: str, device: Device) -> list[int]:
     """Slots of a group. The inference group shares the actor's unless it is placed itself."""
-    for names, value in config.cluster.component_placement.items():
+    # A group's own entry goes before one that it shares, so that `component_placement.actor=0-3` overrides a recipe.
+    placement = sorted(config.cluster.component_placement.items(), key=lambda item: str(item[0]).count(","))
+    for names, value in placement:
         if component in [name.strip() for name in str(names).split(",")]:
             return parse_slots(value, total_slots(config, device), f"cluster.component_placement.{names}")
     if component == "inference":

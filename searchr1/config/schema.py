@@ -44,6 +44,7 @@ UNUSED_KEYS = (
     "defaults",
     "hydra.*",
     "inference.load_from_actor",
+    "inference.model_type",
     "inference.model.*",
     "reward.tokenizer.*",
     "rollout.cuda_graph_max_bs",

@@ -1,0 +1,151 @@
+"""Loading and checking YAMLs: every problem told with its key, RLinf's trees accepted, the shipped ones right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchr1.config.check import check_config
+from searchr1.config.load import ConfigError, known_keys, load_config, save_config, unused_keys
+from searchr1.config.schema import Config
+from searchr1.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "examples/searchr1/config"
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "train.jsonl").write_text("{}\n")
+    return [
+        f"rollout.model.model_path={tmp_path}/model",
+        f"data.train_data_paths=[{tmp_path}/train.jsonl]",
+        f"data.val_data_paths=[{tmp_path}/train.jsonl]",
+        "cluster.device=cpu",
+    ]
+
+
+def problems(path, *overrides, training=True):
+    try:
+        return {problem.key: problem.message for problem in check_config(load_config(path, overrides), training)}
+    except ConfigError as error:
+        return {problem.key: problem.message for problem in error.problems}
+
+
+def check(*arguments):
+    words = [sys.executable, "-m", "searchr1.cli", "check-config", *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["rlinf-train", "rlinf-train-dynamic"])
+def test_rlinf_trees_pass_with_only_paths_edited(name, files):
+    result = check(FIXTURES / f"{name}.yaml", *files)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "warning" in result.stdout
+    config = load_config(FIXTURES / f"{name}.yaml", files)
+    assert config.agentloop.max_turns == 2
+    assert config.actor.optim.lr == 1e-6
+    assert config.algorithm.sampling_params.max_new_tokens == 3000
+    assert config.rollout.return_logprobs is False
+    assert "actor.megatron" in unused_keys(config)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-3b-tool-1node", "qwen2.5-3b-tool-1node-eval", "tiny-cpu", "tiny-cpu-eval"])
+def test_shipped_yamls_need_only_their_paths(name, files):
+    assert problems(CONFIGS / f"{name}.yaml", *files, training="eval" not in name) == {}
+
+
+def test_the_unedited_recipe_names_the_three_paths():
+    found = problems(CONFIGS / "qwen2.5-3b-tool-1node.yaml", "cluster.device=cpu")
+    assert set(found) == {"rollout.model.model_path", "data.train_data_paths", "data.val_data_paths"}
+
+
+def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
+    result = check(
+        CONFIGS / "tiny-cpu.yaml", *files, "algorithm.group_siz=3", "runner.max_steps=many", "rollout.detokenize=1",
+        "nonsense.key=1",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "algorithm.group_siz: unknown key; did you mean algorithm.group_size?" in result.stderr
+    assert "runner.max_steps: expects a whole number, found 'many'" in result.stderr
+    assert "rollout.detokenize: expects true or false" in result.stderr
+    assert "nonsense" in result.stderr
+    assert "4 problems" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("algorithm.n_minibatches=3", "algorithm.n_minibatches"),
+        ("runner.max_tokens_per_mbs=100", "runner.max_tokens_per_mbs"),
+        ("data.max_prompt_length=640", "data.max_prompt_length"),
+        ("rollout.detokenize=False", "rollout.detokenize"),
+        ("rollout.tensor_parallel_size=3", "rollout.tensor_parallel_size x rollout.pipeline_parallel_size = 3 does not"),
+        ("cluster.component_placement={actor:0-7,rollout:all,reward:all}", "cluster.component_placement.actor"),
+        ("rollout.model.model_path=/nowhere/model", "rollout.model.model_path"),
+        ("data.train_data_paths=[/nowhere.jsonl]", "data.train_data_paths"),
+        ("data.train_data_paths=[]", "data.train_data_paths"),
+        ("actor.training_backend=megatron", "actor.training_backend"),
+        ("algorithm.loss_agg_func=mean", "algorithm.loss_agg_func"),
+        ("reward.reward_type=no_such.module:f", "reward.reward_type"),
+        ("agentloop.generate_fn=json:nothing", "agentloop.generate_fn"),
+        ("algorithm.group_size=0", "algorithm.group_size"),
+        ("critic.use_critic_model=True", "critic.use_critic_model"),
+        ("algorithm.kl_beta=null", "algorithm.kl_beta"),
+    ],
+)
+def test_each_bad_value_is_told_with_its_key(files, override, key):
+    found = problems(CONFIGS / "tiny-cpu.yaml", *files, override)
+    assert any(name.startswith(key) for name in found), found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("a: [", "not readable|while parsing|flow"), ("a: ${nothing.here}\n", "a: ")],
+)
+def test_unreadable_files(tmp_path, content, message):
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_config(path)
+
+
+def test_numbers_written_like_text_and_nulls(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("actor: {optim: {lr: 1e-6}}\nrunner: {resume_dir: null}\n")
+    assert load_config(path).actor.optim.lr == 1e-6
+
+
+def test_saved_configuration_loads_to_the_same(tmp_path, files):
+    config = load_config(CONFIGS / "tiny-cpu.yaml", files)
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml")
+    config.vars.pop("unused_keys")
+    again.vars.pop("unused_keys")
+    assert again == config
+
+
+def test_defaults_are_valid_values():
+    assert check_config(Config(), for_training=False)  # no model, no data: problems, not exceptions
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.sampled_from([key for key in known_keys() if key.count(".") == 1 and not key.startswith("vars")]), st.integers(0, 20)
+)
+def test_a_misspelt_key_is_told_with_the_right_one_near(key, position):
+    section, _, name = key.partition(".")
+    wrong = name[: position % len(name)] + "q" + name[position % len(name) :]
+    with pytest.raises(ConfigError) as caught:
+        load_config(CONFIGS / "tiny-cpu.yaml", [f"{section}.{wrong}=1"])
+    assert f"{section}.{wrong}" in str(caught.value)
