@@ -136,6 +136,13 @@ def _rename_aliases(values: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def _is_unused(key: str) -> bool:
+    """Whether a key is RLinf's and without effect here. What looks like a misspelt key of ours is not let through by a `*`."""
+    if key in UNUSED_KEYS:
+        return True
+    section, _, name = key.rpartition(".")
+    siblings = [known.rpartition(".")[2] for known in known_keys() if known.rpartition(".")[0] == section]
+    if difflib.get_close_matches(name, siblings, 1, 0.8):
+        return False
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in UNUSED_KEYS)
 
 
@@ -164,7 +171,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
     for name, value in values.items():
         key = prefix + name
         if name not in hints:
-            if not (_is_unused(key) or _is_unused(key + ".")):
+            if not _is_unused(key) and not any(pattern == f"{key}.*" for pattern in UNUSED_KEYS):
                 problems.append(_unknown(key))
             continue
         inner = _dataclass_of(hints[name])

@@ -19,6 +19,7 @@ UNUSED_KEYS = (
     "actor.model.*",
     "actor.optim.*",
     "actor.lr_sched.*",
+    "actor.lr_sched.max_lr",
     "actor.offload_*",
     "actor.pack_traj",
     "actor.spec_name",
@@ -64,7 +65,7 @@ UNUSED_KEYS = (
     "runner.logger.project_name",
     "runner.logger.experiment_name",
     "runner.task_type",
-    "tools.*",
+    "tools.codejudge.*",
 )
 """Patterns (`*` at the end) of keys that RLinf's recipes set and this system does not need."""
 
