@@ -10,6 +10,7 @@ Rows (jsonl or parquet), one of
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -115,19 +116,16 @@ def load_rows(paths: Sequence[Path], tokenizer: Any, max_length: int) -> tuple[l
 
 
 def batches(rows: Sequence[Trajectory], tokens: int, seed: int) -> Iterator[list[Trajectory]]:
-    """About `tokens` tokens each, in a new order every epoch, without end."""
-    epoch = 0
-    while True:
-        batch, size = [], 0
+    """At least `tokens` tokens each, in a new order every epoch, without end; a batch may reach into the next epoch."""
+    batch: list[Trajectory] = []
+    size = 0
+    for epoch in itertools.count():
         for index in np.random.default_rng([seed, epoch]).permutation(len(rows)):
             batch.append(rows[int(index)])
             size += sequence_length(batch[-1])
             if size >= tokens:
                 yield batch
                 batch, size = [], 0
-        if batch and epoch == 0 and size < tokens and len(batch) == len(rows):
-            yield batch
-        epoch += 1
 
 
 def train(args: argparse.Namespace) -> None:
