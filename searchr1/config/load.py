@@ -136,7 +136,7 @@ def _rename_aliases(values: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def _is_unused(key: str) -> bool:
-    """Whether a key is RLinf's and without effect here. What looks like a misspelt key of ours is not let through by a `*`."""
+    """Whether a key is RLinf's and without effect here; a `*` lets nothing through that looks like one of ours misspelt."""
     if key in UNUSED_KEYS:
         return True
     section, _, name = key.rpartition(".")
