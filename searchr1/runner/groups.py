@@ -67,7 +67,6 @@ class Groups:
     """The groups of one run and the channel between them. Use `launch` as a context manager."""
 
     def __init__(self, config: Config, device: Device, optimizer_steps: int | None) -> None:
-        os.environ.setdefault("RLINF_LOG_LEVEL", "WARNING")  # read when RLinf is imported
         from rlinf.scheduler import Channel, Cluster
 
         from searchr1.workers.actor import ActorWorker
@@ -176,6 +175,7 @@ def _own_ray(num_nodes: int) -> Iterator[None]:
         if kwargs.get("address") == "auto":
             raise ConnectionError("a cluster of our own is wanted")
         show = os.environ.get(SHOW_WORKER_LOGS) == "1"
+        kwargs["logging_level"] = logging.ERROR
         return original(address="local", include_dashboard=False, log_to_driver=show, **kwargs)
 
     ray.init = init
