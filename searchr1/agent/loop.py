@@ -7,22 +7,28 @@ trajectory waits for another.
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import importlib
 import time
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from searchr1.agent.protocol import frame, parse_action, truncate_ids
+from searchr1.agent.protocol import InformationStyle, frame, parse_action, truncate_ids
 from searchr1.agent.settings import AgentSettings, Engine, Generation
 from searchr1.agent.tools import Tool, ToolResult
 from searchr1.agent.trajectory import Sample, StopReason, Trajectory, Turn
 from searchr1.errors import UserError
 
 GenerateFn = Callable[..., Coroutine[Any, Any, Trajectory]]
+
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+"""Beside the tokenizer's own end: chat models end a turn with one of these, base models a text with another."""
+LONG_TEXT = 20_000
+"""Characters above which a tool text is tokenized in a thread, so that a whole web page holds up nobody."""
 
 
 async def run_trajectory(
@@ -52,8 +58,9 @@ async def run_trajectory(
     response = _Response(sample.prompt_ids, settings)
     turns: list[Turn] = []
     stop: StopReason = "turns"
-    version = 0
+    version: int | None = None
     forced = False
+    fixed = _fixed(tokenizer, settings.information_style, settings.invalid_action_message)
     while True:
         # Search-R1's turns: up to `max_turns` with tools, then a last one whose call nobody answers.
         forced = len(turns) >= settings.max_turns
@@ -71,17 +78,16 @@ async def run_trajectory(
             seed=_turn_seed(seed, sample.id, replica, len(turns)),
         )
         generation = await engine.generate(response.all_ids, params)
-        version = version or generation.weight_version
+        # The oldest weights that took part: an update may fall between two turns.
+        version = generation.weight_version if version is None else min(version, generation.weight_version)
         response.append_sampled(generation)
         action = parse_action(generation.text)
-        turn = Turn(generation.text, action.kind, policy_tokens=len(generation.token_ids), queries=[])
+        turn = Turn(generation.text, action.kind, policy_tokens=len(generation.token_ids))
         turns.append(turn)
         if action.kind == "answer":
             stop = "answer"
             break
-        if action.kind in ("search", "access") and action.kind in tools:
-            turn.queries = action.arguments
-        else:
+        if action.kind not in tools:
             turn.action = "invalid"
         if forced:
             break
@@ -92,13 +98,14 @@ async def run_trajectory(
             if generation.finish_reason == "length" and response.room <= 0:
                 stop = "length"
                 break
-            if generation.token_ids and generation.token_ids[-1] == tokenizer.eos_token_id:
+            if generation.token_ids and generation.token_ids[-1] in fixed.end_ids:
                 stop = "eos"
                 break
-            text_ids = _encode(tokenizer, settings.invalid_action_message)
+            text_ids = fixed.invalid_ids
             turn.tool_text = settings.invalid_action_message
         else:
-            text_ids = await _call_tool(turn, tools[turn.action], tokenizer, settings)
+            turn.queries = action.arguments
+            text_ids = await _call_tool(turn, tools[turn.action], tokenizer, fixed, settings)
         if not response.append_environment(text_ids):
             stop = "length"
             turn.tool_text = ""
@@ -112,9 +119,28 @@ async def run_trajectory(
         rollout_logprobs=np.array(response.logprobs, dtype=np.float32),
         turns=turns,
         stop=stop,
-        weight_version=version,
+        weight_version=version or 0,
         forced_final=forced and settings.force_final_turn,
     )
+
+
+async def run_group(run: GenerateFn, group_size: int, **arguments: Any) -> list[Trajectory]:
+    """All attempts at one question at once, in the order of their replica numbers.
+
+    Args:
+        run: `run_trajectory` or the user's own.
+        group_size: attempts.
+        **arguments: those of `run_trajectory` without `replica`.
+
+    Raises:
+        Exception: the first failure of an attempt; the others are cancelled.
+    """
+    try:
+        async with asyncio.TaskGroup() as group:
+            attempts = [group.create_task(run(replica=replica, **arguments)) for replica in range(group_size)]
+    except ExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    return [attempt.result() for attempt in attempts]
 
 
 class _Response:
@@ -152,7 +178,40 @@ class _Response:
         self.logprobs += logprobs
 
 
-async def _call_tool(turn: Turn, tool: Tool, tokenizer: Any, settings: AgentSettings) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class _Fixed:
+    """Texts that are the same in every trajectory, tokenized once."""
+
+    before: str
+    after: str
+    before_ids: list[int]
+    after_ids: list[int]
+    invalid_ids: list[int]
+    end_ids: frozenset[int]
+    """Tokens that end a generation by themselves."""
+    control_ids: frozenset[int]
+    """Tokens that steer a model (end of text, roles) and that no retrieved text may carry."""
+
+
+@functools.lru_cache(maxsize=16)
+def _fixed(tokenizer: Any, style: InformationStyle, invalid_action_message: str) -> _Fixed:
+    before, after = frame(style)
+    before_ids, after_ids = _encode(tokenizer, before), _encode(tokenizer, after)
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ends = {index for index, token in added.items() if token.content in END_TOKENS} | {tokenizer.eos_token_id}
+    control = {index for index, token in added.items() if token.special} | ends
+    return _Fixed(
+        before=before,
+        after=after,
+        before_ids=before_ids,
+        after_ids=after_ids,
+        invalid_ids=_encode(tokenizer, invalid_action_message),
+        end_ids=frozenset(ends),
+        control_ids=frozenset(control.difference(before_ids, after_ids)),
+    )
+
+
+async def _call_tool(turn: Turn, tool: Tool, tokenizer: Any, fixed: _Fixed, settings: AgentSettings) -> list[int]:
     """Call the tool and put its answer between the tags. Returns the tokens of the whole tool text."""
     started = time.perf_counter()
     try:
@@ -162,18 +221,19 @@ async def _call_tool(turn: Turn, tool: Tool, tokenizer: Any, settings: AgentSett
         result = ToolResult("The tool did not answer in time.", f"no answer within {settings.tool_timeout_s:g} s")
     turn.tool_seconds = time.perf_counter() - started
     turn.tool_error = result.error
-    before, after = frame(settings.information_style)
-    whole_ids = _encode(tokenizer, before + result.body + after)
-    before_ids, after_ids = _encode(tokenizer, before), _encode(tokenizer, after)
-    limit = settings.max_tool_response_length
-    if len(whole_ids) <= limit + len(before_ids) + len(after_ids):
-        turn.tool_text = before + result.body + after
-        return whole_ids
-    # Too long: the body is cut between its tags, so the closing tag always stays.
-    body_ids = truncate_ids(_encode(tokenizer, result.body), limit, settings.truncate_side)
-    ids = before_ids + body_ids + after_ids
-    turn.tool_text = tokenizer.decode(ids)
-    return ids
+    if len(result.body) > LONG_TEXT:
+        encoded = await asyncio.to_thread(_encode, tokenizer, result.body)
+    else:
+        encoded = _encode(tokenizer, result.body)
+    # The body is tokenized and cut between its tags, so they always stay, and look the same whether it was cut or not.
+    body_ids = truncate_ids(
+        [token for token in encoded if token not in fixed.control_ids],
+        settings.max_tool_response_length,
+        settings.truncate_side,
+    )
+    body = result.body if len(body_ids) == len(encoded) else tokenizer.decode(body_ids)
+    turn.tool_text = fixed.before + body + fixed.after
+    return fixed.before_ids + body_ids + fixed.after_ids
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
@@ -198,7 +258,7 @@ def resolve_generate_fn(path: str | None) -> GenerateFn:
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(f"agentloop.generate_fn: cannot import {path!r}: {error}") from error
     if not asyncio.iscoroutinefunction(function):
         raise UserError(f"agentloop.generate_fn: {path} is not an async function")

@@ -14,6 +14,8 @@ InformationStyle = Literal["searchr1", "rlinf"]
 TruncateSide = Literal["right", "left", "middle"]
 
 NO_RESULTS = "No search results are found."
+RLINF_DOCUMENT_CHARACTERS = 5_000
+"""The "rlinf" style cuts each document here."""
 
 _ACTION = re.compile(r"<(search|access|answer)>(.*?)</\1>", re.DOTALL)
 # A tag of ours in any case, with blanks or attributes, closed or not; and the chat markers of Qwen and Llama.
@@ -45,21 +47,23 @@ def parse_action(text: str) -> Action:
     """What the policy's turn asks for.
 
     The first complete tag decides: an answer ends, a search or an access calls the tool with every further query of
-    the same kind up to the end of the turn or up to an answer. An empty query counts as invalid.
+    the same kind up to the end of the turn or up to an answer. An empty query counts as invalid. Where an opening tag is
+    repeated before its closing one, the query starts after the last.
     """
     first = _ACTION.search(text)
     if first is None:
         return Action("invalid")
-    kind = first.group(1)
+    kind: ActionKind = first.group(1)  # type: ignore[assignment]  # the pattern knows only these
     if kind == "answer":
         return Action("answer", [first.group(2).strip()])
     arguments = []
     for found in _ACTION.finditer(text, first.start()):
         if found.group(1) == "answer":
             break
-        if found.group(1) == kind and found.group(2).strip():
-            arguments.append(found.group(2).strip())
-    return Action("search" if kind == "search" else "access", arguments) if arguments else Action("invalid")
+        argument = found.group(2).rpartition(f"<{kind}>")[2].strip()
+        if found.group(1) == kind and argument:
+            arguments.append(argument)
+    return Action(kind, arguments) if arguments else Action("invalid")
 
 
 def neutralise(text: str) -> str:
@@ -76,8 +80,10 @@ def render_body(results: Sequence[Sequence[Document]], style: InformationStyle) 
     if not documents:
         return NO_RESULTS
     if style == "rlinf":
-        parts = [f"[Doc {i}]({neutralise(d.url)}):\n{neutralise(_titled(d))}\n" for i, d in enumerate(documents, start=1)]
-        return "\n".join(parts)
+        return "\n".join(
+            f"[Doc {i}]({neutralise(d.url)}):\n{neutralise(_titled(d)[:RLINF_DOCUMENT_CHARACTERS])}\n"
+            for i, d in enumerate(documents, start=1)
+        )
     return "\n".join(
         f'Doc {i}(Title: "{neutralise(d.title)}") {neutralise(d.text)}' for i, d in enumerate(documents, start=1)
     )

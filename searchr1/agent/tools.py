@@ -129,6 +129,8 @@ def show_page(contents: str | None) -> str:
     """A page as the policy sees it."""
     if contents is None:
         return "No such page."
+    if not contents.strip():
+        return "The page is empty."
     text = neutralise(contents[:PAGE_CHARACTERS])
     chunks = [text[i : i + CHUNK_CHARACTERS] for i in range(0, len(text), CHUNK_CHARACTERS)][:MAX_CHUNKS]
     return "\n\n".join(f">>>> Page {number} >>>>\n\n{chunk}" for number, chunk in enumerate(chunks, start=1))

@@ -38,6 +38,7 @@ class Turn:
     action: ActionKind
     policy_tokens: int
     queries: list[str] = field(default_factory=list)
+    """What was sent to the tool; empty if no call was made (a search in the forced last turn is not answered)."""
     tool_text: str = ""
     """What the environment appended, tags included; empty if nothing."""
     tool_tokens: int = 0
@@ -91,7 +92,7 @@ class Trajectory:
     @property
     def tool_calls(self) -> int:
         """Turns that called a tool."""
-        return sum(turn.action in ("search", "access") for turn in self.turns)
+        return sum(bool(turn.queries) for turn in self.turns)
 
     @property
     def tool_failures(self) -> int:

@@ -22,10 +22,18 @@ def normalise(text: str) -> str:
 
 
 def exact_match(answer: str | None, golden_answers: Sequence[str]) -> float:
-    """1 if the normalised answer equals any normalised gold answer, else 0."""
-    if answer is None:
-        return 0.0
-    return float(any(normalise(answer) == normalise(gold) for gold in golden_answers))
+    """1 if the normalised answer equals any normalised gold answer, else 0.
+
+    A gold answer of which normalisation leaves nothing ("The", "?!") must be met as it is written, lower case: otherwise
+    an empty answer would be right.
+    """
+    return float(answer is not None and any(_equal(answer, gold) for gold in golden_answers))
+
+
+def _equal(answer: str, gold: str) -> bool:
+    if normalise(gold):
+        return normalise(answer) == normalise(gold)
+    return bool(gold.strip()) and answer.strip().lower() == gold.strip().lower()
 
 
 def f1(answer: str | None, golden_answers: Sequence[str]) -> float:
@@ -60,5 +68,6 @@ def answer_of(policy_text: str) -> str | None:
 
 
 def spam_factor(policy_text: str) -> float:
-    """A quarter for more than `MAX_ANSWER_TAGS` answer tags, else 1."""
-    return 0.25 if policy_text.count("</answer>") > MAX_ANSWER_TAGS else 1.0
+    """A quarter for more than `MAX_ANSWER_TAGS` answer tags, opening or closing, else 1."""
+    tags = max(policy_text.count("<answer>"), policy_text.count("</answer>"))
+    return 0.25 if tags > MAX_ANSWER_TAGS else 1.0
