@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,11 @@ class RunFolder:
                 "on with it, or runner.overwrite=True to write over it"
             )
         try:
+            if config.runner.overwrite and resume_from is None:
+                # An earlier run's checkpoints must not be taken for this one's by a later resume.
+                for name in ("checkpoints", "trajectories", "tensorboard"):
+                    shutil.rmtree(path / name, ignore_errors=True)
+                (path / "metrics.jsonl").unlink(missing_ok=True)
             path.mkdir(parents=True, exist_ok=True)
             save_config(config, path / "config.yaml")
         except OSError as error:

@@ -44,7 +44,10 @@ def test_used_folder_is_refused_unless_asked_for(tmp_path):
     with pytest.raises(UserError, match=r"already holds a run.*resume_dir=auto"):
         RunFolder.open(config(tmp_path))
     assert RunFolder.open(config(tmp_path, resume_dir="auto")).resume_from is None
+    (folder.path / "checkpoints/global_step_7").mkdir(parents=True)
     RunFolder.open(config(tmp_path, overwrite=True))
+    assert not (folder.path / "checkpoints").exists()
+    assert not (folder.path / "metrics.jsonl").exists()
     RunFolder.open(config(tmp_path, experiment_name="other"))
 
 
