@@ -79,7 +79,10 @@ class SearchClient:
         """
         body = {"queries": list(queries), "topk": self._topk, "return_scores": True}
         answer = await self._post("/retrieve", body, len(queries))
-        return [[_document(item) for item in found] for found in answer]
+        try:
+            return [[_document(item) for item in found] for found in answer]
+        except (AttributeError, TypeError) as error:
+            raise self._malformed("/retrieve", error) from error
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
         """The page behind each address, or None.
@@ -88,11 +91,18 @@ class SearchClient:
             SearchUnavailable: no usable answer within the deadline.
         """
         answer = await self._post("/access", {"urls": list(urls)}, len(urls))
-        return [Page(page.get("url", ""), page.get("contents", "")) if page else None for page in answer]
+        try:
+            return [Page(page.get("url", ""), page.get("contents", "")) if page else None for page in answer]
+        except AttributeError as error:
+            raise self._malformed("/access", error) from error
 
     async def aclose(self) -> None:
         """Close the connections."""
         await self._http.aclose()
+
+    def _malformed(self, path: str, error: Exception) -> SearchUnavailable:
+        self.stats.failures += 1
+        return SearchUnavailable(f"{path} answered in another shape than documented ({error})")
 
     async def _post(self, path: str, body: dict[str, Any], expected: int) -> list[Any]:
         self.stats.calls += 1
@@ -106,7 +116,9 @@ class SearchClient:
             if left <= 0:
                 break
             try:
-                response = await self._http.post(url, json=body, timeout=left)
+                # httpx's own timeout is per phase: a server that drips bytes would pass the deadline.
+                async with asyncio.timeout(left):
+                    response = await self._http.post(url, json=body, timeout=left)
                 if response.status_code == 200:
                     result = response.json().get("result")
                     if isinstance(result, list) and len(result) == expected:
@@ -116,7 +128,7 @@ class SearchClient:
                     problem = f"{url} answered {response.status_code}: {response.text[:200]}"
                     if response.status_code not in RETRY_STATUS:
                         break
-            except (httpx.HTTPError, ValueError, AttributeError) as error:
+            except (httpx.HTTPError, TimeoutError, ValueError, AttributeError) as error:
                 problem = f"{url}: {type(error).__name__} {error}".strip()
             if attempt < self._retries:
                 self.stats.retries += 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlinf.scheduler import Worker
 
+from searchr1.agent.loop import run_group
 from searchr1.agent.trajectory import Chunk, Mode, Sample, Trajectory
 from searchr1.config.schema import Config
 from searchr1.device import Device
@@ -72,19 +73,18 @@ class RolloutWorker(Worker):
         done = asyncio.Event()
 
         async def one_group(sample: Sample) -> None:
-            replicas = [
-                self._run(
+            finished.extend(
+                await run_group(
+                    self._run,
+                    group_size,
                     sample=sample,
-                    replica=replica,
                     engine=self._engine,
                     tools=self._tools,
                     tokenizer=self._tokenizer,
                     settings=self._settings[mode],
                     seed=seed,
                 )
-                for replica in range(group_size)
-            ]
-            finished.extend(await asyncio.gather(*replicas))
+            )
 
         async def flush() -> None:
             last = False
