@@ -24,6 +24,13 @@ from searchr1.errors import UserError
 CPU = Device.detect("cpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def own_process_group():
+    """The actor joins a default process group; other tests of this process (vLLM's engine) need to make their own."""
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
     from transformers import Qwen2Config, Qwen2ForCausalLM
