@@ -33,7 +33,7 @@ def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group(device.collective_backend, timeout=timeout)
     else:
-        store = dist.FileStore(tempfile.mktemp(prefix="searchr1-store-"), 1)
+        store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="searchr1-"), "store"), 1)
         dist.init_process_group(device.collective_backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
