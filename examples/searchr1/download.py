@@ -45,19 +45,46 @@ WIKI18 = [
 ENCODER = [Item("intfloat/e5-base-v2", "model", None, 1, "e5-base-v2")]
 SETS = {"asearcher": CORPUS + ENCODER, "wiki18": WIKI18 + ENCODER}
 EXTRA_GIB = {"asearcher": 0.0, "wiki18": 62.0 + 14.0}
-"""Needed on top while parts are joined and archives unpacked."""
+"""Needed on top for what is joined and unpacked here."""
+MADE_HERE = {"asearcher": [], "wiki18": ["wiki-18.jsonl", "e5.index/e5_Flat.index"]}
 
 Fetch = Callable[[Item, Path], Path]
 
 
 def fetch_from_hub(item: Item, save_path: Path) -> Path:
     """Download one item; returns the file or folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
+    try:
+        from huggingface_hub import hf_hub_download, snapshot_download
+    except ImportError as error:
+        raise UserError("huggingface_hub is not installed; run: pip install huggingface_hub") from error
 
     target = save_path / item.folder
-    if item.file is None:
-        return Path(snapshot_download(item.repo, repo_type=item.repo_type, local_dir=target))
-    return Path(hf_hub_download(item.repo, item.file, repo_type=item.repo_type, local_dir=target))
+    if item.file is not None:
+        return Path(hf_hub_download(item.repo, item.file, repo_type=item.repo_type, local_dir=target))
+    # The same weights in other formats are left out.
+    other_formats = ["onnx/*", "openvino/*", "*.bin", "*.h5", "*.msgpack", "*.ot"]
+    return Path(snapshot_download(item.repo, repo_type=item.repo_type, local_dir=target, ignore_patterns=other_formats))
+
+
+def bytes_present(what: str, save_path: Path) -> int:
+    """What earlier runs have left of a set, finished or not."""
+    names = [item.file or item.folder for item in SETS[what]] + MADE_HERE[what] + [".cache/huggingface"]
+    files = [file for name in names for file in [save_path / name, *(save_path / name).rglob("*")] if file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
+def check_space(what: str, save_path: Path) -> None:
+    """Say how much space is needed.
+
+    Raises:
+        UserError: there is not enough; what is there already counts as done.
+    """
+    whole = sum(item.gib for item in SETS[what]) + EXTRA_GIB[what]
+    missing = max(whole - bytes_present(what, save_path) / GIB, 0)
+    free = shutil.disk_usage(save_path).free / GIB
+    print(f"{what}: about {whole:.0f} GiB in {save_path}, {missing:.0f} GiB of it missing; {free:.0f} GiB free", flush=True)
+    if free < missing:
+        raise UserError(f"--save_path {save_path}: {free:.0f} GiB free, about {missing:.0f} GiB more needed")
 
 
 def download(what: str, save_path: Path, fetch: Fetch = fetch_from_hub) -> list[Path]:
@@ -67,25 +94,39 @@ def download(what: str, save_path: Path, fetch: Fetch = fetch_from_hub) -> list[
         UserError: not enough space, or the hub cannot be reached.
     """
     save_path.mkdir(parents=True, exist_ok=True)
-    needed = sum(item.gib for item in SETS[what]) + EXTRA_GIB[what]
-    free = shutil.disk_usage(save_path).free / GIB
-    print(f"{what}: about {needed:.0f} GiB needed in {save_path}, {free:.0f} GiB free", flush=True)
-    if free < needed:
-        raise UserError(f"--save_path {save_path}: {free:.0f} GiB free, about {needed:.0f} GiB needed")
+    check_space(what, save_path)
     found = []
     for number, item in enumerate(SETS[what], start=1):
         print(f"[{number}/{len(SETS[what])}] {item.repo} {item.file or ''}", flush=True)
         try:
             found.append(fetch(item, save_path))
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:  # what huggingface_hub raises, by version
             raise UserError(
                 f"cannot download {item.repo}: {error}; check the connection (HF_ENDPOINT names a mirror) and run this "
                 "again: finished files are kept"
             ) from error
+    check_encoder(save_path / ENCODER[0].folder)
     if what == "wiki18":
-        found.append(unpack(save_path / "wiki-18.jsonl.gz"))
-        found.append(join([save_path / "part_aa", save_path / "part_ab"], save_path / "e5.index/e5_Flat.index"))
+        try:
+            found.append(unpack(save_path / "wiki-18.jsonl.gz"))
+            found.append(join([save_path / "part_aa", save_path / "part_ab"], save_path / "e5.index/e5_Flat.index"))
+        except (OSError, EOFError) as error:
+            raise UserError(
+                f"cannot unpack or join: {error}; delete the file that it names, or make room, and run again"
+            ) from error
     return found
+
+
+def check_encoder(folder: Path) -> None:
+    """The hub library answers with whatever is in the folder when it cannot reach the hub.
+
+    Raises:
+        UserError: the encoder is not complete.
+    """
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"{folder}: not complete (config.json or *.safetensors is missing); check the connection and run again"
+        )
 
 
 def unpack(archive: Path) -> Path:

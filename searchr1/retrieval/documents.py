@@ -25,8 +25,11 @@ class Page:
 
 
 def split_contents(contents: str) -> tuple[str, str]:
-    """`"Title"\\ntext` -> (title, text); without a line break the title is empty."""
+    """`"Title"\\ntext` -> (title, text); without a line break the title is empty. Quotes inside the title stay."""
     first, separator, rest = contents.partition("\n")
     if not separator:
         return "", contents.strip()
-    return first.strip().strip('"').strip(), rest.strip()
+    title = first.strip()
+    if len(title) > 1 and title[0] == title[-1] == '"':
+        title = title[1:-1].strip()
+    return title, rest.strip()

@@ -32,7 +32,7 @@ FAMILIES = {
 
 
 class Encoder:
-    """An encoder on the CPU or a GPU."""
+    """An encoder on the CPU (fp32) or a GPU (fp16). Not for several threads at once."""
 
     def __init__(self, name: str, path: str, *, max_length: int = 256, device: str = "cpu", batch_size: int = 64) -> None:
         import torch
@@ -40,16 +40,20 @@ class Encoder:
 
         if name not in FAMILIES:
             raise UserError(f"--retriever_name {name}: unknown; use bm25, {', '.join(FAMILIES)}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise UserError(f"--retriever_name {name}: this machine has no GPU that PyTorch can use; run the encoder on cpu")
         self.family = FAMILIES[name]
+        dtype = torch.float16 if device.startswith("cuda") else torch.float32
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(path)
-            self._model: Any = AutoModel.from_pretrained(path, dtype=torch.float32).to(device).eval()
+            self._model: Any = AutoModel.from_pretrained(path, dtype=dtype).to(device).eval()
         except (OSError, ValueError) as error:
             raise UserError(f"--retriever_model {path}: cannot load an encoder: {error}") from error
         self._device = device
         self._max_length = max_length
         self._batch_size = batch_size
-        self.dimension = int(self._model.config.hidden_size)
+        # DPR encoders may project; 0 means that they do not.
+        self.dimension = int(getattr(self._model.config, "projection_dim", 0) or self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str], role: Role) -> npt.NDArray[np.float32]:
         """[len(texts), dimension] vectors; sorted by length inside, so that little is padded."""
@@ -69,17 +73,17 @@ class Encoder:
             ).to(self._device)
             with torch.inference_mode():
                 output = self._model(**inputs)
-            vectors[rows] = self._pool(output, inputs["attention_mask"]).float().cpu().numpy()
+            vectors[rows] = self._pool(output, inputs["attention_mask"]).cpu().numpy()
         return vectors
 
     def _pool(self, output: Any, mask: Any) -> Any:
         import torch
 
         if self.family.pooling == "pooler":
-            pooled = output.pooler_output
+            pooled = output.pooler_output.float()
         elif self.family.pooling == "cls":
-            pooled = output.last_hidden_state[:, 0]
+            pooled = output.last_hidden_state[:, 0].float()
         else:
-            weights = mask[..., None].to(output.last_hidden_state.dtype)
-            pooled = (output.last_hidden_state * weights).sum(1) / weights.sum(1)
+            weights = mask[..., None].float()
+            pooled = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1).clamp(min=1)
         return torch.nn.functional.normalize(pooled, dim=-1) if self.family.normalise else pooled

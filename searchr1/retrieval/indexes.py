@@ -2,66 +2,81 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from searchr1.errors import UserError
-from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.encoder import Encoder
 
-MANIFEST = "manifest.json"
+Hits = list[tuple[int, float]]
+"""(row, score), best first."""
 
 
 class Index(Protocol):
     """What a server searches."""
 
-    def search(self, queries: Sequence[str], topk: int) -> list[list[tuple[int, float]]]:
-        """For each query at most `topk` (row, score), best first."""
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """At most `topk` hits for each query."""
         ...
 
 
 class Bm25Index:
     """BM25 over title and text."""
 
-    def __init__(self, retriever: Any, rows: int) -> None:
+    def __init__(self, retriever: Any, stemmer: str | None = None) -> None:
         self._retriever = retriever
-        self._rows = rows
+        self._stemmer_name = stemmer
+        self._stemmer = _stemmer(stemmer)
 
     @classmethod
-    def build(cls, corpus: Corpus, progress: bool = False) -> Bm25Index:
-        """Index a corpus in memory."""
+    def build(cls, texts: Iterable[str], stemmer: str | None = None) -> Bm25Index:
+        """Index texts in memory; they are read once and only their words are kept.
+
+        `stemmer`: a language that PyStemmer knows ("english"), or None to keep words as they are.
+
+        Raises:
+            UserError: unknown stemmer.
+        """
         import bm25s
 
-        retriever = bm25s.BM25()
-        tokens = bm25s.tokenize(list(corpus.contents()), stopwords=None, show_progress=progress)
-        retriever.index(tokens, show_progress=progress)
-        return cls(retriever, len(corpus))
+        index = cls(bm25s.BM25(), stemmer)
+        tokens = bm25s.tokenize(texts, stopwords=None, stemmer=index._stemmer, show_progress=False)
+        index._retriever.index(tokens, show_progress=False)
+        return index
 
     @classmethod
-    def load(cls, folder: Path, corpus: Corpus) -> Bm25Index:
-        """Map an index folder."""
+    def load(cls, folder: Path, stemmer: str | None = None) -> Bm25Index:
+        """Map an index folder.
+
+        Raises:
+            UserError: files are missing or damaged.
+        """
         import bm25s
 
-        return cls(bm25s.BM25.load(str(folder), mmap=True), len(corpus))
+        try:
+            return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"--index_path {folder}: not readable as a BM25 index ({error}); build it again") from error
 
     def save(self, folder: Path) -> None:
         """Write the index into `folder`."""
-        self._retriever.save(str(folder))
+        self._retriever.save(str(folder), show_progress=False)
 
-    def search(self, queries: Sequence[str], topk: int) -> list[list[tuple[int, float]]]:
+    @property
+    def rows(self) -> int:
+        """Passages in the index."""
+        return int(self._retriever.scores["num_docs"])
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """Passages that share a word with the query."""
         import bm25s
 
-        tokens = bm25s.tokenize(list(queries), stopwords=None, show_progress=False)
-        rows, scores = self._retriever.retrieve(tokens, k=min(topk, self._rows), show_progress=False, n_threads=0)
-        return [
-            [(int(row), float(score)) for row, score in zip(found, values, strict=True) if score > 0]
-            for found, values in zip(rows, scores, strict=True)
-        ]
+        tokens = bm25s.tokenize(list(queries), stopwords=None, stemmer=self._stemmer, show_progress=False)
+        rows, scores = self._retriever.retrieve(tokens, k=min(topk, self.rows), show_progress=False, n_threads=0)
+        return _hits(rows, scores, scores > 0)
 
 
 class DenseIndex:
@@ -80,6 +95,8 @@ class DenseIndex:
         """
         import faiss
 
+        if gpu and not hasattr(faiss, "index_cpu_to_all_gpus"):
+            raise UserError("--faiss_gpu: this FAISS is the CPU build; install faiss-gpu-cu12 or leave the flag out")
         try:
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if not gpu else 0)
         except RuntimeError as error:
@@ -90,8 +107,6 @@ class DenseIndex:
                 "use the encoder that the index was built with"
             )
         if gpu:
-            if not hasattr(faiss, "index_cpu_to_all_gpus"):
-                raise UserError("--faiss_gpu: this FAISS is the CPU build; install faiss-gpu-cu12 or leave the flag out")
             options = faiss.GpuMultipleClonerOptions()
             options.useFloat16 = True
             options.shard = True
@@ -103,35 +118,29 @@ class DenseIndex:
         """Vectors in the index."""
         return int(self._index.ntotal)
 
-    def search(self, queries: Sequence[str], topk: int) -> list[list[tuple[int, float]]]:
-        """Nearest passages; FAISS's row -1 (fewer hits than `topk`) is left out."""
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """Nearest passages."""
         vectors = self._encoder.encode(queries, "query")
-        scores, rows = self._index.search(np.ascontiguousarray(vectors, dtype=np.float32), topk)
-        return [
-            [(int(row), float(score)) for row, score in zip(found, values, strict=True) if row >= 0]
-            for found, values in zip(rows, scores, strict=True)
-        ]
+        scores, rows = self._index.search(vectors, min(topk, self.rows))
+        # FAISS fills up with row -1 where it finds fewer.
+        return _hits(rows, scores, rows >= 0)
 
 
-def write_manifest(folder: Path, corpus: Corpus, kind: str, details: dict[str, Any]) -> None:
-    """Say what an index folder was built from."""
-    manifest = {"kind": kind, "rows": len(corpus), "corpus": corpus.fingerprint(), **details}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+def _hits(rows: Any, scores: Any, keep: Any) -> list[Hits]:
+    """[queries, k] arrays -> lists."""
+    return [
+        [hit[:2] for hit in zip(*columns, strict=True) if hit[2]]
+        for columns in zip(rows.tolist(), scores.astype(np.float64).tolist(), keep.tolist(), strict=True)
+    ]
 
 
-def read_manifest(folder: Path, corpus: Corpus) -> dict[str, Any] | None:
-    """The manifest beside an index, checked against the corpus; None for an index published without one.
-
-    Raises:
-        UserError: the index was built from another corpus.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
+def _stemmer(language: str | None) -> Any:
+    if language is None:
         return None
-    manifest: dict[str, Any] = json.loads(path.read_text())
-    if manifest["rows"] != len(corpus) or manifest["corpus"] != corpus.fingerprint():
-        raise UserError(
-            f"--index_path {folder}: was built from another corpus ({manifest['rows']} passages; {corpus.path} has "
-            f"{len(corpus)}); rebuild it with searchr1 build-index"
-        )
-    return manifest
+    import Stemmer
+
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError as error:
+        known = ", ".join(Stemmer.algorithms())
+        raise UserError(f"--stemmer {language}: unknown; use one of {known}") from error

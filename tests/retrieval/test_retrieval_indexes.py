@@ -7,15 +7,11 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from searchr1.errors import UserError
 from searchr1.retrieval import build
 from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.documents import split_contents
 from searchr1.retrieval.encoder import Encoder
-from searchr1.retrieval.pages import canonical_url
 from searchr1.retrieval.server_cli import load_index
 
 
@@ -109,22 +105,142 @@ def test_a_texts_vector_does_not_depend_on_its_neighbours(encoder_path, pooling_
     assert np.allclose(together, alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("content", ["", "\n\n", "not json\n", '{"id": "1"}\n', '{"contents": 3}\n'])
-def test_bad_corpus_is_told(tmp_path, content):
+def built(tmp_path, *words, count=60):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", count=count)
+    build.main(["--corpus_path", str(corpus.path), "--save_dir", str(tmp_path / "index"), *words])
+    return corpus
+
+
+def test_manifest_says_what_the_index_is(tmp_path, encoder_path):
+    corpus = built(tmp_path, "--retriever_name", "e5", "--retriever_model", encoder_path, count=9)
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert manifest == {
+        "kind": "dense",
+        "rows": 9,
+        "corpus": corpus.fingerprint(),
+        "encoder": "e5",
+        "model": encoder_path.rpartition("/")[2],
+        "pooling": "mean",
+        "dimension": 32,
+        "metric": "inner product",
+        "factory": "Flat",
+        "file": "e5_Flat.index",
+    }
+    assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["e5_Flat.index", "manifest.json"]
+
+
+def test_another_retriever_than_the_indexs_is_refused(tmp_path, encoder_path):
+    corpus = built(tmp_path, "--retriever_name", "e5", "--retriever_model", encoder_path, count=5)
+    with pytest.raises(UserError, match="is a e5 index"):
+        load_index(flags(index_path=tmp_path / "index"), corpus)
+    for path in (tmp_path / "index", tmp_path / "index/e5_Flat.index"):
+        with pytest.raises(UserError, match="--retriever_name e5"):
+            load_index(flags(index_path=path, retriever_name="bge", retriever_model=encoder_path), corpus)
+        loaded = load_index(flags(index_path=path, retriever_name="e5", retriever_model=encoder_path), corpus)
+        assert loaded.rows == 5
+
+
+def test_bare_published_index_loads_and_its_rows_are_counted(tmp_path, encoder_path):
+    corpus = built(tmp_path, "--retriever_name", "e5", "--retriever_model", encoder_path, count=5)
+    (tmp_path / "index/manifest.json").unlink()
+    args = flags(index_path=tmp_path / "index", retriever_name="e5", retriever_model=encoder_path)
+    assert load_index(args, corpus).rows == 5
+    with pytest.raises(UserError, match="has 5 rows, --corpus_path 6 passages"):
+        load_index(args, write_corpus(tmp_path / "other.jsonl", count=6))
+
+
+def test_an_unfinished_or_damaged_bm25_folder_is_refused(tmp_path):
+    corpus = built(tmp_path, "--retriever_name", "bm25")
+    folder = tmp_path / "index"
+    (folder / "vocab.index.json").write_text("{")
+    with pytest.raises(UserError, match="not readable as a BM25 index"):
+        load_index(flags(index_path=folder), corpus)
+    (folder / "manifest.json").write_text("[]")
+    with pytest.raises(UserError, match="damaged"):
+        load_index(flags(index_path=folder), corpus)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(UserError, match="no finished BM25 index"):
+        load_index(flags(index_path=folder), corpus)
+
+
+def test_a_build_that_fails_leaves_no_manifest_of_an_older_one(tmp_path):
+    built(tmp_path, "--retriever_name", "bm25")
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write("broken\n")
+    words = ["--corpus_path", str(tmp_path / "corpus.jsonl"), "--save_dir", str(tmp_path / "index")]
+    words += ["--retriever_name", "bm25"]
+    with pytest.raises(UserError, match="line 61"):
+        build.main(words)
+    assert not (tmp_path / "index/manifest.json").exists()
+
+
+def test_stems_are_found_by_other_forms_of_the_word(tmp_path):
     path = tmp_path / "corpus.jsonl"
-    path.write_text(content)
-    with pytest.raises(UserError, match=r"corpus\.jsonl"):
-        Corpus(path)
+    path.write_text("".join(json.dumps({"contents": f'"T"\n{text}'}) + "\n" for text in ("the rivers run", "a mountain")))
+    words = ["--corpus_path", str(path), "--save_dir", str(tmp_path / "index"), "--retriever_name", "bm25"]
+    build.main([*words, "--stemmer", "english"])
+    corpus = Corpus(path)
+    stemmed = load_index(flags(index_path=tmp_path / "index"), corpus)
+    assert [row for row, _ in stemmed.search(["which river"], 2)[0]] == [0]
+    assert load_index(flags(), corpus).search(["which river"], 2) == [[]]
+    with pytest.raises(UserError, match="--stemmer klingon: unknown"):
+        build.main([*words, "--stemmer", "klingon"])
 
 
-@given(st.text(st.characters(exclude_characters="\n\r"), max_size=30), st.text(max_size=60))
-def test_contents_split_into_title_and_text(title, text):
-    found_title, found_text = split_contents(f'"{title}"\n{text}')
-    assert found_title == title.strip().strip('"').strip()
-    assert found_text == text.strip()
+@pytest.mark.parametrize(("factory", "found"), [("Nonsense7", None), ("IVF64,Flat", None), ("SQ8", 20), ("HNSW8,Flat", 20)])
+def test_faiss_factory_strings(tmp_path, encoder_path, factory, found):
+    words = ["--retriever_name", "e5", "--retriever_model", encoder_path, "--faiss_type", factory]
+    if found is None:
+        with pytest.raises(UserError, match=f"--faiss_type {factory}"):
+            built(tmp_path, *words, count=20)
+        return
+    corpus = built(tmp_path, *words, count=20)
+    index = load_index(flags(index_path=tmp_path / "index", retriever_name="e5", retriever_model=encoder_path), corpus)
+    assert len(index.search(["word3"], 100)[0]) == found
 
 
-@given(st.text(max_size=40))
-def test_canonical_url_is_idempotent_on_plain_paths(path):
-    once = canonical_url("https://wiki.example/" + path.replace("%", ""))
-    assert canonical_url(once.replace("%", "")) == once.replace("%", "") or "#" in once or " " in once
+def test_a_fingerprint_sees_a_change_of_one_letter(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    before = write_corpus(path, count=3000).fingerprint()
+    content = path.read_bytes()
+    for position in (20, len(content) // 2, len(content) - 10):
+        path.write_bytes(content[:position] + b"Z" + content[position + 1 :])
+        try:
+            assert Corpus(path).fingerprint() != before
+        except UserError:
+            assert position == 20  # hit the first row's JSON
+
+
+def test_a_missing_gpu_is_told(encoder_path):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UserError, match="no GPU"):
+        Encoder("e5", encoder_path, device="cuda")
+    with pytest.raises(UserError, match="cannot load an encoder"):
+        Encoder("e5", encoder_path + "/nothing-here")
+
+
+def test_pooling_and_prefix_of_each_family(encoder_path):
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(encoder_path), AutoModel.from_pretrained(encoder_path).eval()
+
+    def states(text):
+        with torch.inference_mode():
+            return model(**tokenizer(text, return_tensors="pt"))
+
+    def unit(vector):
+        return vector / vector.norm()
+
+    mean = unit(states("query: a river").last_hidden_state[0].mean(0))
+    assert np.allclose(Encoder("e5", encoder_path).encode(["a river"], "query")[0], mean, atol=1e-5)
+    mean = unit(states("passage: a river").last_hidden_state[0].mean(0))
+    assert np.allclose(Encoder("e5", encoder_path).encode(["a river"], "passage")[0], mean, atol=1e-5)
+    first = unit(states("Represent this sentence for searching relevant passages: a river").last_hidden_state[0, 0])
+    assert np.allclose(Encoder("bge", encoder_path).encode(["a river"], "query")[0], first, atol=1e-5)
+    pooler = states("a river").pooler_output[0]
+    assert np.allclose(Encoder("dpr", encoder_path).encode(["a river"], "passage")[0], pooler, atol=1e-5)
+    assert Encoder("dpr", encoder_path).encode([], "query").shape == (0, 32)

@@ -11,9 +11,12 @@ import time
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.retrieval.client import SearchClient, SearchUnavailable, wait_until_healthy
+from searchr1.retrieval.client import SearchClient, wait_until_healthy
+from searchr1.retrieval.server_cli import reachable_address
 
 ROWS = [
     ("Ada Lovelace", "Ada Lovelace wrote the first program.", "https://wiki.example/Ada_Lovelace"),
@@ -36,10 +39,11 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(files, *flags):
+def start(files, *flags, pages=True):
     address = files / f"address-{time.monotonic_ns()}"
     words = [sys.executable, "-m", "searchr1.cli", "retrieval-server", "--corpus_path", str(files / "corpus.jsonl")]
-    words += ["--pages_path", str(files / "pages.jsonl"), "--port", "0", "--save-address-to", str(address), *flags]
+    words += ["--port", "0", "--save-address-to", str(address), *flags]
+    words += ["--pages_path", str(files / "pages.jsonl")] if pages else []
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
     while not address.exists():
@@ -55,6 +59,12 @@ def server(files):
     yield address
     process.terminate()
     process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=f"http://{server}", timeout=20, trust_env=False) as client:
+        yield client
 
 
 def post(address, path, body):
@@ -116,7 +126,7 @@ def test_health(server):
         {"queries": ["x"], "topk": 0},
         {"queries": ["x"], "topk": "many"},
         {"queries": ["x"] * 2000},
-        {"queries": ["x" * 5000]},
+        {"queries": ["x" * (1 << 20) + "x"]},
         [],
     ],
 )
@@ -129,6 +139,52 @@ def test_odd_queries_never_break_the_server(server):
     result = post(server, "/retrieve", {"queries": queries, "topk": 3})
     assert result.status_code == 200
     assert len(result.json()["result"]) == len(queries)
+
+
+@pytest.mark.parametrize("query", ["", "zzz", "\x00", "💥"])
+def test_a_query_without_known_words_finds_nothing(server, query):
+    assert post(server, "/retrieve", {"queries": [query]}).json() == {"result": [[]]}
+
+
+def test_a_long_query_is_searched_by_its_beginning(server):
+    result = post(server, "/retrieve", {"queries": ["Lovelace " + "x" * 1_000_000], "topk": 1})
+    assert result.json()["result"][0][0]["id"] == "0"
+
+
+def test_a_huge_body_is_refused(server):
+    answer = httpx.post(f"http://{server}/retrieve", content=b" " * (17 << 20), timeout=20, trust_env=False)
+    assert answer.status_code == 413
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+bodies = json_values | st.fixed_dictionaries(
+    {"queries": st.lists(st.text(max_size=20), max_size=4) | json_values},
+    optional={"topk": st.integers() | json_values, "return_scores": json_values, "urls": json_values},
+)
+odd_bytes = st.sampled_from([b"", b"{", b"[" * 50_000, b"\xff\xfe", b'{"queries": ["\\ud800"]}', b'{"urls": ["http://[x"]}'])
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    path=st.sampled_from(["/retrieve", "/access"]), content=bodies.map(lambda body: json.dumps(body).encode()) | odd_bytes
+)
+def test_no_body_breaks_the_server(http, path, content):
+    answer = http.post(path, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code in (200, 400, 422)
+    answer.json()
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
+def test_any_text_is_a_query_and_an_address(http, texts):
+    for path, key in (("/retrieve", "queries"), ("/access", "urls")):
+        answer = http.post(path, json={key: texts})
+        assert answer.status_code == 200
+        assert len(answer.json()["result"]) == len(texts)
 
 
 def test_many_clients_at_once_get_their_own_answers(server):
@@ -145,31 +201,49 @@ def test_many_clients_at_once_get_their_own_answers(server):
     assert found[0][0][0].text == "Ada Lovelace wrote the first program."
 
 
-def test_client_goes_to_the_other_server_when_one_is_dead(server):
+def test_requests_with_different_topk_at_once(server):
     async def run():
-        client = SearchClient([f"127.0.0.1:{free_port()}", server], topk=1, timeout_s=20, retries=2)
-        found = [await client.search(["Babbage"]) for _ in range(6)]
-        await client.aclose()
-        return found
+        clients = [SearchClient([server], topk=topk, timeout_s=30) for topk in (1, 2, 3)]
+        # A word of every passage, so that each has a score.
+        found = await asyncio.gather(*(client.search(["Ada Charles für"]) for client in clients for _ in range(10)))
+        for client in clients:
+            await client.aclose()
+        return [len(hits[0]) for hits in found]
 
-    assert all(hits[0][0].id == "1" for hits in asyncio.run(run()))
+    assert asyncio.run(run()) == [1] * 10 + [2] * 10 + [3] * 10
 
 
-def test_client_gives_up_at_its_deadline():
+def test_client_reads_pages(server):
     async def run():
-        silent = socket.socket()
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        client = SearchClient([f"127.0.0.1:{silent.getsockname()[1]}"], topk=1, timeout_s=0.5, retries=5)
-        started = time.monotonic()
-        with pytest.raises(SearchUnavailable):
-            await client.search(["x"])
-        assert time.monotonic() - started < 3
-        assert client.stats.failures == 1
+        client = SearchClient([server])
+        pages = await client.access([ROWS[0][2], "https://wiki.example/nobody"])
+        assert await client.access([]) == []
         await client.aclose()
-        silent.close()
+        return pages
 
-    asyncio.run(run())
+    page, nobody = asyncio.run(run())
+    assert (page.url, page.contents, nobody) == (ROWS[0][2], ROWS[0][1] * 2, None)
+
+
+def test_access_without_pages_is_told(files):
+    process, address = start(files, "--retriever_name", "bm25", pages=False)
+    try:
+        answer = post(address, "/access", {"urls": ["x"]})
+        assert answer.status_code == 404
+        assert "--pages_path" in answer.text
+    finally:
+        process.terminate()
+        log = process.communicate(timeout=10)[0]
+    assert "building the BM25 index in memory" in log
+    assert "3 passages (bm25), 0 pages" in log
+    assert f"http://{address}" in log
+
+
+def test_listening_everywhere_announces_an_address_that_others_reach():
+    address = reachable_address("0.0.0.0", 8000)
+    assert address.endswith(":8000")
+    assert not address.startswith("0.")
+    assert reachable_address("::1", 8000) == "[::1]:8000"
 
 
 def test_port_in_use_is_told(server, files):
