@@ -21,6 +21,8 @@ from searchr1.retrieval.manifest import MANIFEST, read_manifest
 from searchr1.retrieval.pages import Pages
 from searchr1.retrieval.server import MAX_TOPK, create_app
 
+BACKLOG = 1024
+
 
 def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
     """The index that the flags describe.
@@ -69,13 +71,25 @@ def bind(host: str, port: int) -> socket.socket:
         found.bind((host, port))
     except (OSError, OverflowError) as error:
         found.close()
-        raise _not_listening(host, port, error) from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"--port {port}: cannot listen on --host {host} ({reason}); give another --port or --host"
+        ) from error
     return found
 
 
-def _not_listening(host: str, port: int, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
-    return UserError(f"--port {port}: cannot listen on --host {host}, port {port} ({reason}); give another --port")
+def listen(bound: socket.socket) -> None:
+    """Take connections. Left until all is loaded, so that clients are refused at once instead of waiting.
+
+    Raises:
+        UserError: another server took the port in the meantime (two that do not listen yet can share one).
+    """
+    try:
+        bound.listen(BACKLOG)
+    except OSError as error:
+        port = bound.getsockname()[1]
+        bound.close()
+        raise UserError(f"--port {port}: another server took it while this one was loading; give another --port") from error
 
 
 def reachable_address(host: str, port: int) -> str:
@@ -156,9 +170,7 @@ def main(argv: list[str]) -> int:
             os.replace(partial, target)
 
     app = create_app(corpus, index, pages, args.topk)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, backlog=1024)
-    try:
-        AnnouncedServer(config, ready).run(sockets=[listener])
-    except OSError as error:  # another server took the port while this one was loading
-        raise _not_listening(args.host, port, error) from error
+    listen(listener)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    AnnouncedServer(config, ready).run(sockets=[listener])
     return 0

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from searchr1.errors import UserError
 from searchr1.retrieval.client import SearchClient, wait_until_healthy
-from searchr1.retrieval.server_cli import reachable_address
+from searchr1.retrieval.server_cli import bind, listen, reachable_address
 
 ROWS = [
     ("Ada Lovelace", "Ada Lovelace wrote the first program.", "https://wiki.example/Ada_Lovelace"),
@@ -254,6 +254,26 @@ def test_port_in_use_is_told(server, files):
     assert result.returncode == 2
     assert f"--port {port}" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_port_taken_while_loading_is_told():
+    one = bind("127.0.0.1", 0)
+    port = one.getsockname()[1]
+    two = bind("127.0.0.1", port)
+    listen(one)
+    try:
+        with pytest.raises(UserError, match=f"--port {port}: another server took it"):
+            listen(two)
+        with pytest.raises(UserError, match=f"--port {port}: cannot listen"):
+            bind("127.0.0.1", port)
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("192.0.2.77", 0)])
+def test_what_cannot_be_bound_is_told(host, port):
+    with pytest.raises(UserError, match="cannot listen"):
+        bind(host, port)
 
 
 def test_wait_until_healthy_gives_up():
