@@ -1,0 +1,39 @@
+"""The seam between the server and what answers a query: a local index, a reranker over one, or an online engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+Document = dict[str, Any]
+"""A passage as it travels: `{"id", "contents", "url"?}`."""
+
+Found = list[list[tuple[Document, float]]]
+"""For each query (passage, score), best first."""
+
+
+class SearchFailed(Exception):
+    """A search that cannot be answered now; the server says so with 503 and the message.
+
+    `retry_after_s`: when it may be worth trying again, if that is known.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Searcher(Protocol):
+    """Queries in, passages out; called from one event loop by many requests at once."""
+
+    async def search(self, queries: Sequence[str], topk: int) -> Found:
+        """At most `topk` passages for each query.
+
+        Raises:
+            SearchFailed: no answer now; the message is for the client.
+        """
+        ...
+
+    async def aclose(self) -> None:
+        """Give back threads, connections and files."""
+        ...
