@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import mmap
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
-import numpy as np
-
-from searchr1.errors import UserError
-from searchr1.retrieval.corpus import line_at, line_offsets
 from searchr1.retrieval.documents import Page
-from searchr1.retrieval.unpack import as_jsonl
+from searchr1.retrieval.rows import Rows
 
 
 def canonical_url(url: str) -> str:
@@ -32,40 +27,22 @@ def canonical_url(url: str) -> str:
 
 
 class Pages:
-    """Rows of `{"url", "contents"}`; memory holds 16 bytes per page."""
+    """Rows of `{"url", "contents"}` by address; memory does not grow with them."""
 
     def __init__(self, path: Path) -> None:
-        """Read all addresses.
+        """Open the pages. Packed formats are unpacked beside the file, and every row is checked, at the first use.
 
         Raises:
             UserError: missing, empty, or a row is no page; names its line.
         """
-        file = as_jsonl(path, "--pages_path")
-        if file.stat().st_size == 0:
-            raise UserError(f"--pages_path {path}: the file is empty")
-        with file.open("rb") as opened:
-            self._data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-        offsets = line_offsets(self._data)
-        keys = np.empty(len(offsets), dtype=np.uint64)
-        for row, offset in enumerate(offsets):
-            try:
-                keys[row] = _key(json.loads(line_at(self._data, int(offset)))["url"])
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"--pages_path {path}: row {row + 1} is no page ({type(error).__name__}: {error}); expected "
-                    '{"url": ..., "contents": ...}'
-                ) from error
-        order = np.argsort(keys, kind="stable")
-        self._keys, self._offsets = keys[order], offsets[order]
+        self._rows = Rows(path, "--pages_path", "pages", _row_key)
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._rows)
 
     def get(self, url: str) -> Page | None:
         """The page, or None. Where several rows mean the same address, the one written exactly so goes first."""
-        key = _key(url)
-        rows = range(int(np.searchsorted(self._keys, key, "left")), int(np.searchsorted(self._keys, key, "right")))
-        found = [json.loads(line_at(self._data, int(self._offsets[row]))) for row in rows]
+        found = [self._rows[row] for row in self._rows.with_key(_key(url))]
         wanted = canonical_url(url)
         for page in sorted(found, key=lambda page: page["url"] != url):
             if canonical_url(page["url"]) == wanted:
@@ -73,7 +50,13 @@ class Pages:
         return None
 
 
-def _key(url: str) -> np.uint64:
+def _row_key(row: Any) -> int:
+    if not isinstance(row, dict) or not isinstance(row.get("url"), str):
+        raise ValueError('not a page; expected {"url": ..., "contents": ...}')
+    return _key(row["url"])
+
+
+def _key(url: str) -> int:
     """Eight bytes of a hash of the canonical address."""
     text = canonical_url(url).encode("utf-8", "surrogatepass")
-    return np.uint64(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little"))
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

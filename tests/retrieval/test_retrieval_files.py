@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
+import shutil
 
 import pyarrow
 import pyarrow.parquet
@@ -13,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.retrieval import corpus as corpus_module
+from searchr1.retrieval import rows as rows_module
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.documents import split_contents
 from searchr1.retrieval.pages import Pages, canonical_url
@@ -52,7 +54,7 @@ def test_a_packed_file_is_unpacked_once_and_again_when_it_changes(tmp_path, caps
     unpacked = tmp_path / "c.jsonl.gz.unpacked.jsonl"
     os.utime(unpacked, (0, 0))
     assert len(Corpus(path)) == 2
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.jsonl.gz", "c.jsonl.gz.unpacked.jsonl"]
+    assert not list(tmp_path.glob("*partial*"))
 
 
 @pytest.mark.parametrize(("name", "content"), [("c.jsonl.gz", b"no gzip"), ("c.parquet", b"no parquet"), ("c.txt", b"x")])
@@ -74,11 +76,60 @@ def test_truncated_archive_is_told_and_leaves_nothing(tmp_path):
 def test_a_bad_row_is_named_by_its_line(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"contents": "a"}\n\n  \r\n{"contents": "b"}\nbroken\n')
+    with pytest.raises(UserError, match=r"--corpus_path .*c.jsonl: line 5: "):
+        Corpus(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["c.jsonl"]
+    path.write_text(path.read_text().replace("broken", '{"contents": 3}'))
+    with pytest.raises(UserError, match=r"line 5: .*not a passage"):
+        Corpus(path)
+    path.write_text(path.read_text().replace("3", '"c"'))
     corpus = Corpus(path)
-    assert len(corpus) == 3
-    assert corpus[1] == {"contents": "b", "id": "1"}
-    with pytest.raises(UserError, match="line 5 is no passage"):
-        list(corpus.contents())
+    assert [corpus[row] for row in range(3)] == [{"contents": text, "id": str(i)} for i, text in enumerate("abc")]
+
+
+def test_a_table_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypatch):
+    path = write(tmp_path / "c.jsonl")
+    first = Corpus(path)
+    scanned = []
+    monkeypatch.setattr(rows_module.Rows, "_scan", lambda *_: scanned.append(1))
+    assert Corpus(path).fingerprint() == first.fingerprint()
+    assert not scanned
+    monkeypatch.undo()
+    write(path, ROWS[:3])
+    os.utime(path, (1, 1))
+    assert len(Corpus(path)) == 3
+    assert Corpus(path).fingerprint() == hashlib.sha256(path.read_bytes()).hexdigest() != first.fingerprint()
+
+
+def test_a_folder_that_cannot_be_written_uses_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "corpus").mkdir()
+    path = write(tmp_path / "corpus" / "c.jsonl")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "corpus" / f"c.jsonl.passages.{os.getpid()}.partial").write_text("in the way")  # root may write anywhere
+    assert list(Corpus(path).contents()) == [row["contents"] for row in ROWS]
+    assert list((tmp_path / "cache").rglob("summary.json"))
+
+
+def test_nowhere_to_write_is_told(tmp_path, monkeypatch):
+    path = write(tmp_path / "c.jsonl")
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / f"c.jsonl.passages.{os.getpid()}.partial").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write the table of its rows"):
+        Corpus(path)
+
+
+def test_a_half_written_table_is_made_again(tmp_path):
+    path = write(tmp_path / "c.jsonl")
+    Corpus(path)
+    (tmp_path / "c.jsonl.passages" / "summary.json").write_text('{"format": 1')
+    assert len(Corpus(path)) == len(ROWS)
+
+
+def test_rows_with_half_surrogate_pairs_and_nan_are_read(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text(r'{"contents": "\ud83d half", "score": NaN}')
+    assert Corpus(path)[0]["contents"] == "\ud83d half"
 
 
 @given(lines=st.lists(st.sampled_from(["", "   ", "\r", '{"contents": ""}', '{"contents": "x  "}\r'])), last=st.booleans())
@@ -87,13 +138,14 @@ def test_line_offsets_skip_blank_lines_whatever_the_block_size(tmp_path_factory,
     path = tmp_path_factory.mktemp("lines") / "c.jsonl"
     path.write_bytes(("\n".join(lines) + "\n" * last).encode())
     expected = [json.loads(line)["contents"] for line in lines if line.strip()]
-    before = corpus_module.SCAN_BYTES
+    before = rows_module.SCAN_BYTES
     try:
         for size in (1, 7, before):
-            corpus_module.SCAN_BYTES = size
+            rows_module.SCAN_BYTES = size
+            shutil.rmtree(f"{path}.passages", ignore_errors=True)
             assert list(Corpus(path).contents()) == expected
     finally:
-        corpus_module.SCAN_BYTES = before
+        rows_module.SCAN_BYTES = before
 
 
 @pytest.mark.parametrize("content", ["", "not json\n", '{"contents": "x"}\n', '{"url": 3}\n', "[]\n"])
