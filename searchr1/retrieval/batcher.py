@@ -1,24 +1,27 @@
-"""Requests of many clients, searched together."""
+"""A local index as a searcher: requests of many clients, searched together."""
 
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
-from searchr1.retrieval.corpus import Corpus, Document
+from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.indexes import Index
+from searchr1.retrieval.searcher import Found
 
 MAX_BATCH = 512
 """Queries searched at once; what is more waits for the next turn."""
 
-Found = list[list[tuple[Document, float]]]
-"""For each query (passage, score), best first."""
+Observe = Callable[[int, float], None]
+"""Told of every batch: queries, seconds."""
 
 
 @dataclass(slots=True)
 class _Waiting:
-    queries: list[str]
+    queries: Sequence[str]
     topk: int
     answer: asyncio.Future[Found] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
@@ -26,17 +29,19 @@ class _Waiting:
 class Batcher:
     """Searches what has come in while the last search ran, all at once: one matrix product instead of many.
 
-    The search runs in one thread of its own, so the event loop stays free to take requests.
+    The search runs in one thread of its own, so the event loop stays free to take requests. A request that was given
+    up before its turn is not searched.
     """
 
-    def __init__(self, index: Index, corpus: Corpus) -> None:
+    def __init__(self, index: Index, corpus: Corpus, observe: Observe | None = None) -> None:
         self._index = index
         self._corpus = corpus
+        self._observe = observe
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
         self._running: asyncio.Task[None] | None = None
 
-    async def search(self, queries: list[str], topk: int) -> Found:
+    async def search(self, queries: Sequence[str], topk: int) -> Found:
         """At most `topk` passages for each query."""
         request = _Waiting(queries, topk)
         self._waiting.append(request)
@@ -44,11 +49,18 @@ class Batcher:
             self._running = asyncio.create_task(self._run())
         return await request.answer
 
+    async def aclose(self) -> None:
+        """Wait for the search that runs, drop what waits."""
+        for request in self._waiting:
+            request.answer.cancel()
+        self._waiting = []
+        await asyncio.to_thread(self._thread.shutdown)
+
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while self._waiting:
-            batch = self._take()
+        while batch := self._take():
             texts = list(dict.fromkeys(query for request in batch for query in request.queries))
+            started = time.perf_counter()
             try:
                 answers = await loop.run_in_executor(self._thread, self._search, texts, batch[0].topk)
             except Exception as error:
@@ -56,26 +68,23 @@ class Batcher:
                     if not request.answer.done():
                         request.answer.set_exception(error)
                 continue
+            if self._observe:
+                self._observe(len(texts), time.perf_counter() - started)
             found = dict(zip(texts, answers, strict=True))
             for request in batch:
                 if not request.answer.done():
                     request.answer.set_result([found[query] for query in request.queries])
 
     def _take(self) -> list[_Waiting]:
-        """The oldest request and those that can be searched with it.
-
-        Only requests of the same `topk`: among equal scores the choice may depend on it, and an answer must not depend
-        on who else is asking.
-        """
-        topk, queries = self._waiting[0].topk, 0
+        """The oldest request and those that can be searched with it: of the same `topk`, up to `MAX_BATCH` queries."""
+        self._waiting = [request for request in self._waiting if not request.answer.done()]
+        queries = 0
         batch: list[_Waiting] = []
         rest: list[_Waiting] = []
         for request in self._waiting:
-            if request.topk == topk and (not batch or queries + len(request.queries) <= MAX_BATCH):
-                batch.append(request)
-                queries += len(request.queries)
-            else:
-                rest.append(request)
+            fits = not batch or (request.topk == batch[0].topk and queries + len(request.queries) <= MAX_BATCH)
+            (batch if fits else rest).append(request)
+            queries += len(request.queries) if fits else 0
         self._waiting = rest
         return batch
 

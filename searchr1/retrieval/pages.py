@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -48,6 +50,10 @@ class Pages:
             if canonical_url(page["url"]) == wanted:
                 return Page(page["url"], str(page.get("contents") or ""))
         return None
+
+    async def access(self, urls: Sequence[str]) -> list[Page | None]:
+        """The page behind each address; read in a thread, since pages are large and on disk."""
+        return await asyncio.to_thread(lambda: [self.get(url) for url in urls])
 
 
 def _row_key(row: Any) -> int:

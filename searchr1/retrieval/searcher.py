@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+from searchr1.retrieval.documents import Page
 
 Document = dict[str, Any]
 """A passage as it travels: `{"id", "contents", "url"?}`."""
@@ -36,4 +38,25 @@ class Searcher(Protocol):
 
     async def aclose(self) -> None:
         """Give back threads, connections and files."""
+        ...
+
+
+@runtime_checkable
+class Reranks(Searcher, Protocol):
+    """A searcher with a second stage."""
+
+    async def search_reranked(self, queries: Sequence[str], topk_retrieval: int, topk_rerank: int) -> Found:
+        """The best `topk_rerank` of `topk_retrieval` passages for each query.
+
+        Raises:
+            SearchFailed: no answer now.
+        """
+        ...
+
+
+class PageSource(Protocol):
+    """Addresses in, pages out."""
+
+    async def access(self, urls: Sequence[str]) -> list[Page | None]:
+        """The page behind each address, or None."""
         ...

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import FastAPI, HTTPException, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel, Field
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from searchr1.errors import UserError
-from searchr1.retrieval.batcher import Batcher
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.indexes import Index
-from searchr1.retrieval.pages import Pages
+from searchr1.retrieval.gate import Gate
+from searchr1.retrieval.metrics import Metrics
+from searchr1.retrieval.searcher import PageSource, SearchFailed
+from searchr1.retrieval.service import RETRY_AFTER_S, Depth, RetrievalService, to_json
 
-MAX_BODY_BYTES = 16 << 20
 MAX_QUERIES = 1024
 MAX_QUERY_CHARACTERS = 1 << 20
 SEARCHED_CHARACTERS = 4096
 """A policy that rambles writes long queries: they are searched by their beginning, not refused."""
 MAX_URL_CHARACTERS = 4096
 MAX_TOPK = 1000
+MAX_PASSAGES = 1 << 16
+"""Queries times topk of one request."""
+PAGE_HTML = Path(__file__).with_name("page.html")
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
+)
 
 
 class RetrieveRequest(BaseModel):
@@ -32,6 +37,10 @@ class RetrieveRequest(BaseModel):
     queries: Annotated[list[Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]], Field(max_length=MAX_QUERIES)]
     topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
     return_scores: bool = False
+    topk_retrieval: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+    """With a reranker: passages that it looks at."""
+    topk_rerank: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+    """With a reranker: passages that it gives back; goes before `topk`."""
 
 
 class AccessRequest(BaseModel):
@@ -40,30 +49,143 @@ class AccessRequest(BaseModel):
     urls: Annotated[list[Annotated[str, Field(max_length=MAX_URL_CHARACTERS)]], Field(max_length=MAX_QUERIES)]
 
 
-def create_app(corpus: Corpus, index: Index, pages: Pages | None, default_topk: int) -> FastAPI:
+class Passage(BaseModel, extra="allow"):
+    """A passage in an answer; further fields of the corpus come along."""
+
+    id: Any
+    contents: str
+    url: Any = None
+
+
+class ScoredPassage(BaseModel):
+    """A passage with `return_scores`."""
+
+    document: Passage
+    score: float
+
+
+class RetrieveAnswer(BaseModel):
+    """One list per query, best first."""
+
+    result: list[list[ScoredPassage | Passage]]
+
+
+class AccessedPage(BaseModel):
+    """A page in an answer."""
+
+    url: str
+    contents: str
+
+
+class AccessAnswer(BaseModel):
+    """One page, or null, per address."""
+
+    result: list[AccessedPage | None]
+
+
+class Problem(BaseModel):
+    """Why a request was refused."""
+
+    detail: Any
+
+
+@dataclass(slots=True)
+class Backend:
+    """What a server answers from."""
+
+    service: RetrievalService
+    pages: PageSource | None
+    about: dict[str, Any]
+    """Shown by /health."""
+
+
+@dataclass(slots=True)
+class ServerState:
+    """`backend` is None until all is loaded, and again when the server stops."""
+
+    topk: int
+    backend: Backend | None = None
+
+
+class Refused(Exception):
+    """A request that this server cannot take."""
+
+    def __init__(self, status: int, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": Problem, "description": text}
+    for status, text in {
+        400: "no JSON",
+        401: "no token, or a wrong one",
+        413: "the body is too large",
+        422: "not the shape of a request",
+        503: "too much is waiting, or the server is loading; see Retry-After",
+    }.items()
+}
+NO_PAGES: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "this server has no pages"}}
+
+
+def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -> FastAPI:
     """The application; shapes as Search-R1, RLinf and ASearcher clients expect them."""
     app = FastAPI(title="searchr1 retrieval server", docs_url=None, redoc_url=None)
-    app.add_middleware(BodyLimit)
-    batcher = Batcher(index, corpus)
+    app.add_middleware(Gate, metrics=metrics, token=token)
+
+    def loaded() -> Backend:
+        if state.backend is None:
+            raise SearchFailed("the server is loading", RETRY_AFTER_S)
+        return state.backend
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "passages": len(corpus), "pages": len(pages) if pages is not None else 0}
+        """The process is alive."""
+        return {"status": "ok" if state.backend else "loading", **(state.backend.about if state.backend else {})}
 
-    @app.post("/retrieve")
+    @app.get("/ready", responses={503: REFUSALS[503]})
+    async def ready() -> dict[str, str]:
+        """Searches can be sent."""
+        loaded()
+        return {"status": "ready"}
+
+    @app.get("/metrics", responses={401: REFUSALS[401]}, response_class=Response)
+    def prometheus() -> Response:
+        """Counters in Prometheus' text format."""
+        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
+        return Response(PAGE_HTML.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+    @app.post("/retrieve", responses=REFUSALS | {200: {"model": RetrieveAnswer}}, response_class=Response)
     async def retrieve(request: RetrieveRequest) -> Response:
+        """Passages for each query, best first."""
+        service = loaded().service
+        depth = depth_of(request, state.topk, service.reranks)
         queries = [query[:SEARCHED_CHARACTERS] for query in request.queries]
-        found = await batcher.search(queries, request.topk or default_topk) if queries else []
-        if request.return_scores:
-            return answer([[{"document": document, "score": score} for document, score in hits] for hits in found])
-        return answer([[document for document, _ in hits] for hits in found])
+        body = await service.retrieve(queries, depth, request.return_scores)
+        return Response(body, media_type="application/json")
 
-    @app.post("/access")
-    def access(request: AccessRequest) -> Response:  # not async: pages are large and on disk, so in a thread
+    @app.post("/access", responses=REFUSALS | NO_PAGES | {200: {"model": AccessAnswer}}, response_class=Response)
+    async def access(request: AccessRequest) -> Response:
+        """The page behind each address."""
+        pages = loaded().pages
         if pages is None:
-            raise HTTPException(404, "this server was started without --pages_path")
-        found = [pages.get(url) for url in request.urls]
-        return answer([{"url": page.url, "contents": page.contents} if page else None for page in found])
+            raise Refused(404, "this server was started without --pages_path")
+        found = await pages.access(request.urls)
+        result = [{"url": page.url, "contents": page.contents} if page else None for page in found]
+        return as_json({"result": result}, 200)
+
+    @app.exception_handler(SearchFailed)
+    async def failed(_: Request, error: SearchFailed) -> Response:
+        headers = {"retry-after": str(round(error.retry_after_s + 0.5))} if error.retry_after_s else {}
+        return as_json({"detail": str(error)}, 503, headers)
+
+    @app.exception_handler(Refused)
+    async def refused(_: Request, error: Refused) -> Response:
+        return as_json({"detail": str(error)}, error.status)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> Response:
@@ -72,41 +194,28 @@ def create_app(corpus: Corpus, index: Index, pages: Pages | None, default_topk: 
         return as_json({"detail": detail}, 422)
 
     @app.exception_handler(UserError)
-    async def broken_corpus(_: Request, error: UserError) -> Response:
+    async def changed_files(_: Request, error: UserError) -> Response:
         return as_json({"detail": str(error)}, 500)
 
     return app
 
 
-def answer(result: list[Any]) -> Response:
-    """The body of a successful answer."""
-    return as_json({"result": result}, 200)
+def depth_of(request: RetrieveRequest, default_topk: int, reranks: bool) -> Depth:
+    """How many passages a request wants.
+
+    Raises:
+        Refused: it asks for a reranker that is not there, or for too much.
+    """
+    if not reranks and (request.topk_retrieval or request.topk_rerank):
+        raise Refused(422, "topk_retrieval and topk_rerank need a server with --reranker_model or --reranker_url")
+    depth = Depth(request.topk_rerank or request.topk or default_topk, request.topk_retrieval)
+    if depth.candidates is not None and depth.candidates < depth.topk:
+        raise Refused(422, f"topk_retrieval {depth.candidates} is smaller than topk_rerank {depth.topk}")
+    if len(request.queries) * max(depth.topk, depth.candidates or 0) > MAX_PASSAGES:
+        raise Refused(422, f"more than {MAX_PASSAGES} passages in one request; send fewer queries or a smaller topk")
+    return depth
 
 
-def as_json(content: Any, status: int) -> Response:
-    """Escaped to ASCII: a corpus may hold half a surrogate pair, which UTF-8 cannot."""
-    return Response(json.dumps(content), status, media_type="application/json")
-
-
-class BodyLimit:
-    """Refuses bodies above the limit before they are read into memory."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Count the body as it comes in."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        size = 0
-
-        async def counted() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body is larger than {MAX_BODY_BYTES >> 20} MiB")
-            return message
-
-        await self._app(scope, counted, send)
+def as_json(content: Any, status: int, headers: dict[str, str] | None = None) -> Response:
+    """An encoded answer."""
+    return Response(to_json(content), status, headers, media_type="application/json")

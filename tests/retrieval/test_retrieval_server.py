@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from searchr1.errors import UserError
 from searchr1.retrieval.client import SearchClient, wait_until_healthy
-from searchr1.retrieval.server_cli import bind, listen, reachable_address
+from searchr1.retrieval.serve import bind, reachable_address
 
 ROWS = [
     ("Ada Lovelace", "Ada Lovelace wrote the first program.", "https://wiki.example/Ada_Lovelace"),
@@ -114,7 +114,9 @@ def test_access_reads_index_php(server):
 
 def test_health(server):
     wait_until_healthy(server, 5)
-    assert httpx.get(f"http://{server}/health", trust_env=False).json() == {"status": "ok", "passages": 3, "pages": 2}
+    expected = {"status": "ok", "passages": 3, "pages": 2, "retriever": "bm25"}
+    assert httpx.get(f"http://{server}/health", trust_env=False).json() == expected
+    assert httpx.get(f"http://{server}/ready", trust_env=False).json() == {"status": "ready"}
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,8 @@ def test_access_without_pages_is_told(files):
         process.terminate()
         log = process.communicate(timeout=10)[0]
     assert "building the BM25 index in memory" in log
-    assert "3 passages (bm25), 0 pages" in log
+    assert "passages 3, pages 0, retriever bm25; loaded in" in log
+    assert "peak_mib" in log
     assert f"http://{address}" in log
 
 
@@ -254,20 +257,6 @@ def test_port_in_use_is_told(server, files):
     assert result.returncode == 2
     assert f"--port {port}" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_a_port_taken_while_loading_is_told():
-    one = bind("127.0.0.1", 0)
-    port = one.getsockname()[1]
-    two = bind("127.0.0.1", port)
-    listen(one)
-    try:
-        with pytest.raises(UserError, match=f"--port {port}: another server took it"):
-            listen(two)
-        with pytest.raises(UserError, match=f"--port {port}: cannot listen"):
-            bind("127.0.0.1", port)
-    finally:
-        one.close()
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("192.0.2.77", 0)])

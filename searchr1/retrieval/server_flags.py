@@ -1,0 +1,90 @@
+"""The flags of `searchr1 retrieval-server`; those of Search-R1 and RLinf keep their names."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from searchr1.errors import UserError
+from searchr1.retrieval.encoder import FAMILIES
+from searchr1.retrieval.server import MAX_TOPK
+
+ENGINES = ("serper", "serpapi-google", "serpapi-bing", "google", "brave")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    found = argparse.ArgumentParser(
+        prog="searchr1 retrieval-server",
+        description="Serve passages and pages over HTTP, from a local index or an online search engine.",
+        epilog="A bearer token for clients is taken from SEARCHR1_RETRIEVAL_TOKEN, keys of online engines from "
+        "SERPER_API_KEY, SERPAPI_API_KEY, GOOGLE_API_KEY with GOOGLE_CSE_ID, BRAVE_API_KEY.",
+    )
+    local = found.add_argument_group("local index")
+    local.add_argument("--corpus_path", type=Path, help='jsonl(.gz) or parquet of {"id", "contents", "url"}')
+    local.add_argument("--index_path", type=Path, help="index folder or FAISS file; BM25 can do without")
+    local.add_argument("--retriever_name", default="e5", choices=["bm25", *FAMILIES], help="default e5")
+    local.add_argument("--retriever_model", help="Hugging Face folder of the encoder")
+    local.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the encoder (default fp16 on a GPU, else fp32)")
+    local.add_argument("--faiss_gpu", action="store_true", help="shard the index over all GPUs, in fp16")
+    local.add_argument("--nprobe", type=int, help="IVF indexes: lists that are searched")
+    local.add_argument("--ef_search", type=int, help="HNSW indexes: size of the candidate list")
+    local.add_argument("--refine_factor", type=int, help="quantised indexes: candidates per passage, scored exactly")
+    local.add_argument("--pages_path", type=Path, help='jsonl(.gz) or parquet of {"url", "contents"}, for /access')
+    local.add_argument("--topk", type=int, default=3, help="passages per query if the request does not say (default 3)")
+
+    rerank = found.add_argument_group("reranking")
+    rerank.add_argument("--reranker_model", help="Hugging Face folder of a cross-encoder")
+    rerank.add_argument("--reranker_url", help="address of a searchr1 rerank-server instead")
+    rerank.add_argument("--topk_retrieval", type=int, default=10, help="passages that are reranked (default 10)")
+    rerank.add_argument("--topk_rerank", type=int, help="passages that are kept (default --topk)")
+
+    online = found.add_argument_group("online engine, in place of a local index")
+    online.add_argument("--engine", choices=ENGINES)
+    online.add_argument("--snippet_only", action="store_true", help="give the engine's snippets, do not fetch pages")
+    online.add_argument("--search_concurrency", type=int, default=256, help="searches at once (default 256)")
+    online.add_argument("--cache_dir", type=Path, help="keep answers and pages of the engine here")
+
+    service = found.add_argument_group("service")
+    service.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    service.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
+    service.add_argument("--save-address-to", type=Path, help="write host:port into this file once searches can be sent")
+    service.add_argument("--workers", type=int, default=1, help="processes that share the port (default 1)")
+    service.add_argument("--threads", type=int, help="threads of each process (default: the cores, shared out)")
+    service.add_argument("--max_pending", type=int, default=4096, help="queries in the queue of a process before 503")
+    service.add_argument("--timeout_s", type=float, default=30.0, help="a request that takes longer gets 503 (default 30)")
+    service.add_argument("--cache_mib", type=int, default=256, help="answers kept in memory, per process; 0: none")
+    return found
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Parse and check.
+
+    Raises:
+        UserError: flags that do not go together, or out of range.
+    """
+    args = parser().parse_args(argv)
+    for name in ("topk", "topk_retrieval", "topk_rerank"):
+        value = getattr(args, name)
+        if value is not None and not 1 <= value <= MAX_TOPK:
+            raise UserError(f"--{name} {value}: must be between 1 and {MAX_TOPK}")
+    for name in ("workers", "threads", "max_pending", "search_concurrency", "nprobe", "ef_search", "refine_factor"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
+    if args.timeout_s <= 0 or args.cache_mib < 0:
+        raise UserError("--timeout_s must be above 0, --cache_mib at least 0")
+    if args.reranker_model and args.reranker_url:
+        raise UserError("--reranker_model and --reranker_url: give one of them")
+    reranks = bool(args.reranker_model or args.reranker_url)
+    if reranks and args.topk_retrieval < (args.topk_rerank or args.topk):
+        raise UserError(f"--topk_retrieval {args.topk_retrieval}: is smaller than the number of passages that are kept")
+    if args.engine is not None:
+        for name in ("corpus_path", "index_path", "pages_path", "retriever_model"):
+            if getattr(args, name) is not None:
+                raise UserError(f"--engine {args.engine}: an online engine takes no --{name}")
+    elif args.corpus_path is None:
+        raise UserError("--corpus_path is missing (or give --engine for an online search engine)")
+    elif args.workers > 1 and args.index_path is None:
+        raise UserError(f"--workers {args.workers} needs --index_path; build the index once with searchr1 build-index")
+    return args
