@@ -93,6 +93,8 @@ class RetrievalService:
         """Stop what runs and close the searcher."""
         for task in self._tasks:
             task.cancel()
+        for future in self._running.values():
+            _fail(future, SearchFailed("the server is stopping"))
         await self._searcher.aclose()
 
     def _start(self, new: dict[Key, asyncio.Future[bytes]], depth: Depth, return_scores: bool) -> None:
@@ -117,18 +119,20 @@ class RetrievalService:
                 answer = encode(hits, return_scores)
                 self._cache.put(key, answer)
                 future.set_result(answer)
-        except BaseException as error:
+        except Exception as error:
             for future in new.values():
-                if not future.done():
-                    future.set_exception(error if isinstance(error, Exception) else SearchFailed("the server is stopping"))
-                    future.exception()  # all who waited may have gone: then nobody else reads it
-            if not isinstance(error, Exception):
-                raise
+                _fail(future, error)
         finally:
             for key in new:
                 self._running.pop(key, None)
             self._pending -= len(new)
             self._metrics.pending.set(self._pending)
+
+
+def _fail(future: asyncio.Future[bytes], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # all who waited may have gone: then nobody else reads it
 
 
 class AnswerCache:
