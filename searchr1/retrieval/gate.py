@@ -1,11 +1,13 @@
-"""What every request passes first: the token, the size of its body, and the counters."""
+"""What every request passes first: the token, the size of its body, the counters, and a short way for searches."""
 
 from __future__ import annotations
 
 import hmac
 import time
+from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from searchr1.retrieval.metrics import Metrics
@@ -18,12 +20,20 @@ OPEN_PATHS = {"/", "/health", "/ready"}
 COUNTED_PATHS = OPEN_PATHS | {"/retrieve", "/access", "/metrics", "/rerank"}
 
 
-class Gate:
-    """Middleware around the application."""
+Retrieve = Callable[[bytes], Awaitable[Response]]
+"""The body of a request -> its answer; raises nothing."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None = None) -> None:
+
+class Gate:
+    """Middleware around the application.
+
+    `retrieve`: POST /retrieve does not go through the framework, which takes 80 us a request: more than a search.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, token: str | None = None, retrieve: Retrieve | None = None) -> None:
         self._app = app
         self._metrics = metrics
+        self._retrieve = retrieve
         self._expected = f"Bearer {token}".encode() if token else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,11 +65,29 @@ class Gate:
                 await refuse(counted, 401, "this server wants its token: Authorization: Bearer ...")
             elif _announced(headers) > MAX_BODY_BYTES:
                 await refuse(counted, 413, TOO_LARGE)
+            elif self._retrieve and path == "/retrieve" and scope["method"] == "POST":
+                await self._short_way(self._retrieve, scope, limited, counted)
             else:
                 await self._app(scope, limited, counted)
         finally:
             self._metrics.requests.labels(path, str(status or 499)).inc()
             self._metrics.request_seconds.labels(path).observe(time.perf_counter() - started)
+
+    async def _short_way(self, retrieve: Retrieve, scope: Scope, receive: Receive, send: Send) -> None:
+        parts: list[bytes] = []
+        try:
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+        except HTTPException as error:
+            await refuse(send, error.status_code, error.detail)
+            return
+        response = await retrieve(b"".join(parts))
+        await response(scope, receive, send)
 
     def _has_token(self, headers: dict[bytes, bytes]) -> bool:
         return hmac.compare_digest(headers.get(b"authorization", b""), self._expected or b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from searchr1.errors import UserError
 from searchr1.retrieval.gate import Gate
@@ -125,13 +126,15 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         503: "too much is waiting, or the server is loading; see Retry-After",
     }.items()
 }
+RETRIEVE_BODY = {
+    "requestBody": {"required": True, "content": {"application/json": {"schema": RetrieveRequest.model_json_schema()}}}
+}
 NO_PAGES: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "this server has no pages"}}
 
 
 def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -> FastAPI:
     """The application; shapes as Search-R1, RLinf and ASearcher clients expect them."""
     app = FastAPI(title="searchr1 retrieval server", docs_url=None, redoc_url=None)
-    app.add_middleware(Gate, metrics=metrics, token=token)
 
     def loaded() -> Backend:
         if state.backend is None:
@@ -159,14 +162,22 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
         headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
         return Response(PAGE_HTML.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
 
-    @app.post("/retrieve", responses=REFUSALS | {200: {"model": RetrieveAnswer}}, response_class=Response)
-    async def retrieve(request: RetrieveRequest) -> Response:
+    async def answer(body: bytes) -> Response:
+        try:
+            request = RetrieveRequest.model_validate_json(body)
+            service = loaded().service
+            depth = depth_of(request, state.topk, service.reranks)
+            queries = [query[:SEARCHED_CHARACTERS] for query in request.queries]
+            return Response(await service.retrieve(queries, depth, request.return_scores), media_type="application/json")
+        except PROBLEMS as error:
+            return explain(error)
+
+    app.add_middleware(Gate, metrics=metrics, token=token, retrieve=answer)
+
+    @app.post("/retrieve", responses=REFUSALS | {200: {"model": RetrieveAnswer}}, openapi_extra=RETRIEVE_BODY)
+    async def retrieve(request: Request) -> Response:
         """Passages for each query, best first."""
-        service = loaded().service
-        depth = depth_of(request, state.topk, service.reranks)
-        queries = [query[:SEARCHED_CHARACTERS] for query in request.queries]
-        body = await service.retrieve(queries, depth, request.return_scores)
-        return Response(body, media_type="application/json")
+        return await answer(await request.body())
 
     @app.post("/access", responses=REFUSALS | NO_PAGES | {200: {"model": AccessAnswer}}, response_class=Response)
     async def access(request: AccessRequest) -> Response:
@@ -178,26 +189,25 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
         result = [{"url": page.url, "contents": page.contents} if page else None for page in found]
         return as_json({"result": result}, 200)
 
-    @app.exception_handler(SearchFailed)
-    async def failed(_: Request, error: SearchFailed) -> Response:
-        headers = {"retry-after": str(round(error.retry_after_s + 0.5))} if error.retry_after_s else {}
+    for kind in PROBLEMS:
+        app.add_exception_handler(kind, lambda _, error: explain(error))
+    return app
+
+
+PROBLEMS = (SearchFailed, Refused, ValidationError, RequestValidationError, UserError)
+
+
+def explain(error: Exception) -> Response:
+    """The answer to a request that failed."""
+    if isinstance(error, SearchFailed):
+        headers = {"retry-after": str(math.ceil(error.retry_after_s))} if error.retry_after_s else {}
         return as_json({"detail": str(error)}, 503, headers)
-
-    @app.exception_handler(Refused)
-    async def refused(_: Request, error: Refused) -> Response:
-        return as_json({"detail": str(error)}, error.status)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
+    if isinstance(error, ValidationError | RequestValidationError):
         # Without the input, which FastAPI would send back: it may be large, and not even encodable.
         detail = [{"loc": problem["loc"], "msg": problem["msg"]} for problem in error.errors()[:10]]
         return as_json({"detail": detail}, 422)
-
-    @app.exception_handler(UserError)
-    async def changed_files(_: Request, error: UserError) -> Response:
-        return as_json({"detail": str(error)}, 500)
-
-    return app
+    # What remains is a corpus that was changed under us.
+    return as_json({"detail": str(error)}, error.status if isinstance(error, Refused) else 500)
 
 
 def depth_of(request: RetrieveRequest, default_topk: int, reranks: bool) -> Depth:
