@@ -119,7 +119,12 @@ def serve_here(listener: socket.socket, load: Load, metrics: Any, topk: int, tok
     state = ServerState(topk)
     app = create_app(state, metrics, token)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=GRACE_S, server_header=False
+        app,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+        proxy_headers=False,  # the client's address is not used
     )
     server = LoadingServer(config, state, load, ready)
     server.run(sockets=[listener])

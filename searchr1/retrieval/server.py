@@ -132,7 +132,7 @@ RETRIEVE_BODY = {
 NO_PAGES: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "this server has no pages"}}
 
 
-def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -> FastAPI:
+def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -> Gate:
     """The application; shapes as Search-R1, RLinf and ASearcher clients expect them."""
     app = FastAPI(title="searchr1 retrieval server", docs_url=None, redoc_url=None)
 
@@ -172,8 +172,6 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
         except PROBLEMS as error:
             return explain(error)
 
-    app.add_middleware(Gate, metrics=metrics, token=token, retrieve=answer)
-
     @app.post("/retrieve", responses=REFUSALS | {200: {"model": RetrieveAnswer}}, openapi_extra=RETRIEVE_BODY)
     async def retrieve(request: Request) -> Response:
         """Passages for each query, best first."""
@@ -191,7 +189,7 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
 
     for kind in PROBLEMS:
         app.add_exception_handler(kind, lambda _, error: explain(error))
-    return app
+    return Gate(app, metrics, token, answer)
 
 
 PROBLEMS = (SearchFailed, Refused, ValidationError, RequestValidationError, UserError)

@@ -47,6 +47,7 @@ class RetrievalService:
 
     def __init__(self, searcher: Searcher, limits: Limits, metrics: Metrics) -> None:
         self._searcher = searcher
+        self._second_stage = searcher if isinstance(searcher, Reranks) else None
         self._limits = limits
         self._metrics = metrics
         self._cache = AnswerCache(limits.cache_bytes)
@@ -57,7 +58,7 @@ class RetrievalService:
     @property
     def reranks(self) -> bool:
         """Whether `Depth.candidates` means anything."""
-        return isinstance(self._searcher, Reranks)
+        return self._second_stage is not None
 
     async def retrieve(self, queries: Sequence[str], depth: Depth, return_scores: bool) -> bytes:
         """`{"result": [...]}`, encoded.
@@ -81,12 +82,12 @@ class RetrievalService:
         self._metrics.queries.labels("joined").inc(len(futures) - len(new))
         if new:
             self._start(new, depth, return_scores)
-        try:
-            async with asyncio.timeout(self._limits.timeout_s):
-                for query, future in futures.items():
-                    answers[query] = await asyncio.shield(future)
-        except TimeoutError as error:
-            raise SearchFailed(f"no answer within {self._limits.timeout_s:g} s", RETRY_AFTER_S) from error
+        if futures:
+            # `wait` leaves the futures alone when the deadline passes or the client goes: others may wait for them.
+            _, late = await asyncio.wait(futures.values(), timeout=self._limits.timeout_s)
+            if late:
+                raise SearchFailed(f"no answer within {self._limits.timeout_s:g} s", RETRY_AFTER_S)
+            answers |= {query: future.result() for query, future in futures.items()}
         return b'{"result":[' + b",".join(answers[query] for query in queries) + b"]}"
 
     async def aclose(self) -> None:
@@ -111,8 +112,8 @@ class RetrievalService:
     async def _search(self, new: dict[Key, asyncio.Future[bytes]], depth: Depth, return_scores: bool) -> None:
         queries = [key[0] for key in new]
         try:
-            if depth.candidates is not None and isinstance(self._searcher, Reranks):
-                found = await self._searcher.search_reranked(queries, depth.candidates, depth.topk)
+            if depth.candidates is not None and self._second_stage is not None:
+                found = await self._second_stage.search_reranked(queries, depth.candidates, depth.topk)
             else:
                 found = await self._searcher.search(queries, depth.topk)
             for (key, future), hits in zip(new.items(), found, strict=True):
