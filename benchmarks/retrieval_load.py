@@ -4,7 +4,8 @@
 
 Every client sends one query at a time over its own kept connection, and no query is sent twice, so no cache helps. All in
 one run on the same cores: (a) the locked baseline (locked_server.py), (b) `searchr1 retrieval-server`, and for BM25 (c)
-bm25s' own batch search without any server, in its fastest mode. The load generator runs on the same cores and its time counts.
+bm25s' own batch search without any server, in its fastest mode. The load generator runs on the same cores, and its time
+counts.
 
 Passages are 100 random English words (whole words of MiniLM's vocabulary) with Zipf frequencies, queries 5 to 12 of them.
 The dense index holds random unit vectors: an exact search costs the same whatever they are. Queries are encoded by a real

@@ -28,9 +28,10 @@ class Corpus:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Document:
-        """One passage. A row without an id has its number, counted from 0."""
+        """One passage. A row without an id has its number, counted from 0; one without a url has an empty one."""
         document: Document = self._rows[row]
         document.setdefault("id", str(row))
+        document.setdefault("url", "")  # RLinf's client fails without it, and Search-R1's corpus has none
         return document
 
     def contents(self, start: int = 0, stop: int | None = None) -> Iterator[str]:

@@ -84,7 +84,7 @@ def test_a_bad_row_is_named_by_its_line(tmp_path):
         Corpus(path)
     path.write_text(path.read_text().replace("3", '"c"'))
     corpus = Corpus(path)
-    assert [corpus[row] for row in range(3)] == [{"contents": text, "id": str(i)} for i, text in enumerate("abc")]
+    assert [corpus[row] for row in range(3)] == [{"contents": text, "id": str(i), "url": ""} for i, text in enumerate("abc")]
 
 
 def test_a_table_is_made_once_and_again_when_the_file_changes(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_retrieve_with_scores_nests_the_document(server):
     result = post(server, "/retrieve", {"queries": ["Babbage engine", "Kaffee"], "return_scores": True}).json()["result"]
     assert [hits[0]["document"]["id"] for hits in result] == ["1", "2"]
     assert all(hit["score"] > 0 for hits in result for hit in hits)
-    assert "url" not in result[0][0]["document"]
+    assert result[0][0]["document"]["url"] == ""
 
 
 def test_fewer_hits_than_topk_and_no_hit_at_all(server):
