@@ -16,10 +16,10 @@ Group = dist.ProcessGroup | None
 """A process group; None is the default group, or this process alone if torch.distributed is not initialised."""
 
 
-def count_denominators(trajectories: Sequence[Trajectory]) -> Denominators:
-    """Policy tokens, and sequences that have any, of this rank's part of a mini-batch."""
+def count_denominators(trajectories: Sequence[Trajectory], longest: int = 1) -> Denominators:
+    """Policy tokens, and sequences that have any, of this rank's part of a mini-batch; `longest`: see Denominators."""
     counts = [trajectory.policy_length for trajectory in trajectories]
-    return Denominators(tokens=sum(counts), sequences=sum(count > 0 for count in counts))
+    return Denominators(tokens=sum(counts), sequences=sum(count > 0 for count in counts), longest=longest)
 
 
 def all_reduce_denominators(local: Denominators, device: torch.device, group: Group = None) -> Denominators:
@@ -28,7 +28,7 @@ def all_reduce_denominators(local: Denominators, device: torch.device, group: Gr
         return local
     counts = torch.tensor([local.tokens, local.sequences], dtype=torch.int64, device=device)
     dist.all_reduce(counts, group=group)
-    return Denominators(tokens=int(counts[0]), sequences=int(counts[1]))
+    return Denominators(tokens=int(counts[0]), sequences=int(counts[1]), longest=local.longest)
 
 
 def all_reduce_max(value: int, device: torch.device, group: Group = None) -> int:

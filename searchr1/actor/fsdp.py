@@ -23,7 +23,7 @@ from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequen
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
 from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
-from searchr1.algorithms.policy_loss import ClipSettings
+from searchr1.algorithms.policy_losses import ClipSettings
 from searchr1.algorithms.sums import Sums
 from searchr1.config.schema import AlgorithmConfig, Config
 from searchr1.device import Device
@@ -212,8 +212,9 @@ class FsdpActor(FsdpModel):
         `fresh`: the weights are still those that the rollout used, so the forward's own log-probabilities are the old
         ones (if none are given) and what the engine's are compared with.
         """
-        denominators = all_reduce_denominators(count_denominators(trajectories), self._device)
         algorithm = self._config.algorithm
+        longest = algorithm.sampling_params.max_new_tokens or self._config.runner.seq_length
+        denominators = all_reduce_denominators(count_denominators(trajectories, longest), self._device)
         with_entropy = algorithm.calculate_entropy or algorithm.entropy_bonus != 0
         loss_sums, gap_sums = Sums(), Sums()
         for batch in batches:
@@ -261,7 +262,7 @@ def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
     low = algorithm.ratio_clip_eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low
     high = algorithm.ratio_clip_eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
     return LossConfig(
-        clip=ClipSettings(low, high, algorithm.clip_ratio_c),
+        clip=ClipSettings(low, high, algorithm.clip_ratio_c, algorithm.sapo_tau_positive, algorithm.sapo_tau_negative),
         loss_type=algorithm.loss_type,
         aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by config/check.py
         kl_beta=algorithm.kl_beta,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from searchr1.errors import UserError
 
-LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+LossAggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,8 @@ class Denominators:
     """Policy tokens."""
     sequences: int
     """Sequences with at least one policy token."""
+    longest: int = 1
+    """Policy tokens that a sequence may have at most; a constant of the run, for `seq-mean-token-sum-norm`."""
 
 
 def check_aggregation(name: str) -> LossAggregation:
@@ -45,6 +47,8 @@ def token_weights(aggregation: LossAggregation, segment_ids_P: Tensor, denominat
     Args:
         aggregation: `token-mean`: every token alike. `seq-mean-token-sum`: sum over a sequence's tokens, mean over
             sequences. `seq-mean-token-mean`: mean over a sequence's tokens, then mean over sequences.
+            `seq-mean-token-sum-norm`: sum over a sequence's tokens by the longest possible length, then mean over
+            sequences, so that no response is favoured for its length (https://arxiv.org/abs/2503.20783).
         segment_ids_P: [P] int, the sequence of each policy token; numbers start at 0.
         denominators: of the whole mini-batch.
 
@@ -58,5 +62,7 @@ def token_weights(aggregation: LossAggregation, segment_ids_P: Tensor, denominat
         return weights_P / max(1, denominators.tokens)
     if aggregation == "seq-mean-token-sum":
         return weights_P / sequences
+    if aggregation == "seq-mean-token-sum-norm":
+        return weights_P / (sequences * max(1, denominators.longest))
     tokens_S = torch.bincount(segment_ids_P)
     return weights_P / (tokens_S[segment_ids_P.long()] * sequences)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from searchr1.algorithms.aggregation import Denominators, LossAggregation, token_weights
 from searchr1.algorithms.kl import EXPONENT_LIMIT, kl_function
-from searchr1.algorithms.policy_loss import ClipSettings, policy_loss
+from searchr1.algorithms.policy_losses import ClipSettings, PolicyInputs, policy_loss
 from searchr1.algorithms.sums import Sums, peak, total
 
 
@@ -75,10 +75,12 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     logprobs_P = inputs.logprobs_T[policy_P]
     old_logprobs_P = inputs.old_logprobs_T[policy_P].detach().to(logprobs_P.dtype)
     advantages_P = inputs.advantages_T[policy_P].to(logprobs_P.dtype)
-    weights_P = token_weights(config.aggregation, inputs.segment_ids_T[policy_P], inputs.denominators)
+    segment_ids_P = inputs.segment_ids_T[policy_P]
+    weights_P = token_weights(config.aggregation, segment_ids_P, inputs.denominators)
     weights_P = weights_P.to(logprobs_P.dtype)
 
-    token = policy_loss(config.loss_type)(logprobs_P, old_logprobs_P, advantages_P, config.clip)
+    policy_inputs = PolicyInputs(logprobs_P, old_logprobs_P, advantages_P, segment_ids_P)
+    token = policy_loss(config.loss_type)(policy_inputs, config.clip)
     policy_term = (token.loss_P * weights_P).sum()
     loss = policy_term
     log_ratio_P = (logprobs_P.detach() - old_logprobs_P).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)

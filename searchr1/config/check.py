@@ -16,10 +16,10 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, tuple[str, ...]] = {
     "actor.model.precision": PRECISIONS,
     "rollout.model.precision": PRECISIONS,
-    "algorithm.loss_type": ("actor",),
-    "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"),
+    "algorithm.loss_type": ("actor", "gspo", "cispo", "sapo"),
+    "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
-    "algorithm.adv_type": ("grpo", "grpo_dynamic"),
+    "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"),
     "algorithm.advantage_mode": ("trajectory", "turn"),
     "agentloop.tool_response_truncate_side": ("right", "left", "middle"),
     "agentloop.information_style": ("searchr1", "rlinf"),
@@ -58,8 +58,10 @@ def warnings(config: Config) -> list[str]:
         found.append("rollout.rollout_backend: sglang is read as vllm")
     if config.actor.training_backend == "megatron":
         found.append("actor.training_backend: megatron is not available yet; set it to fsdp to train")
-    if config.algorithm.group_size == 1:
-        found.append("algorithm.group_size: 1 gives every GRPO advantage 0; that is only right for evaluation")
+    if config.algorithm.group_size == 1 and config.algorithm.adv_type != "reinforce++":
+        found.append(
+            "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
+        )
     return found
 
 

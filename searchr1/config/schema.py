@@ -168,9 +168,9 @@ class AlgorithmConfig:
     shuffle_rollout: bool = False
     """Assign questions to mini-batches at random."""
     loss_type: str = "actor"
-    """`actor` is the clipped policy gradient."""
+    """`actor` is PPO's clipped policy gradient; `gspo`, `cispo`, `sapo`: see searchr1/algorithms/policy_losses."""
     loss_agg_func: str = "token-mean"
-    """`token-mean`, `seq-mean-token-sum` or `seq-mean-token-mean`."""
+    """`token-mean`, `seq-mean-token-sum`, `seq-mean-token-mean` or `seq-mean-token-sum-norm` (by the longest length)."""
     kl_beta: float = 0.001
     """Weight of the KL term; 0 needs no reference model and starts no inference group."""
     kl_penalty_type: str = "low_var_kl"
@@ -183,12 +183,16 @@ class AlgorithmConfig:
     """Upper clip range; null is `ratio_clip_eps`."""
     clip_ratio_c: float | None = None
     """Dual clip: bound of the loss for negative advantages; null is off."""
+    sapo_tau_positive: float = 1.0
+    """`loss_type: sapo`: how fast a token's weight falls off the policy, for positive advantages."""
+    sapo_tau_negative: float = 1.05
+    """The same for negative advantages."""
     entropy_bonus: float = 0.0
     """Weight of the entropy bonus."""
     calculate_entropy: bool = False
     """Report the entropy even if the bonus is 0."""
     adv_type: str = "grpo"
-    """`grpo` or `grpo_dynamic`."""
+    """`grpo`, `grpo_dynamic`, `dr_grpo`, `rloo`, `reinforce++`, `reinforce++_baseline`: see algorithms/advantages."""
     loss_scales: list[str] = field(default_factory=list)
     """For `grpo_dynamic`; every scale is 1 for trajectories that are one sequence."""
     advantage_mode: str = "trajectory"

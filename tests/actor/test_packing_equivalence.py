@@ -19,7 +19,7 @@ from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.aggregation import Denominators, check_aggregation
 from searchr1.algorithms.entropy import logprobs_from_logits
 from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
-from searchr1.algorithms.policy_loss import ClipSettings
+from searchr1.algorithms.policy_losses import ClipSettings
 from searchr1.algorithms.sums import Sums
 
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]

@@ -1,4 +1,4 @@
-"""GRPO advantages against NumPy in float64, and their invariances."""
+"""Advantages against NumPy in float64, and their invariances."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, compute_advantages
+from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings, compute_advantages
+from searchr1.config.check import CHOICES
 from searchr1.errors import UserError
 
 
@@ -105,3 +106,54 @@ def test_unsupported_settings_name_their_key(settings: dict[str, object], key: s
 def test_a_reward_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         advantages([1.0, float("nan")], [0, 0])
+
+
+def members(groups: list[int], index: int) -> list[int]:
+    return [other for other, group in enumerate(groups) if group == groups[index]]
+
+
+def others_mean(rewards: list[float], groups: list[int], index: int) -> float:
+    others = [rewards[other] for other in members(groups, index) if other != index]
+    return sum(others) / len(others) if others else rewards[index]
+
+
+def own_mean(rewards: list[float], groups: list[int], index: int) -> float:
+    return sum(rewards[other] for other in members(groups, index)) / len(members(groups, index))
+
+
+@given(batches())
+def test_rloo_takes_the_mean_of_the_others(batch: tuple[list[float], list[int]]) -> None:
+    rewards, groups = batch
+    expected = [reward - others_mean(rewards, groups, i) for i, reward in enumerate(rewards)]
+    np.testing.assert_allclose(advantages(rewards, groups, adv_type="rloo"), expected, atol=1e-10)
+
+
+@given(batches())
+def test_dr_grpo_does_not_divide(batch: tuple[list[float], list[int]]) -> None:
+    rewards, groups = batch
+    expected = [reward - own_mean(rewards, groups, i) for i, reward in enumerate(rewards)]
+    np.testing.assert_allclose(advantages(rewards, groups, adv_type="dr_grpo"), expected, atol=1e-10)
+
+
+@given(batches(), st.integers(0, 2**31))
+def test_reinforce_plus_plus_whitens_tokens(batch: tuple[list[float], list[int]], seed: int) -> None:
+    # Multiples of 1/8: no spread that is only rounding, which whitening would blow up.
+    rewards, groups = [round(reward * 8) / 8 for reward in batch[0]], batch[1]
+    tokens = np.random.default_rng(seed).integers(1, 9, len(rewards)).tolist()
+    centred = [reward - own_mean(rewards, groups, i) for i, reward in enumerate(rewards)]
+    equal = [len({rewards[other] for other in members(groups, i)}) == 1 for i in range(len(rewards))]
+    centred = [0.0 if same else value for value, same in zip(centred, equal, strict=True)]
+    for name, values in (("reinforce++", rewards), ("reinforce++_baseline", centred)):
+        per_token = np.repeat(np.array(values), tokens)
+        std = per_token.std(ddof=1) if len(per_token) > 1 else 0.0
+        expected = (np.array(values) - per_token.mean()) / (std + 1e-6)
+        np.testing.assert_allclose(advantages(rewards, groups, tokens, adv_type=name), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"reinforce++"}))
+def test_a_group_without_spread_teaches_nothing(name: str) -> None:
+    assert (advantages([0.3, 0.3, 0.3, 1.0], [1, 1, 1, 2], adv_type=name) == 0).all()
+
+
+def test_the_yaml_knows_every_advantage() -> None:
+    assert CHOICES["algorithm.adv_type"] == tuple(ADVANTAGES)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from searchr1.algorithms.aggregation import Denominators, check_aggregation, token_weights
 from searchr1.algorithms.loss import LossConfig, LossInputs, LossOutput, loss_metrics, policy_gradient_loss
-from searchr1.algorithms.policy_loss import ClipSettings
+from searchr1.algorithms.policy_losses import ClipSettings
 from searchr1.algorithms.sums import Sums
 from searchr1.errors import UserError
 
-AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"]
 CLIP = ClipSettings(low=0.2, high=0.28, dual=3.0)
 
 
@@ -37,7 +37,7 @@ def make_inputs(seed: int, lengths: list[int]) -> LossInputs:
         advantages_T=torch.randn(len(lengths), dtype=torch.float64, generator=generator)[segment_ids_T],
         loss_mask_T=mask_T,
         segment_ids_T=segment_ids_T,
-        denominators=Denominators(int(mask_T.sum()), len(segment_ids_T[mask_T].unique())),
+        denominators=Denominators(int(mask_T.sum()), len(segment_ids_T[mask_T].unique()), longest=8),
     )
 
 
@@ -76,6 +76,8 @@ def by_hand(inputs: LossInputs, aggregation: str, kl_beta: float, bonus: float) 
         return sum(map(sum, rows)) / sum(map(len, rows))
     if aggregation == "seq-mean-token-sum":
         return sum(map(sum, rows)) / len(rows)
+    if aggregation == "seq-mean-token-sum-norm":
+        return sum(map(sum, rows)) / len(rows) / 8
     return sum(sum(row) / len(row) for row in rows) / len(rows)
 
 
@@ -222,11 +224,12 @@ def test_missing_parts_are_refused() -> None:
 
 def test_weights_add_up_to_one_per_batch_or_to_the_mean_length() -> None:
     segment_ids_P = torch.tensor([0, 0, 0, 2, 2])
-    denominators = Denominators(tokens=5, sequences=2)
+    denominators = Denominators(tokens=5, sequences=2, longest=10)
     expected = {
         "token-mean": [0.2] * 5,
         "seq-mean-token-sum": [0.5] * 5,
         "seq-mean-token-mean": [1 / 6] * 3 + [1 / 4] * 2,
+        "seq-mean-token-sum-norm": [0.05] * 5,
     }
     for name, weights in expected.items():
         found_P = token_weights(check_aggregation(name), segment_ids_P, denominators)

@@ -1,0 +1,41 @@
+"""From the rewards of a step's trajectories to their advantages: one file per algorithm, one line here."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from searchr1.algorithms.advantages.dr_grpo import dr_grpo
+from searchr1.algorithms.advantages.grpo import grpo
+from searchr1.algorithms.advantages.grpo_dynamic import grpo_dynamic
+from searchr1.algorithms.advantages.inputs import AdvantageFunction, AdvantageInputs, AdvantageSettings, whiten
+from searchr1.algorithms.advantages.reinforce_plus_plus import reinforce_plus_plus, reinforce_plus_plus_baseline
+from searchr1.algorithms.advantages.rloo import rloo
+from searchr1.errors import UserError
+
+__all__ = ["ADVANTAGES", "AdvantageFunction", "AdvantageInputs", "AdvantageSettings", "compute_advantages"]
+
+ADVANTAGES: dict[str, AdvantageFunction] = {
+    "grpo": grpo,
+    "grpo_dynamic": grpo_dynamic,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce++": reinforce_plus_plus,
+    "reinforce++_baseline": reinforce_plus_plus_baseline,
+}
+
+
+def compute_advantages(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor:
+    """[N] advantages under `algorithm.adv_type`, in the dtype of the rewards.
+
+    Raises:
+        UserError: unknown `adv_type`, or settings that it does not support.
+        ValueError: shapes differ or a reward is not finite.
+    """
+    if settings.adv_type not in ADVANTAGES:
+        raise UserError(f"algorithm.adv_type: unknown '{settings.adv_type}'; use one of {', '.join(sorted(ADVANTAGES))}")
+    if not inputs.rewards_N.shape == inputs.group_ids_N.shape == inputs.policy_tokens_N.shape:
+        raise ValueError("rewards_N, group_ids_N and policy_tokens_N differ in shape")
+    if not bool(inputs.rewards_N.isfinite().all()):
+        raise ValueError("a reward is not finite")
+    advantages_N = ADVANTAGES[settings.adv_type](inputs, settings)
+    return whiten(advantages_N, inputs.policy_tokens_N) if settings.normalize else advantages_N
