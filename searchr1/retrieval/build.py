@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from searchr1.errors import UserError
+from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.encoder import FAMILIES, Encoder
-from searchr1.retrieval.indexes import Bm25Index
 from searchr1.retrieval.manifest import MANIFEST, Manifest, write_manifest
 
 ENCODE_ROWS = 4096

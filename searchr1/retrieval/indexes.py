@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,62 +21,6 @@ class Index(Protocol):
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
         """At most `topk` hits for each query."""
         ...
-
-
-class Bm25Index:
-    """BM25 over title and text."""
-
-    def __init__(self, retriever: Any, stemmer: str | None = None) -> None:
-        self._retriever = retriever
-        self._stemmer_name = stemmer
-        self._stemmer = _stemmer(stemmer)
-
-    @classmethod
-    def build(cls, texts: Iterable[str], stemmer: str | None = None) -> Bm25Index:
-        """Index texts in memory; they are read once and only their words are kept.
-
-        `stemmer`: a language that PyStemmer knows ("english"), or None to keep words as they are.
-
-        Raises:
-            UserError: unknown stemmer.
-        """
-        import bm25s
-
-        index = cls(bm25s.BM25(), stemmer)
-        tokens = bm25s.tokenize(texts, stopwords=None, stemmer=index._stemmer, show_progress=False)
-        index._retriever.index(tokens, show_progress=False)
-        return index
-
-    @classmethod
-    def load(cls, folder: Path, stemmer: str | None = None) -> Bm25Index:
-        """Map an index folder.
-
-        Raises:
-            UserError: files are missing or damaged.
-        """
-        import bm25s
-
-        try:
-            return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer)
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"--index_path {folder}: not readable as a BM25 index ({error}); build it again") from error
-
-    def save(self, folder: Path) -> None:
-        """Write the index into `folder`."""
-        self._retriever.save(str(folder), show_progress=False)
-
-    @property
-    def rows(self) -> int:
-        """Passages in the index."""
-        return int(self._retriever.scores["num_docs"])
-
-    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """Passages that share a word with the query."""
-        import bm25s
-
-        tokens = bm25s.tokenize(list(queries), stopwords=None, stemmer=self._stemmer, show_progress=False)
-        rows, scores = self._retriever.retrieve(tokens, k=min(topk, self.rows), show_progress=False, n_threads=0)
-        return _hits(rows, scores, scores > 0)
 
 
 class DenseIndex:
@@ -132,15 +76,3 @@ def _hits(rows: Any, scores: Any, keep: Any) -> list[Hits]:
         [hit[:2] for hit in zip(*columns, strict=True) if hit[2]]
         for columns in zip(rows.tolist(), scores.astype(np.float64).tolist(), keep.tolist(), strict=True)
     ]
-
-
-def _stemmer(language: str | None) -> Any:
-    if language is None:
-        return None
-    import Stemmer
-
-    try:
-        return Stemmer.Stemmer(language)
-    except KeyError as error:
-        known = ", ".join(Stemmer.algorithms())
-        raise UserError(f"--stemmer {language}: unknown; use one of {known}") from error

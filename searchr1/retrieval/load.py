@@ -9,9 +9,10 @@ from typing import Any
 
 from searchr1.errors import UserError
 from searchr1.retrieval.batcher import Batcher
+from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.encoder import Encoder
-from searchr1.retrieval.indexes import Bm25Index, DenseIndex, Index
+from searchr1.retrieval.indexes import DenseIndex, Index
 from searchr1.retrieval.manifest import MANIFEST, read_manifest
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.pages import Pages
@@ -25,8 +26,7 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     Raises:
         UserError: something is missing, damaged, or does not belong together.
     """
-    threads = args.threads or max((os.cpu_count() or 1) // args.workers, 1)
-    set_threads(args.retriever_name, threads)
+    set_threads(args.retriever_name, threads_of(args))
     limits = Limits(args.max_pending, args.timeout_s, args.cache_mib << 20)
     corpus = Corpus(args.corpus_path)
     index = load_index(args, corpus)
@@ -36,11 +36,13 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     return Backend(RetrievalService(searcher, limits, metrics), pages, about)
 
 
+def threads_of(args: argparse.Namespace) -> int:
+    """Processor threads of one process."""
+    return args.threads or max((os.cpu_count() or 1) // args.workers, 1)
+
+
 def set_threads(retriever_name: str, threads: int) -> None:
     """Processor threads of the libraries that search."""
-    import numba
-
-    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
     if retriever_name != "bm25":
         import faiss
         import torch
@@ -59,7 +61,7 @@ def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
     name: str = args.retriever_name
     if path is None and name == "bm25":
         print("no --index_path: building the BM25 index in memory", flush=True)
-        return Bm25Index.build(corpus.contents())
+        return Bm25Index.build(corpus.contents(), threads=threads_of(args))
     if path is None or (args.retriever_model is None and name != "bm25"):
         raise UserError(f"--retriever_name {name} needs --index_path and --retriever_model")
     if not path.exists():
@@ -70,7 +72,7 @@ def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
     if name == "bm25":
         if manifest is None:
             raise UserError(f"--index_path {path}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
-        index = Bm25Index.load(folder, manifest.stemmer)
+        index = Bm25Index.load(folder, manifest.stemmer, threads_of(args))
     else:
         file = path
         if path.is_dir():

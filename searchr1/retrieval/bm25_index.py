@@ -1,0 +1,146 @@
+"""BM25 over title and text: bm25s' index files, mapped, and a search of our own that is exact and reads less of them."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from searchr1.errors import UserError
+from searchr1.retrieval.indexes import Hits
+
+WORD = re.compile(r"(?u)\b\w\w+\b")
+"""bm25s' pattern."""
+LARGEST_FILE = "largest.npy"
+MIN_SHARE = 32
+"""Queries that make a thread of their own worth while."""
+
+
+class Bm25Index:
+    """Search over posting lists. One search at a time: its workspaces are reused."""
+
+    def __init__(self, retriever: Any, stemmer: str | None = None, threads: int = 1, folder: Path | None = None) -> None:
+        """Wrap a bm25s index of its default method, Lucene's.
+
+        Raises:
+            UserError: another method, whose scores our search does not know, or an unknown stemmer.
+        """
+        from searchr1.retrieval.bm25_kernel import largest_scores
+
+        if retriever.method != "lucene":
+            raise UserError(f"--index_path {folder}: its method is {retriever.method}; build it with searchr1 build-index")
+        self._retriever = retriever
+        self._vocabulary: dict[str, int] = retriever.vocab_dict
+        self._stemmer = _stemmer(stemmer)
+        scores = retriever.scores
+        self.rows = int(scores["num_docs"])
+        self._lists = (scores["data"], scores["indices"], scores["indptr"])
+        known = folder / LARGEST_FILE if folder else None
+        self._largest = np.load(known) if known and known.is_file() else largest_scores(scores["data"], scores["indptr"])
+        self._workspaces = [_Workspace(self.rows) for _ in range(threads)]
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bm25") if threads > 1 else None
+        self.search(["warm up"], 1)  # compiles, or loads what was compiled before
+
+    @classmethod
+    def build(cls, texts: Iterable[str], stemmer: str | None = None, threads: int = 1) -> Bm25Index:
+        """Index texts in memory; they are read once and only their words are kept.
+
+        `stemmer`: a language that PyStemmer knows ("english"), or None to keep words as they are.
+
+        Raises:
+            UserError: unknown stemmer.
+        """
+        import bm25s
+
+        retriever = bm25s.BM25()
+        words = bm25s.tokenize(texts, stopwords=None, stemmer=_stemmer(stemmer), show_progress=False)
+        retriever.index(words, show_progress=False)
+        return cls(retriever, stemmer, threads)
+
+    @classmethod
+    def load(cls, folder: Path, stemmer: str | None = None, threads: int = 1) -> Bm25Index:
+        """Map an index folder.
+
+        Raises:
+            UserError: files are missing or damaged.
+        """
+        import bm25s
+
+        try:
+            return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer, threads, folder)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            raise UserError(f"--index_path {folder}: not readable as a BM25 index ({error}); build it again") from error
+
+    def save(self, folder: Path) -> None:
+        """Write the index into `folder`."""
+        self._retriever.save(str(folder), show_progress=False)
+        np.save(folder / LARGEST_FILE, self._largest)
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """At most `topk` passages that share a word with each query; the lower row first among equal scores.
+
+        A word that a query repeats counts as often. Scores do not depend on `topk` or on the other queries.
+        """
+        threads = min(len(self._workspaces), max(len(queries) // MIN_SHARE, 1))
+        shares = [queries[share] for share in _shares(len(queries), threads)]
+        topk = min(topk, self.rows)
+        if self._pool is None or threads == 1:
+            return [hits for share in shares for hits in self._search(share, topk, self._workspaces[0])]
+        parts = self._pool.map(self._search, shares, [topk] * threads, self._workspaces[:threads])
+        return [hits for part in parts for hits in part]
+
+    def _search(self, queries: Sequence[str], topk: int, workspace: _Workspace) -> list[Hits]:
+        from searchr1.retrieval.bm25_kernel import search_words
+
+        ids = [self._ids(query) for query in queries]
+        first = np.cumsum([0, *map(len, ids)])
+        words = np.array([word for row in ids for word in row], dtype=np.int64)
+        rows = np.empty((len(queries), topk), dtype=np.int32)
+        scores = np.empty((len(queries), topk), dtype=np.float32)
+        counts = np.empty(len(queries), dtype=np.int64)
+        search_words(
+            *self._lists, self._largest, words, first, topk, workspace.scores, workspace.touched, rows, scores, counts
+        )
+        return [
+            list(zip(row[:count], score[:count], strict=True))
+            for row, score, count in zip(rows.tolist(), scores.tolist(), counts.tolist(), strict=True)
+        ]
+
+    def _ids(self, query: str) -> list[int]:
+        """Numbers of the words of a query that the index knows."""
+        words = WORD.findall(query.lower())
+        if self._stemmer is not None:
+            words = self._stemmer.stemWords(words)
+        return [self._vocabulary[word] for word in words if word in self._vocabulary]
+
+
+class _Workspace:
+    """What one thread needs: eight bytes per passage."""
+
+    def __init__(self, rows: int) -> None:
+        self.scores: npt.NDArray[np.float32] = np.zeros(rows, dtype=np.float32)
+        self.touched: npt.NDArray[np.int32] = np.empty(rows, dtype=np.int32)
+
+
+def _shares(count: int, parts: int) -> list[slice]:
+    """`count` things in `parts` slices of about the same size."""
+    edges = [count * part // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _stemmer(language: str | None) -> Any:
+    if language is None:
+        return None
+    import Stemmer
+
+    try:
+        return Stemmer.Stemmer(language)
+    except KeyError as error:
+        known = ", ".join(Stemmer.algorithms())
+        raise UserError(f"--stemmer {language}: unknown; use one of {known}") from error
