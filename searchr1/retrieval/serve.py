@@ -116,6 +116,8 @@ def serve_here(listener: socket.socket, load: Load, metrics: Any, topk: int, tok
     Raises:
         UserError: what `load` raised.
     """
+    # uvicorn raises the signal again after it has stopped: an ordinary end, so that everything is cleaned up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     state = ServerState(topk)
     app = create_app(state, metrics, token)
     config = uvicorn.Config(

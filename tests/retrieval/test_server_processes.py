@@ -46,8 +46,9 @@ def server(files, *flags, env=None):
         yield process, f"http://{address.read_text()}"
     finally:
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        process.communicate(timeout=20)
+        if process.poll() is None:
+            process.terminate()
+            process.communicate(timeout=20)
         for child in children:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.wait(5)
@@ -121,6 +122,16 @@ def test_workers_share_a_port_and_a_dead_one_is_replaced(files):
         wait_for(lambda: len(workers_of(process)) == 2 and first[0].pid not in {p.pid for p in workers_of(process)})
         wait_for(lambda: all(search(url).status_code == 200 for _ in range(20)))
     assert not any(child.is_running() for child in first)
+
+
+def test_a_polite_stop_is_an_ordinary_end(files):
+    for flags in ([], ["--index_path", str(files / "index"), "--workers", "2"]):
+        with server(files, *flags) as (process, _):
+            process.terminate()
+            log = process.communicate(timeout=20)[0]
+            assert process.returncode == 0
+            assert "leaked" not in log
+            assert "Traceback" not in log
 
 
 def test_workers_stop_when_their_parent_is_killed(files):
