@@ -37,9 +37,9 @@ class Bm25Index:
             raise UserError(f"--index_path {folder}: its method is {retriever.method}; build it with searchr1 build-index")
         self._retriever = retriever
         self._vocabulary: dict[str, int] = retriever.vocab_dict
-        self._stemmer = _stemmer(stemmer)
+        self._stemmer = stemmer_of(stemmer)
         scores = retriever.scores
-        self.rows = int(scores["num_docs"])
+        self._rows = int(scores["num_docs"])
         self._lists = (scores["data"], scores["indices"], scores["indptr"])
         known = folder / LARGEST_FILE if folder else None
         self._largest = np.load(known) if known and known.is_file() else largest_scores(scores["data"], scores["indptr"])
@@ -59,7 +59,7 @@ class Bm25Index:
         import bm25s
 
         retriever = bm25s.BM25()
-        words = bm25s.tokenize(texts, stopwords=None, stemmer=_stemmer(stemmer), show_progress=False)
+        words = bm25s.tokenize(texts, stopwords=None, stemmer=stemmer_of(stemmer), show_progress=False)
         retriever.index(words, show_progress=False)
         return cls(retriever, stemmer, threads)
 
@@ -76,6 +76,11 @@ class Bm25Index:
             return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer, threads, folder)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise UserError(f"--index_path {folder}: not readable as a BM25 index ({error}); build it again") from error
+
+    @property
+    def rows(self) -> int:
+        """Passages in the index."""
+        return self._rows
 
     def save(self, folder: Path) -> None:
         """Write the index into `folder`."""
@@ -134,7 +139,12 @@ def _shares(count: int, parts: int) -> list[slice]:
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
-def _stemmer(language: str | None) -> Any:
+def stemmer_of(language: str | None) -> Any:
+    """PyStemmer's stemmer, or None.
+
+    Raises:
+        UserError: unknown language.
+    """
     if language is None:
         return None
     import Stemmer

@@ -63,5 +63,5 @@ def list_count(rows: int) -> int:
 
 
 def probes(lists: int) -> int:
-    """A twenty-fourth of the lists, at least 8."""
-    return min(max(lists // 24, 8), lists)
+    """A twenty-eighth of the lists, at least 8."""
+    return min(max(lists // 28, 8), lists)

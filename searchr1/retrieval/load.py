@@ -11,13 +11,18 @@ from searchr1.errors import UserError
 from searchr1.retrieval.batcher import Batcher
 from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder
-from searchr1.retrieval.indexes import DenseIndex, Index
-from searchr1.retrieval.manifest import MANIFEST, read_manifest
+from searchr1.retrieval.dense import DenseIndex, load_faiss, set_search_parameters
+from searchr1.retrieval.encoder import CachedEncoder, Encoder
+from searchr1.retrieval.indexes import Index
+from searchr1.retrieval.manifest import MANIFEST, Manifest, check_encoder, read_manifest
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.pages import Pages
+from searchr1.retrieval.refine import Refiner, open_vectors
 from searchr1.retrieval.server import Backend
 from searchr1.retrieval.service import Limits, RetrievalService
+
+CACHED_QUERIES = 100_000
+"""Vectors of queries that are kept: 300 MB at 768 dimensions."""
 
 
 def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
@@ -68,19 +73,42 @@ def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
         raise UserError(f"--index_path {path}: no such file; run searchr1 build-index or download.py")
     folder = path if path.is_dir() else path.parent
     manifest = read_manifest(folder, corpus, name)
-    index: Bm25Index | DenseIndex
-    if name == "bm25":
-        if manifest is None:
-            raise UserError(f"--index_path {path}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
-        index = Bm25Index.load(folder, manifest.stemmer, threads_of(args))
-    else:
-        file = path
-        if path.is_dir():
-            file = path / (manifest.file if manifest and manifest.file else f"{name}_Flat.index")
-        if not file.is_file():
-            raise UserError(f"--index_path {file}: no such file; run searchr1 build-index or download.py")
-        encoder = Encoder(name, args.retriever_model, device="cuda" if args.faiss_gpu else "cpu")
-        index = DenseIndex.load(file, encoder, gpu=args.faiss_gpu)
+    index = load_bm25(args, folder, manifest) if name == "bm25" else load_dense(args, path, manifest)
     if index.rows != len(corpus):
         raise UserError(f"--index_path {path}: has {index.rows} rows, --corpus_path {len(corpus)} passages")
     return index
+
+
+def load_bm25(args: argparse.Namespace, folder: Path, manifest: Manifest | None) -> Index:
+    """A BM25 folder, mapped."""
+    if manifest is None:
+        raise UserError(f"--index_path {folder}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
+    return Bm25Index.load(folder, manifest.stemmer, threads_of(args))
+
+
+def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) -> Index:
+    """A FAISS file, with its vectors if it has rounded them."""
+    folder = path if path.is_dir() else path.parent
+    file = path
+    if path.is_dir():
+        file = path / (manifest.file if manifest and manifest.file else f"{args.retriever_name}_Flat.index")
+    if not file.is_file():
+        raise UserError(f"--index_path {file}: no such file; run searchr1 build-index or download.py")
+    encoder = Encoder(
+        args.retriever_name, args.retriever_model, device="cuda" if args.faiss_gpu else "cpu", dtype=args.dtype
+    )
+    if manifest:
+        check_encoder(manifest, encoder, folder)
+    faiss_index = load_faiss(file, encoder.dimension, args.faiss_gpu)
+    set_search_parameters(
+        faiss_index,
+        args.nprobe or (manifest.nprobe if manifest else None),
+        args.ef_search or (manifest.ef_search if manifest else None),
+    )
+    refiner, factor = None, 1
+    if manifest and manifest.vectors:
+        refiner = Refiner(open_vectors(folder / manifest.vectors, manifest.rows, encoder.dimension))
+        factor = args.refine_factor or manifest.refine_factor or 1
+    elif args.refine_factor:
+        raise UserError(f"--refine_factor {args.refine_factor}: this index has no exact vectors beside it")
+    return DenseIndex(faiss_index, CachedEncoder(encoder, CACHED_QUERIES), refiner, factor)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from searchr1.errors import UserError
 from searchr1.retrieval.corpus import Corpus
+from searchr1.retrieval.encoder import Encoder, weights_hash
 
 MANIFEST = "manifest.json"
 
@@ -23,21 +25,31 @@ class Manifest:
     """Fingerprint of the corpus."""
     stemmer: str | None = None
     encoder: str | None = None
-    """Family of the encoder (e5, bge, dpr), as --retriever_name."""
+    """Family of the encoder (e5, bge, ...), as --retriever_name."""
     model: str | None = None
     """Name of the encoder's folder, for people."""
+    weights: str | None = None
+    """SHA-256 of the encoder's weights; of DPR's passage encoder, which is not the one that a server needs."""
     pooling: str | None = None
+    max_length: int | None = None
     dimension: int | None = None
     metric: str | None = None
     factory: str | None = None
     file: str | None = None
     """The FAISS file."""
+    vectors: str | None = None
+    """The exact vectors, beside an index that rounds them."""
+    nprobe: int | None = None
+    ef_search: int | None = None
+    refine_factor: int | None = None
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it last: an index folder without a manifest is unfinished."""
     values = {key: value for key, value in asdict(manifest).items() if value is not None}
-    (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n")
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    os.replace(partial, folder / MANIFEST)
 
 
 def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest | None:
@@ -62,3 +74,22 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
             f"{len(corpus)}); build it again with searchr1 build-index"
         )
     return manifest
+
+
+def check_encoder(manifest: Manifest, encoder: Encoder, folder: Path) -> None:
+    """Refuse an encoder that does not give the vectors which the index holds.
+
+    Raises:
+        UserError: other weights or another pooling.
+    """
+    found = weights_hash(encoder.path)
+    if manifest.weights and manifest.encoder != "dpr" and manifest.weights != found:
+        raise UserError(
+            f"--index_path {folder}: was built with other weights ({manifest.model}) than --retriever_model {encoder.path} "
+            "has; give that encoder, or build the index again"
+        )
+    if manifest.pooling and manifest.pooling != encoder.family.pooling:
+        raise UserError(
+            f"--index_path {folder}: was built with --pooling_method {manifest.pooling}, the server was started with "
+            f"{encoder.family.pooling}"
+        )

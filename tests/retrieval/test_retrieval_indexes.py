@@ -11,7 +11,7 @@ import pytest
 from searchr1.errors import UserError
 from searchr1.retrieval import build
 from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder
+from searchr1.retrieval.encoder import Encoder, weights_hash
 from searchr1.retrieval.load import load_index
 
 
@@ -43,7 +43,8 @@ def encoder_path(tmp_path_factory):
 
 
 def flags(**values):
-    defaults = {"index_path": None, "retriever_name": "bm25", "retriever_model": None, "faiss_gpu": False, "threads": 1}
+    defaults = {"index_path": None, "retriever_name": "bm25", "retriever_model": None, "faiss_gpu": False, "threads": 1,
+        "dtype": None, "nprobe": None, "ef_search": None, "refine_factor": None, "workers": 1}  # fmt: skip
     return argparse.Namespace(**(defaults | values))
 
 
@@ -120,7 +121,9 @@ def test_manifest_says_what_the_index_is(tmp_path, encoder_path):
         "corpus": corpus.fingerprint(),
         "encoder": "e5",
         "model": encoder_path.rpartition("/")[2],
+        "weights": weights_hash(encoder_path),
         "pooling": "mean",
+        "max_length": 256,
         "dimension": 32,
         "metric": "inner product",
         "factory": "Flat",
@@ -168,7 +171,7 @@ def test_a_bad_corpus_is_told_before_an_older_index_is_touched(tmp_path):
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write("broken\n")
     words = ["--corpus_path", str(tmp_path / "corpus.jsonl"), "--save_dir", str(tmp_path / "index")]
-    words += ["--retriever_name", "bm25"]
+    words += ["--retriever_name", "bm25", "--overwrite"]
     with pytest.raises(UserError, match="line 61"):
         build.main(words)
     assert (tmp_path / "index/manifest.json").exists()
@@ -184,10 +187,10 @@ def test_stems_are_found_by_other_forms_of_the_word(tmp_path):
     assert [row for row, _ in stemmed.search(["which river"], 2)[0]] == [0]
     assert load_index(flags(), corpus).search(["which river"], 2) == [[]]
     with pytest.raises(UserError, match="--stemmer klingon: unknown"):
-        build.main([*words, "--stemmer", "klingon"])
+        build.main([*words, "--overwrite", "--stemmer", "klingon"])
 
 
-@pytest.mark.parametrize(("factory", "found"), [("Nonsense7", None), ("IVF64,Flat", None), ("SQ8", 20), ("HNSW8,Flat", 20)])
+@pytest.mark.parametrize(("factory", "found"), [("Nonsense7", None), ("IVF64,Flat", None), ("SQ8", 20), ("HNSW", 20)])
 def test_faiss_factory_strings(tmp_path, encoder_path, factory, found):
     words = ["--retriever_name", "e5", "--retriever_model", encoder_path, "--faiss_type", factory]
     if found is None:

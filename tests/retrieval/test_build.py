@@ -1,0 +1,220 @@
+"""Indexes built by several processes, stopped at any moment, in bounded memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import bm25s
+import numpy as np
+import pytest
+
+from searchr1.errors import UserError
+from searchr1.retrieval import bm25_build, build
+from searchr1.retrieval.bm25_index import Bm25Index
+from searchr1.retrieval.corpus import Corpus
+from searchr1.retrieval.load import load_index
+
+
+@pytest.fixture(scope="module")
+def encoder_path(tmp_path_factory):
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from searchr1.data.demo_world.tokenizer import train_tokenizer
+
+    path = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=2048, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, pad_token_id=0
+    )
+    BertModel(config).save_pretrained(path)
+    train_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+def write_corpus(path, rows):
+    rng = np.random.default_rng(7)
+    with path.open("w") as file:
+        for row in range(rows):
+            text = " ".join(f"w{word}" for word in rng.zipf(1.3, int(rng.integers(0, 40))) % 700)
+            file.write(json.dumps({"id": str(row), "contents": f'"Title {row}"\n{text}'}) + "\n")
+    return path
+
+
+def command(corpus, out, encoder_path, *flags):
+    words = ["--corpus_path", str(corpus), "--save_dir", str(out), "--retriever_name", "e5"]
+    return [*words, "--retriever_model", encoder_path, *flags]
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, encoder_path):
+    """A corpus of three parts and its index, built without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    corpus = write_corpus(folder / "corpus.jsonl", 20_000)
+    assert build.main(command(corpus, folder / "index", encoder_path, "--faiss_type", "IVFPQ")) == 0
+    return corpus, folder / "index"
+
+
+@pytest.mark.parametrize("flags", [(), ("--processes", "2")])
+def test_killed_and_gone_on_gives_the_same_index(tmp_path, whole, encoder_path, flags):
+    corpus, expected = whole
+    words = command(corpus, tmp_path / "index", encoder_path, "--faiss_type", "IVFPQ", *flags)
+    process = subprocess.Popen([sys.executable, "-m", "searchr1.cli", "build-index", *words], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "index" / "embedding").glob("part-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "index" / "manifest.json").exists()
+    done = len(list((tmp_path / "index" / "embedding").glob("part-*")))
+    assert 1 <= done <= 3
+    with pytest.raises(UserError, match=r"made otherwise \(max_length was 256, is 64\)"):
+        build.main([*words, "--max_length", "64"])
+    assert build.main(words) == 0
+    assert contents(tmp_path / "index") == contents(expected)
+    assert not (tmp_path / "index" / "embedding").exists()
+
+
+def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_path):
+    corpus, expected = whole
+    words = command(corpus, tmp_path / "index", encoder_path, "--faiss_type", "IVFPQ")
+    from searchr1.retrieval import embed
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    folder_write = embed.EmbeddingFolder.write
+    try:
+        embed.EmbeddingFolder.write = lambda self, part, vectors: die() if part == 1 else folder_write(self, part, vectors)
+        with pytest.raises(KeyboardInterrupt):
+            build.main(words)
+    finally:
+        embed.EmbeddingFolder.write = folder_write
+    with (tmp_path / "index" / "vectors.f16").open("r+b") as file:  # as a kill in the middle of part 1 would leave it
+        file.seek(8192 * 32 * 2)
+        file.write(b"\x55" * 1000)
+    assert build.main(words) == 0
+    assert contents(tmp_path / "index") == contents(expected)
+
+
+def test_a_worker_that_dies_is_told_and_the_next_start_goes_on(tmp_path, whole, encoder_path, monkeypatch):
+    corpus, _ = whole
+    words = command(corpus, tmp_path / "index", encoder_path, "--processes", "2")
+    from searchr1.retrieval import embed
+
+    monkeypatch.setattr(embed, "_process", dies)
+    with pytest.raises(UserError, match=r"a process that embeds died .*run the same command again"):
+        build.main(words)
+    monkeypatch.undo()
+    assert build.main(words) == 0
+
+
+def dies(*_):
+    import os
+
+    os._exit(9)
+
+
+def flags(**values):
+    defaults = dict.fromkeys(["index_path", "retriever_model", "dtype", "nprobe", "ef_search", "refine_factor"])
+    return argparse.Namespace(**(defaults | {"faiss_gpu": False, "threads": 1, "workers": 1} | values))
+
+
+def test_a_lossy_index_finds_what_an_exact_one_finds(tmp_path, whole, encoder_path):
+    corpus_path, folder = whole
+    corpus = Corpus(corpus_path)
+    assert build.main(command(corpus_path, tmp_path / "flat", encoder_path)) == 0
+    assert not list((tmp_path / "flat").glob("vectors*"))
+    common = {"retriever_name": "e5", "retriever_model": encoder_path}
+    exact = load_index(flags(index_path=tmp_path / "flat", **common), corpus)
+    lossy = load_index(flags(index_path=folder, nprobe=10_000, refine_factor=1000, **common), corpus)
+    queries = [f"w{number} w{number + 1}" for number in range(50)]
+    for one, other in zip(exact.search(queries, 3), lossy.search(queries, 3), strict=True):
+        assert np.allclose([score for _, score in one], [score for _, score in other], atol=2e-3)  # vectors in fp16
+    with pytest.raises(UserError, match="no exact vectors"):
+        load_index(flags(index_path=tmp_path / "flat", refine_factor=3, **common), corpus)
+    with pytest.raises(UserError, match="--ef_search 5: this index has no such parameter"):
+        load_index(flags(index_path=folder, ef_search=5, **common), corpus)
+
+
+def test_vectors_of_the_wrong_size_and_other_weights_are_refused(tmp_path, whole, encoder_path):
+    corpus_path, folder = whole
+    shutil.copytree(folder, tmp_path / "index")
+    with (tmp_path / "index" / "vectors.f16").open("r+b") as file:
+        file.truncate(1000)
+    common = {"retriever_name": "e5", "retriever_model": encoder_path}
+    with pytest.raises(UserError, match=r"vectors.f16: has 1000 bytes"):
+        load_index(flags(index_path=tmp_path / "index", **common), Corpus(corpus_path))
+    other = tmp_path / "other"
+    shutil.copytree(encoder_path, other)
+    weights = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x00\x00\x3f")
+    common["retriever_model"] = str(other)
+    with pytest.raises(UserError, match="built with other weights"):
+        load_index(flags(index_path=folder, **common), Corpus(corpus_path))
+
+
+def test_a_finished_index_is_replaced_only_on_request(tmp_path, encoder_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 50)
+    words = command(corpus, tmp_path / "index", encoder_path)
+    assert build.main(words) == 0
+    (tmp_path / "index" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="--overwrite"):
+        build.main(words)
+    assert build.main([*words, "--overwrite"]) == 0
+    assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("stemmer", [None, "english"])
+@pytest.mark.parametrize(("block", "postings"), [(20_000, 1 << 25), (7, 50), (100, 1)])
+def test_streamed_bm25_is_the_index_of_bm25s(tmp_path, monkeypatch, stemmer, block, postings):
+    monkeypatch.setattr(bm25_build, "PASSAGES", block)
+    monkeypatch.setattr(bm25_build, "POSTINGS", postings)
+    corpus = Corpus(write_corpus(tmp_path / "corpus.jsonl", 120))
+    (tmp_path / "index").mkdir()
+    bm25_build.build_bm25(corpus, tmp_path / "index", stemmer)
+    assert not (tmp_path / "index" / "scratch").exists()
+    ours = bm25s.BM25.load(str(tmp_path / "index"), mmap=True)
+    theirs = Bm25Index.build(corpus.contents(), stemmer)._retriever
+    assert ours.scores["num_docs"] == theirs.scores["num_docs"]
+    assert set(ours.vocab_dict) == set(theirs.vocab_dict) - {""}
+    for word, number in ours.vocab_dict.items():
+        for name in ("indices", "data"):
+            found, wanted = (
+                list_of(index, name, place) for index, place in ((ours, number), (theirs, theirs.vocab_dict[word]))
+            )
+            np.testing.assert_allclose(found, wanted, atol=1e-6)
+    queries = ["w1 w2 w3", "title 7", "w5 w5 nothing", ""]
+    saved, fresh = Bm25Index.load(tmp_path / "index", stemmer), Bm25Index.build(corpus.contents(), stemmer)
+    assert_same_hits(saved.search(queries, 9), fresh.search(queries, 9))
+
+
+def assert_same_hits(found, wanted):
+    for one, other in zip(found, wanted, strict=True):
+        assert [row for row, _ in one] == [row for row, _ in other]
+        np.testing.assert_allclose([score for _, score in one], [score for _, score in other], atol=1e-5)
+
+
+def list_of(index, name, word):
+    scores = index.scores
+    return scores[name][scores["indptr"][word] : scores["indptr"][word + 1]]
+
+
+def test_a_corpus_without_words_is_told(tmp_path):
+    (tmp_path / "corpus.jsonl").write_text('{"contents": "? !"}\n')
+    with pytest.raises(UserError, match="has no words"):
+        build.main(
+            ["--corpus_path", str(tmp_path / "corpus.jsonl"), "--save_dir", str(tmp_path), "--retriever_name", "bm25"]
+        )
