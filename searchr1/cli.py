@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
     "convert": ("searchr1.actor.export", "turn a training checkpoint into a Hugging Face folder"),
     "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),
+    "rerank-server": ("searchr1.retrieval.rerank_server", "serve a cross-encoder: /rerank"),
     "build-index": ("searchr1.retrieval.build", "build a BM25 or dense index of a corpus"),
     "report": ("searchr1.tracking.report", "write a page of curves and trajectories for a run"),
     "demo-world": ("searchr1.data.demo_world.cli", "make the fictional encyclopedia and its questions"),

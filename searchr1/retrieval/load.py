@@ -18,6 +18,9 @@ from searchr1.retrieval.manifest import MANIFEST, Manifest, check_encoder, read_
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.pages import Pages
 from searchr1.retrieval.refine import Refiner, open_vectors
+from searchr1.retrieval.rerank import CrossEncoder, LocalReranker, RerankingSearcher
+from searchr1.retrieval.rerank_client import RemoteReranker
+from searchr1.retrieval.searcher import Searcher
 from searchr1.retrieval.server import Backend
 from searchr1.retrieval.service import Limits, RetrievalService
 
@@ -31,14 +34,24 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     Raises:
         UserError: something is missing, damaged, or does not belong together.
     """
-    set_threads(args.retriever_name, threads_of(args))
+    set_threads(args.retriever_name, bool(args.reranker_model), threads_of(args))
     limits = Limits(args.max_pending, args.timeout_s, args.cache_mib << 20)
     corpus = Corpus(args.corpus_path)
     index = load_index(args, corpus)
     pages = Pages(args.pages_path) if args.pages_path else None
-    searcher = Batcher(index, corpus, metrics.observe_batch)
+    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch))
     about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
     return Backend(RetrievalService(searcher, limits, metrics), pages, about)
+
+
+def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:
+    """With a second stage, if the flags ask for one."""
+    if args.reranker_url:
+        return RerankingSearcher(searcher, RemoteReranker(args.reranker_url, args.timeout_s), args.topk_retrieval)
+    if args.reranker_model:
+        model = CrossEncoder(args.reranker_model, device="cuda" if args.faiss_gpu else "cpu", dtype=args.dtype)
+        return RerankingSearcher(searcher, LocalReranker(model), args.topk_retrieval)
+    return searcher
 
 
 def threads_of(args: argparse.Namespace) -> int:
@@ -46,9 +59,9 @@ def threads_of(args: argparse.Namespace) -> int:
     return args.threads or max((os.cpu_count() or 1) // args.workers, 1)
 
 
-def set_threads(retriever_name: str, threads: int) -> None:
+def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
     """Processor threads of the libraries that search."""
-    if retriever_name != "bm25":
+    if retriever_name != "bm25" or reranks:
         import faiss
         import torch
 

@@ -22,6 +22,7 @@ from typing import Any
 import uvicorn
 
 from searchr1.errors import UserError
+from searchr1.retrieval.gate import Gate
 from searchr1.retrieval.server import Backend, ServerState, create_app
 
 BACKLOG = 1024
@@ -116,11 +117,30 @@ def serve_here(listener: socket.socket, load: Load, metrics: Any, topk: int, tok
     Raises:
         UserError: what `load` raised.
     """
-    # uvicorn raises the signal again after it has stopped: an ordinary end, so that everything is cleaned up.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     state = ServerState(topk)
-    app = create_app(state, metrics, token)
-    config = uvicorn.Config(
+    server = LoadingServer(server_config(create_app(state, metrics, token)), state, load, ready)
+    end_politely()
+    server.run(sockets=[listener])
+    if server.problem is not None:
+        raise server.problem
+
+
+def serve_app(app: Gate, listener: socket.socket, started: Callable[[], None] | None) -> None:
+    """Serve an application that is loaded already, until a signal comes."""
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if started is not None:
+                started()
+
+    end_politely()
+    Server(server_config(app)).run(sockets=[listener])
+
+
+def server_config(app: Gate) -> uvicorn.Config:
+    """How uvicorn is run."""
+    return uvicorn.Config(
         app,
         log_level="warning",
         access_log=False,
@@ -128,10 +148,11 @@ def serve_here(listener: socket.socket, load: Load, metrics: Any, topk: int, tok
         server_header=False,
         proxy_headers=False,  # the client's address is not used
     )
-    server = LoadingServer(config, state, load, ready)
-    server.run(sockets=[listener])
-    if server.problem is not None:
-        raise server.problem
+
+
+def end_politely() -> None:
+    """uvicorn raises SIGTERM again after it has stopped: make that an ordinary end, so that everything is cleaned up."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 @dataclass(frozen=True, slots=True)

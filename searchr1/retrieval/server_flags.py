@@ -87,4 +87,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--corpus_path is missing (or give --engine for an online search engine)")
     elif args.workers > 1 and args.index_path is None:
         raise UserError(f"--workers {args.workers} needs --index_path; build the index once with searchr1 build-index")
+    if reranks and args.topk_rerank is not None:
+        args.topk = args.topk_rerank
     return args
