@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from searchr1.agent.protocol import Document, InformationStyle, neutralise, render_body
 from searchr1.config.schema import ToolsConfig
 from searchr1.errors import UserError
-from searchr1.retrieval.client import SearchClient, SearchUnavailable
+from searchr1.retrieval.client import TOKEN_VARIABLE, ClientStats, SearchClient, SearchUnavailable
 
 FAILURE_WINDOW = 200
 """The failure rate is taken over this many of the latest calls."""
@@ -85,6 +86,11 @@ class SearchTool:
         documents = [[Document(d.title, d.text, d.id, d.url or "", d.score) for d in found] for found in results]
         return ToolResult(render_body(documents, self._style))
 
+    @property
+    def stats(self) -> ClientStats:
+        """What the client did since the start; the page tool's calls are among them."""
+        return self._client.stats
+
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
@@ -125,6 +131,12 @@ class DummySearchTool:
         """Nothing to close."""
 
 
+def client_stats(tools: Mapping[str, Tool]) -> ClientStats:
+    """What the search client did since the start; zeros where there is none."""
+    search = tools.get("search")
+    return search.stats if isinstance(search, SearchTool) else ClientStats()
+
+
 def show_page(contents: str | None) -> str:
     """A page as the policy sees it."""
     if contents is None:
@@ -143,7 +155,11 @@ def build_tools(config: ToolsConfig, style: InformationStyle) -> dict[str, Tool]
         return {"search": DummySearchTool(style)}
     addresses = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
     client = SearchClient(
-        [str(address) for address in addresses], topk=search.topk, timeout_s=search.timeout_s, retries=search.retries
+        [str(address) for address in addresses],
+        topk=search.topk,
+        timeout_s=search.timeout_s,
+        retries=search.retries,
+        token=os.environ.get(TOKEN_VARIABLE),
     )
     monitor = FailureMonitor(search.max_failure_rate, f"tools.search.server_addr {', '.join(map(str, addresses))}")
     tools: dict[str, Tool] = {"search": SearchTool(client, style, monitor)}

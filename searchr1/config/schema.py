@@ -244,8 +244,8 @@ class SearchToolConfig:
     """Documents per query."""
     timeout_s: float = 30.0
     """Deadline of one call, retries included."""
-    retries: int = 2
-    """Further attempts within the deadline."""
+    retries: int = 8
+    """Further attempts within the deadline, with growing pauses once every server has failed."""
     max_failure_rate: float = 0.5
     """End the run once a larger share of the latest calls has failed."""
     dummy_mode: bool = False

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
-import ssl
+import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
-import httpx
+import aiohttp
 
 from searchr1.errors import UserError
+from searchr1.retrieval.balancer import Balancer
 from searchr1.retrieval.documents import Page, RetrievedDocument, split_contents
 
+TOKEN_VARIABLE = "SEARCHR1_RETRIEVAL_TOKEN"
 FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+TELL_EVERY_S = 10.0
 RETRY_STATUS = {429, 500, 502, 503, 504}
 
 T = TypeVar("T")
@@ -32,6 +40,8 @@ class ClientStats:
     calls: int = 0
     retries: int = 0
     failures: int = 0
+    rests: int = 0
+    """How often a server was left alone for a while."""
 
 
 def base_url(address: str) -> str:
@@ -43,10 +53,11 @@ def base_url(address: str) -> str:
     text = address.strip()
     text = text if "://" in text else f"http://{text}"
     try:
-        url = httpx.URL(text)
-    except httpx.InvalidURL as error:
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError as error:
         raise UserError(f"tools.search.server_addr: {address!r} is no address ({error}); give host:port") from error
-    if url.scheme not in ("http", "https") or not url.host:
+    if not valid:
         raise UserError(f"tools.search.server_addr: {address!r} is no address; give host:port of the retrieval server")
     return text.rstrip("/").removesuffix("/retrieve").replace("://0.0.0.0", "://127.0.0.1")
 
@@ -54,8 +65,8 @@ def base_url(address: str) -> str:
 class SearchClient:
     """`await search(queries)`; safe to use from many coroutines of one event loop.
 
-    A call tries each address in turn, starting with another one each time. Its deadline covers everything: waiting for a
-    connection, all attempts and the pauses between them.
+    A call asks the least busy of the servers that work, and another one if that fails (see `Balancer`). Its deadline
+    covers everything: waiting for a connection, all attempts and the pauses between them.
     """
 
     def __init__(
@@ -64,7 +75,7 @@ class SearchClient:
         *,
         topk: int = 3,
         timeout_s: float = 30.0,
-        retries: int = 2,
+        retries: int = 8,
         max_connections: int = 256,
         token: str | None = None,
     ) -> None:
@@ -74,14 +85,16 @@ class SearchClient:
         self._topk = topk
         self._timeout_s = timeout_s
         self._retries = retries
-        self._next = random.randrange(len(self._urls))
+        self._max_connections = max_connections
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._tls = ssl.create_default_context()
-        # One httpx client per connection: httpx's own pool walks over all of its connections at every request, which
-        # at 64 concurrent searches took five times the processor time of everything else.
-        self._free = asyncio.Semaphore(max_connections)
-        self._idle: list[list[httpx.AsyncClient]] = [[] for _ in self._urls]
-        self.stats = ClientStats()
+        self._balancer = Balancer(len(self._urls), time.monotonic)
+        self._session: aiohttp.ClientSession | None = None
+        self._stats = ClientStats()
+
+    @property
+    def stats(self) -> ClientStats:
+        """Counts since the start."""
+        return replace(self._stats, rests=self._balancer.rests)
 
     async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
         """Passages for each query, best first.
@@ -106,76 +119,88 @@ class SearchClient:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        for idle in self._idle:
-            while idle:
-                await idle.pop().aclose()
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
 
     async def _call(self, path: str, body: dict[str, Any], read: Callable[[Any], T], expected: int) -> list[T]:
         """Post to one server after the other until one gives `expected` results that `read` understands."""
-        self.stats.calls += 1
+        self._stats.calls += 1
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
-        self._next = first = (self._next + 1) % len(self._urls)
-        pause = FIRST_PAUSE_S
+        tried: set[int] = set()
         problem = "no attempt was made"
         for attempt in range(self._retries + 1):
-            server = (first + attempt) % len(self._urls)
+            if len(tried) == len(self._urls):  # every server has had its turn: give them time
+                pause = random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
+                await asyncio.sleep(min(pause, max(deadline - loop.time(), 0)))
+                tried.clear()
+            server = self._balancer.choose(tried)
+            tried.add(server)
             # A server that hangs must leave time for the others, if there are others.
-            others = min(self._retries - attempt, len(self._urls) - 1)
+            others = min(self._retries - attempt, len(self._urls) - len(tried))
             seconds = max(deadline - loop.time(), 0) / (others + 1)
-            worth_retrying = True
             try:
                 async with asyncio.timeout(seconds):
-                    result = await self._post(server, path, body)
-                if len(result) == expected:
-                    return [read(item) for item in result]
-                reason = f"answered {len(result)} results for {expected}"
+                    result = await self._post(self._urls[server] + path, body)
+                if len(result) != expected:
+                    raise ValueError(f"answered {len(result)} results for {expected}")
+                found = [read(item) for item in result]
             except _Refused as error:
-                reason, worth_retrying = str(error), error.worth_retrying
+                self._note(server, error)
+                problem = f"{self._urls[server]}{path}: {error}"
+                if error.status not in RETRY_STATUS:
+                    break
             except TimeoutError:
-                reason = f"no answer within {seconds:.1f} s"
-            except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
-                reason = f"{type(error).__name__} {error}".strip()
-            problem = f"{self._urls[server]}{path}: {reason}"
-            if not worth_retrying or attempt == self._retries or loop.time() >= deadline:
+                self._balancer.done(server, worked=False)
+                problem = f"{self._urls[server]}{path}: no answer within {seconds:.1f} s"
+            except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._balancer.done(server, worked=False)
+                problem = f"{self._urls[server]}{path}: {type(error).__name__} {error}".strip()
+            except BaseException:
+                self._balancer.given_up(server)
+                raise
+            else:
+                self._balancer.done(server, worked=True)
+                return found
+            if attempt == self._retries or loop.time() >= deadline:
                 break
-            self.stats.retries += 1
-            if attempt + 1 >= len(self._urls):  # every server has had its turn: give them time
-                await asyncio.sleep(min(pause * random.uniform(0.5, 1.5), max(deadline - loop.time(), 0)))
-                pause *= 2
-        self.stats.failures += 1
+            self._stats.retries += 1
+        self._stats.failures += 1
         raise SearchUnavailable(problem)
 
-    async def _post(self, server: int, path: str, body: dict[str, Any]) -> list[Any]:
-        """One attempt on one connection. A connection on which anything went wrong is not used again."""
-        async with self._free:
-            idle = self._idle[server]
-            http = idle.pop() if idle else self._connect()
-            try:
-                response = await http.post(self._urls[server] + path, json=body)
-            except BaseException:
-                await http.aclose()
-                raise
-            idle.append(http)
-        if response.status_code != 200:
-            raise _Refused(response)
-        result = response.json()["result"]
+    def _note(self, server: int, refusal: _Refused) -> None:
+        """What a status says about its server: the client's own mistakes say nothing, "try later" is no failure."""
+        if refusal.status in (429, 503) and refusal.retry_after_s is not None:
+            self._balancer.busy(server, refusal.retry_after_s)
+        else:
+            self._balancer.done(server, worked=refusal.status not in RETRY_STATUS)
+
+    async def _post(self, url: str, body: dict[str, Any]) -> list[Any]:
+        """One attempt. A connection on which anything went wrong is not used again."""
+        if self._session is None:
+            # The deadline of the call is the only time limit.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._max_connections),
+                timeout=aiohttp.ClientTimeout(total=None),
+                headers=self._headers,
+            )
+        async with self._session.post(url, json=body) as response:
+            if response.status != 200:
+                raise _Refused(response.status, await response.text(), response.headers.get("retry-after"))
+            result = json.loads(await response.read())["result"]
         if not isinstance(result, list):
             raise ValueError("result is no list")
         return result
-
-    def _connect(self) -> httpx.AsyncClient:
-        limits = httpx.Limits(max_connections=1, max_keepalive_connections=1)
-        # The deadline of the call is the only time limit.
-        return httpx.AsyncClient(limits=limits, timeout=None, headers=self._headers, verify=self._tls, trust_env=False)
 
 
 class _Refused(Exception):
     """A server answered with another status than 200."""
 
-    def __init__(self, response: httpx.Response) -> None:
-        super().__init__(f"status {response.status_code}: {response.text[:200]}")
-        self.worth_retrying = response.status_code in RETRY_STATUS
+    def __init__(self, status: int, text: str, retry_after: str | None) -> None:
+        super().__init__(f"status {status}: {text[:200]}")
+        self.status = status
+        self.retry_after_s = float(retry_after) if retry_after and retry_after.isdigit() else None
 
 
 def _page(item: dict[str, Any] | None) -> Page | None:
@@ -196,19 +221,36 @@ def _document(item: dict[str, Any]) -> RetrievedDocument:
 
 
 def wait_until_healthy(address: str, timeout_s: float) -> None:
-    """Wait for a server's /health.
+    """Wait until a server can be searched: its /ready says so, or its /health where there is no /ready.
 
     Raises:
         UserError: it did not answer in time.
     """
-    url = f"{base_url(address)}/health"
-    deadline = time.monotonic() + timeout_s
+    url = base_url(address)
+    started = told = time.monotonic()
     while True:
-        try:
-            if httpx.get(url, timeout=2.0, trust_env=False).status_code == 200:
-                return
-        except httpx.HTTPError:
-            pass
-        if time.monotonic() > deadline:
-            raise UserError(f"the retrieval server at {address} did not answer {url} within {timeout_s:.0f} s")
+        status = _status(f"{url}/ready")
+        if status == 404:  # of another system
+            status = _status(f"{url}/health")
+        if status == 200:
+            return
+        now = time.monotonic()
+        if now - started > timeout_s:
+            reason = "did not answer" if status is None else f"answered {status}"
+            raise UserError(f"the retrieval server at {address} {reason} within {timeout_s:.0f} s ({url}/ready)")
+        if now - told > TELL_EVERY_S:
+            told = now
+            print(f"waiting for the retrieval server at {address} ({now - started:.0f} s)", file=sys.stderr, flush=True)
         time.sleep(0.1)
+
+
+def _status(url: str) -> int | None:
+    """The status of an address; None if nobody answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=2.0) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError):
+        return None

@@ -14,13 +14,14 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
+from searchr1.retrieval.client import TOKEN_VARIABLE
 from searchr1.retrieval.gate import Gate
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.rerank import CrossEncoder, LocalReranker
 from searchr1.retrieval.searcher import SearchFailed
 from searchr1.retrieval.serve import bind, peak_memory_mib, reachable_address, serve_app
 from searchr1.retrieval.server import MAX_PASSAGES, MAX_QUERIES, MAX_QUERY_CHARACTERS, MAX_TOPK, as_json, explain
-from searchr1.retrieval.server_cli import TOKEN_VARIABLE, write_address
+from searchr1.retrieval.server_cli import write_address
 
 
 class RerankRequest(BaseModel):

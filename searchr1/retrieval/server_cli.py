@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from searchr1.retrieval.client import TOKEN_VARIABLE
 from searchr1.retrieval.serve import (
     Ready,
     Worker,
@@ -19,8 +20,6 @@ from searchr1.retrieval.serve import (
     serve_in_workers,
 )
 from searchr1.retrieval.server_flags import parse
-
-TOKEN_VARIABLE = "SEARCHR1_RETRIEVAL_TOKEN"
 
 
 def serve(argv: list[str], listener: socket.socket, ready: Ready) -> None:

@@ -22,6 +22,8 @@ class Batch:
     reference_seconds: float
     """From then until the last one had its reference log-probabilities."""
     generated_tokens: int
+    search_retries: int
+    search_rests: int
     engine_busy_share: float
     """Share of the rollout during which the engines had something to do, mean over ranks."""
 
@@ -33,6 +35,8 @@ class Batch:
             "time/reference": self.reference_seconds,
             "rollout/tokens_per_second": self.generated_tokens / max(self.rollout_seconds, 1e-9),
             "rollout/engine_busy": self.engine_busy_share,
+            "tool/retries": float(self.search_retries),
+            "tool/server_rests": float(self.search_rests),
         }
 
 
@@ -77,6 +81,8 @@ def collect(
         reward_seconds=reward_end,
         reference_seconds=max(inference.seconds - rollout.seconds - reward_end, 0.0) if inference else 0.0,
         generated_tokens=sum(report.generated_tokens for report in reports),
+        search_retries=sum(report.search_retries for report in reports),
+        search_rests=sum(report.search_rests for report in reports),
         engine_busy_share=sum(report.engine_busy_seconds / report.seconds for report in reports) / len(reports),
     )
 

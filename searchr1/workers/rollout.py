@@ -11,6 +11,7 @@ from typing import Any
 from rlinf.scheduler import Worker
 
 from searchr1.agent.loop import run_group
+from searchr1.agent.tools import build_tools, client_stats
 from searchr1.agent.trajectory import Chunk, Mode, Sample, Trajectory
 from searchr1.config.schema import Config
 from searchr1.device import Device
@@ -29,6 +30,10 @@ class RolloutReport:
     generated_tokens: int
     seconds: float
     engine_busy_seconds: float
+    search_retries: int = 0
+    """Attempts of the search client beyond the first of each call."""
+    search_rests: int = 0
+    """How often it left a server alone for a while."""
 
 
 class RolloutWorker(Worker):
@@ -48,7 +53,6 @@ class RolloutWorker(Worker):
 
         from searchr1.agent.loop import resolve_generate_fn
         from searchr1.agent.settings import AgentSettings
-        from searchr1.agent.tools import build_tools
         from searchr1.rollout.engine import Engine
         from searchr1.rollout.settings import EngineSettings
 
@@ -67,7 +71,7 @@ class RolloutWorker(Worker):
         """Answer one batch of questions `group_size` times each; finished groups leave as they finish."""
         timeout = self._config.runner.step_timeout_s
         started = time.perf_counter()
-        before = self._engine.stats()
+        before, searched = self._engine.stats(), client_stats(self._tools)
         samples: list[Sample] = await channels.get(self._channel, channels.prompts_key(self._rank), timeout)
         finished: list[Trajectory] = []
         done = asyncio.Event()
@@ -111,12 +115,14 @@ class RolloutWorker(Worker):
         finally:
             done.set()
             await flusher
-        after = self._engine.stats()
+        after, search = self._engine.stats(), client_stats(self._tools)
         return RolloutReport(
             trajectories=len(samples) * group_size,
             generated_tokens=after.generated_tokens - before.generated_tokens,
             seconds=time.perf_counter() - started,
             engine_busy_seconds=after.busy_seconds - before.busy_seconds,
+            search_retries=search.retries - searched.retries,
+            search_rests=search.rests - searched.rests,
         )
 
     @reported

@@ -134,13 +134,75 @@ def test_the_other_server_answers_at_once_when_one_is_dead():
             started = time.monotonic()
             found = await asyncio.gather(*(client.search(["q"]) for _ in range(40)))
             assert time.monotonic() - started < 2
+            again = [await client.search(["q"]) for _ in range(10)]
             await client.aclose()
-            return found, len(requests), client.stats
+            return found + again, len(requests), client.stats
 
     found, answered, stats = asyncio.run(run())
-    assert answered == 40
+    assert answered == 50
     assert all(hits[0][0].id == "7" for hits in found)
-    assert stats.retries == 20
+    assert stats.retries <= 20, "the dead one is left alone after a few failures"
+    assert stats.rests == 1
+
+
+def test_a_server_that_comes_back_is_waited_for():
+    async def run():
+        address = closed_address()
+        client = SearchClient([address], timeout_s=20)
+        calls = [asyncio.create_task(client.search(["q"])) for _ in range(20)]
+        await asyncio.sleep(1)
+
+        async def handle(reader, writer):
+            head = await reader.readuntil(b"\r\n\r\n")
+            await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
+            writer.write(answer(GOOD))
+            await writer.drain()
+            writer.close()
+
+        listening = await asyncio.start_server(handle, "127.0.0.1", int(address.rpartition(":")[2]))
+        found = await asyncio.gather(*calls)
+        await client.aclose()
+        listening.close()
+        return found, client.stats
+
+    found, stats = asyncio.run(run())
+    assert len(found) == 20
+    assert stats.failures == 0
+
+
+def test_a_busy_server_is_left_alone_for_as_long_as_it_says():
+    async def run():
+        busy = b"HTTP/1.1 503 Busy\r\nretry-after: 5\r\ncontent-length: 0\r\n\r\n"
+        async with server(lambda n: busy) as (one, first), server(lambda n: answer(GOOD)) as (two, second):
+            client = SearchClient([one, two])
+            for _ in range(10):
+                await client.search(["q"])
+            await client.aclose()
+            return len(first), len(second), client.stats
+
+    first, second, stats = asyncio.run(run())
+    assert (first, second) == (1, 10)
+    assert (stats.retries, stats.failures, stats.rests) == (1, 0, 1)
+
+
+def test_a_token_goes_along_and_proxies_of_the_environment_are_not_asked(monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    heads = []
+
+    async def run():
+        async def handle(reader, writer):
+            heads.append(head := await reader.readuntil(b"\r\n\r\n"))
+            await reader.readexactly(int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0]))
+            writer.write(answer(GOOD))
+            await writer.drain()
+            writer.close()
+
+        listening = await asyncio.start_server(handle, "127.0.0.1", 0)
+        await search(SearchClient([f"127.0.0.1:{listening.sockets[0].getsockname()[1]}"], token="abc"))
+        listening.close()
+
+    asyncio.run(run())
+    assert b"authorization: bearer abc\r\n" in heads[0].lower()
 
 
 def test_calls_are_spread_over_the_servers():

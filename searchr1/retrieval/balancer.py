@@ -1,0 +1,96 @@
+"""Which of several servers to ask: the least busy one that works. Pure bookkeeping, no network."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+BREAK_AFTER = 5
+"""Failures in a row after which a server is left alone."""
+FIRST_REST_S = 1.0
+LONGEST_REST_S = 30.0
+
+
+@dataclass(slots=True)
+class _Server:
+    in_flight: int = 0
+    asked: int = 0
+    failures: int = 0
+    """In a row."""
+    rests: int = 0
+    """In a row: each is twice as long as the one before."""
+    until: float = 0.0
+    """It rests until then."""
+    trying: bool = False
+    """Its rest is over, and one call finds out whether it works again."""
+
+
+class Balancer:
+    """The state of each server, by its number."""
+
+    def __init__(self, servers: int, clock: Callable[[], float], rng: random.Random | None = None) -> None:
+        """`clock` gives seconds, from any start."""
+        self._servers = [_Server() for _ in range(servers)]
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self.rests = 0
+        """How often a server was left alone."""
+
+    def choose(self, tried: Collection[int] = ()) -> int:
+        """The server for the next attempt; the caller reports back with `done`.
+
+        Of those that neither rest nor were tried, the one with the fewest calls in flight, then with the fewest so far. If
+        there is none: one that rests before one that was tried, the one whose rest ends first; somebody is always asked.
+        """
+        now = self._clock()
+
+        def order(number: int) -> tuple[bool, bool, float, int, int, float]:
+            server = self._servers[number]
+            resting = server.until > now or server.trying
+            return (
+                number in tried,
+                resting,
+                server.until if resting else 0.0,
+                server.in_flight,
+                server.asked,
+                self._rng.random(),
+            )
+
+        number = min(range(len(self._servers)), key=order)
+        server = self._servers[number]
+        server.in_flight += 1
+        server.asked += 1
+        if server.rests and server.until <= now:
+            server.trying = True
+        return number
+
+    def done(self, number: int, worked: bool) -> None:
+        """A call has ended. Enough failures in a row, or one after a rest, make the server rest (again)."""
+        server = self._servers[number]
+        server.in_flight -= 1
+        was_trying, server.trying = server.trying, False
+        if worked:
+            server.failures = server.rests = 0
+            server.until = 0.0
+            return
+        server.failures += 1
+        if (was_trying or server.failures >= BREAK_AFTER) and server.until <= self._clock():
+            seconds = min(FIRST_REST_S * 2**server.rests, LONGEST_REST_S) * self._rng.uniform(0.5, 1.0)
+            server.rests += 1
+            server.until = self._clock() + seconds
+            self.rests += 1
+
+    def given_up(self, number: int) -> None:
+        """A call was cancelled by its caller: that says nothing about the server."""
+        server = self._servers[number]
+        server.in_flight -= 1
+        server.trying = False
+
+    def busy(self, number: int, seconds: float) -> None:
+        """A server asked to be left alone for so long; that is no failure. Ends the call."""
+        server = self._servers[number]
+        server.in_flight -= 1
+        server.trying = False
+        server.until = max(server.until, self._clock() + min(seconds, LONGEST_REST_S))
+        self.rests += 1
