@@ -16,6 +16,9 @@ from searchr1.retrieval.encoder import CachedEncoder, Encoder
 from searchr1.retrieval.indexes import Index
 from searchr1.retrieval.manifest import MANIFEST, Manifest, check_encoder, read_manifest
 from searchr1.retrieval.metrics import Metrics
+from searchr1.retrieval.online.disk_cache import DiskCache
+from searchr1.retrieval.online.engines import ENGINES
+from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.pages import Pages
 from searchr1.retrieval.refine import Refiner, open_vectors
 from searchr1.retrieval.rerank import CrossEncoder, LocalReranker, RerankingSearcher
@@ -34,6 +37,8 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     Raises:
         UserError: something is missing, damaged, or does not belong together.
     """
+    if args.engine is not None:
+        return load_online(args, metrics)
     set_threads(args.retriever_name, bool(args.reranker_model), threads_of(args))
     limits = Limits(args.max_pending, args.timeout_s, args.cache_mib << 20)
     corpus = Corpus(args.corpus_path)
@@ -42,6 +47,20 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch))
     about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
     return Backend(RetrievalService(searcher, limits, metrics), pages, about)
+
+
+def load_online(args: argparse.Namespace, metrics: Metrics) -> Backend:
+    """An online engine; it has a cache of its own, on disk, whose entries grow old."""
+    online = OnlineSearcher(
+        ENGINES[args.engine],
+        address=args.engine_url,
+        snippet_only=args.snippet_only,
+        concurrency=args.search_concurrency,
+        timeout_s=args.timeout_s,
+        cache=DiskCache(args.cache_dir) if args.cache_dir else None,
+    )
+    service = RetrievalService(reranking(args, online), Limits(args.max_pending, args.timeout_s, cache_bytes=0), metrics)
+    return Backend(service, online, {"engine": args.engine})
 
 
 def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:

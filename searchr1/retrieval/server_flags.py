@@ -7,9 +7,8 @@ from pathlib import Path
 
 from searchr1.errors import UserError
 from searchr1.retrieval.encoder import FAMILIES
+from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.server import MAX_TOPK
-
-ENGINES = ("serper", "serpapi-google", "serpapi-bing", "google", "brave")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,7 +39,8 @@ def parser() -> argparse.ArgumentParser:
     rerank.add_argument("--topk_rerank", type=int, help="passages that are kept (default --topk)")
 
     online = found.add_argument_group("online engine, in place of a local index")
-    online.add_argument("--engine", choices=ENGINES)
+    online.add_argument("--engine", choices=list(ENGINES))
+    online.add_argument("--engine_url", help="address of a proxy of the engine")
     online.add_argument("--snippet_only", action="store_true", help="give the engine's snippets, do not fetch pages")
     online.add_argument("--search_concurrency", type=int, default=256, help="searches at once (default 256)")
     online.add_argument("--cache_dir", type=Path, help="keep answers and pages of the engine here")
@@ -83,6 +83,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         for name in ("corpus_path", "index_path", "pages_path", "retriever_model"):
             if getattr(args, name) is not None:
                 raise UserError(f"--engine {args.engine}: an online engine takes no --{name}")
+    elif args.engine_url is not None:
+        raise UserError("--engine_url: needs --engine")
     elif args.corpus_path is None:
         raise UserError("--corpus_path is missing (or give --engine for an online search engine)")
     elif args.workers > 1 and args.index_path is None:

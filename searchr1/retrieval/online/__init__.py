@@ -1,0 +1,1 @@
+"""Online search engines behind the server's /retrieve."""

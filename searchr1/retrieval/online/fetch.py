@@ -1,0 +1,177 @@
+"""Pages from the web, as text: bounded in size and time, and never from a private address.
+
+The policy and the pages themselves choose what is fetched, so an address could name this machine, its network or a cloud's
+metadata service. Every host is therefore resolved here, refused unless all of its addresses are public, and connected to at
+exactly the addresses that were checked; redirects go the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from searchr1.retrieval.documents import Page
+
+TYPES = {"text/html", "application/xhtml+xml", "text/plain"}
+REDIRECTS = {301, 302, 303, 307, 308}
+MAX_REDIRECTS = 5
+READ_BYTES = 1 << 16
+NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class PrivateAddress(OSError):
+    """A host that must not be asked."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address belongs to the public internet."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if inner is None and ip in NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not ip.is_multicast
+
+
+class PublicResolver(AbstractResolver):
+    """Resolves names, and IP addresses in any notation, to public addresses only."""
+
+    async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
+        """Addresses to connect to.
+
+        Raises:
+            PrivateAddress: one of them is not public.
+        """
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=socket.AF_UNSPEC)
+        results = []
+        for kind, _, protocol, _, address in found:
+            ip = str(address[0])
+            if not is_public(ip):
+                raise PrivateAddress(f"{host} is not on the public internet")
+            results.append(
+                ResolveResult(hostname=host, host=ip, port=port, family=kind, proto=protocol, flags=socket.AI_NUMERICHOST)
+            )
+        return results
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+
+class PageFetcher:
+    """`await fetch(url)`: the text of a page, or None."""
+
+    def __init__(
+        self,
+        *,
+        max_bytes: int = 2 << 20,
+        timeout_s: float = 10.0,
+        concurrency: int = 64,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        """`resolver` is for tests: another one than the public internet's."""
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._free = asyncio.Semaphore(concurrency)
+        self._resolver = resolver
+        self._session: aiohttp.ClientSession | None = None
+        self.failures: dict[str, int] = {}
+        """Why pages were not given, counted by reason."""
+
+    async def fetch(self, url: str) -> Page | None:
+        """The page as text; None if it cannot be had, is no text, or has none."""
+        try:
+            async with self._free, asyncio.timeout(self._timeout_s):
+                body, charset, kind, final = await self._get(url)
+                text = await asyncio.to_thread(extract, body, charset, kind)
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+            reason = type(error).__name__
+            self.failures[reason] = self.failures.get(reason, 0) + 1
+            return None
+        return Page(final, text) if text else None
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _get(self, url: str) -> tuple[bytes, str | None, str, str]:
+        """(body, charset, type, final address)
+
+        Raises:
+            ValueError: an address or an answer that is not taken.
+        """
+        for _ in range(MAX_REDIRECTS + 1):
+            check_address(url)
+            async with self._client().get(url, allow_redirects=False) as answer:
+                if answer.status in REDIRECTS:
+                    url = urljoin(url, answer.headers.get("location", ""))
+                    continue
+                if answer.status != 200:
+                    raise ValueError(f"status {answer.status}")
+                if answer.content_type not in TYPES:
+                    raise ValueError(f"type {answer.content_type}")
+                body = bytearray()
+                async for block in answer.content.iter_chunked(READ_BYTES):  # unpacked: a small answer may be a large page
+                    body += block
+                    if len(body) > self._max_bytes:
+                        raise ValueError("too large")
+                return bytes(body), answer.charset, answer.content_type, url
+        raise ValueError("too many redirects")
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = CheckedConnector(resolver=self._resolver or PublicResolver(), use_dns_cache=False)
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"User-Agent": "searchr1"},
+                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+            )
+        return self._session
+
+
+class CheckedConnector(aiohttp.TCPConnector):
+    """Asks the resolver about IP addresses too, which aiohttp would otherwise connect to at once."""
+
+    async def _resolve_host(self, host: str, port: int, traces: Any = None) -> list[ResolveResult]:
+        return await self._resolver.resolve(host, port, family=self._family)
+
+
+def check_address(url: str) -> None:
+    """Only plain http and https.
+
+    Raises:
+        ValueError: anything else.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("no web address")
+    if parts.username or parts.password:
+        raise ValueError("a password in the address")
+
+
+def extract(body: bytes, charset: str | None, kind: str) -> str:
+    """The readable text of a page."""
+    if kind == "text/plain":
+        try:
+            return body.decode(charset or "utf-8", errors="replace").strip()
+        except LookupError:
+            return body.decode(errors="replace").strip()
+    import trafilatura
+
+    source: bytes | str = body
+    if charset:
+        try:
+            source = body.decode(charset, errors="replace")
+        except LookupError:
+            source = body
+    return (trafilatura.extract(source, include_comments=False) or "").strip()

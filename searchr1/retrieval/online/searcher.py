@@ -1,0 +1,182 @@
+"""An online engine as a searcher."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import aiohttp
+
+from searchr1.retrieval.documents import Page
+from searchr1.retrieval.online.disk_cache import DiskCache
+from searchr1.retrieval.online.engines import Engine, Hit, Request
+from searchr1.retrieval.online.fetch import PageFetcher
+from searchr1.retrieval.searcher import Document, Found, SearchFailed
+
+PASSAGE_CHARACTERS = 1200
+"""How much of a fetched page is given."""
+ATTEMPTS = 4
+FIRST_PAUSE_S = 0.5
+LONGEST_PAUSE_S = 8.0
+WORD = re.compile(r"\w+")
+
+
+class OnlineSearcher:
+    """Passages from an engine: its snippets, or the part of each page that has most of the query's words.
+
+    A page that cannot be had is replaced by its snippet and counted in `fetcher.failures`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        address: str | None = None,
+        snippet_only: bool = False,
+        concurrency: int = 256,
+        timeout_s: float = 30.0,
+        cache: DiskCache | None = None,
+        fetcher: PageFetcher | None = None,
+    ) -> None:
+        """`address` replaces the engine's own, for a proxy.
+
+        Raises:
+            UserError: a key is missing in the environment.
+        """
+        self._engine = engine
+        self._address = address or engine.address
+        self._keys = engine.keys()
+        self._snippet_only = snippet_only
+        self._timeout_s = timeout_s
+        self._free = asyncio.Semaphore(concurrency)
+        self._cache = cache
+        self.fetcher = fetcher or PageFetcher()
+        self._session: aiohttp.ClientSession | None = None
+
+    async def search(self, queries: Sequence[str], topk: int) -> Found:
+        """Results of each query; scores are 1 / rank.
+
+        Raises:
+            SearchFailed: the engine refused, failed, or was too slow.
+        """
+        return list(await asyncio.gather(*(self._search(query, topk) for query in queries)))
+
+    async def access(self, urls: Sequence[str]) -> list[Page | None]:
+        """The text of the page behind each address."""
+        return list(await asyncio.gather(*(self._page(url) for url in urls)))
+
+    async def aclose(self) -> None:
+        """Close connections and cache."""
+        if self._session is not None:
+            await self._session.close()
+        await self.fetcher.aclose()
+        if self._cache is not None:
+            await self._cache.aclose()
+
+    async def _search(self, query: str, topk: int) -> list[tuple[Document, float]]:
+        if not query.strip():
+            return []
+        hits = (await self._hits(query, topk))[:topk]
+        texts = [hit.snippet for hit in hits]
+        if not self._snippet_only:
+            pages = await asyncio.gather(*(self._page(hit.url) for hit in hits))
+            texts = [best_part(page.contents, query) if page else text for page, text in zip(pages, texts, strict=True)]
+        return [
+            ({"id": hit.url, "contents": f'"{hit.title}"\n{text}', "url": hit.url}, 1 / rank)
+            for rank, (hit, text) in enumerate(zip(hits, texts, strict=True), start=1)
+        ]
+
+    async def _hits(self, query: str, topk: int) -> list[Hit]:
+        key = f"search {self._engine.name} {topk} {hashlib.sha256(query.encode('utf-8', 'replace')).hexdigest()}"
+        if self._cache is not None and (known := await self._cache.get(key)) is not None:
+            return [Hit(**hit) for hit in known]
+        request = self._engine.ask(self._address, query, topk, self._keys)
+        try:
+            async with asyncio.timeout(self._timeout_s), self._free:
+                hits = self._read(await self._ask(request))
+        except TimeoutError as error:
+            raise SearchFailed(f"{self._engine.name}: no answer within {self._timeout_s:g} s", 1.0) from error
+        if self._cache is not None:
+            await self._cache.put(key, [asdict(hit) for hit in hits])
+        return hits
+
+    def _read(self, answer: Any) -> list[Hit]:
+        try:
+            hits = {hit.url: hit for hit in reversed(self._engine.read(answer))}  # the first of each address stays
+            return [Hit(str(hit.title), str(hit.url), str(hit.snippet)) for hit in reversed(hits.values())]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise SearchFailed(f"{self._engine.name}: an answer of another shape ({error!r})") from error
+
+    async def _ask(self, request: Request) -> Any:
+        """Send it; again after a pause where the engine says that it is busy."""
+        problem = SearchFailed(f"{self._engine.name}: not asked")
+        for attempt in range(ATTEMPTS):
+            try:
+                async with self._client().request(
+                    request.method, request.url, headers=request.headers, params=request.params, json=request.json
+                ) as answer:
+                    if answer.status == 200:
+                        return json.loads(await answer.read())
+                    problem = self._refusal(answer.status, answer.headers.get("retry-after"))
+            except ValueError as error:
+                raise SearchFailed(f"{self._engine.name}: an answer that is no JSON") from error
+            except aiohttp.ClientError as error:  # its text may hold the address, and that the key
+                problem = SearchFailed(f"{self._engine.name}: {type(error).__name__}", 1.0)
+            if problem.retry_after_s is None or attempt == ATTEMPTS - 1:
+                break
+            pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
+            await asyncio.sleep(max(pause, problem.retry_after_s))
+        raise problem
+
+    def _refusal(self, status: int, retry_after: str | None) -> SearchFailed:
+        name = self._engine.name
+        if status in (401, 403):
+            return SearchFailed(
+                f"{name}: refused the key in {self._engine.variables[0]}, or its quota is used up ({status})"
+            )
+        if status == 429 or status >= 500:
+            seconds = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
+            return SearchFailed(f"{name}: busy ({status})", seconds)
+        return SearchFailed(f"{name}: answered {status}")
+
+    async def _page(self, url: str) -> Page | None:
+        key = f"page {hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()}"
+        if self._cache is not None and (known := await self._cache.get(key)) is not None:
+            return Page(**known)
+        page = await self.fetcher.fetch(url)
+        if page is not None and self._cache is not None:
+            await self._cache.put(key, asdict(page))
+        return page
+
+    def _client(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._timeout_s))
+        return self._session
+
+
+def best_part(text: str, query: str) -> str:
+    """The stretch of at most `PASSAGE_CHARACTERS`, cut between words, that has most different words of the query.
+
+    Stretches begin at half of that length from each other; the earliest of the best is taken.
+    """
+    if len(text) <= PASSAGE_CHARACTERS:
+        return text
+    wanted = set(WORD.findall(query.lower()))
+    starts = range(0, len(text), PASSAGE_CHARACTERS // 2)
+
+    def words_at(start: int) -> int:
+        return len(wanted & set(WORD.findall(text[start : start + PASSAGE_CHARACTERS].lower())))
+
+    start = max(starts, key=lambda place: (words_at(place), -place))
+    part = text[start : start + PASSAGE_CHARACTERS]
+    if start:
+        part = part.partition(" ")[2] or part
+    if start + PASSAGE_CHARACTERS < len(text):
+        part = part.rpartition(" ")[0] or part
+    return part.strip()
