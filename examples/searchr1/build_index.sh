@@ -10,6 +10,9 @@ retriever_name=${retriever_name:-e5}
 retriever_model=${retriever_model:-$WIKI2018_WORK_DIR/e5-base-v2}
 device=${device:-cuda}
 
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$here/../../.venv/bin/activate" ]; then . "$here/../../.venv/bin/activate"; fi
+faiss_type=${faiss_type:-Flat}
+
+. "$here/retrieval/common.sh"
+edited WIKI2018_WORK_DIR
 exec searchr1 build-index --corpus_path "$corpus_file" --save_dir "$save_dir" --retriever_name "$retriever_name" \
-  --retriever_model "$retriever_model" --faiss_type Flat --device "$device" "$@"
+  --retriever_model "$retriever_model" --faiss_type "$faiss_type" --device "$device" "$@"

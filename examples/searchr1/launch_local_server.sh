@@ -11,8 +11,8 @@ retriever_name=${retriever_name:-e5}
 retriever_path=${retriever_path:-$WIKI2018_WORK_DIR/e5-base-v2}
 faiss_gpu=${faiss_gpu---faiss_gpu}                                          # faiss_gpu= for a server without a GPU
 
-. "$here/../../env.sh"
-if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$here/../../.venv/bin/activate" ]; then . "$here/../../.venv/bin/activate"; fi
+. "$here/retrieval/common.sh"
+edited WIKI2018_WORK_DIR
 # shellcheck disable=SC2086
 exec python "$here/local_retrieval_server.py" --index_path "$index_file" --corpus_path "$corpus_file" \
   --pages_path "$pages_file" --topk 3 --retriever_name "$retriever_name" --retriever_model "$retriever_path" \

@@ -1,132 +1,206 @@
-"""download.py with a hub of the test's own: space, resuming, joining; never the network."""
+"""download.py as a process, with the real hub library against a hub of the test's own."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
+import hashlib
 import importlib.util
-import shutil
-from collections import namedtuple
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
-
-from searchr1.errors import UserError
+from aiohttp import web
 
 SCRIPT = Path(__file__).parents[2] / "examples/searchr1/download.py"
-Usage = namedtuple("Usage", "total used free")
+COMMIT = "a" * 40
+ENCODER = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights" * 100,
+    "pytorch_model.bin": b"the same",
+    "onnx/model.onnx": b"x",
+}
+FILES = {
+    "datasets/inclusionAI/ASearcher-Local-Knowledge": {
+        "wiki_corpus.jsonl": b'{"contents": "a"}\n',
+        "wiki_webpages.jsonl": b"p" * 9000,
+    },
+    "datasets/PeterJinGo/wiki-18-corpus": {"wiki-18.jsonl.gz": gzip.compress(b'{"contents": "x"}\n' * 1000)},
+    "datasets/PeterJinGo/wiki-18-e5-index": {"part_aa": b"A" * 70_000, "part_ab": b"B" * 30_000},
+    "models/intfloat/e5-base-v2": ENCODER,
+}  # fmt: skip
+
+
+class FakeHub:
+    """Answers what huggingface_hub asks."""
+
+    def __init__(self):
+        self.asked: list[str] = []
+        self.spoil: dict[str, bytes] = {}
+        self.refuse: set[str] = set()
+
+    async def info(self, request):
+        kind, repo = request.match_info["kind"], f"{request.match_info['owner']}/{request.match_info['name']}"
+        siblings = [
+            {"rfilename": name, "size": len(body), "blobId": "0" * 40}
+            | {"lfs": {"sha256": hashlib.sha256(body).hexdigest(), "size": len(body), "pointerSize": 1}}
+            for name, body in FILES[f"{kind}/{repo}"].items()
+        ]
+        return web.json_response(
+            {"id": repo, "sha": COMMIT, "siblings": siblings, "tags": [], "downloads": 0, "private": False}
+        )
+
+    async def file(self, request):
+        kind = "datasets" if request.path.startswith("/datasets/") else "models"
+        name = request.match_info["file"]
+        body = FILES[f"{kind}/{request.match_info['owner']}/{request.match_info['name']}"][name]
+        etag = hashlib.sha256(body).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if request.method == "HEAD":
+            return web.Response(headers=headers | {"Content-Length": str(len(body))})
+        self.asked.append(name)
+        if name in self.refuse:
+            return web.Response(status=404)
+        body = self.spoil.get(name, body)
+        start = int(request.headers.get("range", "bytes=0-").partition("=")[2].partition("-")[0])
+        return web.Response(body=body[start:], status=206 if start else 200, headers=headers)
 
 
 @pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("searchr1_download", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up
-    import sys
+def hub():
+    fake = FakeHub()
+    app = web.Application()
+    for path in ("/api/{kind}/{owner}/{name}", "/api/{kind}/{owner}/{name}/revision/{revision}"):
+        app.router.add_get(path, fake.info)
+    for path in ("/datasets/{owner}/{name}/resolve/{revision}/{file:.*}", "/{owner}/{name}/resolve/{revision}/{file:.*}"):
+        app.router.add_route("*", path, fake.file)
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
+    fake.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield fake
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
 
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
+
+def run(hub, folder, *flags, what="wiki18"):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
+    words = [sys.executable, str(SCRIPT), "--save_path", str(folder / "wiki"), "--what", what, *flags]
+    return subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture
+def module():
+    spec = importlib.util.spec_from_file_location("searchr1_download", SCRIPT)
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found  # dataclasses look their module up
+    spec.loader.exec_module(found)
+    yield found
     del sys.modules[spec.name]
 
 
-@pytest.fixture
-def disk(monkeypatch):
-    def set_free(gib):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(0, 0, gib * 2**30))
-
-    set_free(1000)
-    return set_free
-
-
-class Hub:
-    """Serves small files."""
-
-    def __init__(self, fail_on=None):
-        self.asked = []
-        self.fail_on = fail_on
-
-    def __call__(self, item, save_path):
-        self.asked.append((item.repo, item.file))
-        if item.file and item.file == self.fail_on:
-            raise OSError("connection lost")
-        target = save_path / item.folder
-        if item.file is None:
-            target.mkdir(exist_ok=True)
-            (target / "config.json").write_text("{}")
-            (target / "model.safetensors").write_bytes(b"weights")
-            return target
-        content = gzip.compress(b'{"contents": "x"}\n') if item.file.endswith(".gz") else item.file.encode()
-        (target / item.file).write_bytes(content)
-        return target / item.file
-
-
-def test_asearcher_set(script, disk, tmp_path):
-    hub = Hub()
-    found = script.download("asearcher", tmp_path / "new", hub)
-    assert [path.name for path in found] == ["wiki_corpus.jsonl", "wiki_webpages.jsonl", "e5-base-v2"]
-    assert {repo for repo, _ in hub.asked} == {"inclusionAI/ASearcher-Local-Knowledge", "intfloat/e5-base-v2"}
-
-
-def test_wiki18_is_unpacked_and_joined_once(script, disk, tmp_path):
-    script.download("wiki18", tmp_path, Hub())
-    index = tmp_path / "e5.index/e5_Flat.index"
-    assert index.read_bytes() == b"part_aapart_ab"
-    assert (tmp_path / "wiki-18.jsonl").read_bytes() == b'{"contents": "x"}\n'
-    before = index.stat().st_mtime_ns
-    script.download("wiki18", tmp_path, Hub())
-    assert index.stat().st_mtime_ns == before
-    assert not list(tmp_path.rglob("*.partial"))
-
-
-def test_too_little_space_is_told_before_anything_is_fetched(script, disk, tmp_path, capsys):
-    disk(20)
-    hub = Hub()
-    with pytest.raises(UserError, match="20 GiB free, about 56 GiB more needed"):
-        script.download("asearcher", tmp_path, hub)
+def test_asearcher_set_without_weights_in_other_formats(hub, tmp_path):
+    result = run(hub, tmp_path, what="asearcher")
+    assert result.returncode == 0, result.stderr
+    assert "asearcher: 4 files" in result.stdout
+    assert (tmp_path / "wiki/wiki_webpages.jsonl").read_bytes() == b"p" * 9000
+    encoder = tmp_path / "wiki/e5-base-v2"
+    assert sorted(file.name for file in encoder.iterdir() if file.is_file()) == ["config.json", "model.safetensors"]
+    hub.asked.clear()
+    assert run(hub, tmp_path, what="asearcher").returncode == 0
     assert hub.asked == []
-    assert "56 GiB" in capsys.readouterr().out
 
 
-def test_what_is_there_already_needs_no_space(script, disk, tmp_path):
-    disk(20)
-    with (tmp_path / "wiki_webpages.jsonl").open("wb") as file:
-        file.truncate(40 << 30)  # sparse: takes no space
-    script.check_space("asearcher", tmp_path)
-    with (tmp_path / "somebody else's.bin").open("wb") as file:
-        file.truncate(500 << 30)
-    disk(10)
-    with pytest.raises(UserError, match="about 16 GiB more"):
-        script.check_space("asearcher", tmp_path)
+def test_wiki18_is_unpacked_and_joined_without_a_second_copy(hub, tmp_path):
+    result = run(hub, tmp_path, "--verify")
+    assert result.returncode == 0, result.stderr
+    wiki = tmp_path / "wiki"
+    assert (wiki / "e5.index/e5_Flat.index").read_bytes() == b"A" * 70_000 + b"B" * 30_000
+    assert (wiki / "wiki-18.jsonl").read_bytes() == b'{"contents": "x"}\n' * 1000
+    assert not (wiki / "part_aa").exists()
+    assert not (wiki / "part_ab").exists()
+    assert not list(wiki.rglob("*.partial"))
+    hub.asked.clear()
+    assert run(hub, tmp_path, "--verify").returncode == 0
+    assert hub.asked == []
 
 
-def test_a_lost_connection_is_told_and_the_next_run_goes_on(script, disk, tmp_path):
-    with pytest.raises(UserError, match="HF_ENDPOINT"):
-        script.download("wiki18", tmp_path, Hub(fail_on="part_ab"))
-    assert not (tmp_path / "e5.index").exists()
-    script.download("wiki18", tmp_path, Hub())
-    assert (tmp_path / "e5.index/e5_Flat.index").exists()
+@pytest.mark.parametrize("appended", [None, 0, 1, 12_345, 30_000])
+def test_a_join_that_was_killed_goes_on(hub, tmp_path, appended):
+    assert run(hub, tmp_path, "--keep_parts").returncode == 0
+    wiki = tmp_path / "wiki"
+    index = wiki / "e5.index/e5_Flat.index"
+    if appended is not None:  # killed while it was appending
+        index.rename(index.with_suffix(".partial"))
+        os.truncate(index.with_suffix(".partial"), 70_000 + appended)
+        (wiki / "part_aa").unlink()
+    hub.asked.clear()
+    assert run(hub, tmp_path, "--verify").returncode == 0
+    assert hub.asked == []
+    assert index.read_bytes() == b"A" * 70_000 + b"B" * 30_000
+    assert not (wiki / "part_ab").exists()
 
 
-def test_damaged_archive_is_told(script, disk, tmp_path):
-    class Damaged(Hub):
-        def __call__(self, item, save_path):
-            path = super().__call__(item, save_path)
-            if item.file == "wiki-18.jsonl.gz":
-                path.write_bytes(path.read_bytes()[:-9])
-            return path
+def test_a_lost_connection_is_told_and_the_next_run_goes_on(hub, tmp_path):
+    hub.refuse = {"part_ab"}
+    result = run(hub, tmp_path)
+    assert result.returncode == 2
+    assert "HF_ENDPOINT" in result.stderr
+    assert "Traceback" not in result.stderr
+    hub.refuse = set()
+    hub.asked.clear()
+    assert run(hub, tmp_path).returncode == 0
+    assert sorted(hub.asked) == ["config.json", "model.safetensors", "part_ab"]
 
-    with pytest.raises(UserError, match="unpack"):
-        script.download("wiki18", tmp_path, Damaged())
-    assert not (tmp_path / "wiki-18.jsonl").exists()
+
+def test_a_hub_that_does_not_answer_is_told(hub, tmp_path):
+    hub.address = "http://127.0.0.1:9"
+    result = run(hub, tmp_path)
+    assert result.returncode == 2
+    assert "cannot download" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
-def test_an_encoder_that_only_seems_to_be_there_is_told(script, disk, tmp_path):
-    class Offline(Hub):
-        def __call__(self, item, save_path):
-            if item.file is None:  # what the hub library does without a connection
-                (save_path / item.folder).mkdir(exist_ok=True)
-                return save_path / item.folder
-            return super().__call__(item, save_path)
+def test_a_wrong_file_is_named_and_repaired_on_request(hub, tmp_path):
+    assert run(hub, tmp_path, what="wiki18-corpus").returncode == 0
+    archive = tmp_path / "wiki/wiki-18.jsonl.gz"
+    archive.write_bytes(archive.read_bytes()[:-1] + b"?")
+    assert run(hub, tmp_path, what="wiki18-corpus").returncode == 0  # the size is right
+    result = run(hub, tmp_path, "--verify", what="wiki18-corpus")
+    assert result.returncode == 2
+    assert "wiki-18.jsonl.gz: its SHA-256 is not the hub's" in result.stderr
+    assert archive.exists()
+    assert run(hub, tmp_path, "--verify", "--repair", what="wiki18-corpus").returncode == 0
+    assert "build-index" in run(hub, tmp_path, "--verify", what="wiki18-corpus").stdout
 
-    with pytest.raises(UserError, match="not complete"):
-        script.download("asearcher", tmp_path, Offline())
+
+def test_damaged_archive_is_told_and_leaves_nothing(module, tmp_path):
+    archive = tmp_path / "a.jsonl.gz"
+    archive.write_bytes(gzip.compress(b"x" * 1000)[:-9])
+    with pytest.raises(module.UserError, match="cannot unpack"):
+        module.unpack(archive)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl.gz"]
+
+
+def test_too_little_space_is_told_before_anything_is_fetched(module, tmp_path, monkeypatch):
+    class Big:
+        def files(self, item):
+            return [module.RemoteFile(item, item.file or "config.json", 30 << 30, None)]
+
+        def fetch(self, *_):
+            raise AssertionError("fetched")
+
+    monkeypatch.setattr(
+        module.shutil, "disk_usage", lambda _: os.terminal_size((0, 0)) and type("U", (), {"free": 50 << 30})
+    )
+    with pytest.raises(module.UserError, match=r"50\.0 GiB free, 90\.0 GiB needed"):
+        module.download("asearcher", tmp_path / "new", Big())
