@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.runner.demo import ROOT
+from searchr1.runner.demo import ROOT, retrieval_server
 from searchr1.tracking.loggers import read_metrics
 
 NO_EVAL = ("runner.val_check_interval=-1", "runner.val_before_train=False")
@@ -56,6 +56,33 @@ def test_server_that_dies_mid_run_ends_it_with_a_clear_error(demo, address):
     assert "calls failed" in message
     assert "Traceback" not in message
     assert (folder / "checkpoints/global_step_1/sizes.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_server_killed_and_restarted_mid_run_costs_no_search(demo, tmp_path):
+    with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as address:
+        port = int(address.rpartition(":")[2])
+        process = demo.start(address, "runner.experiment_name=restarts", "runner.max_steps=4", *NO_EVAL)
+        metrics = demo.path / "restarts/metrics.jsonl"
+        try:
+            wait_for_step(metrics, 1, process)
+            kill_listener(port)
+            time.sleep(1)
+            words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(demo.path / "world/corpus.jsonl")]
+            again = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *words, "--port", str(port)])
+            try:
+                output, _ = process.communicate(timeout=240)
+            finally:
+                again.terminate()
+                again.wait(20)
+        finally:
+            process.kill()
+    assert process.returncode == 0, output[-3000:]
+    rows = [row for row in read_metrics(metrics) if "tool/failure_rate" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert sum(row["tool/retries"] for row in rows) > 0, "the server was not missed"
+    assert all(row["tool/failure_rate"] == 0 for row in rows)
 
 
 @pytest.mark.slow
