@@ -9,9 +9,11 @@ from pathlib import Path
 
 from searchr1.errors import UserError
 from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder, weights_hash
+from searchr1.retrieval.encoder import Encoder
+from searchr1.retrieval.model_files import weights_hash
 
 MANIFEST = "manifest.json"
+VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Manifest:
     rows: int
     corpus: str
     """Fingerprint of the corpus."""
+    version: int = VERSION
+    """Of this format."""
     stemmer: str | None = None
     encoder: str | None = None
     """Family of the encoder (e5, bge, ...), as --retriever_name."""
@@ -30,8 +34,11 @@ class Manifest:
     """Name of the encoder's folder, for people."""
     weights: str | None = None
     """SHA-256 of the encoder's weights; of DPR's passage encoder, which is not the one that a server needs."""
+    encoder_dtype: str | None = None
+    """Number format that the passages were encoded in."""
     pooling: str | None = None
     max_length: int | None = None
+    """Tokens of a passage, at most."""
     dimension: int | None = None
     metric: str | None = None
     factory: str | None = None
@@ -62,8 +69,14 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
     if not path.is_file():
         return None
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
+        values = json.loads(path.read_text())
+        version = values.get("version", 1)
+        if version != VERSION:
+            raise UserError(
+                f"{path}: has format {version}, this searchr1 knows {VERSION}; update it, or build the index again"
+            )
+        manifest = Manifest(**values)
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged ({error}); build the index again with searchr1 build-index") from error
     built_for = manifest.encoder or manifest.kind
     if built_for != retriever_name:
@@ -77,19 +90,35 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
 
 
 def check_encoder(manifest: Manifest, encoder: Encoder, folder: Path) -> None:
-    """Refuse an encoder that does not give the vectors which the index holds.
+    """Refuse an encoder whose vectors do not fit those that the index holds.
 
     Raises:
-        UserError: other weights or another pooling.
+        UserError: other weights, another pooling, or DPR's encoder of passages in place of the one of questions.
     """
-    found = weights_hash(encoder.path)
-    if manifest.weights and manifest.encoder != "dpr" and manifest.weights != found:
+    if encoder.reads == "passage":
+        raise UserError(f"--retriever_model {encoder.path}: encodes passages; a server needs the encoder of questions")
+    if manifest.encoder != "dpr" and manifest.weights and manifest.weights != weights_hash(encoder.path):
         raise UserError(
             f"--index_path {folder}: was built with other weights ({manifest.model}) than --retriever_model {encoder.path} "
             "has; give that encoder, or build the index again"
         )
-    if manifest.pooling and manifest.pooling != encoder.family.pooling:
+    if manifest.pooling and manifest.pooling != encoder.pooling:
         raise UserError(
             f"--index_path {folder}: was built with --pooling_method {manifest.pooling}, the server was started with "
-            f"{encoder.family.pooling}"
+            f"{encoder.pooling}"
         )
+
+
+def remove_files(folder: Path) -> None:
+    """Remove a finished dense index, manifest first; files that the manifest does not name stay."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return
+    try:
+        values = json.loads(path.read_text())
+        names = [values[key] for key in ("file", "vectors") if key in values]
+    except (ValueError, TypeError):
+        names = []  # damaged: nothing is known to be ours
+    path.unlink()
+    for name in names:
+        (folder / Path(name).name).unlink(missing_ok=True)

@@ -11,8 +11,9 @@ import pytest
 from searchr1.errors import UserError
 from searchr1.retrieval import build
 from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder, weights_hash
+from searchr1.retrieval.encoder import Encoder
 from searchr1.retrieval.load import load_index
+from searchr1.retrieval.model_files import weights_hash
 
 
 def write_corpus(path, count=60):
@@ -119,9 +120,11 @@ def test_manifest_says_what_the_index_is(tmp_path, encoder_path):
         "kind": "dense",
         "rows": 9,
         "corpus": corpus.fingerprint(),
+        "version": 1,
         "encoder": "e5",
         "model": encoder_path.rpartition("/")[2],
         "weights": weights_hash(encoder_path),
+        "encoder_dtype": "fp32",
         "pooling": "mean",
         "max_length": 256,
         "dimension": 32,

@@ -1,0 +1,162 @@
+"""Where the parts of an embedding lie until all are there: `<save_dir>/embedding`, and beside it the vector file."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from searchr1.errors import UserError
+
+PART_ROWS = 4096
+"""Passages that a kill costs at most, per process."""
+DTYPES = {"f16": np.float16, "f32": np.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingPlan:
+    """What the vector file depends on. A folder with parts of another plan is not gone on with."""
+
+    corpus: str
+    """Fingerprint."""
+    rows: int
+    encoder: str
+    weights: str
+    pooling: str
+    max_length: int
+    encoder_dtype: str
+    dimension: int
+    file: str
+    """Name of the vector file."""
+    dtype: str
+    """Of its numbers: f16 or f32."""
+    header_bytes: int = 0
+    """What is left free before the vectors."""
+    part_rows: int = PART_ROWS
+
+
+class EmbeddingFolder:
+    """The plan, a mark for every finished part, and the vector file."""
+
+    def __init__(self, save_dir: Path, plan: EmbeddingPlan) -> None:
+        """Name the places; nothing is read or written."""
+        self.plan = plan
+        self.vectors = save_dir / plan.file
+        self._folder = save_dir / "embedding"
+        self._known = self._folder / "plan.json"
+        self._row_bytes = plan.dimension * np.dtype(DTYPES[plan.dtype]).itemsize
+        self.bytes = plan.header_bytes + plan.rows * self._row_bytes
+
+    def started(self) -> bool:
+        """Whether there are parts of this plan or another."""
+        return self._known.is_file()
+
+    def open(self, more_bytes: int) -> None:
+        """Go on with the parts that are there, or start. `more_bytes` will be written beside the vectors later.
+
+        Raises:
+            UserError: the folder holds something else, parts of another plan, or the disk is too small.
+        """
+        if self.started():
+            self._check_same(json.loads(self._known.read_text()))
+            if self.vectors.is_file() and self.vectors.stat().st_size == self.bytes:
+                return
+        elif self._folder.exists() and {file.name for file in self._folder.iterdir()} - {"plan.partial"}:
+            raise UserError(f"{self._folder}: is no folder of this command; give another --save_dir")
+        free, wanted = shutil.disk_usage(self.vectors.parent).free, self.bytes + more_bytes
+        if free < wanted:
+            raise UserError(
+                f"--save_dir {self.vectors.parent}: the index needs {wanted / 2**30:.1f} GiB of disk while it is built, "
+                f"{free / 2**30:.1f} are free"
+            )
+        self._folder.mkdir(exist_ok=True)
+        self._remove_marks()
+        with self.vectors.open("wb") as file:
+            file.truncate(self.bytes)
+        partial = self._known.with_suffix(".partial")
+        partial.write_text(json.dumps(asdict(self.plan), indent=2) + "\n")
+        os.replace(partial, self._known)
+
+    def _check_same(self, before: dict[str, Any]) -> None:
+        now = asdict(self.plan)
+        changed = [
+            f"{field.name} was {before.get(field.name)}, is {now[field.name]}"
+            for field in fields(self.plan)
+            if before.get(field.name) != now[field.name]
+        ]
+        if changed:
+            raise UserError(
+                f"--save_dir {self.vectors.parent}: holds an unfinished index made otherwise ({'; '.join(changed)}); "
+                "give the same flags to go on, --overwrite to start anew, or another folder"
+            )
+
+    def missing(self) -> list[int]:
+        """Parts without a mark."""
+        parts = -(-self.plan.rows // self.plan.part_rows)
+        return [part for part in range(parts) if not self._mark(part).exists()]
+
+    def _mark(self, part: int) -> Path:
+        return self._folder / f"part-{part:06d}"
+
+    def rows_of(self, part: int) -> range:
+        """Rows of a part."""
+        start = part * self.plan.part_rows
+        return range(start, min(start + self.plan.part_rows, self.plan.rows))
+
+    def write(self, part: int, vectors_RD: Any) -> None:
+        """Put a part in its place and mark it.
+
+        Raises:
+            UserError: the disk is full, or the vectors are no numbers.
+        """
+        block = np.ascontiguousarray(vectors_RD, dtype=DTYPES[self.plan.dtype])
+        if not np.isfinite(block).all():
+            row = self.rows_of(part).start + int(np.isfinite(block).all(axis=1).argmin())
+            raise UserError(
+                f"--dtype {self.plan.encoder_dtype}: the vector of passage {row} (counted from 0) has numbers that are not "
+                "finite; try --dtype bf16 or fp32 (with --overwrite)"
+            )
+        self._write_at(self.plan.header_bytes + self.rows_of(part).start * self._row_bytes, block.tobytes())
+        self._mark(part).touch()
+
+    def write_header(self, header: bytes) -> None:
+        """Written last: a file without it is no index.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._write_at(0, header)
+
+    def _write_at(self, place: int, content: bytes) -> None:
+        try:
+            with self.vectors.open("r+b") as file:
+                file.seek(place)
+                file.write(content)
+                file.flush()
+                os.fdatasync(file.fileno())
+        except OSError as error:
+            raise UserError(f"{self.vectors}: cannot write ({error}); make room and run the same command again") from error
+
+    def discard(self) -> None:
+        """Remove what an unfinished build left: its vector file, marks and plan."""
+        if self.started():
+            before = json.loads(self._known.read_text())
+            (self.vectors.parent / Path(before["file"]).name).unlink(missing_ok=True)
+            self.remove()
+
+    def remove(self) -> None:
+        """Forget plan and marks; the vector file stays."""
+        self._remove_marks()  # first: with the plan there, a kill in between leaves a folder that is known as ours
+        self._known.unlink()
+        with suppress(OSError):  # somebody else's file is in it
+            self._folder.rmdir()
+
+    def _remove_marks(self) -> None:
+        for mark in self._folder.glob("part-*"):
+            mark.unlink()
