@@ -22,6 +22,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("searchr1.runner.demo", "the whole pipeline on the demo world (what run.sh calls)"),
 }
 
+RETRIEVAL = {"retrieval-server", "rerank-server", "build-index"}
+"""Commands that need the `retrieval` extra only."""
+
 
 def usage() -> str:
     """The help text: one line per command."""
@@ -56,6 +59,12 @@ def main(argv: list[str] | None = None) -> int:
         return int(importlib.import_module(COMMANDS[command][0]).main(rest))
     except UserError as error:
         print(f"searchr1 {command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "searchr1":
+            raise
+        extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
+        print(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"searchr1 {command}: stopped", file=sys.stderr)

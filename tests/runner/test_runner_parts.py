@@ -128,3 +128,11 @@ def test_light_parts_import_without_the_heavy_libraries(module):
     code = f"import sys, {module}; print([m for m in ('ray', 'vllm', 'megatron', 'rlinf') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_a_missing_library_is_told_with_the_command_that_brings_it():
+    code = "import sys; sys.modules['uvicorn'] = None; from searchr1.cli import main; sys.exit(main(['retrieval-server']))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2
+    assert "needs uvicorn; run: pip install 'searchr1[retrieval]'" in result.stderr
+    assert "Traceback" not in result.stderr
