@@ -31,8 +31,7 @@ class Bm25Index:
         Raises:
             UserError: another method, whose scores our search does not know, or an unknown stemmer.
         """
-        from searchr1.retrieval.bm25_kernel import largest_scores
-
+        largest_scores = kernel().largest_scores
         if retriever.method != "lucene":
             raise UserError(f"--index_path {folder}: its method is {retriever.method}; build it with searchr1 build-index")
         self._retriever = retriever
@@ -40,9 +39,14 @@ class Bm25Index:
         self._stemmer = stemmer_of(stemmer)
         scores = retriever.scores
         self._rows = int(scores["num_docs"])
-        self._lists = (scores["data"], scores["indices"], scores["indptr"])
+        self._lists = data, indices, indptr = scores["data"], scores["indices"], scores["indptr"]
+        # The kernel trusts the places that `indptr` gives.
+        if not len(data) == len(indices) == indptr[-1] or max(self._vocabulary.values(), default=-1) >= len(indptr):
+            raise UserError(f"--index_path {folder}: its files do not belong together; build it again")
         known = folder / LARGEST_FILE if folder else None
-        self._largest = np.load(known) if known and known.is_file() else largest_scores(scores["data"], scores["indptr"])
+        self._largest = np.load(known) if known and known.is_file() else largest_scores(data, indptr)
+        if len(self._largest) != len(indptr) - 1:
+            raise UserError(f"--index_path {known}: is of another index; build it again")
         self._workspaces = [_Workspace(self.rows) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bm25") if threads > 1 else None
         self.search(["warm up"], 1)  # compiles, or loads what was compiled before
@@ -54,12 +58,14 @@ class Bm25Index:
         `stemmer`: a language that PyStemmer knows ("english"), or None to keep words as they are.
 
         Raises:
-            UserError: unknown stemmer.
+            UserError: unknown stemmer, or no words at all.
         """
         import bm25s
 
         retriever = bm25s.BM25()
         words = bm25s.tokenize(texts, stopwords=None, stemmer=stemmer_of(stemmer), show_progress=False)
+        if not any(words.ids):
+            raise UserError("--corpus_path: has no words")
         retriever.index(words, show_progress=False)
         return cls(retriever, stemmer, threads)
 
@@ -101,15 +107,13 @@ class Bm25Index:
         return [hits for part in parts for hits in part]
 
     def _search(self, queries: Sequence[str], topk: int, workspace: _Workspace) -> list[Hits]:
-        from searchr1.retrieval.bm25_kernel import search_words
-
         ids = [self._ids(query) for query in queries]
         first = np.cumsum([0, *map(len, ids)])
         words = np.array([word for row in ids for word in row], dtype=np.int64)
         rows = np.empty((len(queries), topk), dtype=np.int32)
         scores = np.empty((len(queries), topk), dtype=np.float32)
         counts = np.empty(len(queries), dtype=np.int64)
-        search_words(
+        kernel().search_words(
             *self._lists, self._largest, words, first, topk, workspace.scores, workspace.touched, rows, scores, counts
         )
         return [
@@ -123,6 +127,19 @@ class Bm25Index:
         if self._stemmer is not None:
             words = self._stemmer.stemWords(words)
         return [self._vocabulary[word] for word in words if word in self._vocabulary]
+
+
+def kernel() -> Any:
+    """The compiled functions.
+
+    Raises:
+        UserError: numba finds no place to keep them.
+    """
+    try:
+        from searchr1.retrieval import bm25_kernel
+    except RuntimeError as error:
+        raise UserError(f"{error}; set NUMBA_CACHE_DIR to a folder that can be written") from error
+    return bm25_kernel
 
 
 class _Workspace:

@@ -56,3 +56,32 @@ def test_an_index_of_another_method_is_refused(tmp_path):
     retriever.save(str(tmp_path), show_progress=False)
     with pytest.raises(UserError, match="its method is robertson"):
         Bm25Index.load(tmp_path)
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path):
+    for name, message in (("indices.csc.index.npy", "do not belong together"), ("largest.npy", "is of another index")):
+        Bm25Index.build(["one two", "two three four"]).save(tmp_path)
+        Bm25Index.load(tmp_path)
+        np.save(tmp_path / name, np.load(tmp_path / name)[:-1])
+        with pytest.raises(UserError, match=message):
+            Bm25Index.load(tmp_path)
+
+
+def test_texts_without_words_are_told():
+    with pytest.raises(UserError, match="has no words"):
+        Bm25Index.build(["", "? !"])
+
+
+def test_nowhere_to_keep_compiled_code_is_told(monkeypatch):
+    import sys
+
+    class Blocked:
+        def find_spec(self, name, path=None, target=None):
+            if name == "searchr1.retrieval.bm25_kernel":
+                raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.delitem(sys.modules, "searchr1.retrieval.bm25_kernel", raising=False)
+    monkeypatch.delattr("searchr1.retrieval.bm25_kernel", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
+    with pytest.raises(UserError, match="NUMBA_CACHE_DIR"):
+        Bm25Index.build(["one two"])
