@@ -133,8 +133,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--rerank_topk", "--reranking_topk", type=int, default=3, help="documents kept (default 3)")
     model.add_argument("--rerank_max_length", "--max_length", type=int, default=512, help="tokens of a pair (default 512)")
     model.add_argument(
-        "--rerank_batch_size", "--batch_size", type=int, default=32,
-        help="pairs of full length in one forward pass, more of shorter ones (default 32)",
+        "--rerank_batch_size", "--batch_size", type=int,
+        help="pairs of full length in one forward pass, more of shorter ones (default: what suits the device)",
     )  # fmt: skip
     model.add_argument("--device", default="cpu", help="cpu, cuda or cuda:NUMBER (default cpu)")
     model.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="fp16 on a GPU, else fp32")
@@ -153,8 +153,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"--rerank_max_length {args.rerank_max_length}: must be at least 8: a pair has up to 4 marks of its own"
         )
     for name in ("rerank_batch_size", "max_pending"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: must be at least 1")
     if not args.timeout_s > 0:
         raise UserError(f"--timeout_s {args.timeout_s}: must be above 0")
     return args
@@ -171,7 +172,7 @@ def main(argv: list[str]) -> int:
         device=args.device,
         dtype=args.dtype,
         max_length=args.rerank_max_length,
-        token_budget=args.rerank_batch_size * args.rerank_max_length,
+        token_budget=args.rerank_batch_size and args.rerank_batch_size * args.rerank_max_length,
     )
     metrics = Metrics()
     reranker = LocalReranker(model, args.max_pending, metrics.observe_batch)

@@ -52,6 +52,17 @@ def make_model(path, labels):
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of tiny models wait for each other most of the time, on busy machines above all."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module", params=[1, 2])
 def either(request, tmp_path_factory):
     return make_model(tmp_path_factory.mktemp(f"labels{request.param}"), request.param)
@@ -79,7 +90,7 @@ def test_scores_are_those_of_one_pair_at_a_time(either):
     pairs = [(query, passage_text(document)) for query in ("who wrote it?", "river") for document in DOCUMENTS]
     pairs.append(("long " * 3000, "text " * 3000))
     expected = one_by_one(either, pairs)
-    for token_budget in (1, 40, 16_384):
+    for token_budget in (None, 40, 16_384):
         model = CrossEncoder(either, token_budget=token_budget)
         np.testing.assert_allclose(model.score(pairs), expected, atol=1e-5)
     assert model.score([]).shape == (0,)
@@ -303,6 +314,9 @@ def rerank_server(model_path, tmp_path_factory):
     assert process.wait(20) == 0
 
 
+JSON = {"content-type": "application/json"}
+
+
 def post(url, body):
     return httpx.post(url, json=body, timeout=30, trust_env=False)
 
@@ -343,8 +357,8 @@ def test_bad_bodies_are_the_clients_fault(rerank_server, body):
 
 def test_half_a_surrogate_pair_is_ranked_and_comes_back(rerank_server):
     body = b'{"queries": ["q"], "documents": [[{"contents": "a \\ud800 b"}]]}'
-    answer = httpx.post(f"{rerank_server}/rerank", content=body, timeout=30, trust_env=False)
-    assert answer.status_code == 422 or answer.json() == {"result": [[{"contents": "a \ud800 b"}]]}
+    answer = httpx.post(f"{rerank_server}/rerank", content=body, headers=JSON, timeout=30, trust_env=False)
+    assert answer.json() == {"result": [[{"contents": "a \ud800 b"}]]}
 
 
 def test_every_answer_is_what_the_schema_says(rerank_server):
