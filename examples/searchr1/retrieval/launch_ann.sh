@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Approximate dense search on a CPU, in a sixteenth of the memory. Build the index once:
+# Approximate dense search on a CPU, in a fourteenth of the memory. Build the index once:
 #   searchr1 build-index --corpus_path CORPUS --save_dir $WIKI2018_WORK_DIR/e5_ivfpq --retriever_model E5 --faiss_type IVFPQ --device cuda
 set -euo pipefail
 WIKI2018_WORK_DIR=${WIKI2018_WORK_DIR:-/path/to/wiki}                       # EDIT: --save_path of download.py
