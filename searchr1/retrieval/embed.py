@@ -94,8 +94,13 @@ def embed_by_processes(
         for number, device in enumerate(devices[: len(missing)])
     ]
     try:
-        for process in processes:
-            process.start()
+        # Ctrl-C reaches the whole group. The processes inherit the block, and this one ends them.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for process in processes:
+                process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         _follow(processes, news, progress)
     finally:
         for process in processes:
@@ -109,7 +114,6 @@ def _work(
 ) -> None:
     import torch
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, and it ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import bm25s
+import faiss
 import numpy as np
 import pytest
 
@@ -18,24 +21,9 @@ from searchr1.errors import UserError
 from searchr1.retrieval import bm25_build, build
 from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
+from searchr1.retrieval.embedding_folder import PART_ROWS
+from searchr1.retrieval.encoder import Encoder
 from searchr1.retrieval.load import load_index
-
-
-@pytest.fixture(scope="module")
-def encoder_path(tmp_path_factory):
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from searchr1.data.demo_world.tokenizer import train_tokenizer
-
-    path = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=2048, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, pad_token_id=0
-    )
-    BertModel(config).save_pretrained(path)
-    train_tokenizer().save_pretrained(path)
-    return str(path)
 
 
 def write_corpus(path, rows):
@@ -65,18 +53,51 @@ def whole(tmp_path_factory, encoder_path):
     return corpus, folder / "index"
 
 
+def stopped(words, folder, by):
+    """A build in another process, stopped by a signal after its first part; gives its exit code, errors and children."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "searchr1.cli", "build-index", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not list((folder / "embedding").glob("part-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        if by == signal.SIGINT:  # as Ctrl-C: to the whole group
+            os.killpg(process.pid, by)
+        else:
+            process.send_signal(by)
+        _, errors = process.communicate(timeout=60)
+        return process.returncode, errors, children
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ended(process):
+    """Whether a process is gone, or only waits for somebody to ask how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 @pytest.mark.parametrize("flags", [(), pytest.param(("--processes", "2"), marks=pytest.mark.slow)])
 def test_killed_and_gone_on_gives_the_same_index(tmp_path, whole, encoder_path, flags):
     corpus, expected = whole
     words = command(corpus, tmp_path / "index", encoder_path, "--faiss_type", "IVFPQ", *flags)
-    process = subprocess.Popen([sys.executable, "-m", "searchr1.cli", "build-index", *words], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "index" / "embedding").glob("part-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    _, _, children = stopped(words, tmp_path / "index", signal.SIGKILL)
+    assert len(children) >= 2 * bool(flags)
+    deadline = time.monotonic() + 10
+    while not all(ended(child) for child in children):
+        assert time.monotonic() < deadline, "workers outlive a killed parent"
+        time.sleep(0.05)
     assert not (tmp_path / "index" / "manifest.json").exists()
     done = len(list((tmp_path / "index" / "embedding").glob("part-*")))
     assert 1 <= done <= 3
@@ -85,6 +106,60 @@ def test_killed_and_gone_on_gives_the_same_index(tmp_path, whole, encoder_path, 
     assert build.main(words) == 0
     assert contents(tmp_path / "index") == contents(expected)
     assert not (tmp_path / "index" / "embedding").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [(), ("--processes", "2")])
+def test_ctrl_c_is_answered_shortly_and_a_flat_index_goes_on(tmp_path, whole, encoder_path, flags):
+    corpus, _ = whole
+    words = command(corpus, tmp_path / "index", encoder_path, *flags)
+    code, errors, children = stopped(words, tmp_path / "index", signal.SIGINT)
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    assert "searchr1 build-index: stopped\n" in errors
+    assert all(ended(child) for child in children)
+    with pytest.raises(RuntimeError, match="Index type"):  # unfinished: no index yet
+        faiss.read_index(str(tmp_path / "index" / "e5_Flat.index"))
+    assert build.main(words) == 0
+    assert build.main(command(corpus, tmp_path / "other", encoder_path)) == 0
+    assert contents(tmp_path / "index") == contents(tmp_path / "other")
+
+
+def test_a_flat_index_is_the_file_that_faiss_would_write(tmp_path, encoder_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 300)
+    assert build.main(command(corpus, tmp_path / "index", encoder_path)) == 0
+    vectors = Encoder("e5", encoder_path).encode(list(Corpus(corpus).contents()), "passage")
+    index = faiss.IndexFlatIP(32)
+    index.add(vectors)
+    faiss.write_index(index, str(tmp_path / "faiss.index"))
+    assert (tmp_path / "index" / "e5_Flat.index").read_bytes() == (tmp_path / "faiss.index").read_bytes()
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus(tmp_path):
+    """80,000 vectors of 4 KB are 312 MiB in the file, and nowhere else."""
+    import torch
+    from transformers import BertConfig, BertModel
+
+    from searchr1.data.demo_world.tokenizer import train_tokenizer
+
+    config = BertConfig(vocab_size=2048, hidden_size=1024, num_hidden_layers=0, num_attention_heads=1, pad_token_id=0)
+    torch.manual_seed(0)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
+    train_tokenizer().save_pretrained(tmp_path / "encoder")
+    code = "import resource, sys; from searchr1.cli import main; main(sys.argv[1:]); " \
+           "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
+    peaks = []
+    for rows in (5 * PART_ROWS, 80_000):
+        corpus = tmp_path / f"{rows}.jsonl"
+        corpus.write_text("".join(f'{{"contents": "passage {row % 100}"}}\n' for row in range(rows)))
+        words = command(corpus, tmp_path / f"index{rows}", str(tmp_path / "encoder"))
+        done = subprocess.run(
+            [sys.executable, "-c", code, "build-index", *words], check=True, capture_output=True, text=True, timeout=250
+        )
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    assert (tmp_path / "index80000" / "e5_Flat.index").stat().st_size > 300 << 20
+    assert peaks[1] - peaks[0] < 60, peaks
 
 
 def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_path, monkeypatch):
@@ -104,7 +179,7 @@ def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_
         build.main(words)
     monkeypatch.undo()
     with (tmp_path / "index" / "vectors.f16").open("r+b") as file:  # as a kill in the middle of part 1 would leave it
-        file.seek(embedding_folder.PART_ROWS * 32 * 2)
+        file.seek(PART_ROWS * 32 * 2)
         file.write(b"\x55" * 1000)
     assert build.main(words) == 0
     assert contents(tmp_path / "index") == contents(expected)
@@ -165,17 +240,6 @@ def test_vectors_of_the_wrong_size_and_other_weights_are_refused(tmp_path, whole
     common["retriever_model"] = str(other)
     with pytest.raises(UserError, match="built with other weights"):
         load_index(flags(index_path=folder, **common), Corpus(corpus_path))
-
-
-def test_a_finished_index_is_replaced_only_on_request(tmp_path, encoder_path):
-    corpus = write_corpus(tmp_path / "corpus.jsonl", 50)
-    words = command(corpus, tmp_path / "index", encoder_path)
-    assert build.main(words) == 0
-    (tmp_path / "index" / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="--overwrite"):
-        build.main(words)
-    assert build.main([*words, "--overwrite"]) == 0
-    assert (tmp_path / "index" / "notes.txt").read_text() == "mine"
 
 
 @pytest.mark.parametrize("stemmer", [None, "english"])

@@ -26,23 +26,6 @@ def write_corpus(path, count=60):
     return Corpus(path)
 
 
-@pytest.fixture(scope="module")
-def encoder_path(tmp_path_factory):
-    import torch
-    from transformers import BertConfig, BertModel
-
-    from searchr1.data.demo_world.tokenizer import train_tokenizer
-
-    path = tmp_path_factory.mktemp("encoder")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=2048, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, pad_token_id=0
-    )
-    BertModel(config).save_pretrained(path)
-    train_tokenizer().save_pretrained(path)
-    return str(path)
-
-
 def flags(**values):
     defaults = {"index_path": None, "retriever_name": "bm25", "retriever_model": None, "faiss_gpu": False, "threads": 1,
         "dtype": None, "nprobe": None, "ef_search": None, "refine_factor": None, "workers": 1}  # fmt: skip
