@@ -44,7 +44,7 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     corpus = Corpus(args.corpus_path)
     index = load_index(args, corpus)
     pages = Pages(args.pages_path) if args.pages_path else None
-    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch), metrics)
+    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch))
     about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
     return Backend(RetrievalService(searcher, limits, metrics), pages, about)
 
@@ -59,19 +59,17 @@ def load_online(args: argparse.Namespace, metrics: Metrics) -> Backend:
         timeout_s=args.timeout_s,
         cache=DiskCache(args.cache_dir) if args.cache_dir else None,
     )
-    service = RetrievalService(
-        reranking(args, online, metrics), Limits(args.max_pending, args.timeout_s, cache_bytes=0), metrics
-    )
+    service = RetrievalService(reranking(args, online), Limits(args.max_pending, args.timeout_s, cache_bytes=0), metrics)
     return Backend(service, online, {"engine": args.engine})
 
 
-def reranking(args: argparse.Namespace, searcher: Searcher, metrics: Metrics) -> Searcher:
+def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:
     """With a second stage, if the flags ask for one."""
     if args.reranker_url:
         return RerankingSearcher(searcher, RemoteReranker(args.reranker_url, args.timeout_s), args.topk_retrieval)
     if args.reranker_model:
         model = CrossEncoder(args.reranker_model, device="cuda" if args.faiss_gpu else "cpu", dtype=args.dtype)
-        return RerankingSearcher(searcher, LocalReranker(model, observe=metrics.observe_batch), args.topk_retrieval)
+        return RerankingSearcher(searcher, LocalReranker(model), args.topk_retrieval)
     return searcher
 
 
