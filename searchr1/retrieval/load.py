@@ -68,9 +68,14 @@ def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:
     if args.reranker_url:
         return RerankingSearcher(searcher, RemoteReranker(args.reranker_url, args.timeout_s), args.topk_retrieval)
     if args.reranker_model:
-        model = CrossEncoder(args.reranker_model, device="cuda" if args.faiss_gpu else "cpu", dtype=args.dtype)
+        model = CrossEncoder(args.reranker_model, device=device_of(args), dtype=args.dtype)
         return RerankingSearcher(searcher, LocalReranker(model), args.topk_retrieval)
     return searcher
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """Where encoder and reranker compute."""
+    return args.device or ("cuda" if args.faiss_gpu else "cpu")
 
 
 def threads_of(args: argparse.Namespace) -> int:
@@ -126,9 +131,8 @@ def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) 
         file = path / (manifest.file if manifest and manifest.file else f"{args.retriever_name}_Flat.index")
     if not file.is_file():
         raise UserError(f"--index_path {file}: no such file; run searchr1 build-index or download.py")
-    encoder = Encoder(
-        args.retriever_name, args.retriever_model, device="cuda" if args.faiss_gpu else "cpu", dtype=args.dtype
-    )
+    pooling = manifest.pooling if manifest and manifest.pooling != "own" else None
+    encoder = Encoder(args.retriever_name, args.retriever_model, device=device_of(args), dtype=args.dtype, pooling=pooling)
     if manifest:
         check_encoder(manifest, encoder, folder)
     faiss_index = load_faiss(file, encoder.dimension, args.faiss_gpu)

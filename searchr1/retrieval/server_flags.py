@@ -24,7 +24,10 @@ def parser() -> argparse.ArgumentParser:
     local.add_argument("--index_path", type=Path, help="index folder or FAISS file; BM25 can do without")
     local.add_argument("--retriever_name", default="e5", choices=["bm25", *FAMILIES], help="default e5")
     local.add_argument("--retriever_model", help="Hugging Face folder of the encoder")
-    local.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the encoder (default fp16 on a GPU, else fp32)")
+    local.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], help="of encoder and reranker (default fp16 on a GPU, else fp32)"
+    )
+    local.add_argument("--device", help="of encoder and reranker: cpu or cuda (default cuda with --faiss_gpu, else cpu)")
     local.add_argument("--faiss_gpu", action="store_true", help="shard the index over all GPUs, in fp16")
     local.add_argument("--nprobe", type=int, help="IVF indexes: lists that are searched")
     local.add_argument("--ef_search", type=int, help="HNSW indexes: size of the candidate list")

@@ -205,7 +205,7 @@ def dies(*_):
 
 def flags(**values):
     defaults = dict.fromkeys(["index_path", "retriever_model", "dtype", "nprobe", "ef_search", "refine_factor"])
-    return argparse.Namespace(**(defaults | {"faiss_gpu": False, "threads": 1, "workers": 1} | values))
+    return argparse.Namespace(**(defaults | {"faiss_gpu": False, "device": None, "threads": 1, "workers": 1} | values))
 
 
 def test_a_lossy_index_finds_what_an_exact_one_finds(tmp_path, whole, encoder_path):
@@ -283,3 +283,15 @@ def test_a_corpus_without_words_is_told(tmp_path):
         build.main(
             ["--corpus_path", str(tmp_path / "corpus.jsonl"), "--save_dir", str(tmp_path), "--retriever_name", "bm25"]
         )
+
+
+def test_a_server_pools_as_the_index_was_built(tmp_path, encoder_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl", 60)
+    assert build.main(command(corpus, tmp_path / "index", encoder_path, "--pooling_method", "cls")) == 0
+    index = load_index(
+        flags(index_path=tmp_path / "index", retriever_name="e5", retriever_model=encoder_path), Corpus(corpus)
+    )
+    encoder = Encoder("e5", encoder_path, pooling="cls")
+    passages = encoder.encode(list(Corpus(corpus).contents()), "passage")
+    scores = passages @ encoder.encode(["w1 w2"], "query")[0]
+    assert [score for _, score in index.search(["w1 w2"], 5)[0]] == pytest.approx(np.sort(scores)[::-1][:5], abs=1e-5)

@@ -27,8 +27,8 @@ def write_corpus(path, count=60):
 
 
 def flags(**values):
-    defaults = {"index_path": None, "retriever_name": "bm25", "retriever_model": None, "faiss_gpu": False, "threads": 1,
-        "dtype": None, "nprobe": None, "ef_search": None, "refine_factor": None, "workers": 1}  # fmt: skip
+    unset = ["index_path", "retriever_model", "device", "dtype", "nprobe", "ef_search", "refine_factor"]
+    defaults = dict.fromkeys(unset) | {"retriever_name": "bm25", "faiss_gpu": False, "threads": 1, "workers": 1}
     return argparse.Namespace(**(defaults | values))
 
 
