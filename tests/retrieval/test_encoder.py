@@ -126,7 +126,7 @@ def test_another_pooling_than_the_familys(bert):
     np.testing.assert_allclose(encoder.encode(TEXTS, "passage"), torch.stack(expected), atol=1e-5)
     with pytest.raises(UserError, match="--pooling_method max: unknown; use one of mean, cls"):
         Encoder("e5", bert, pooling="max")
-    with pytest.raises(UserError, match="bert does not go with pooling decoder"):
+    with pytest.raises(UserError, match="pooling decoder cannot be used with bert"):
         Encoder("t5", bert, pooling="decoder")
 
 
