@@ -63,7 +63,7 @@ def stopped(words, folder, by):
         start_new_session=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while not list((folder / "embedding").glob("part-*")):
             assert process.poll() is None
             assert time.monotonic() < deadline
