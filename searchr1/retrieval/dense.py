@@ -89,7 +89,8 @@ def load_faiss(path: Path, dimension: int, gpu: bool = False) -> Any:
     """
     import faiss
 
-    if gpu and not hasattr(faiss, "index_cpu_to_all_gpus"):
+    # The build without GPUs has index_cpu_to_all_gpus all the same.
+    if gpu and not hasattr(faiss, "StandardGpuResources"):
         raise UserError("--faiss_gpu: this FAISS is the CPU build; install faiss-gpu-cu12 or leave the flag out")
     try:
         index = faiss.read_index(str(path), 0 if gpu else faiss.IO_FLAG_MMAP_IFC)

@@ -138,7 +138,7 @@ def test_damaged_files_and_missing_gpus_are_told(tmp_path, vectors):
     faiss.write_index(build_faiss(vectors, faiss_type("Flat", ROWS, DIMENSION)), str(tmp_path / "index"))
     with pytest.raises(UserError, match="32 dimensions, --retriever_model gives 7"):
         load_faiss(tmp_path / "index", 7)
-    if not hasattr(faiss, "index_cpu_to_all_gpus"):
+    if not hasattr(faiss, "StandardGpuResources"):
         with pytest.raises(UserError, match="--faiss_gpu: this FAISS is the CPU build"):
             load_faiss(tmp_path / "index", DIMENSION, gpu=True)
     with pytest.raises(UserError, match="--faiss_type PQ7"):
