@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 NAMES = ("Flat", "SQ8", "IVF", "IVFPQ", "HNSW")
 POINTS_PER_LIST = 40
 """Vectors that one centroid is trained on; FAISS warns below 39."""
-LOSSY = ("PQ", "SQ4", "SQ6", "SQ8", "RaBitQ", "LSQ", "RQ", "PRQ", "PLSQ", "ITQ", "LSH", "ZnLattice")
+LOSSY = ("PQ", "SQ", "RaBitQ", "LSQ", "RQ", "PRQ", "PLSQ", "ITQ", "LSH", "ZnLattice", "PCA", "OPQ", "RR")
+"""What the parts of a factory string begin with that round vectors, or may drop dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +43,26 @@ def faiss_type(name: str, rows: int, dimension: int) -> FaissType:
         return FaissType(f"IVF{lists},PQ{parts}x4fs", True, nprobe=probes(lists), refine_factor=32)
     if name == "HNSW":
         return FaissType("HNSW32,Flat", False, ef_search=128)
-    factory = name
+    lossy = is_lossy(name)
+    given = lists_of(name)
     return FaissType(
-        factory,
-        is_lossy(factory),
-        nprobe=probes(int(factory.partition("IVF")[2].split(",")[0].split("_")[0] or 1)) if "IVF" in factory else None,
-        ef_search=128 if "HNSW" in factory else None,
-        refine_factor=4 if is_lossy(factory) else 1,
+        name,
+        lossy,
+        nprobe=probes(given) if given else None,
+        ef_search=128 if name.startswith("HNSW") else None,
+        refine_factor=4 if lossy else 1,
     )
 
 
 def is_lossy(factory: str) -> bool:
     """Whether the index stores something else than the vectors."""
-    return any(part.strip().startswith(LOSSY) for part in factory.split(",")) or "SQfp16" in factory
+    return any(part.strip().startswith(LOSSY) for part in re.split("[,_]", factory))
+
+
+def lists_of(factory: str) -> int | None:
+    """The lists that a factory string asks for (`IVF4096`, `IVF64k`); None if it has none."""
+    found = re.search(r"\bIVF(\d+)([kM]?)", factory)
+    return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else None
 
 
 def list_count(rows: int) -> int:

@@ -143,3 +143,17 @@ def test_damaged_files_and_missing_gpus_are_told(tmp_path, vectors):
             load_faiss(tmp_path / "index", DIMENSION, gpu=True)
     with pytest.raises(UserError, match="--faiss_type PQ7"):
         build_faiss(vectors, faiss_type("PQ7", ROWS, DIMENSION))
+
+
+@pytest.mark.parametrize(
+    ("factory", "nprobe"),
+    [("IVF16,Flat", 8), ("IVF4(PQ4),Flat", 4), ("IVF1024_HNSW32,SQ8", 36), ("OPQ16,IVF64k,PQ16x4fs", 2340), ("Flat", None)],
+)
+def test_lists_that_are_searched_for_any_factory_string(factory, nprobe):
+    assert faiss_type(factory, ROWS, DIMENSION).nprobe == nprobe
+
+
+@pytest.mark.parametrize("factory", ["HNSW32_SQ8", "PCA16,Flat", "SQbf16", "IVF64,RaBitQ", "OPQ16_64,IVF64,Flat"])
+def test_more_types_that_round_their_vectors(factory):
+    assert is_lossy(factory)
+    assert faiss_type(factory, ROWS, DIMENSION).refine_factor > 1
