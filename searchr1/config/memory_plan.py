@@ -6,98 +6,22 @@ backward, optimizer). The worst pipeline stage is shown. What the formulas leave
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from searchr1.config.memory_shapes import SHAPES, ModelShape, padded_vocab, shard_parameters, stage_parameters
 from searchr1.errors import UserError
+
+__all__ = ["SHAPES", "Layout", "Line", "MemoryPlan", "knobs", "kept_activations", "layer_activation", "plan_memory"]
 
 GIB = 1 << 30
 PHASES = ("rollout", "update", "train")
-VOCAB_MULTIPLE = 128
-"""Megatron's embedding is padded to a multiple of this."""
 BUCKET_BYTES = 256 << 20
 """Weights travel to the engine in parts of this size."""
 CONTEXT_BYTES = GIB
 """Assumed for each process on a GPU: CUDA context, NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
 """Assumed share of the training phase that the allocator cannot use."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelShape:
-    """A dense decoder with grouped-query attention, SwiGLU and RMSNorm; names are those of config.json."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    tied: bool
-    head_dim: int = 128
-    qkv_bias: bool = False
-    """Qwen2 and Qwen2.5."""
-    qk_norm: bool = False
-    """Qwen3: queries and keys are normalised, each head on its own."""
-
-    @property
-    def query_size(self) -> int:
-        """Width of all queries of a token."""
-        return self.num_attention_heads * self.head_dim
-
-    @property
-    def key_size(self) -> int:
-        """Width of all keys (or values) of a token."""
-        return self.num_key_value_heads * self.head_dim
-
-    @property
-    def layer_tensors(self) -> list[tuple[tuple[int, ...], bool]]:
-        """One layer's parameters: shape, and whether tensor parallelism cuts it."""
-        h, f, q, k = self.hidden_size, self.intermediate_size, self.query_size, self.key_size
-        biases = [((q,), True), ((k,), True), ((k,), True)] if self.qkv_bias else []
-        norms = [((self.head_dim,), False)] * 2 if self.qk_norm else []
-        linear = [((q, h), True), ((k, h), True), ((k, h), True), ((h, q), True), *[((f, h), True)] * 2, ((h, f), True)]
-        return [*linear, *biases, *norms, ((h,), False), ((h,), False)]
-
-    @property
-    def embedding(self) -> int:
-        """Parameters of the embedding; as many again in an output layer that is not tied."""
-        return self.vocab_size * self.hidden_size
-
-    @property
-    def root_tensors(self) -> list[tuple[int, ...]]:
-        """Parameters outside the layers: embedding, final norm, output layer."""
-        return [(self.vocab_size, self.hidden_size)] * (1 if self.tied else 2) + [(self.hidden_size,)]
-
-    @property
-    def layer_parameters(self) -> int:
-        """Of one layer."""
-        return sum(prod(shape) for shape, _ in self.layer_tensors)
-
-    @property
-    def parameters(self) -> int:
-        """Of the whole model, as transformers counts them."""
-        return self.num_hidden_layers * self.layer_parameters + sum(prod(shape) for shape in self.root_tensors)
-
-
-def _qwen25(h: int, f: int, layers: int, heads: int, kv: int, vocab: int, tied: bool, head_dim: int = 128) -> ModelShape:
-    return ModelShape(h, f, layers, heads, kv, vocab, tied, head_dim, qkv_bias=True)
-
-
-SHAPES = {
-    "qwen2.5-0.5b": _qwen25(896, 4864, 24, 14, 2, 151936, True, 64),
-    "qwen2.5-1.5b": _qwen25(1536, 8960, 28, 12, 2, 151936, True),
-    "qwen2.5-3b": _qwen25(2048, 11008, 36, 16, 2, 151936, True),
-    "qwen2.5-7b": _qwen25(3584, 18944, 28, 28, 4, 152064, False),
-    "qwen2.5-14b": _qwen25(5120, 13824, 48, 40, 8, 152064, False),
-    "qwen2.5-32b": _qwen25(5120, 27648, 64, 40, 8, 152064, False),
-    "qwen2.5-72b": _qwen25(8192, 29568, 80, 64, 8, 152064, False),
-    "qwen3-0.6b": ModelShape(1024, 3072, 28, 16, 8, 151936, True, qk_norm=True),
-    "qwen3-8b": ModelShape(4096, 12288, 36, 32, 8, 151936, False, qk_norm=True),
-    "llama-3.2-3b": ModelShape(3072, 8192, 28, 24, 8, 128256, True),
-}
-"""Known models, by the name that `--shape` takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,30 +133,6 @@ class MemoryPlan:
         return not self.problem and self.peak <= gpu_bytes
 
 
-def padded_vocab(model: ModelShape) -> int:
-    """Rows of Megatron's embedding."""
-    return ceil(model.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-
-
-def stage_parameters(model: ModelShape, tp: int, pp: int, stage: int) -> int:
-    """Parameters of one Megatron rank. A tied output layer is held by the first and the last stage."""
-    layer = sum(prod(shape) // (tp if cut else 1) for shape, cut in model.layer_tensors)
-    count = model.num_hidden_layers // pp * layer
-    first, last = stage == 0, stage == pp - 1
-    embeddings = first + last - (first and last and model.tied)
-    return count + embeddings * (padded_vocab(model) // tp) * model.hidden_size + last * model.hidden_size
-
-
-def shard_parameters(model: ModelShape, ranks: int) -> int:
-    """Parameters of one FSDP2 rank: each tensor is cut by rows, rounded up (the first rank has the most)."""
-
-    def shard(shape: tuple[int, ...]) -> int:
-        return ceil(shape[0] / ranks) * prod(shape[1:])
-
-    layer = sum(shard(shape) for shape, _ in model.layer_tensors)
-    return model.num_hidden_layers * layer + sum(map(shard, model.root_tensors))
-
-
 def layer_activation(model: ModelShape, layout: Layout) -> float:
     """Bytes a token that one layer keeps for its backward pass, without recomputation.
 
@@ -246,7 +146,7 @@ def layer_activation(model: ModelShape, layout: Layout) -> float:
     hidden = 2 * (norm + c) * h + (2 * 4)
     attention = c * (2 * model.query_size + 2 * model.key_size)
     if model.qk_norm:
-        attention += norm * (model.query_size + model.key_size)
+        attention += norm * (model.query_size + model.key_size) + 4 * (model.num_attention_heads + model.num_key_value_heads)
     log_sum_exp = 0 if layout.recompute == "selective" else 4 * model.num_attention_heads
     inner = attention + log_sum_exp + 4 * c * model.intermediate_size
     return hidden / (layout.tp if layout.sequence_parallel else 1) + inner / layout.tp
@@ -269,3 +169,161 @@ def kept_activations(model: ModelShape, layout: Layout, stage: int = 0) -> tuple
         group = min(layout.recompute_layers, layers) if layout.backend == "megatron" else 1
         kept, made = ceil(layers / group) * given, group * one
     return round(in_flight * kept * layout.max_tokens), round(made * layout.max_tokens)
+
+
+def _actor_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
+    """Weights, optimizer state and gradients of the actor."""
+    c, always, training = layout.compute_bytes, PHASES, PHASES[2:]
+    if layout.backend == "fsdp":
+        shard, root, layer = shard_parameters(model, layout.gpus), sum(map(prod, model.root_tensors)), model.layer_parameters
+        held = 0 if layout.cpu_offload else shard
+        where = "in host memory (actor.fsdp.cpu_offload)" if layout.cpu_offload else f"of {layout.gpus} ranks"
+        resident = PHASES[1:] if layout.offload_weight else always
+        state = training if layout.offload_optimizer else always
+        gathered = 3 * layer if layout.reshard else model.num_hidden_layers * layer
+        which = (
+            "a layer, its gather buffer and the next one's"
+            if layout.reshard
+            else "all layers (reshard_after_forward: False)"
+        )
+        return [
+            Line("weights (fp32, also the master copy)", 4 * held, f"4 B x {shard:,} parameters, 1 share {where}", resident),
+            Line("Adam moments", 8 * held, f"8 B x {shard:,}", state),
+            Line("gradients (fp32)", 4 * held, f"4 B x {shard:,}, freed after the optimizer's step", training),
+            Line("gathered weights", c * (gathered + root), f"{c} B x ({which}, and embedding and output layer)", training),
+            Line(
+                "gradients before sharding",
+                (c + 4) * layer + c * root,
+                f"a layer's in {c} B and its fp32 copy for the reduction; embedding and output layer in {c} B",
+                training,
+            ),
+        ]
+    own = stage_parameters(model, layout.tp, layout.pp, stage)
+    optimizer = ceil(own / layout.dp) if layout.distributed_optimizer else own
+    share = f", 1 share of {layout.dp} (distributed optimizer)" if layout.distributed_optimizer else ""
+    master = 0 if c == 4 else 4 * optimizer
+    resident = PHASES[1:] if layout.offload_weight else always
+    state = training if layout.offload_optimizer else always
+    return [
+        Line("weights", c * own, f"{c} B x {own:,} parameters (TP {layout.tp}, stage {stage + 1} of {layout.pp})", resident),
+        Line("fp32 master weights", master, f"4 B x {own:,}{share}" if master else "the weights are fp32", state),
+        Line("Adam moments", 8 * optimizer, f"8 B x {own:,}{share}", state),
+        Line("gradients (fp32 buffer)", 4 * own, f"4 B x {own:,}", training if layout.offload_grad else always),
+    ]
+
+
+def _train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
+    """What one micro-batch needs."""
+    c, tokens, last = layout.compute_bytes, layout.max_tokens, stage == layout.pp - 1
+    kept, again = kept_activations(model, layout, stage)
+    vocab, policy = model.vocab_size, ceil(tokens * layout.policy_share)
+    if layout.backend == "megatron":
+        vocab = padded_vocab(model) // layout.tp
+    logits = 2 * c * policy * vocab if last else 0
+    norm = 4 + c if layout.backend == "fsdp" else c
+    end = (tokens * norm + policy * c) * model.hidden_size if last else 0
+    flight = f" x {layout.pp - stage} micro-batches in flight" if layout.pp - stage > 1 else ""
+    if layout.recompute == "full":
+        what = f"layer inputs only (full recomputation) of {tokens:,} tokens"
+    else:
+        what = f"{layer_activation(model, layout):,.0f} B x {tokens:,} tokens a layer"
+    at_once = ", not at the same time as the logits" if last else ""
+    return [
+        Line("activations", kept + end, f"{what} x {model.num_hidden_layers // layout.pp} layers{flight}", PHASES[2:]),
+        Line("logits", logits, f"{c} B x {policy:,} policy tokens x {vocab:,} words, and their gradient", PHASES[2:]),
+        Line(
+            "recomputed activations",
+            max(0, again - logits),
+            f"{again / GIB:.2f} GiB{at_once}; the larger counts" if again else "nothing is recomputed",
+            PHASES[2:],
+        ),
+    ]
+
+
+def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line]:
+    """Reference model, engine, weight update and assumed overheads."""
+    lines, root = [], sum(map(prod, model.root_tensors))
+    if layout.reference:
+        size = 4 * shard_parameters(model, layout.reference_gpus) + layout.compute_bytes * root
+        text = (
+            f"fp32, 1 share of {layout.reference_gpus}; embedding and output layer stay gathered in {layout.compute_bytes} B"
+        )
+        lines.append(Line("reference model", size, text))
+    engine = round(layout.engine_share * gpu_bytes)
+    text = f"gpu_memory_utilization {layout.engine_share:g} x {gpu_bytes / GIB:g} GiB"
+    weights = layout.engine_bytes * model.parameters / layout.engine_tp / GIB
+    text += f", of which weights {weights:.1f} GiB; " + ("asleep in training" if layout.shared else "on GPUs of its own")
+    lines.append(Line("rollout engine", engine if layout.shared else 0, text, PHASES[:2]))
+    full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes
+    text = f"{BUCKET_BYTES >> 20} MiB bucket and the largest tensor whole, {full} B x {model.embedding:,}"
+    lines.append(Line("weight update", BUCKET_BYTES + full * model.embedding, text, PHASES[1:2]))
+    processes = 1 + layout.reference
+    lines.append(Line("contexts", CONTEXT_BYTES * processes, f"assumed: 1 GiB x {processes} process(es) beside the engine"))
+    if layout.shared:
+        lines.append(Line("sleeping engine", CONTEXT_BYTES, "assumed: 1 GiB", PHASES[2:]))
+    return lines
+
+
+def _stage_plan(model: ModelShape, layout: Layout, gpu_bytes: int, stage: int) -> MemoryPlan:
+    lines = [*_actor_lines(model, layout, stage), *_train_lines(model, layout, stage)]
+    own = stage_parameters(model, layout.tp, layout.pp, stage) if layout.backend == "megatron" else model.parameters
+    lines += _other_lines(model, layout, gpu_bytes)
+    spare = round(FRAGMENTATION * sum(line.size for line in lines if "train" in line.phases))
+    lines.append(Line("margin", spare, f"assumed: {FRAGMENTATION:.0%} of training, for fragmentation", PHASES[2:]))
+    weights, room = layout.engine_bytes * model.parameters / layout.engine_tp, layout.engine_share * gpu_bytes
+    problem = ""
+    if weights + 2 * GIB > room:
+        problem = (
+            f"the engine's weights ({weights / GIB:.1f} GiB a GPU) leave less than 2 GiB of the {room / GIB:.1f} GiB of "
+            "rollout.gpu_memory_utilization for its cache; raise that or rollout.tensor_parallel_size"
+        )
+    return MemoryPlan(stage, own, tuple(lines), problem)
+
+
+def plan_memory(model: ModelShape, layout: Layout, gpu_bytes: int = 80 * GIB) -> MemoryPlan:
+    """The plan of the pipeline stage that needs most.
+
+    Raises:
+        UserError: the layout does not fit the model's sizes.
+    """
+    layout.check(model)
+    return max((_stage_plan(model, layout, gpu_bytes, stage) for stage in range(layout.pp)), key=lambda plan: plan.peak)
+
+
+def knobs(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[tuple[str, MemoryPlan]]:
+    """Single changes that lower the peak, the best first, each with the plan that it gives."""
+    megatron = layout.backend == "megatron"
+    tried: list[tuple[str, Layout]] = [
+        ("runner.max_tokens_per_mbs: half of it", replace(layout, max_tokens=layout.max_tokens // 2)),
+        ("algorithm.kl_beta: 0 (no reference model)", replace(layout, reference=False)),
+        ("cluster.component_placement: twice the GPUs", replace(layout, gpus=2 * layout.gpus, reference_gpus=2 * layout.reference_gpus)),
+        ("actor.offload_optimizer: True", replace(layout, offload_optimizer=True)),
+        ("actor.offload_weight: True", replace(layout, offload_weight=True)),
+        ("cluster.component_placement: rollout on other GPUs", replace(layout, shared=False)),
+        (f"rollout.gpu_memory_utilization: {layout.engine_share / 2:.2g}", replace(layout, engine_share=layout.engine_share / 2)),
+        (f"rollout.tensor_parallel_size: {2 * layout.engine_tp}", replace(layout, engine_tp=2 * layout.engine_tp)),
+    ]  # fmt: skip
+    recompute = "actor.model.recompute_granularity: full" if megatron else "actor.model.gradient_checkpointing: True"
+    tried.append((recompute, replace(layout, recompute="full", recompute_method="uniform", recompute_layers=1)))
+    if megatron:
+        tried += [
+            (f"actor.model.tensor_model_parallel_size: {2 * layout.tp}", replace(layout, tp=2 * layout.tp)),
+            (f"actor.model.pipeline_model_parallel_size: {2 * layout.pp}", replace(layout, pp=2 * layout.pp)),
+            ("actor.model.sequence_parallel: True", replace(layout, sequence_parallel=layout.tp > 1)),
+            ("actor.optim.use_distributed_optimizer: True", replace(layout, distributed_optimizer=True)),
+            ("actor.offload_grad: True", replace(layout, offload_grad=True)),
+        ]
+    else:
+        tried += [
+            ("actor.fsdp.cpu_offload: True", replace(layout, cpu_offload=True)),
+            ("actor.fsdp.reshard_after_forward: True", replace(layout, reshard=True)),
+        ]
+    now, found = plan_memory(model, layout, gpu_bytes), []
+    for text, changed in tried:
+        try:
+            plan = plan_memory(model, changed, gpu_bytes)
+        except UserError:
+            continue  # the model cannot be cut that way
+        if plan.peak < now.peak or (now.problem and not plan.problem):
+            found.append((text, plan))
+    return sorted(found, key=lambda item: (bool(item[1].problem), item[1].peak))

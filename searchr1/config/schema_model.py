@@ -76,9 +76,19 @@ class ActorModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     tensor_model_parallel_size: int = 1
-    """Megatron only."""
+    """Ranks that share each layer (Megatron)."""
     pipeline_model_parallel_size: int = 1
-    """Megatron only."""
+    """Ranks that share the layers between them (Megatron)."""
+    sequence_parallel: bool = False
+    """With tensor parallelism, share the layer norms' activations as well (Megatron)."""
+    recompute_granularity: str | None = None
+    """Recompute activations in the backward pass: `full` layers, `selective` (attention only), or null (Megatron)."""
+    recompute_method: str | None = "uniform"
+    """`full` recompute: `uniform` keeps every so many layers' inputs, `block` recomputes the first so many layers."""
+    recompute_num_layers: int | None = 1
+    """`full` recompute: how many, see `recompute_method`."""
+    apply_rope_fusion: bool = False
+    """Fused rotary embedding; needs Transformer Engine (Megatron)."""
 
 
 @dataclass

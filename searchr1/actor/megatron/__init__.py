@@ -1,0 +1,1 @@
+"""The policy on Megatron-Core. Only `mapping` and `architecture` import without it; the converter needs no more."""

@@ -1,0 +1,125 @@
+"""Layers that Megatron-Core lacks without Transformer Engine, and the model's output for policy tokens only.
+
+Imports Megatron: import it after `parallel.start_megatron` has prepared the process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from torch import Tensor, nn
+
+from searchr1.actor.attention import packed_attention
+
+
+def have_transformer_engine() -> bool:
+    """Whether Transformer Engine can be used: installed, and a GPU to run it on."""
+    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
+
+
+class RMSNorm(nn.Module):
+    """Megatron's own wrapper of torch's RMSNorm refuses sequence parallelism; all that is missing is a mark."""
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.eps = eps
+        # Read by Megatron: this rank sees a part of the tokens only, so gradients are summed over the ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+
+
+class PackedAttention(nn.Module):
+    """Causal attention within each sequence of a packed row, as the FSDP backend computes it."""
+
+    def __init__(self, config: Any, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self._scale = softmax_scale
+        self.config = config
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        /,
+        *,
+        packed_seq_params: Any,
+        **_: Any,
+    ) -> Tensor:
+        """[T, H, D] queries, [T, K, D] keys and values -> [T, H * D]."""
+        assert attention_mask is None
+        output, _weights = packed_attention(
+            self,
+            query.transpose(0, 1)[None],
+            key.transpose(0, 1)[None],
+            value.transpose(0, 1)[None],
+            None,
+            scaling=self._scale,
+            packed_lengths=packed_seq_params.lengths,
+            cu_seq_lens_q=packed_seq_params.cu_seqlens_q,
+        )
+        return output[0].flatten(1)
+
+
+class PackedRow(PackedSeqParams):
+    """Borders of the sequences in a packed row, also on the host."""
+
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
+        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        longest = max(lengths)
+        super().__init__(
+            qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
+        )
+        self.lengths = lengths
+
+
+def layer_spec(config: Any, layers_here: int) -> Any:
+    """Transformer Engine's modules where it is installed, else Megatron's own with the two layers above."""
+    if have_transformer_engine():
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+    layer = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.self_attention.submodules.core_attention = PackedAttention
+    if config.qk_layernorm:
+        layer.self_attention.submodules.q_layernorm = layer.self_attention.submodules.k_layernorm = RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers_here, layer_norm=RMSNorm)
+
+
+class PolicyModel(GPTModel):
+    """A GPTModel whose output layer sees the policy tokens' positions only."""
+
+    logit_positions_P: Tensor
+    """[P] where the logits of the next forward are wanted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # What reaches the output layer has been gathered already; each rank holds part of the input's gradient.
+            self.output_layer.sequence_parallel = False
+            self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """[P, V / T] logits on the last stage, hidden states on the others."""
+        if not self.post_process:
+            return hidden_states
+        if self.config.sequence_parallel:
+            hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
+            )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _bias = self.output_layer(hidden_states[self.logit_positions_P], weight=weight)
+        return logits.squeeze(1)
