@@ -6,13 +6,14 @@ backward, optimizer). The worst pipeline stage is shown. What the formulas leave
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, prod
 
+from searchr1.config.memory_layout import Layout
 from searchr1.config.memory_shapes import SHAPES, ModelShape, padded_vocab, shard_parameters, stage_parameters
 from searchr1.errors import UserError
 
-__all__ = ["SHAPES", "Layout", "Line", "MemoryPlan", "knobs", "kept_activations", "layer_activation", "plan_memory"]
+__all__ = ["SHAPES", "Layout", "Line", "MemoryPlan", "kept_activations", "knobs", "layer_activation", "plan_memory"]
 
 GIB = 1 << 30
 PHASES = ("rollout", "update", "train")
@@ -22,79 +23,6 @@ CONTEXT_BYTES = GIB
 """Assumed for each process on a GPU: CUDA context, NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
 """Assumed share of the training phase that the allocator cannot use."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a run spreads a model over GPUs."""
-
-    backend: str = "fsdp"
-    gpus: int = 8
-    """Ranks of the actor."""
-    tp: int = 1
-    pp: int = 1
-    compute_bytes: int = 2
-    """Of a number in the precision that the actor computes in."""
-    distributed_optimizer: bool = True
-    sequence_parallel: bool = False
-    recompute: str = "none"
-    """`none`, `selective` or `full`."""
-    recompute_method: str = "uniform"
-    recompute_layers: int = 1
-    offload_weight: bool = False
-    """In host memory while the engine generates; `offload_grad` and `offload_optimizer` likewise."""
-    offload_grad: bool = False
-    offload_optimizer: bool = False
-    reshard: bool = True
-    """FSDP: free a layer's gathered weights between forward and backward."""
-    cpu_offload: bool = False
-    """FSDP: shards and optimizer state always in host memory."""
-    max_tokens: int = 11008
-    """Of a micro-batch."""
-    policy_share: float = 1.0
-    """Of these tokens, at most so many reach the output layer."""
-    reference: bool = True
-    """A frozen model, sharded with FSDP2 over `reference_gpus` that are also the actor's."""
-    reference_gpus: int = 8
-    shared: bool = True
-    """Actor and rollout share GPUs: the engine sleeps while the actor trains."""
-    engine_share: float = 0.75
-    engine_tp: int = 1
-    """GPUs of one engine."""
-    engine_bytes: int = 2
-    """Of a number in the engine's precision."""
-
-    @property
-    def dp(self) -> int:
-        """Data-parallel ranks."""
-        return self.gpus // (self.tp * self.pp)
-
-    def check(self, model: ModelShape) -> None:
-        """Refuse a layout that the model or the GPUs cannot be cut into.
-
-        Raises:
-            UserError: names the key and the numbers.
-        """
-        tp_key, pp_key = "actor.model.tensor_model_parallel_size", "actor.model.pipeline_model_parallel_size"
-        if min(self.tp, self.pp, self.max_tokens) < 1:
-            raise UserError(f"{tp_key}, {pp_key} and runner.max_tokens_per_mbs: must be 1 or more")
-        if self.gpus % (self.tp * self.pp):
-            raise UserError(
-                f"{tp_key} x {pp_key} = {self.tp} x {self.pp} does not divide the actor's {self.gpus} GPUs "
-                "(cluster.component_placement, cluster.slots)"
-            )
-        for name, size in (
-            ("num_attention_heads", model.num_attention_heads),
-            ("num_key_value_heads", model.num_key_value_heads),
-            ("intermediate_size", model.intermediate_size),
-            ("the padded vocabulary", padded_vocab(model)),
-        ):
-            if size % self.tp:
-                raise UserError(f"{tp_key}: {self.tp} does not divide {name} = {size} of the model")
-        if model.num_hidden_layers % self.pp:
-            raise UserError(
-                f"{pp_key}: {self.pp} does not divide num_hidden_layers = {model.num_hidden_layers} of the model"
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,40 +218,30 @@ def plan_memory(model: ModelShape, layout: Layout, gpu_bytes: int = 80 * GIB) ->
     return max((_stage_plan(model, layout, gpu_bytes, stage) for stage in range(layout.pp)), key=lambda plan: plan.peak)
 
 
-def knobs(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[tuple[str, MemoryPlan]]:
-    """Single changes that lower the peak, the best first, each with the plan that it gives."""
-    megatron = layout.backend == "megatron"
-    tried: list[tuple[str, Layout]] = [
-        ("runner.max_tokens_per_mbs: half of it", replace(layout, max_tokens=layout.max_tokens // 2)),
-        ("algorithm.kl_beta: 0 (no reference model)", replace(layout, reference=False)),
-        ("cluster.component_placement: twice the GPUs", replace(layout, gpus=2 * layout.gpus, reference_gpus=2 * layout.reference_gpus)),
-        ("actor.offload_optimizer: True", replace(layout, offload_optimizer=True)),
-        ("actor.offload_weight: True", replace(layout, offload_weight=True)),
-        ("cluster.component_placement: rollout on other GPUs", replace(layout, shared=False)),
-        (f"rollout.gpu_memory_utilization: {layout.engine_share / 2:.2g}", replace(layout, engine_share=layout.engine_share / 2)),
-        (f"rollout.tensor_parallel_size: {2 * layout.engine_tp}", replace(layout, engine_tp=2 * layout.engine_tp)),
-    ]  # fmt: skip
-    recompute = "actor.model.recompute_granularity: full" if megatron else "actor.model.gradient_checkpointing: True"
-    tried.append((recompute, replace(layout, recompute="full", recompute_method="uniform", recompute_layers=1)))
-    if megatron:
-        tried += [
-            (f"actor.model.tensor_model_parallel_size: {2 * layout.tp}", replace(layout, tp=2 * layout.tp)),
-            (f"actor.model.pipeline_model_parallel_size: {2 * layout.pp}", replace(layout, pp=2 * layout.pp)),
-            ("actor.model.sequence_parallel: True", replace(layout, sequence_parallel=layout.tp > 1)),
-            ("actor.optim.use_distributed_optimizer: True", replace(layout, distributed_optimizer=True)),
-            ("actor.offload_grad: True", replace(layout, offload_grad=True)),
-        ]
-    else:
-        tried += [
-            ("actor.fsdp.cpu_offload: True", replace(layout, cpu_offload=True)),
-            ("actor.fsdp.reshard_after_forward: True", replace(layout, reshard=True)),
-        ]
+def knobs(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[tuple[str, Layout, MemoryPlan]]:
+    """Single changes that lower the peak, the best first: the key and its value, and what comes of it."""
     now, found = plan_memory(model, layout, gpu_bytes), []
-    for text, changed in tried:
+    for text, changed in layout.variants():
         try:
             plan = plan_memory(model, changed, gpu_bytes)
         except UserError:
             continue  # the model cannot be cut that way
         if plan.peak < now.peak or (now.problem and not plan.problem):
-            found.append((text, plan))
-    return sorted(found, key=lambda item: (bool(item[1].problem), item[1].peak))
+            found.append((text, changed, plan))
+    return sorted(found, key=lambda item: (bool(item[2].problem), item[2].peak))
+
+
+def remedy(model: ModelShape, layout: Layout, gpu_bytes: int) -> tuple[list[str], MemoryPlan]:
+    """Changes that together make the run fit on the GPUs it has, found by taking the best one at a time.
+
+    The plan returned does not fit if none do.
+    """
+    taken: list[str] = []
+    plan = plan_memory(model, layout, gpu_bytes)
+    while not plan.fits(gpu_bytes) and len(taken) < 8:
+        options = [item for item in knobs(model, layout, gpu_bytes) if "component_placement" not in item[0]]
+        if not options:
+            break
+        text, layout, plan = options[0]
+        taken.append(text)
+    return taken, plan

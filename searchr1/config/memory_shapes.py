@@ -133,7 +133,10 @@ def read_shape(path: Path) -> ModelShape:
     heads = values["num_attention_heads"]
     head_dim = values.get("head_dim") or (128 if family == "qwen3" else values["hidden_size"] // heads)
     return ModelShape(
-        *(values[key] for key in needed[:4]),
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["intermediate_size"],
+        num_hidden_layers=values["num_hidden_layers"],
+        num_attention_heads=heads,
         num_key_value_heads=values.get("num_key_value_heads") or heads,
         vocab_size=values["vocab_size"],
         tied=bool(values.get("tie_word_embeddings", False)),

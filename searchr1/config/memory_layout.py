@@ -1,0 +1,176 @@
+"""How a run spreads its model over GPUs: the keys of a YAML that the memory plan depends on. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from searchr1.config.memory_shapes import ModelShape, padded_vocab
+from searchr1.config.placement import group_ranks, group_slots
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.errors import UserError
+
+PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Of a number in each precision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a run spreads a model over GPUs."""
+
+    backend: str = "fsdp"
+    gpus: int = 8
+    """Ranks of the actor."""
+    tp: int = 1
+    pp: int = 1
+    compute_bytes: int = 2
+    """Of a number in the precision that the actor computes in."""
+    distributed_optimizer: bool = True
+    sequence_parallel: bool = False
+    recompute: str = "none"
+    """`none`, `selective` or `full`."""
+    recompute_method: str = "uniform"
+    recompute_layers: int = 1
+    offload_weight: bool = False
+    """In host memory while the engine generates; `offload_grad` and `offload_optimizer` likewise."""
+    offload_grad: bool = False
+    offload_optimizer: bool = False
+    reshard: bool = True
+    """FSDP: free a layer's gathered weights between forward and backward."""
+    cpu_offload: bool = False
+    """FSDP: shards and optimizer state always in host memory."""
+    max_tokens: int = 11008
+    """Of a micro-batch."""
+    policy_share: float = 1.0
+    """Of these tokens, at most so many reach the output layer."""
+    reference: bool = True
+    """A frozen model, sharded with FSDP2 over `reference_gpus` that are also the actor's."""
+    reference_gpus: int = 8
+    shared: bool = True
+    """Actor and rollout share GPUs: the engine sleeps while the actor trains."""
+    engine_share: float = 0.75
+    engine_tp: int = 1
+    """GPUs of one engine."""
+    engine_bytes: int = 2
+    """Of a number in the engine's precision."""
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel ranks."""
+        return self.gpus // (self.tp * self.pp)
+
+    def check(self, model: ModelShape) -> None:
+        """Refuse a layout that the model or the GPUs cannot be cut into.
+
+        Raises:
+            UserError: names the key and the numbers.
+        """
+        tp_key, pp_key = "actor.model.tensor_model_parallel_size", "actor.model.pipeline_model_parallel_size"
+        if min(self.tp, self.pp, self.max_tokens) < 1:
+            raise UserError(f"{tp_key}, {pp_key} and runner.max_tokens_per_mbs: must be 1 or more")
+        if self.gpus % (self.tp * self.pp):
+            raise UserError(
+                f"{tp_key} x {pp_key} = {self.tp} x {self.pp} does not divide the actor's {self.gpus} GPUs "
+                "(cluster.component_placement, cluster.slots)"
+            )
+        for name, size in (
+            ("num_attention_heads", model.num_attention_heads),
+            ("num_key_value_heads", model.num_key_value_heads),
+            ("intermediate_size", model.intermediate_size),
+            ("the padded vocabulary", padded_vocab(model)),
+        ):
+            if size % self.tp:
+                raise UserError(f"{tp_key}: {self.tp} does not divide {name} = {size} of the model")
+        if model.num_hidden_layers % self.pp:
+            raise UserError(
+                f"{pp_key}: {self.pp} does not divide num_hidden_layers = {model.num_hidden_layers} of the model"
+            )
+
+    def variants(self) -> list[tuple[str, Layout]]:
+        """The same with one key changed."""
+        more = replace(self, gpus=2 * self.gpus, reference_gpus=2 * self.reference_gpus)
+        changes: list[tuple[str, Layout]] = [
+            (f"runner.max_tokens_per_mbs: {self.max_tokens // 2}", replace(self, max_tokens=self.max_tokens // 2)),
+            ("algorithm.kl_beta: 0 (no reference model)", replace(self, reference=False)),
+            ("cluster.component_placement: actor on twice the GPUs", more),
+            ("cluster.component_placement: rollout on other GPUs", replace(self, shared=False)),
+            ("actor.offload_optimizer: True", replace(self, offload_optimizer=True)),
+            ("actor.offload_weight: True", replace(self, offload_weight=True)),
+        ]
+        share = round(self.engine_share - 0.1, 2)
+        if share > 0.2:
+            changes.append((f"rollout.gpu_memory_utilization: {share:g}", replace(self, engine_share=share)))
+        if self.gpus % (2 * self.engine_tp) == 0:
+            more = replace(self, engine_tp=2 * self.engine_tp)
+            changes.append((f"rollout.tensor_parallel_size: {more.engine_tp}", more))
+        full = replace(self, recompute="full", recompute_method="uniform", recompute_layers=1)
+        if self.backend != "megatron":
+            return [
+                *changes,
+                ("actor.model.gradient_checkpointing: True", full),
+                ("actor.fsdp.cpu_offload: True", replace(self, cpu_offload=True)),
+                ("actor.fsdp.reshard_after_forward: True", replace(self, reshard=True)),
+            ]
+        return [
+            *changes,
+            ("actor.model.recompute_granularity: full", full),
+            (f"actor.model.tensor_model_parallel_size: {2 * self.tp}", replace(self, tp=2 * self.tp)),
+            (f"actor.model.pipeline_model_parallel_size: {2 * self.pp}", replace(self, pp=2 * self.pp)),
+            ("actor.model.sequence_parallel: True", replace(self, sequence_parallel=self.tp > 1)),
+            ("actor.optim.use_distributed_optimizer: True", replace(self, distributed_optimizer=True)),
+            ("actor.offload_grad: True", replace(self, offload_grad=True)),
+        ]
+
+
+def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
+    """The layout that a run's YAML asks for.
+
+    Args:
+        config: of the run.
+        gpus: what `all` means in `cluster.component_placement`.
+        policy_share: of a micro-batch's tokens, those that the policy sampled, at most.
+
+    Raises:
+        UserError: a placement that does not fit, or a value that is not known.
+    """
+    actor, model, rollout = config.actor, config.actor.model, config.rollout
+    for key, name in (("actor.model.precision", model.precision), ("rollout.model.precision", rollout.model.precision)):
+        if name not in PRECISION_BYTES:
+            raise UserError(f"{key}: {name!r} is not one of {', '.join(PRECISION_BYTES)}")
+    backend = actor.training_backend
+    if backend not in ("fsdp", "megatron"):
+        raise UserError(f"actor.training_backend: {backend!r} is not one of fsdp, megatron")
+    config = replace(config, cluster=replace(config.cluster, slots=gpus))
+    device = Device(kind="cuda", slots=gpus, cores=1)
+    slots, engine = group_slots(config, "actor", device), group_slots(config, "rollout", device)
+    group_ranks(config, "rollout", device)  # refuses engines that do not fit
+    inference = group_slots(config, "inference", device)
+    megatron = backend == "megatron"
+    recompute = getattr(model, "recompute_granularity", None) or ("full" if model.gradient_checkpointing else "none")
+    if recompute not in ("none", "full", "selective"):
+        raise UserError(f"actor.model.recompute_granularity: {recompute!r} is not one of null, full, selective")
+    return Layout(
+        backend=backend,
+        gpus=len(slots),
+        tp=model.tensor_model_parallel_size if megatron else 1,
+        pp=model.pipeline_model_parallel_size if megatron else 1,
+        compute_bytes=PRECISION_BYTES[model.precision],
+        distributed_optimizer=bool(getattr(actor.optim, "use_distributed_optimizer", True)),
+        sequence_parallel=megatron and bool(getattr(model, "sequence_parallel", False)),
+        recompute=recompute if megatron else ("full" if model.gradient_checkpointing else "none"),
+        recompute_method=getattr(model, "recompute_method", None) or "uniform",
+        recompute_layers=getattr(model, "recompute_num_layers", None) or 1,
+        offload_weight=bool(getattr(actor, "offload_weight", False)),
+        offload_grad=bool(getattr(actor, "offload_grad", False)),
+        offload_optimizer=bool(getattr(actor, "offload_optimizer", False)),
+        reshard=actor.fsdp.reshard_after_forward,
+        cpu_offload=actor.fsdp.cpu_offload,
+        max_tokens=config.runner.max_tokens_per_mbs,
+        policy_share=policy_share,
+        reference=config.algorithm.kl_beta > 0 and bool(set(inference) & set(slots)),
+        reference_gpus=len(inference),
+        shared=bool(set(slots) & set(engine)),
+        engine_share=rollout.gpu_memory_utilization,
+        engine_tp=rollout.tensor_parallel_size * rollout.pipeline_parallel_size,
+        engine_bytes=PRECISION_BYTES[rollout.model.precision],
+    )
