@@ -19,6 +19,8 @@ GIB = 1 << 30
 PHASES = ("rollout", "update", "train")
 BUCKET_BYTES = 256 << 20
 """Weights travel to the engine in parts of this size."""
+LOSS_BYTES = 64 << 20
+"""The loss works on the logits in fp32, 16 MiB at a time, four copies of it at most (algorithms/entropy.py)."""
 CONTEXT_BYTES = GIB
 """Assumed for each process on a GPU: CUDA context, NCCL's and cuBLAS's buffers."""
 FRAGMENTATION = 0.05
@@ -147,7 +149,7 @@ def _train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     vocab, policy = model.vocab_size, ceil(tokens * layout.policy_share)
     if layout.backend == "megatron":
         vocab = padded_vocab(model) // layout.tp
-    logits = 2 * c * policy * vocab if last else 0
+    logits = 2 * c * policy * vocab + LOSS_BYTES if last else 0
     norm = 4 + c if layout.backend == "fsdp" else c
     end = (tokens * norm + policy * c) * model.hidden_size if last else 0
     flight = f" x {layout.pp - stage} micro-batches in flight" if layout.pp - stage > 1 else ""
@@ -158,7 +160,12 @@ def _train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     at_once = ", not at the same time as the logits" if last else ""
     return [
         Line("activations", kept + end, f"{what} x {model.num_hidden_layers // layout.pp} layers{flight}", PHASES[2:]),
-        Line("logits", logits, f"{c} B x {policy:,} policy tokens x {vocab:,} words, and their gradient", PHASES[2:]),
+        Line(
+            "logits",
+            logits,
+            f"{c} B x {policy:,} policy tokens x {vocab:,} words, and their gradient; 64 MiB for the loss",
+            PHASES[2:],
+        ),
         Line(
             "recomputed activations",
             max(0, again - logits),
