@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from searchr1.config.memory_shapes import ModelShape, padded_vocab
 from searchr1.config.placement import group_ranks, group_slots
 from searchr1.config.schema import Config
+from searchr1.config.schema_model import ActorConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
 
@@ -94,9 +95,14 @@ class Layout:
             ("algorithm.kl_beta: 0 (no reference model)", replace(self, reference=False)),
             ("cluster.component_placement: actor on twice the GPUs", more),
             ("cluster.component_placement: rollout on other GPUs", replace(self, shared=False)),
-            ("actor.offload_optimizer: True", replace(self, offload_optimizer=True)),
-            ("actor.offload_weight: True", replace(self, offload_weight=True)),
         ]
+        offloads = {
+            "offload_optimizer": replace(self, offload_optimizer=True),
+            "offload_weight": replace(self, offload_weight=True),
+            "offload_grad": replace(self, offload_grad=True),
+        }
+        known = ActorConfig.__dataclass_fields__
+        changes += [(f"actor.{name}: True", changed) for name, changed in offloads.items() if name in known]
         share = round(self.engine_share - 0.1, 2)
         if share > 0.2:
             changes.append((f"rollout.gpu_memory_utilization: {share:g}", replace(self, engine_share=share)))
@@ -118,7 +124,6 @@ class Layout:
             (f"actor.model.pipeline_model_parallel_size: {2 * self.pp}", replace(self, pp=2 * self.pp)),
             ("actor.model.sequence_parallel: True", replace(self, sequence_parallel=self.tp > 1)),
             ("actor.optim.use_distributed_optimizer: True", replace(self, distributed_optimizer=True)),
-            ("actor.offload_grad: True", replace(self, offload_grad=True)),
         ]
 
 
@@ -146,7 +151,10 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
     group_ranks(config, "rollout", device)  # refuses engines that do not fit
     inference = group_slots(config, "inference", device)
     megatron = backend == "megatron"
-    recompute = getattr(model, "recompute_granularity", None) or ("full" if model.gradient_checkpointing else "none")
+    recompute = (
+        getattr(model, "recompute_granularity", None) if megatron else "full" if model.gradient_checkpointing else None
+    )
+    recompute = recompute or "none"
     if recompute not in ("none", "full", "selective"):
         raise UserError(f"actor.model.recompute_granularity: {recompute!r} is not one of null, full, selective")
     return Layout(
@@ -157,7 +165,7 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
         compute_bytes=PRECISION_BYTES[model.precision],
         distributed_optimizer=bool(getattr(actor.optim, "use_distributed_optimizer", True)),
         sequence_parallel=megatron and bool(getattr(model, "sequence_parallel", False)),
-        recompute=recompute if megatron else ("full" if model.gradient_checkpointing else "none"),
+        recompute=recompute,
         recompute_method=getattr(model, "recompute_method", None) or "uniform",
         recompute_layers=getattr(model, "recompute_num_layers", None) or 1,
         offload_weight=bool(getattr(actor, "offload_weight", False)),

@@ -67,18 +67,21 @@ def layer_activation(model: ModelShape, layout: Layout) -> float:
     """Bytes a token that one layer keeps for its backward pass, without recomputation.
 
     After Korthikanti et al. (arXiv 2205.05198), for GQA, SwiGLU, no dropout and attention that keeps no scores:
-    the inputs of both norms and of the linear layers behind them; queries, keys, values; attention's output (which is
-    the output projection's input) and its log-sum-exp; gate, up, SiLU of gate, and their product. transformers' norms
-    keep an fp32 copy and the normalised input; fused ones keep the input.
+    what both norms keep, and the inputs of the linear layers behind them; queries, keys and values; attention's output
+    (which is the output projection's input) and its log-sum-exp; gate, up, SiLU of gate, and their product.
+    transformers' norms keep an fp32 copy and the normalised input; Megatron's keep the input. Megatron's fused SwiGLU
+    does not keep the SiLU, but its values are a view that keeps queries and keys from before the rotation alive.
     """
-    c, h = layout.compute_bytes, model.hidden_size
-    norm = 4 + c if layout.backend == "fsdp" else c
-    hidden = 2 * (norm + c) * h + (2 * 4)
-    attention = c * (2 * model.query_size + 2 * model.key_size)
+    c, h, q, k = layout.compute_bytes, model.hidden_size, model.query_size, model.key_size
+    fsdp = layout.backend == "fsdp"
+    norm = 4 + c if fsdp else c
+    hidden = 2 * (norm + c) * h + 2 * 4
+    inner = c * (2 * q + 2 * k) if fsdp else c * (3 * q + 3 * k)
+    inner += c * model.intermediate_size * (4 if fsdp else 3)
     if model.qk_norm:
-        attention += norm * (model.query_size + model.key_size) + 4 * (model.num_attention_heads + model.num_key_value_heads)
-    log_sum_exp = 0 if layout.recompute == "selective" else 4 * model.num_attention_heads
-    inner = attention + log_sum_exp + 4 * c * model.intermediate_size
+        inner += (norm if fsdp else 0) * (q + k) + 4 * (model.num_attention_heads + model.num_key_value_heads)
+    if layout.recompute != "selective":
+        inner += 4 * model.num_attention_heads
     return hidden / (layout.tp if layout.sequence_parallel else 1) + inner / layout.tp
 
 
@@ -189,8 +192,9 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
     weights = layout.engine_bytes * model.parameters / layout.engine_tp / GIB
     text += f", of which weights {weights:.1f} GiB; " + ("asleep in training" if layout.shared else "on GPUs of its own")
     lines.append(Line("rollout engine", engine if layout.shared else 0, text, PHASES[:2]))
-    full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes
-    text = f"{BUCKET_BYTES >> 20} MiB bucket and the largest tensor whole, {full} B x {model.embedding:,}"
+    # FSDP gathers in fp32 and casts; Megatron gathers the parts of a layer, then joins them.
+    full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes * (2 if layout.tp > 1 else 1)
+    text = f"{BUCKET_BYTES >> 20} MiB bucket and the embedding whole, {full} B x {model.embedding:,}"
     lines.append(Line("weight update", BUCKET_BYTES + full * model.embedding, text, PHASES[1:2]))
     processes = 1 + layout.reference
     lines.append(Line("contexts", CONTEXT_BYTES * processes, f"assumed: 1 GiB x {processes} process(es) beside the engine"))
@@ -216,13 +220,14 @@ def _stage_plan(model: ModelShape, layout: Layout, gpu_bytes: int, stage: int) -
 
 
 def plan_memory(model: ModelShape, layout: Layout, gpu_bytes: int = 80 * GIB) -> MemoryPlan:
-    """The plan of the pipeline stage that needs most.
+    """The plan of the pipeline stage that needs most: in its worst phase if that is too much, else in training.
 
     Raises:
         UserError: the layout does not fit the model's sizes.
     """
     layout.check(model)
-    return max((_stage_plan(model, layout, gpu_bytes, stage) for stage in range(layout.pp)), key=lambda plan: plan.peak)
+    plans = [_stage_plan(model, layout, gpu_bytes, stage) for stage in range(layout.pp)]
+    return max(plans, key=lambda plan: (plan.peak if plan.peak > gpu_bytes else 0, plan.total("train")))
 
 
 def knobs(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[tuple[str, Layout, MemoryPlan]]:

@@ -26,15 +26,14 @@ def candidates(backend: str, gpus: int) -> Iterator[tuple[float, Layout]]:
     base = Layout(backend=backend, gpus=gpus, reference_gpus=gpus, max_tokens=TOKENS)
     powers = [size for size in (1, 2, 4, 8) if size <= gpus]
     megatron = backend == "megatron"
+    # Moving state to host memory while the engine generates (actor.offload_*) is Megatron's; FSDP has cpu_offload.
     cuts = [(tp, pp) for tp, pp in product(powers, powers) if tp * pp <= gpus] if megatron else [(1, 1)]
-    host = (False,) if megatron else (False, True)
+    aways, host = ((False, True), (False,)) if megatron else ((False,), (False, True))
     for (tp, pp), full, away, cpu, share, engine_tp in product(
-        cuts, (False, True), (False, True), host, (0.75, 0.6, 0.45, 0.3), powers
+        cuts, (False, True), aways, host, (0.75, 0.6, 0.45, 0.3), powers
     ):
         price = 0.33 * full + 0.1 * away + 1.0 * cpu + 0.15 * log2(tp) + 0.25 * log2(pp)
         price += 0.4 * (0.75 - share) + 0.05 * log2(engine_tp)
-        if away and cpu:
-            continue
         yield (
             price,
             replace(
@@ -47,7 +46,7 @@ def candidates(backend: str, gpus: int) -> Iterator[tuple[float, Layout]]:
 def best_layout(model: ModelShape, backend: str, gpus: int) -> tuple[Layout, MemoryPlan]:
     """The cheapest layout that fits, or, where none does, the one that comes nearest."""
     fitting: list[tuple[float, int, Layout, MemoryPlan]] = []
-    nearest: list[tuple[int, int, Layout, MemoryPlan]] = []
+    nearest: list[tuple[bool, int, int, Layout, MemoryPlan]] = []
     for number, (price, layout) in enumerate(candidates(backend, gpus)):
         try:
             plan = plan_memory(model, layout, GPU_BYTES)
@@ -55,9 +54,8 @@ def best_layout(model: ModelShape, backend: str, gpus: int) -> tuple[Layout, Mem
             continue  # the model cannot be cut that way
         if plan.fits(GPU_BYTES):
             fitting.append((price, number, layout, plan))
-        nearest.append((max(plan.peak, GPU_BYTES + 1 if plan.problem else 0), number, layout, plan))
-    _, _, layout, plan = min(fitting) if fitting else min(nearest)
-    return layout, plan
+        nearest.append((bool(plan.problem), plan.peak, number, layout, plan))
+    return min(fitting)[2:] if fitting else min(nearest)[3:]
 
 
 def row(name: str, layout: Layout, plan: MemoryPlan) -> str:
