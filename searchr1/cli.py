@@ -12,6 +12,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("searchr1.runner.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
     "eval": ("searchr1.runner.evaluate", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
     "check-config": ("searchr1.config.cli", "print what a YAML would run, or every problem in it"),
+    "plan-memory": ("searchr1.config.memory_plan_cli", "what a run would need of each GPU, from its YAML alone"),
     "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
     "convert": ("searchr1.actor.export", "turn a training checkpoint into a Hugging Face folder"),
     "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),
