@@ -14,7 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check-config": ("searchr1.config.cli", "print what a YAML would run, or every problem in it"),
     "plan-memory": ("searchr1.config.memory_plan_cli", "what a run would need of each GPU, from its YAML alone"),
     "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
-    "convert": ("searchr1.actor.export", "turn a training checkpoint into a Hugging Face folder"),
+    "convert": ("searchr1.convert.cli", "checkpoints: Megatron or FSDP to Hugging Face, Hugging Face to Megatron"),
     "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),
     "rerank-server": ("searchr1.retrieval.rerank_server", "serve a cross-encoder: /rerank"),
     "build-index": ("searchr1.retrieval.build", "build a BM25 or dense index of a corpus"),

@@ -93,15 +93,13 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == spec.shape, (name, tensor.shape, spec.shape)
         self._file.seek(self._start + position)
         for piece in pieces(tensor, spec.dtype, name):
-            self._file.write(memoryview(bytes_of(piece).numpy()))
+            self._file.write(bytes_of(piece).numpy().data)
         self._missing.remove(name)
 
     def __enter__(self) -> SafetensorsWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with self._file:
             if kind is None:
                 assert not self._missing, f"never written: {sorted(self._missing)[:5]}"
@@ -180,7 +178,7 @@ class SafetensorsReader:
         return whole if (start, stop) == (0, spec.shape[dim]) else whole.narrow(dim, start, stop - start).contiguous()
 
     def _fill(self, target: Tensor, position: int) -> None:
-        view = memoryview(bytes_of(target).numpy())
+        view = bytes_of(target).numpy().data
         while view:
             count = os.preadv(self._file.fileno(), [view], position)
             if not count:

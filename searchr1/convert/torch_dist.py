@@ -6,15 +6,16 @@ the chunks that a slice touches are read, one at a time; no process group is nee
 
 from __future__ import annotations
 
+import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.utils import _create_file_view
 
 from searchr1.actor.checkpoint import SIZES, verify_checkpoint
 from searchr1.convert.dcp_metadata import METADATA, read_metadata
@@ -36,7 +37,9 @@ def find_checkpoint(given: Path) -> Path:
         if (folder / METADATA).is_file():
             return folder
     if list(given.glob("*.distcp")):
-        raise UserError(f"--checkpoint {given}: has .distcp files, but no {METADATA}: it was never completed, or not copied whole")
+        raise UserError(
+            f"--checkpoint {given}: has .distcp files, but no {METADATA}: it was never completed, or not copied whole"
+        )
     steps = sorted(path.name for path in given.glob("global_step_*"))
     advice = f"it has {', '.join(steps)}: give one of them" if steps else "give a folder …/global_step_N/actor"
     raise UserError(f"--checkpoint {given}: is no checkpoint folder (no {METADATA}); {advice}")
@@ -60,7 +63,7 @@ class TorchDistFolder:
             name: item for name, item in found.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
         }
         self._check_files()
-        self._open: tuple[str, Any] | None = None
+        self._open: tuple[str, IO[bytes]] | None = None
 
     def _check_files(self) -> None:
         ends: dict[str, int] = {}
@@ -120,12 +123,12 @@ class TorchDistFolder:
         file = self._file(info.relative_path)
         try:
             if check:
-                with zipfile.ZipFile(_create_file_view(file, info.offset, info.length)) as archive:
+                with zipfile.ZipFile(_Part(file, info.offset, info.length)) as archive:
                     bad = archive.testzip()
                 if bad:
-                    raise ValueError(f"checksum of {bad}")
-            view = _create_file_view(file, info.offset, info.length)
-            found: Tensor = torch.load(view, map_location="cpu", weights_only=True)
+                    raise ValueError(f"wrong checksum of {bad}")
+            part = io.BufferedReader(_Part(file, info.offset, info.length))
+            found: Tensor = torch.load(part, map_location="cpu", weights_only=True)
             if found.shape != chunk.sizes or found.dtype != self.dtype(name):
                 raise ValueError(f"it is {tuple(found.shape)}, {found.dtype}")
         except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
@@ -135,7 +138,7 @@ class TorchDistFolder:
             ) from error
         return found
 
-    def _file(self, name: str) -> Any:
+    def _file(self, name: str) -> IO[bytes]:
         if self._open is None or self._open[0] != name:
             self.close()
             self._open = (name, (self.folder / name).open("rb", buffering=0))
@@ -146,6 +149,38 @@ class TorchDistFolder:
         if self._open is not None:
             self._open[1].close()
             self._open = None
+
+
+class _Part(io.RawIOBase):
+    """Part of a file as a file of its own. (PyTorch's own view cannot seek from its end, which zipfile does.)"""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._number, self._start, self._length = file.fileno(), start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as one read of the file does."""
+        view = memoryview(buffer)[: max(self._length - self._position, 0)]
+        count = os.preadv(self._number, [view], self._start + self._position)
+        self._position += count
+        return count
 
 
 def _overlap(chunk: ChunkStorageMetadata, box: Box) -> Box | None:

@@ -23,13 +23,13 @@ import torch
 import torch.distributed as dist
 
 from searchr1.actor.batch_stats import all_reduce_denominators, all_reduce_max, count_denominators
-from searchr1.actor.export import DTYPES, write_weights
 from searchr1.actor.fsdp import FsdpModel
 from searchr1.actor.model import init_process_group, load_model, policy_logprobs, shard_model
 from searchr1.actor.optimizer import build_optimizer, build_schedule, clip_gradients
 from searchr1.actor.packing import pack, plan_micro_batches, sequence_length, split_balanced
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.schema_model import LrSchedConfig, OptimConfig
+from searchr1.convert.hf_writer import DTYPES, write_weights
 from searchr1.data.dataset import read_rows
 from searchr1.device import Device
 from searchr1.errors import UserError

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from searchr1.actor.checkpoint import checkpoint_steps, latest_checkpoint, new_checkpoint, prune_checkpoints
-from searchr1.actor.export import convert
-from searchr1.actor.fsdp import FsdpActor
+from searchr1.actor.policy import Policy
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.schema import Config
+from searchr1.convert.fsdp2hf import fsdp2hf
 from searchr1.device import Device
 from searchr1.errors import UserError
 
@@ -125,7 +125,7 @@ def by_hand(model_path, config, steps):
 @pytest.mark.parametrize("recompute", [True, False])
 def test_three_steps_equal_a_plain_loop(model_path, recompute):
     config = make_config(model_path, recompute_logprobs=recompute)
-    actor = FsdpActor.start(config, CPU)
+    actor = Policy.start(config, CPU)
     steps = [make_trajectories(seed=seed) for seed in range(3)]
     for trajectories, advantages in steps:
         metrics = actor.train_step(trajectories, advantages, [0] * len(trajectories))
@@ -144,7 +144,7 @@ def test_micro_batch_size_changes_nothing(model_path, max_tokens):
     for tokens in (64, max_tokens):
         config = make_config(model_path)
         config.runner.max_tokens_per_mbs = tokens
-        actor = FsdpActor.start(config, CPU)
+        actor = Policy.start(config, CPU)
         trajectories, advantages = make_trajectories()
         results.append((actor.train_step(trajectories, advantages, [0] * 8), weights(actor)))
     (first, w1), (second, w2) = results
@@ -155,7 +155,7 @@ def test_micro_batch_size_changes_nothing(model_path, max_tokens):
 
 def test_old_logprobs_of_later_minibatches_are_those_before_the_first_update(model_path):
     config = make_config(model_path, n_minibatches=2)
-    actor = FsdpActor.start(config, CPU)
+    actor = Policy.start(config, CPU)
     trajectories, advantages = make_trajectories()
     ids = [t.sample.index // 2 for t in trajectories]
     metrics = actor.train_step(trajectories, advantages, ids)
@@ -165,7 +165,7 @@ def test_old_logprobs_of_later_minibatches_are_those_before_the_first_update(mod
 
 
 def test_non_finite_gradient_skips_the_update(model_path):
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     before = weights(actor)
     trajectories, advantages = make_trajectories()
     metrics = actor.train_step(trajectories, [1e38] * 8, [0] * 8)
@@ -179,7 +179,7 @@ def test_non_finite_gradient_skips_the_update(model_path):
 def test_logprobs_are_response_aligned_and_match_transformers(model_path):
     from transformers import AutoModelForCausalLM
 
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     trajectories, _ = make_trajectories()
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     for t, found in zip(trajectories, actor.logprobs(trajectories), strict=True):
@@ -205,7 +205,7 @@ def test_resuming_equals_never_having_stopped(model_path, tmp_path):
         config = make_config(model_path)
         config.actor.lr_sched.lr_decay_style = "cosine"
         config.actor.lr_sched.lr_warmup_iters = 2
-        return FsdpActor.start(config, CPU, total_steps=6)
+        return Policy.start(config, CPU, total_steps=6)
 
     steps = [make_trajectories(seed=seed) for seed in range(5)]
     whole, halves = make(), make()
@@ -218,13 +218,13 @@ def test_resuming_equals_never_having_stopped(model_path, tmp_path):
     resumed.load(latest_checkpoint(tmp_path) / "actor")
     for trajectories, advantages in steps[2:]:
         metrics = resumed.train_step(trajectories, advantages, [0] * 8)
-    assert metrics["actor/lr"] == whole.schedule.get_last_lr()[0]
+    assert metrics["actor/lr"] == whole.backend.schedule.get_last_lr()[0]
     expected = weights(whole)
     assert all(torch.allclose(tensor, expected[name], atol=1e-7) for name, tensor in weights(resumed).items())
 
 
 def test_damaged_checkpoint_is_named_with_an_older_one(model_path, tmp_path):
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     save(actor, tmp_path, 1)
     newest = save(actor, tmp_path, 2)
     shard = next(newest.glob("actor/*.distcp"))
@@ -240,7 +240,7 @@ def test_damaged_checkpoint_is_named_with_an_older_one(model_path, tmp_path):
 
 
 def test_stop_while_saving_leaves_the_earlier_checkpoint(model_path, tmp_path):
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     save(actor, tmp_path, 1)
     with pytest.raises(KeyboardInterrupt), new_checkpoint(tmp_path, 2) as folder:  # noqa: PT012
         actor.save(folder / "actor")
@@ -254,7 +254,7 @@ def test_stop_while_saving_leaves_the_earlier_checkpoint(model_path, tmp_path):
 
 
 def test_full_disk_is_told_and_nothing_is_lost(model_path, tmp_path):
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     save(actor, tmp_path, 1)
     with pytest.raises(UserError, match="the disk is full"), new_checkpoint(tmp_path, 2):
         raise OSError(28, "No space left on device")
@@ -265,17 +265,17 @@ def test_full_disk_is_told_and_nothing_is_lost(model_path, tmp_path):
 def test_exported_model_gives_the_same_logits(model_path, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     trajectories, advantages = make_trajectories()
     actor.train_step(trajectories, advantages, [0] * 8)
     checkpoint = save(actor, tmp_path / "checkpoints", 1)
-    convert(checkpoint / "actor", tmp_path / "out", None, None)
+    fsdp2hf(checkpoint / "actor", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == 2048
     for name, tensor in weights(actor).items():
         assert torch.equal(model.get_parameter(name), tensor), name
     with pytest.raises(UserError, match="not empty"):
-        convert(checkpoint / "actor", tmp_path / "out", None, None)
+        fsdp2hf(checkpoint / "actor", tmp_path / "out")
     # A config of another model: every tensor that does not fit is refused by name.
     other = tmp_path / "other"
     other.mkdir()
@@ -283,7 +283,7 @@ def test_exported_model_gives_the_same_logits(model_path, tmp_path):
     config.pop("layer_types", None)
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"missing model\.layers\.2"):
-        convert(checkpoint / "actor", tmp_path / "out2", other, None)
+        fsdp2hf(checkpoint / "actor", tmp_path / "out2", other)
     assert not (tmp_path / "out2").exists()
 
 
@@ -292,7 +292,7 @@ import copy, os, sys, torch
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
 import test_fsdp_core as here
 path, out = sys.argv[2], sys.argv[3]
-actor = here.FsdpActor.start(here.make_config(path, n_minibatches=2), here.CPU)
+actor = here.Policy.start(here.make_config(path, n_minibatches=2), here.CPU)
 rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
 results = []
 for seed in range(2):
@@ -339,7 +339,7 @@ def test_two_processes_equal_one(model_path, tmp_path):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
     assert all(torch.allclose(two_weights[name], one_weights[name], atol=1e-5) for name in one_weights)
     # Saved by two processes, loaded by one.
-    actor = FsdpActor.start(make_config(model_path), CPU)
+    actor = Policy.start(make_config(model_path), CPU)
     (tmp_path / "sizes.json").write_text("{}")
     actor.load(tmp_path / "two-ckpt")
     assert all(torch.equal(tensor, two_weights[name]) for name, tensor in weights(actor).items())
@@ -348,7 +348,7 @@ def test_two_processes_equal_one(model_path, tmp_path):
 def test_config_is_not_changed_by_training(model_path):
     config = make_config(model_path)
     before = copy.deepcopy(config)
-    actor = FsdpActor.start(config, CPU)
+    actor = Policy.start(config, CPU)
     trajectories, advantages = make_trajectories()
     actor.train_step(trajectories, advantages, [0] * 8)
     assert config == before

@@ -1,0 +1,95 @@
+"""`searchr1 convert fsdp2hf`: an FSDP checkpoint -> a folder that transformers and vLLM load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from searchr1.actor.megatron.hf_folder import check_names
+from searchr1.actor.megatron.mapping import SliceReader
+from searchr1.convert.hf_writer import config_folder
+from searchr1.convert.megatron_source import is_megatron
+from searchr1.convert.output import refuse_used
+from searchr1.convert.safetensors_file import TensorSpec
+from searchr1.convert.to_hf import Options, write_folder
+from searchr1.convert.torch_dist import TorchDistFolder, find_checkpoint
+from searchr1.errors import UserError
+
+_PREFIX = "model."
+
+
+def fsdp2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options: Options | None = None) -> list[str]:
+    """Write `output`. Returns what was done, line by line.
+
+    Args:
+        checkpoint: `…/global_step_N/actor` (or `…/global_step_N`).
+        output: must not exist, or be empty.
+        hf_model: whose configuration and tokenizer to take; None takes those kept in the checkpoint.
+        options: precision, sizes, comparisons.
+
+    Raises:
+        UserError: damaged or foreign checkpoint, or an output that is in use. Nothing is left behind.
+    """
+    refuse_used(output)
+    actor = find_checkpoint(checkpoint)
+    with closing(TorchDistFolder(actor)) as folder:
+        config = config_folder(hf_model, actor)
+        return write_folder(FsdpSource(folder, expected_shapes(config)), config, output, options or Options())
+
+
+class FsdpSource:
+    """The model's tensors in an FSDP checkpoint: Hugging Face's own, under a prefix."""
+
+    def __init__(self, folder: TorchDistFolder, expected: dict[str, tuple[int, ...]]) -> None:
+        """Compare names and shapes.
+
+        Raises:
+            UserError: Megatron's checkpoint; missing, unexpected or misshapen tensors, by name.
+        """
+        if is_megatron(folder):
+            raise UserError(f"{folder.folder} is a Megatron checkpoint: use searchr1 convert mg2hf")
+        self._folder = folder
+        found = {key.removeprefix(_PREFIX): folder.shape(key) for key in folder.tensors if key.startswith(_PREFIX)}
+        if not found:
+            raise UserError(f"{folder.folder} has no tensors of a model: it is no FSDP training checkpoint")
+        if "lm_head.weight" not in expected:  # tied: a second name of the embedding
+            found.pop("lm_head.weight", None)
+        check_names(found, expected, str(folder.folder))
+        self._names = list(found)
+
+    def specs(self) -> list[TensorSpec]:
+        """What the Hugging Face folder will have, in the checkpoint's precision."""
+        keys = [(name, _PREFIX + name) for name in self._names]
+        return [TensorSpec(name, self._folder.shape(key), self._folder.dtype(key)) for name, key in keys]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors, in the order of `specs`."""
+        for name in self._names:
+            yield name, self._folder.read(_PREFIX + name)
+
+    def pairs(self, read: SliceReader) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, from here, from a Hugging Face folder)."""
+        for name in self._names:
+            source = self._folder.read(_PREFIX + name, check=True)
+            yield name, source, read(name, 0, 0, len(source))
+
+
+def expected_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the architecture's parameters; a tied output layer is left out.
+
+    Raises:
+        UserError: config.json is not usable.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{model_folder}: no usable config.json ({str(error).splitlines()[0]})") from error
+    model.tie_weights()
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

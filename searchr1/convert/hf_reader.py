@@ -1,0 +1,83 @@
+"""The safetensors files of a local Hugging Face folder, read by plain reads (see safetensors_file.py for why)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from searchr1.actor.megatron.architecture import Architecture
+from searchr1.actor.megatron.hf_folder import INDEX, SINGLE, check_names
+from searchr1.actor.megatron.mapping import hugging_face_shapes
+from searchr1.convert.safetensors_file import SafetensorsReader, TensorSpec
+from searchr1.errors import UserError
+
+
+class HfReader:
+    """Open files and which tensor is in which. Use `open`."""
+
+    def __init__(self, folder: Path, files: list[SafetensorsReader]) -> None:
+        self.folder = folder
+        self.specs: dict[str, TensorSpec] = {name: spec for file in files for name, spec in file.specs.items()}
+        self._files = {name: file for file in files for name in file.specs}
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path) -> Iterator[HfReader]:
+        """Open every file that the index names, or the only one.
+
+        Raises:
+            UserError: no safetensors there, or a file is missing or damaged, by name.
+        """
+        with ExitStack() as stack:
+            files = []
+            for name in _file_names(folder):
+                files.append(SafetensorsReader(folder / name))
+                stack.callback(files[-1].close)
+            yield cls(folder, files)
+
+    def check(self, arch: Architecture) -> None:
+        """Compare names and shapes with what the architecture has; a second copy of a tied output layer is ignored.
+
+        Raises:
+            UserError: missing, unexpected or misshapen tensors, by name.
+        """
+        found = {name: spec.shape for name, spec in self.specs.items()}
+        if arch.tied:
+            found.pop("lm_head.weight", None)
+        check_names(found, hugging_face_shapes(arch), str(self.folder))
+
+    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """Part of a tensor along one dimension."""
+        return self._files[name].read(name, dim, start, stop)
+
+    def tensor(self, name: str) -> Tensor:
+        """A whole tensor."""
+        return self.read(name, 0, 0, self.specs[name].shape[0])
+
+    def dtype(self) -> torch.dtype:
+        """The precision of most of the elements."""
+        return main_dtype(list(self.specs.values()))
+
+
+def main_dtype(specs: list[TensorSpec]) -> torch.dtype:
+    """The precision that takes the most bytes; a configuration names one, though norms may be kept in another."""
+    totals: dict[torch.dtype, int] = {}
+    for spec in specs:
+        totals[spec.dtype] = totals.get(spec.dtype, 0) + spec.nbytes
+    return max(totals, key=lambda dtype: totals[dtype])
+
+
+def _file_names(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        try:
+            return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX} is damaged ({error!r}); get it again") from error
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; give a local folder with the weights in safetensors files")
