@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from searchr1.actor.checkpoint import HF_FOLDER
@@ -27,6 +28,11 @@ from searchr1.convert.verify import SMALL_BYTES, compare, compare_logits
 from searchr1.errors import UserError
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
+_STATEFUL = (
+    "self_attention.linear_qkv", "self_attention.core_attention", "self_attention.linear_proj", "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)  # fmt: skip
+_STATEFUL_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +72,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
             (folder / HF_FOLDER).mkdir()
             copy_hf_files(hf_model, folder / HF_FOLDER, options.dtype or reader.dtype())
             lines = _verify(reader, arch, folder, options, total)
-    return [f"{len(entries(arch))} tensors, {total / 1e9:.2f} GB -> {output}", *lines]
+    return [f"{len(entries(arch))} tensors, {decimal(total)} -> {output}", *lines]
 
 
 def _write(reader: HfReader, arch: Architecture, folder: Path, options: MegatronOptions, total: int) -> None:
@@ -80,7 +86,19 @@ def _write(reader: HfReader, arch: Architecture, folder: Path, options: Megatron
                 writer.add_layer(layer.group(1) + layer.group(3), tensor, int(layer.group(2)), arch.layers)
             advance(tensor.nbytes)
             del tensor
+        _write_extra_states(writer, arch, options.layers)
         writer.finish()
+
+
+def _write_extra_states(writer: TorchDistWriter, arch: Architecture, layers: str) -> None:
+    modules = _STATEFUL + (_STATEFUL_NORMS if arch.qk_norm else ())
+    for module in modules:
+        for layer in range(arch.layers):
+            if layers == "separate":
+                writer.add_empty_object(f"decoder.layers.{layer}.{module}")
+            else:
+                writer.add_empty_object(f"decoder.layers.{module}", layer, arch.layers)
+    writer.add_empty_object("decoder.final_layernorm")
 
 
 def _verify(reader: HfReader, arch: Architecture, folder: Path, options: MegatronOptions, total: int) -> list[str]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from rich.filesize import decimal
 from torch import Tensor
 
 from searchr1.actor.megatron.mapping import SliceReader
@@ -70,7 +71,7 @@ def write_folder(source: HfSource, config: Path, output: Path, options: Options)
                 lines.append(compare(source.pairs(written.read), sum(spec.nbytes for spec in stored), options.dtype))
         if isinstance(source, MegatronSource) and (options.verify_logits or (options.verify and total <= SMALL_BYTES)):
             lines.append(compare_logits(source, config, folder, options.dtype))
-    return [f"{len(specs)} tensors, {total / 1e9:.2f} GB -> {output}", *lines]
+    return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines]
 
 
 def _told(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     STORAGE_TYPES,
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -68,6 +69,21 @@ class TorchDistWriter:
         index = MetadataIndex(key, offsets, len(item.chunks))
         item.chunks.append(ChunkStorageMetadata(offsets, tensor.shape))
         self._storage[index] = _StorageInfo(_file_name(self._files - 1), start, file.tell() - start)
+
+    def add_empty_object(self, module: str, index: int = 0, count: int = 1) -> None:
+        """Write the `_extra_state` (of fp8) that Megatron's and Transformer Engine's modules ask for: none.
+
+        Args:
+            module: its key.
+            index: its place among the stacked layers.
+            count: how many those are.
+        """
+        key = f"{module}._extra_state/shard_{index}_{count}"
+        file = self._current()
+        start = file.tell()
+        torch.save([None], file)
+        self._tensors[key] = BytesStorageMetadata()
+        self._storage[MetadataIndex(key)] = _StorageInfo(_file_name(self._files - 1), start, file.tell() - start)
 
     def _current(self) -> IO[bytes]:
         if self._file is not None and self._file.tell() >= self._file_bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.filesize import decimal
 from torch import Tensor
 
 from searchr1.actor.megatron.architecture import Architecture, read_architecture, rotary_frequencies
@@ -39,9 +40,7 @@ def compare(pairs: Iterable[tuple[str, Tensor, Tensor]], total_bytes: int, dtype
             advance(source.nbytes)
             count, size = count + 1, size + written.nbytes
             del source, written
-    return (
-        f"verified: {count} tensors ({size / 1e9:.2f} GB) read back, identical bit by bit; the source's checksums are right"
-    )
+    return f"verified: {count} tensors ({decimal(size)}) read back, identical bit by bit; the checkpoint's checksums hold"
 
 
 def same_bits(source: Tensor, written: Tensor, dtype: torch.dtype | None, name: str) -> bool:

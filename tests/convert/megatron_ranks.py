@@ -1,0 +1,98 @@
+"""One of two ranks that run Megatron: `python megatron_ranks.py RANK PORT FOLDER`.
+
+For every model of FOLDER (`NAME/hf`, and `NAME/stacked`, `NAME/separate` from hf2mg) and every layout it saves a checkpoint,
+and loads hf2mg's and compares. What differs is written to `FOLDER/differences-RANK`.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
+WAYS = {
+    "stacked": {},
+    "separate": {"non_homogeneous_layers": True},
+    "halves": {"singleton_local_shards": True},
+}
+"""Ways of naming: the metadata that make Megatron use them."""
+
+
+def main(rank: int, port: int, folder: Path) -> None:
+    from searchr1.actor.megatron.parallel import Layout, start_megatron
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    problems = []
+    for name, (tensor_parallel, pipeline_parallel) in LAYOUTS.items():
+        layout = Layout.of(2, tensor_parallel, pipeline_parallel)
+        parallel_state = start_megatron(layout, 1)
+        for model in sorted(path for path in folder.iterdir() if path.is_dir()):
+            problems += [f"{model.name} {name}: {text}" for text in one(model, name, layout)]
+        parallel_state.destroy_model_parallel()
+    (folder / f"differences-{rank}").write_text("\n".join(problems))
+    dist.barrier()
+
+
+def one(folder: Path, name: str, layout) -> list[str]:
+    from megatron.core import dist_checkpointing
+
+    from searchr1.actor.megatron.architecture import read_architecture
+    from searchr1.actor.megatron.model import build_model, first_layer_of_stage, load_hugging_face, local_parameters
+    from searchr1.config.schema_model import ActorModelConfig
+    from searchr1.device import Device
+
+    arch, config = read_architecture(folder / "hf")
+    settings = ActorModelConfig(precision="bf16" if folder.name.endswith("bf16") else "fp32")
+    model = build_model(arch, config, layout, settings, Device.detect("cpu"), 4096)
+    parameters = local_parameters(model, arch, first_layer_of_stage(arch, layout))
+    load_hugging_face(parameters, folder / "hf", arch)
+    expected = {item.entry.name: item.parameter.detach().clone() for item in parameters}
+    problems = []
+    for way, metadata in WAYS.items():
+        target = folder / f"megatron-{name}-{way}"
+        if dist.get_rank() == 0:
+            target.mkdir()
+        dist.barrier()
+        # As our trainer saves: no prefix, an optimizer beside; or as others do, under `model.`.
+        prefix = "model." if way == "separate" else ""
+        state = {"model": model.sharded_state_dict(prefix=prefix, metadata=dict(metadata))}
+        if way == "stacked":
+            moments = model.sharded_state_dict(metadata=dict(metadata))
+            state["optimizer"] = renamed(moments)
+        state["step"] = 3
+        dist_checkpointing.save(state, str(target))
+    for way in ("stacked", "separate"):
+        for item in parameters:
+            item.parameter.data.fill_(float("nan"))
+        state = {"model": model.sharded_state_dict(metadata=dict(WAYS[way]))}
+        loaded = dist_checkpointing.load(state, str(folder / way))
+        model.load_state_dict(loaded["model"])
+        for item in parameters:
+            if not torch.equal(item.parameter, expected[item.entry.name]):
+                problems.append(f"{way}: {item.entry.name} differs")
+    return problems
+
+
+def renamed(state):
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    found = {}
+    for key, item in state.items():
+        if isinstance(item, (ShardedTensor, ShardedTensorFactory)):
+            item.key = "optimizer.state.exp_avg." + item.key
+            found[key] = item
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    except BaseException:
+        traceback.print_exc()
+        raise
+    dist.destroy_process_group()
