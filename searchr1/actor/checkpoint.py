@@ -130,7 +130,7 @@ def save_state(
         extra = {"schedule": schedule.state_dict(), "rng": _random_state()}
         extra["schedule"].pop("lr_lambdas", None)
         torch.save(extra, folder / "extra.pt")
-        save_hf_files(model_path, model, folder / HF_FOLDER)
+        save_hf_files(model_path, folder / HF_FOLDER)
     dist.barrier()
 
 
@@ -155,15 +155,15 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     _restore_random_state(extra["rng"])
 
 
-def save_hf_files(model_path: str, model: nn.Module, folder: Path) -> None:
+def save_hf_files(model_path: str, folder: Path) -> None:
     """Configuration, generation configuration and tokenizer, so that an export needs no other folder."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    model.config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    if getattr(model, "generation_config", None) is not None:
-        model.generation_config.save_pretrained(folder)  # type: ignore[union-attr, operator]
-    # A model without a tokenizer of its own is fine here; the exporter says so if it needs one.
+    AutoConfig.from_pretrained(model_path).save_pretrained(folder)
+    # A model without a generation configuration or a tokenizer of its own is fine here.
+    with suppress(OSError, ValueError):
+        GenerationConfig.from_pretrained(model_path).save_pretrained(folder)
     with suppress(OSError, ValueError):
         AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
 from searchr1.config.schema import Config
@@ -13,7 +15,7 @@ from searchr1.device import Device
 from searchr1.errors import UserError
 
 PRECISIONS = ("fp32", "bf16", "fp16")
-CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str | None, ...]] = {
     "actor.model.precision": PRECISIONS,
     "rollout.model.precision": PRECISIONS,
     "algorithm.loss_type": ("actor", "gspo", "cispo", "sapo"),
@@ -24,6 +26,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "agentloop.tool_response_truncate_side": ("right", "left", "middle"),
     "agentloop.information_style": ("searchr1", "rlinf"),
     "actor.training_backend": ("fsdp", "megatron"),
+    "actor.model.recompute_granularity": (None, "full", "selective"),
+    "actor.model.recompute_method": (None, "uniform", "block"),
     "actor.optim.optimizer": ("adam",),
     "actor.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
     "rollout.rollout_backend": ("vllm", "sglang"),
@@ -46,6 +50,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *_sizes(config),
         *_placement(config, for_training),
         *_files(config, for_training),
+        *(_megatron(config) if for_training and config.actor.training_backend == "megatron" else ()),
         *_unsupported(config, for_training),
         *_code(config),
     ]
@@ -56,8 +61,6 @@ def warnings(config: Config) -> list[str]:
     found = []
     if config.rollout.rollout_backend == "sglang":
         found.append("rollout.rollout_backend: sglang is read as vllm")
-    if config.actor.training_backend == "megatron":
-        found.append("actor.training_backend: megatron is not available yet; set it to fsdp to train")
     if config.algorithm.group_size == 1 and config.algorithm.adv_type != "reinforce++":
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
@@ -76,7 +79,7 @@ def value_of(config: Config, key: str) -> object:
 def _choices(config: Config) -> Iterator[Problem]:
     for key, allowed in CHOICES.items():
         if value_of(config, key) not in allowed:
-            yield Problem(key, f"{value_of(config, key)!r} is not one of {', '.join(allowed)}")
+            yield Problem(key, f"{value_of(config, key)!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def _sizes(config: Config) -> Iterator[Problem]:
@@ -168,6 +171,30 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
                 yield Problem(key, f"{path} does not exist; edit the path")
 
 
+def _megatron(config: Config) -> Iterator[Problem]:
+    """Layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is looked at later."""
+    model = config.actor.model
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        yield Problem("actor.model.sequence_parallel", "needs tensor_model_parallel_size of 2 or more; set it to False")
+    if model.gradient_checkpointing:
+        yield Problem("actor.model.gradient_checkpointing", "is for fsdp; use actor.model.recompute_granularity: full")
+    if model.recompute_granularity == "full" and not (model.recompute_method and model.recompute_num_layers):
+        yield Problem("actor.model.recompute_granularity", "full needs recompute_method and recompute_num_layers")
+    if model.apply_rope_fusion and importlib.util.find_spec("transformer_engine") is None:
+        yield Problem("actor.model.apply_rope_fusion", "needs Transformer Engine, which is not installed; set it to False")
+    path = config.actor.model.path or config.rollout.model.model_path
+    try:
+        device = Device.detect(config.cluster.device)
+        layout = actor_layout(config, len(group_ranks(config, "actor", device)))
+        if (Path(path) / "config.json").is_file():
+            from searchr1.actor.megatron.architecture import read_architecture
+
+            read_architecture(path)[0].check_layout(layout.tensor_parallel, layout.pipeline_parallel)
+    except UserError as error:
+        key, _, message = str(error).partition(": ")
+        yield Problem(key, message) if key.startswith("actor.") else Problem("actor.training_backend", str(error))
+
+
 def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
     if config.critic.use_critic_model:
         yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
@@ -175,8 +202,6 @@ def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
         yield Problem("reward.use_reward_model", "reward models are not supported; use reward.reward_type")
     if config.algorithm.advantage_mode == "turn":
         yield Problem("algorithm.advantage_mode", "turn is not supported yet; use trajectory")
-    if for_training and config.actor.training_backend == "megatron":
-        yield Problem("actor.training_backend", "megatron is not available yet; use fsdp")
     if for_training and not config.algorithm.recompute_logprobs and not config.rollout.return_logprobs:
         yield Problem("rollout.return_logprobs", "must be True if algorithm.recompute_logprobs is False")
 

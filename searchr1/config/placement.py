@@ -38,10 +38,21 @@ def group_slots(config: Config, component: str, device: Device) -> list[int]:
     placement = sorted(config.cluster.component_placement.items(), key=lambda item: str(item[0]).count(","))
     for names, value in placement:
         if component in [name.strip() for name in str(names).split(",")]:
-            return parse_slots(value, total_slots(config, device), f"cluster.component_placement.{names}")
+            slots = total_slots(config, device)
+            if component == "actor" and not device.is_cuda and config.cluster.slots is None:
+                slots = max(slots, _model_parallel_size(config))  # as many processes as one copy of the model needs
+            return parse_slots(value, slots, f"cluster.component_placement.{names}")
     if component == "inference":
-        return group_slots(config, "actor", device)
+        # On a CPU one process is enough for the reference, however many the actor has.
+        return group_slots(config, "actor", device) if device.is_cuda else list(range(total_slots(config, device)))
     raise UserError(f"cluster.component_placement: nothing is said about {component!r}; add `{component}: all`")
+
+
+def _model_parallel_size(config: Config) -> int:
+    model = config.actor.model
+    if config.actor.training_backend != "megatron":
+        return 1
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size
 
 
 def group_ranks(config: Config, component: str, device: Device) -> list[tuple[int, ...]]:

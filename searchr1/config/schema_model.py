@@ -109,6 +109,20 @@ class OptimConfig:
     """Decoupled; not on norms and biases."""
     clip_grad: float = 1.0
     """Largest norm of the gradient."""
+    use_distributed_optimizer: bool = True
+    """Spread the optimizer's state over the replicas (Megatron)."""
+    overlap_grad_reduce: bool = False
+    """Sum gradients over the replicas while the backward pass still runs (Megatron, GPU)."""
+    overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs (Megatron, GPU)."""
+    initial_loss_scale: float = 65536.0
+    """fp16: where the dynamic loss scale starts (Megatron)."""
+    min_loss_scale: float = 1.0
+    """fp16: where it ends."""
+    loss_scale_window: int = 1000
+    """fp16: updates without overflow before it is doubled."""
+    hysteresis: int = 2
+    """fp16: overflows before it is halved."""
 
 
 @dataclass

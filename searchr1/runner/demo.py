@@ -100,7 +100,8 @@ def run(args: argparse.Namespace) -> None:
         steps = sorted((out / "train/checkpoints").glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
         model = out / "model"
         if not model.exists():
-            command("convert", "fsdp2hf", "--checkpoint", steps[-1] / "actor", "--output", model)
+            kind = "mg2hf" if (steps[-1] / "actor/metadata.json").exists() else "fsdp2hf"
+            command("convert", kind, "--checkpoint", steps[-1] / "actor", "--output", model)
         command("eval", EVAL_CONFIG, "runner.overwrite=True", env=env)
         if args.checks:
             off = ["runner.experiment_name=eval-search-off", "tools.search.dummy_mode=True", "runner.overwrite=True"]

@@ -145,7 +145,7 @@ def train(args: argparse.Namespace) -> None:
         model = shard_model(fresh, device, precision=args.precision)
     else:
         model = load_model(args.model, device, precision=args.precision, gradient_checkpointing=args.gradient_checkpointing)
-    policy = FsdpModel(model, device, args.max_tokens_per_mbs, temperature=1.0)
+    policy = FsdpModel(model, device)
     rows, too_long = load_rows(args.data, tokenizer, args.max_length)
     tokens = sum(map(sequence_length, rows))
     steps = args.max_steps or max(1, round(args.epochs * tokens / args.tokens_per_batch))

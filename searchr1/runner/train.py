@@ -12,6 +12,7 @@ from searchr1.actor.packing import sequence_length, split_balanced
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, compute_advantages
 from searchr1.config.check import require_valid
+from searchr1.config.layout import actor_layout
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
@@ -90,7 +91,7 @@ def train(config: Config) -> Path:
 
 
 def train_on(groups: Groups, trajectories: list[Trajectory], config: Config, step: int) -> dict[str, float]:
-    """Advantages of whole groups, then every actor rank trains on its share. Returns the actor's metrics."""
+    """Advantages of whole groups, then every replica of the actor trains on its share. Returns the actor's metrics."""
     assert groups.actor is not None
     advantages_N = compute_advantages(
         AdvantageInputs(
@@ -106,11 +107,12 @@ def train_on(groups: Groups, trajectories: list[Trajectory], config: Config, ste
         ),
     ).tolist()
     minibatches = minibatch_ids(trajectories, config, step)
-    for rank, share in enumerate(split_balanced([sequence_length(t) for t in trajectories], groups.actor.size)):
+    replicas = actor_layout(config, groups.actor.size).data_parallel
+    for replica, share in enumerate(split_balanced([sequence_length(t) for t in trajectories], replicas)):
         part = ActorShare(
             [trajectories[i] for i in share], [advantages_N[i] for i in share], [minibatches[i] for i in share]
         )
-        groups.channel.put(part, key=channels.actor_key(rank))
+        groups.channel.put(part, key=channels.actor_key(replica))
     call = groups.actor.call("train_step")
     metrics: dict[str, float] = call.wait(config.runner.step_timeout_s)[0]
     return metrics | {"time/actor": call.seconds}

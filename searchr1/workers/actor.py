@@ -42,29 +42,36 @@ class ActorWorker(Worker):
         """Join the process group and load the model and the optimizer."""
         import torch
 
-        from searchr1.actor.fsdp import FsdpActor
+        from searchr1.actor.policy import Policy
 
         # Ray starts workers with one OpenMP thread.
         torch.set_num_threads(self._device.threads_for("actor", self._world_size))
-        self._actor = FsdpActor.start(self._config, self._device, self._optimizer_steps)
+        self._policy = Policy.start(self._config, self._device, self._optimizer_steps)
 
     @reported
     async def train_step(self) -> dict[str, float]:
-        """Take this rank's share of the step from the channel and train on it. Returns metrics of all ranks."""
-        share: ActorShare = await channels.get(
-            self._channel, channels.actor_key(self._rank), self._config.runner.step_timeout_s
-        )
-        return self._actor.train_step(share.trajectories, share.advantages, share.minibatch_ids)
+        """Take this replica's share of the step from the channel and train on it. Returns metrics of all ranks."""
+        share = await self._share()
+        return self._policy.train_step(share.trajectories, share.advantages, share.minibatch_ids)
+
+    async def _share(self) -> ActorShare:
+        """The first rank of each replica takes it from the channel, the others of the replica from that rank."""
+        policy = self._policy
+        share: ActorShare | None = None
+        if policy.leads_replica:
+            key = channels.actor_key(policy.replica)
+            share = await channels.get(self._channel, key, self._config.runner.step_timeout_s)
+        return policy.to_replica(share)
 
     @reported
     async def publish_weights(self, version: int) -> Any:
         """Write the weights where the rollout group can map them. Rank 0 returns the manifest."""
         from searchr1.rollout.weights import publish_weights, weight_directory
 
-        named = self._actor.named_weights()
+        named = self._policy.named_weights()
         if self._rank == 0:
             fallback = Path(self._config.runner.output_dir) / "weights"
-            return publish_weights(named, version, weight_directory(self._actor.weight_bytes, fallback))
+            return publish_weights(named, version, weight_directory(self._policy.weight_bytes, fallback))
         for _ in named:  # gathering a tensor takes all ranks
             pass
         return None
@@ -80,14 +87,14 @@ class ActorWorker(Worker):
     @reported
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of each token of each sequence (0 for the first) under the current weights."""
-        return self._actor.probe_logprobs(sequences)
+        return self._policy.probe_logprobs(sequences)
 
     @reported
     async def save(self, folder: Path) -> None:
         """Write this rank's part of a checkpoint into `folder`."""
-        self._actor.save(folder)
+        self._policy.save(folder)
 
     @reported
     async def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
-        self._actor.load(folder)
+        self._policy.load(folder)

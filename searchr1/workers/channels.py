@@ -29,9 +29,9 @@ FINISHED = "finished"
 """Reward or inference -> runner: a finished `Chunk`; None ends the batch."""
 
 
-def actor_key(rank: int) -> str:
-    """Runner -> actor rank: its share of the step, an `ActorShare`."""
-    return f"actor/{rank}"
+def actor_key(replica: int) -> str:
+    """Runner -> a replica's first actor rank: the replica's share of the step, an `ActorShare`."""
+    return f"actor/{replica}"
 
 
 async def get(channel: Any, key: str, timeout_s: float) -> Any:

@@ -28,11 +28,11 @@ class InferenceWorker(Worker):
         """Load the reference model: the weights that training started from."""
         import torch
 
-        from searchr1.actor.fsdp import FsdpReference
+        from searchr1.actor.policy import ScoringModel
 
         # Ray starts workers with one OpenMP thread.
         torch.set_num_threads(self._device.threads_for("inference", self._world_size))
-        self._model = FsdpReference.start(self._config, self._device)
+        self._model = ScoringModel.start_reference(self._config, self._device)
 
     @reported
     async def score(self) -> int:

@@ -34,7 +34,8 @@ def prepare() -> None:
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     tensor: Any = torch.Tensor
-    tensor.cuda = torch.nn.Module.cuda = _itself
+    module: Any = torch.nn.Module
+    tensor.cuda = module.cuda = _itself
     # The optimizer sorts parameters by the name of their type.
     original = torch.Tensor.type
 
@@ -56,7 +57,7 @@ def adapt() -> None:
     proxy = _TorchOnCpu("torch")
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
-            module.torch = proxy
+            vars(module)["torch"] = proxy
 
 
 class _TorchOnCpu(ModuleType):

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from searchr1.actor.megatron.architecture import Architecture, rotary_frequencies
 from searchr1.actor.megatron.hf_folder import HuggingFaceFolder
 from searchr1.actor.megatron.mapping import Entry, checkpoint_name, entries
-from searchr1.actor.megatron.parallel import Layout
+from searchr1.config.layout import Layout
 from searchr1.config.schema_model import ActorModelConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -111,6 +111,7 @@ def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[L
         RuntimeError: a parameter that the table does not know, or of another shape.
     """
     from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
     table = {entry.name: entry for entry in entries(arch)}
     size = parallel_state.get_tensor_model_parallel_world_size()
@@ -122,6 +123,9 @@ def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[L
         entry = table.get(stored)
         if entry is None or entry.local_shape(size) != tuple(parameter.shape):
             raise RuntimeError(f"{name} {tuple(parameter.shape)} is not in the mapping of {arch.family}")
+        if entry.kind != "copy" and not hasattr(parameter, "tensor_model_parallel"):
+            # Megatron marks parameters when it initialises them, which it does not here; the gradient's norm needs it.
+            set_tensor_model_parallel_attributes(parameter, True, 1 if entry.kind == "columns" else 0, 1)
         found.append(LocalParameter(entry, parameter))
     return found
 

@@ -1,49 +1,12 @@
-"""Which rank does what: the arithmetic of a layout, and Megatron's process groups."""
+"""Megatron's process groups."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from searchr1.errors import UserError
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How `world` ranks share one model: consecutive ranks are tensor-parallel, the pipeline's stages come last."""
-
-    world: int
-    tensor_parallel: int
-    pipeline_parallel: int
-
-    @classmethod
-    def of(cls, world: int, tensor_parallel: int, pipeline_parallel: int) -> Layout:
-        """The layout.
-
-        Raises:
-            UserError: the sizes do not divide the ranks.
-        """
-        if world % (tensor_parallel * pipeline_parallel):
-            raise UserError(
-                f"actor.model.tensor_model_parallel_size x pipeline_model_parallel_size = {tensor_parallel} x "
-                f"{pipeline_parallel} does not divide the actor's {world} ranks (cluster.component_placement)"
-            )
-        return cls(world, tensor_parallel, pipeline_parallel)
-
-    @property
-    def data_parallel(self) -> int:
-        """Replicas, each of which trains on a share of the data."""
-        return self.world // (self.tensor_parallel * self.pipeline_parallel)
-
-    def data_rank(self, rank: int) -> int:
-        """Which replica a rank belongs to."""
-        return rank // self.tensor_parallel % self.data_parallel
-
-    def leads(self, rank: int) -> bool:
-        """Whether a rank is its replica's first: the one that takes its share of the data from the channel."""
-        return rank % self.tensor_parallel == 0 and rank < self.tensor_parallel * self.data_parallel
+from searchr1.config.layout import Layout
 
 
 def start_megatron(layout: Layout, seed: int) -> Any:

@@ -1,0 +1,94 @@
+"""What a training backend does for `policy.py`: the seam between the algorithm and FSDP2 or Megatron-Core."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from searchr1.actor.packing import PackedBatch
+from searchr1.algorithms.entropy import TokenLogprobs
+from searchr1.algorithms.sums import Sums
+
+T = TypeVar("T")
+
+MicroBatchLoss = Callable[[PackedBatch, TokenLogprobs], Tensor]
+"""The loss of one micro-batch, a share of the mean over the whole mini-batch: sums, never means, over ranks."""
+
+
+class ScoringBackend(Protocol):
+    """One rank's part of a model. Every method is a collective: all ranks call it together."""
+
+    device: torch.device
+    data_group: dist.ProcessGroup | None
+    """The ranks that hold different data; None is all of them. Ranks that share a model's parts get the same data."""
+
+    def forward(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        """Log-probabilities [P] of each batch's policy tokens, on every rank, without gradients."""
+        ...
+
+
+class Backend(ScoringBackend, Protocol):
+    """The same with an optimizer. Every method but the properties is a collective."""
+
+    @property
+    def replica(self) -> int:
+        """Which copy of the model this rank is part of; a copy trains on one share of the data."""
+        ...
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank is the first of its copy, the one that is handed the share."""
+        ...
+
+    def to_replica(self, value: T | None) -> T:
+        """What the replica's first rank has, on all its ranks."""
+        ...
+
+    def forward_backward(
+        self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss
+    ) -> None:
+        """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
+        ...
+
+    def share(self, sums: Sums) -> Sums:
+        """Sums over all data, on every rank, from what `loss` collected (empty where it was not called)."""
+        ...
+
+    def clip_gradients(self, max_norm: float) -> float:
+        """Scale gradients down to `max_norm`. Returns the norm before, over all ranks (nan or inf if a gradient is)."""
+        ...
+
+    def step(self) -> None:
+        """One update of the weights, and of the learning rate."""
+        ...
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next update."""
+        ...
+
+    @property
+    def parameter_count(self) -> int:
+        """Of the whole model, over all ranks."""
+        ...
+
+    def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+        """Full tensors under their Hugging Face names on rank 0, a tied output layer left out; one at a time."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write everything that `load` needs to go on exactly here."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from `save`, also in another layout."""
+        ...

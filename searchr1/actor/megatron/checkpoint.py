@@ -1,0 +1,141 @@
+"""Megatron's distributed checkpoints (`torch_dist`): one set of files for every layout.
+
+A folder holds the model's tensors under the names of mapping.py's table, the optimizer's moments and master weights,
+`common.pt` (what is the same everywhere) and `hf/` (configuration and tokenizer, so that a conversion needs no other
+folder). The runner makes it atomic, see actor/checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files, verify_checkpoint
+from searchr1.errors import UserError
+
+if TYPE_CHECKING:
+    from searchr1.actor.megatron.backend import MegatronBackend
+
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
+_OURS = "searchr1"
+
+
+def save_checkpoint(backend: MegatronBackend, folder: Path) -> None:
+    """Write model and optimizer; a collective."""
+    from megatron.core import dist_checkpointing
+
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    # No moments yet: saving before the first update.
+    if backend.updates == 0:
+        _make_optimizer_state(backend)
+    state = _sharded_state(backend, is_loading=False)
+    state[_OURS] = {"updates": backend.updates}
+    with _quiet():
+        dist_checkpointing.save(state, str(folder), content_metadata=dict(_METADATA))
+    if dist.get_rank() == 0:
+        save_hf_files(backend.model_path, folder / HF_FOLDER)
+    dist.barrier()
+
+
+def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
+    """Read what `save_checkpoint` wrote, in this layout or another; a collective.
+
+    Raises:
+        UserError: damaged, of another model, or of the other backend.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    verify_checkpoint(folder.parent)
+    if not (folder / "metadata.json").is_file():
+        raise UserError(
+            f"{folder} was not written by actor.training_backend: megatron; resume with the backend that wrote it, or "
+            "convert it (searchr1 convert) and start from the model"
+        )
+    _make_optimizer_state(backend)
+    state = _sharded_state(backend, is_loading=True)
+    try:
+        with _quiet():
+            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+        backend.module.load_state_dict(loaded["model"])
+        with _steps_left_out(backend):
+            backend.optimizer.load_state_dict(loaded["optimizer"])
+        backend.updates = int(loaded[_OURS]["updates"])
+    except (CheckpointingException, RuntimeError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"cannot load {folder}: it is damaged or belongs to another model ({str(error).splitlines()[0]})"
+        ) from error
+    _separate_steps(backend)
+
+
+def _sharded_state(backend: MegatronBackend, is_loading: bool) -> dict[str, Any]:
+    metadata = dict(_METADATA)  # Megatron adds process groups to it
+    model = backend.module.sharded_state_dict(metadata=metadata)
+    optimizer = backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    return {"model": model, "optimizer": optimizer}
+
+
+def _torch_optimizers(backend: MegatronBackend) -> list[torch.optim.Optimizer]:
+    chained = getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
+    return [part.optimizer for part in chained]
+
+
+def _make_optimizer_state(backend: MegatronBackend) -> None:
+    """Give every parameter its moments, which Adam makes at its first step only."""
+    for optimizer in _torch_optimizers(backend):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter.data)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter.data)
+
+
+@contextmanager
+def _steps_left_out(backend: MegatronBackend) -> Iterator[None]:
+    """Megatron looks for torch's `step` among the saved tensors, where it does not put it (a KeyError otherwise)."""
+    parts = getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
+    name = "_set_main_param_and_optimizer_states"
+    changed = [part for part in parts if hasattr(part, name)]
+    zero = torch.zeros((), dtype=torch.float32)
+    for part in changed:
+        original = getattr(part, name)
+        setattr(part, name, lambda parameter, tensors, set_state=original: set_state(parameter, {"step": zero, **tensors}))
+    try:
+        yield
+    finally:
+        for part in changed:
+            delattr(part, name)
+
+
+def _separate_steps(backend: MegatronBackend) -> None:
+    """After loading, all parameters share one `step` tensor without Transformer Engine: each update would add to it
+    once a parameter, and Adam's bias correction would run away."""
+    for optimizer in _torch_optimizers(backend):
+        for state in optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"] = torch.tensor(float(backend.updates), dtype=torch.float32, device=state["step"].device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron warns about things that are as they should be."""
+    logger = logging.getLogger("megatron")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,64 @@
+"""Weights out of any TP x PP layout under their Hugging Face names, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from searchr1.actor.megatron.architecture import Architecture
+from searchr1.actor.megatron.mapping import Entry, entries
+from searchr1.actor.megatron.model import LocalParameter
+from searchr1.config.layout import Layout
+
+
+def gather_hugging_face(
+    parameters: list[LocalParameter], arch: Architecture, layout: Layout, device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """Full tensors on rank 0; other ranks yield nothing but must run to the end. A tied output layer is left out.
+
+    Tensor-parallel parts are joined by the stage that has them and sent on to rank 0. The first replica does it alone.
+    At no time does a rank hold more than one full tensor that is not its own.
+    """
+    from megatron.core import parallel_state
+
+    rank = dist.get_rank()
+    if layout.data_rank(rank) != 0:
+        return
+    group = parallel_state.get_tensor_model_parallel_group()
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    mine = {item.entry.name: item.parameter for item in parameters}
+    layers_per_stage = arch.layers // layout.pipeline_parallel
+    for entry in entries(arch):
+        owner = _stage_of(entry.name, layers_per_stage, layout.pipeline_parallel)
+        if stage == owner:
+            found = entry.to_hugging_face(_tensor_parallel_parts(entry, mine[entry.name].detach(), group))
+            if group.rank() == 0:
+                for name, tensor in found:
+                    if rank == 0:
+                        yield name, tensor
+                    else:
+                        dist.send(tensor.contiguous(), 0)
+        elif rank == 0:
+            source = owner * layout.tensor_parallel * layout.data_parallel
+            dtype = parameters[0].parameter.dtype
+            for name, shape in zip(entry.sources, entry.shapes, strict=True):
+                tensor = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(tensor, source)
+                yield name, tensor
+
+
+def _tensor_parallel_parts(entry: Entry, part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
+    if entry.kind == "copy" or group.size() == 1:
+        return [part]
+    parts = [torch.empty_like(part) for _ in range(group.size())]
+    dist.all_gather(parts, part.contiguous(), group=group)
+    return parts
+
+
+def _stage_of(name: str, layers_per_stage: int, stages: int) -> int:
+    if name.startswith("decoder.layers."):
+        return int(name.split(".")[2]) // layers_per_stage
+    return 0 if name.startswith("embedding.") else stages - 1

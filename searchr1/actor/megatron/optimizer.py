@@ -1,0 +1,60 @@
+"""Megatron's gradient buffers and (distributed) optimizer, from a run's configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from searchr1.actor.megatron.model import PARAMETER_DTYPES
+from searchr1.config.schema_model import ActorConfig
+
+
+def build_ddp(module: Any, config: ActorConfig) -> Any:
+    """The model with gradient buffers that are summed over the replicas at the end of a mini-batch."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+
+    ddp = DistributedDataParallel(
+        module.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.optim.use_distributed_optimizer,
+            overlap_grad_reduce=config.optim.overlap_grad_reduce,
+            overlap_param_gather=config.optim.overlap_param_gather,
+        ),
+        module,
+    )
+    module.config.finalize_model_grads_func = finalize_model_grads
+    module.config.no_sync_func = ddp.no_sync
+    return ddp
+
+
+def build_optimizer(ddp: Any, config: ActorConfig) -> Any:
+    """AdamW with fp32 master weights; weight decay acts on matrices only, not on norms and biases."""
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    optim = config.optim
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer=optim.optimizer,
+            lr=optim.lr,
+            min_lr=0.0,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.adam_beta1,
+            adam_beta2=optim.adam_beta2,
+            adam_eps=optim.adam_eps,
+            clip_grad=optim.clip_grad,
+            bf16=config.model.precision == "bf16",
+            fp16=config.model.precision == "fp16",
+            params_dtype=PARAMETER_DTYPES[config.model.precision],
+            use_distributed_optimizer=optim.use_distributed_optimizer,
+            overlap_param_gather=optim.overlap_param_gather,
+            initial_loss_scale=optim.initial_loss_scale,
+            loss_scale_window=optim.loss_scale_window,
+            min_loss_scale=optim.min_loss_scale,
+            hysteresis=optim.hysteresis,
+        ),
+        [ddp],
+    )
+    # Megatron leaves it to its scheduler to apply the multiplier, which is 0 for norms and biases.
+    for group in optimizer.param_groups:
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+    return optimizer

@@ -1,0 +1,274 @@
+"""The policy and the reference model: log-probabilities and training steps on either backend."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from searchr1.actor.backend import Backend, ScoringBackend, T
+from searchr1.actor.batch_stats import all_reduce_denominators, all_reduce_max, count_denominators
+from searchr1.actor.model import COMPUTE_DTYPES
+from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, unpack_all
+from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.algorithms.entropy import TokenLogprobs
+from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
+from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
+from searchr1.algorithms.policy_losses import ClipSettings
+from searchr1.algorithms.sums import Sums
+from searchr1.config.schema import AlgorithmConfig, Config
+from searchr1.device import Device
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class ScoringModel:
+    """A model that gives log-probabilities: the reference, and what the policy builds on.
+
+    Every method is a collective: all ranks call it together.
+    """
+
+    def __init__(self, backend: ScoringBackend, config: Config) -> None:
+        self._scoring = backend
+        self._config = config
+        self._max_tokens = config.runner.max_tokens_per_mbs
+        sampling = config.algorithm.sampling_params
+        self._temperature = sampling.temperature if sampling.do_sample else 1.0
+
+    @classmethod
+    def start_reference(cls, config: Config, device: Device) -> ScoringModel:
+        """Load the frozen reference model: the weights that training starts from.
+
+        It runs on FSDP2 whatever trains the policy: without gradients and optimizer there is nothing else to share.
+        """
+        from searchr1.actor.fsdp import FsdpBackend
+
+        return cls(FsdpBackend.start_reference(config, device), config)
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Log-probabilities of policy tokens, response-aligned ([N] each, 0 elsewhere), in the order given."""
+        return self._score(trajectories, self._temperature)
+
+    def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """At temperature 1, one value per token, 0 for the first: what the rollout engine's probe gives."""
+        found = self._score([_as_trajectory(ids) for ids in sequences], 1.0)
+        return [[0.0, *values.tolist()] for values in found]
+
+    def _score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[FloatArray]:
+        batches = self._pack(trajectories)
+        found = self._scoring.forward(batches, temperature)
+        scattered = [batch.scatter_policy(values_P) for batch, values_P in zip(batches, found, strict=True)]
+        return unpack_all(batches, scattered)
+
+    def _pack(
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Sequence[float] | None = None,
+        old_logprobs: Sequence[FloatArray] | None = None,
+    ) -> list[PackedBatch]:
+        """Micro-batches, as many on every rank."""
+        count = len(plan_micro_batches([sequence_length(t) for t in trajectories], self._max_tokens))
+        agreed = all_reduce_max(count, self._scoring.device, self._scoring.data_group)
+        batches = pack(trajectories, self._max_tokens, advantages=advantages, old_logprobs=old_logprobs, at_least=agreed)
+        return [batch.to(self._scoring.device) for batch in batches]
+
+
+class Policy(ScoringModel):
+    """The policy with its optimizer."""
+
+    def __init__(self, backend: Backend, config: Config) -> None:
+        super().__init__(backend, config)
+        self.backend = backend
+        self._loss = loss_config(config.algorithm)
+
+    @classmethod
+    def start(cls, config: Config, device: Device, total_steps: int | None = None) -> Policy:
+        """Join the process group and load the model on the backend that the configuration names.
+
+        Args:
+            config: of the run.
+            device: where to compute.
+            total_steps: optimizer steps of the whole run, for decaying schedules.
+        """
+        if config.actor.training_backend == "megatron":
+            from searchr1.actor.megatron.backend import MegatronBackend
+
+            return cls(MegatronBackend.start(config, device, total_steps), config)
+        from searchr1.actor.fsdp import FsdpBackend
+
+        return cls(FsdpBackend.start(config, device, total_steps), config)
+
+    @property
+    def replica(self) -> int:
+        """Which copy of the model this rank is part of."""
+        return self.backend.replica
+
+    @property
+    def leads_replica(self) -> bool:
+        """Whether this rank is handed its copy's share of the data."""
+        return self.backend.leads_replica
+
+    def to_replica(self, value: T | None) -> T:
+        """What the replica's first rank has, on all its ranks."""
+        return self.backend.to_replica(value)
+
+    def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As the rollout engine holds them: in its precision unless `dtype` says otherwise. Complete on rank 0 only."""
+        return self.backend.named_weights(dtype or COMPUTE_DTYPES[self._config.rollout.model.precision])
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of all weights as published."""
+        return self.backend.parameter_count * COMPUTE_DTYPES[self._config.rollout.model.precision].itemsize
+
+    def train_step(
+        self, trajectories: Sequence[Trajectory], advantages: Sequence[float], minibatch_ids: Sequence[int]
+    ) -> dict[str, float]:
+        """One optimizer step per mini-batch on this rank's share of a rollout step.
+
+        Old log-probabilities are the engine's (`recompute_logprobs: False`) or this model's before the first update.
+        For the first mini-batch the latter are the training forward's own, so no extra pass is run for it.
+
+        Args:
+            trajectories: this rank's share; shares may differ in size.
+            advantages: one per trajectory.
+            minibatch_ids: which mini-batch each belongs to; the same numbering on all ranks.
+
+        Returns:
+            Metrics over all ranks: `actor/…` and `mismatch/…`.
+        """
+        started = time.perf_counter()
+        algorithm = self._config.algorithm
+        members = [[i for i, m in enumerate(minibatch_ids) if m == number] for number in range(algorithm.n_minibatches)]
+        later = [i for indices in members[1:] for i in indices]
+        old: dict[int, FloatArray] = {}
+        if algorithm.recompute_logprobs and algorithm.n_minibatches > 1:
+            recomputed = self.logprobs([trajectories[i] for i in later])
+            old = dict(zip(later, recomputed, strict=True))
+        logprob_seconds = time.perf_counter() - started
+
+        loss_sums, gap_sums = Sums(), Sums()
+        norms, skipped, stopped = [], 0, 0
+        for number, indices in enumerate(members):
+            part = [trajectories[i] for i in indices]
+            if algorithm.recompute_logprobs:
+                old_logprobs = [old[i] for i in indices] if number else None
+            else:
+                old_logprobs = [trajectory.rollout_logprobs for trajectory in part]
+            batches = self._pack(part, [advantages[i] for i in indices], old_logprobs)
+            sums, gaps = self._accumulate(batches, part)
+            loss_sums = loss_sums + sums
+            if number == 0:
+                gap_sums = gaps
+            metrics = loss_metrics(sums)
+            norm = self.backend.clip_gradients(self._config.actor.optim.clip_grad)
+            if ratio_too_large(metrics["ratio"], algorithm.early_stop_imp_ratio):
+                stopped += 1
+            elif not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
+                # A non-finite gradient would stay in Adam's moments for ever; leaving one update out costs little.
+                skipped += 1
+                logger.warning("an update was skipped: gradient norm %s, loss %s", norm, metrics["loss"])
+            else:
+                self.backend.step()
+                norms.append(norm)
+            self.backend.zero_grad()
+        result = {f"actor/{name}": value for name, value in loss_metrics(loss_sums).items()}
+        for name in ("loss", "policy_loss", "kl_loss"):
+            if f"actor/{name}" in result:
+                result[f"actor/{name}"] /= algorithm.n_minibatches
+        result |= {f"mismatch/{name}": value for name, value in mismatch_metrics(gap_sums).items()}
+        seconds = time.perf_counter() - started
+        return result | {
+            "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
+            "actor/lr": self.backend.learning_rate,
+            "actor/updates": float(len(norms)),
+            "actor/skipped_updates": float(skipped),
+            "actor/early_stopped": float(stopped),
+            "time/logprob": logprob_seconds,
+            "time/train": seconds - logprob_seconds,
+        }
+
+    def _accumulate(self, batches: list[PackedBatch], trajectories: Sequence[Trajectory]) -> tuple[Sums, Sums]:
+        """Gradients of one mini-batch. Returns the loss's and the mismatch's sums over all ranks."""
+        algorithm = self._config.algorithm
+        longest = algorithm.sampling_params.max_new_tokens or self._config.runner.seq_length
+        local = count_denominators(trajectories, longest)
+        denominators = all_reduce_denominators(local, self.backend.device, self.backend.data_group)
+        loss_sums, gap_sums = Sums(), Sums()
+
+        def loss(batch: PackedBatch, values: TokenLogprobs) -> Tensor:
+            nonlocal loss_sums, gap_sums
+            logprobs_T = batch.scatter_policy(values.logprobs_M)
+            # Without given ones the weights are still those of the rollout: the forward's own are the old ones.
+            old_T = batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs_T.detach()
+            output = policy_gradient_loss(
+                LossInputs(
+                    logprobs_T=logprobs_T,
+                    old_logprobs_T=old_T,
+                    advantages_T=batch.advantages_T,
+                    loss_mask_T=batch.loss_mask_T,
+                    segment_ids_T=batch.segment_ids_T,
+                    denominators=denominators,
+                    ref_logprobs_T=self._reference(batch),
+                    entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
+                ),
+                self._loss,
+            )
+            loss_sums = loss_sums + output.sums
+            gap_sums = gap_sums + mismatch_sums(logprobs_T, batch.rollout_logprobs_T, batch.loss_mask_T)
+            return output.loss
+
+        with_entropy = algorithm.calculate_entropy or algorithm.entropy_bonus != 0
+        self.backend.forward_backward(batches, self._temperature, with_entropy, loss)
+        return self.backend.share(loss_sums), self.backend.share(gap_sums)
+
+    def _reference(self, batch: PackedBatch) -> Tensor | None:
+        if self._config.algorithm.kl_beta == 0:
+            return None
+        # A filler batch has no trajectories and so no reference; zeros are never read there.
+        return batch.ref_logprobs_T if batch.ref_logprobs_T is not None else torch.zeros_like(batch.advantages_T)
+
+    def save(self, folder: Path) -> None:
+        """Write model, optimizer, schedule and random state into `folder`."""
+        self.backend.save(folder)
+
+    def load(self, folder: Path) -> None:
+        """Go on from `save`, also with another number of ranks or another layout."""
+        self.backend.load(folder)
+
+
+def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
+    """The loss that the `algorithm` section asks for."""
+    low = algorithm.ratio_clip_eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low
+    high = algorithm.ratio_clip_eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
+    return LossConfig(
+        clip=ClipSettings(low, high, algorithm.clip_ratio_c, algorithm.sapo_tau_positive, algorithm.sapo_tau_negative),
+        loss_type=algorithm.loss_type,
+        aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by config/check.py
+        kl_beta=algorithm.kl_beta,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        entropy_bonus=algorithm.entropy_bonus,
+    )
+
+
+def _as_trajectory(ids: list[int]) -> Trajectory:
+    """A probe: everything after the first token counts as sampled."""
+    response = np.array(ids[1:], dtype=np.int32)
+    return Trajectory(
+        sample=Sample("probe/0", 0, ids[:1], "", []),
+        replica=0,
+        response_ids=response,
+        loss_mask=np.ones(len(response), dtype=np.bool_),
+        rollout_logprobs=np.zeros(len(response), dtype=np.float32),
+        turns=[],
+        stop="eos",
+    )

@@ -1,0 +1,227 @@
+"""One rank of the Megatron tests: `python policy_ranks.py RANK WORLD PORT JOBS OUT`; also the jobs' inputs and oracle."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.config.schema import Config
+
+VOCAB = 300
+STEPS = 5
+
+
+def make_model(family: str, tied: bool, folder: Path, seed: int = 0, **changes) -> Path:
+    """A small model with random weights, biases and norms."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "tie_word_embeddings": tied,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    if family == "llama":
+        settings["rope_parameters"] = {
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64, "rope_theta": 10000.0,
+        }  # fmt: skip
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes))
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.06) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_config(path: str, job: dict) -> Config:
+    config = Config()
+    config.rollout.model.model_path = path
+    config.rollout.model.precision = "fp32"
+    config.runner.max_tokens_per_mbs = job.get("max_tokens", 96)
+    config.algorithm.kl_beta = 0.1
+    config.algorithm.calculate_entropy = True
+    config.algorithm.entropy_bonus = 0.01
+    config.algorithm.sampling_params.temperature = 0.8
+    actor = config.actor
+    actor.training_backend = job.get("backend", "megatron")
+    actor.optim.lr = 1e-3
+    actor.optim.adam_eps = 1e-3  # large, so that rounding in tiny gradients is not blown up to whole steps
+    actor.lr_sched.lr_decay_style = "cosine"
+    actor.lr_sched.lr_warmup_iters = 2
+    actor.model.tensor_model_parallel_size = job.get("tp", 1)
+    actor.model.pipeline_model_parallel_size = job.get("pp", 1)
+    for name in ("sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers", "precision"):
+        if name in job:
+            setattr(actor.model, name, job[name])
+    actor.optim.use_distributed_optimizer = job.get("distributed_optimizer", True)
+    return config
+
+
+def make_trajectories(seed: int, count: int = 8) -> tuple[list[Trajectory], list[float]]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for index in range(count):
+        length = int(rng.integers(5, 40))
+        mask = rng.random(length) < 0.7
+        mask[0] = True
+        near = np.where(mask, -5.7 + rng.normal(0, 0.1, (2, length)), 0).astype(np.float32)
+        found.append(
+            Trajectory(
+                sample=Sample(f"s/{index}", index // 2, rng.integers(0, VOCAB, 6).tolist(), "", []),
+                replica=index % 2,
+                response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
+                loss_mask=mask,
+                rollout_logprobs=near[0],
+                turns=[],
+                stop="answer",
+                ref_logprobs=near[1],
+            )
+        )
+    return found, rng.normal(size=count).tolist()
+
+
+def run_job(job: dict, out: Path) -> None:
+    """Log-probabilities, then `STEPS` training steps (or those in `steps`), with what was measured, into `out`."""
+    from searchr1.actor.policy import Policy
+    from searchr1.device import Device
+
+    policy = Policy.start(make_config(job["model"], job), Device.detect("cpu"), STEPS)
+    rank, backend = torch.distributed.get_rank(), policy.backend
+    layout = getattr(backend, "layout", None)
+    replicas = layout.data_parallel if layout else torch.distributed.get_world_size()
+    replica = layout.data_rank(rank) if layout else rank
+    result: dict = {"metrics": []}
+    if "load" in job:
+        policy.load(Path(job["load"]))
+    for step in range(*job.get("steps", (0, STEPS))):
+        trajectories, advantages = make_trajectories(step)
+        share = list(range(replica, len(trajectories), replicas))
+        part = [trajectories[i] for i in share], [advantages[i] for i in share]
+        if step == 0:
+            result["logprobs"] = dict(zip(share, policy.logprobs(part[0]), strict=True))
+            if job.get("gradients"):
+                result["gradients"] = gradients(policy, *part)
+        result["metrics"].append(policy.train_step(*part, [0] * len(share)))
+    if "save" in job:
+        policy.save(Path(job["save"]))
+    result["weights"] = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}
+    torch.save(result, out / f"{job['name']}-{rank}.pt")
+
+
+def gradients(policy, trajectories, advantages) -> dict:
+    """Of the first step, gathered as weights are."""
+    from searchr1.actor.megatron.export import gather_hugging_face
+    from searchr1.actor.megatron.model import LocalParameter
+
+    policy._accumulate(policy._pack(trajectories, advantages), trajectories)
+    backend = policy.backend
+    grads = [LocalParameter(item.entry, item.parameter.main_grad) for item in backend.parameters]
+    found = {n: t.clone() for n, t in gather_hugging_face(grads, backend.arch, backend.layout, backend.device)}
+    backend.zero_grad()
+    return found
+
+
+def oracle(job: dict) -> dict:
+    """The same with transformers and torch.optim alone, a sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    from searchr1.actor.optimizer import lr_factor
+
+    config = make_config(job["model"], job)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32, attn_implementation="eager")
+    optim, algorithm = config.actor.optim, config.algorithm
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": optim.weight_decay},
+            {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+        ],
+        lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps,
+    )  # fmt: skip
+    factor = lr_factor(config.actor.lr_sched, optim.lr, STEPS)
+    result: dict = {"metrics": []}
+    for step in range(STEPS):
+        trajectories, advantages = make_trajectories(step)
+        tokens = sum(int(t.loss_mask.sum()) for t in trajectories)
+        loss_sum, entropy_sum = 0.0, 0.0
+        logprobs = {}
+        for number, (t, advantage) in enumerate(zip(trajectories, advantages, strict=True)):
+            ids = torch.tensor([*t.sample.prompt_ids, *t.response_ids.tolist()])[None]
+            log_p = (model(ids).logits[0, :-1] / algorithm.sampling_params.temperature).log_softmax(-1)
+            first = len(t.sample.prompt_ids) - 1
+            logp = log_p.gather(-1, ids[0, 1:, None])[:, 0][first:]
+            entropy = -(log_p.exp() * log_p).sum(-1)[first:]
+            mask = torch.tensor(t.loss_mask)
+            logprobs[number] = torch.where(mask, logp, 0.0).detach().numpy()
+            d = logp - torch.tensor(t.ref_logprobs)
+            kl = (-d).exp() - 1 + d
+            policy = -(logp - logp.detach()).exp() * advantage
+            term = policy + algorithm.kl_beta * kl - algorithm.entropy_bonus * entropy
+            loss = (term * mask).sum() / tokens
+            loss.backward()
+            loss_sum += loss.item()
+            entropy_sum += (entropy * mask).sum().item() / tokens
+        if step == 0:
+            result["logprobs"] = logprobs
+            result["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.clip_grad)
+        for group in optimizer.param_groups:
+            group["lr"] = optim.lr * factor(step)
+        optimizer.step()
+        optimizer.zero_grad()
+        result["metrics"].append({"actor/loss": loss_sum, "actor/grad_norm": float(norm), "actor/entropy": entropy_sum})
+    result["weights"] = {name: p.detach() for name, p in model.named_parameters()}
+    return result
+
+
+def run(world: int, jobs: list[dict], out: Path, timeout: float = 300) -> dict[str, list[dict]]:
+    """All jobs one after the other in the same `world` processes. Returns every rank's result by the job's name."""
+    out.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, __file__]
+    ranks = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), str(port), json.dumps(jobs), str(out)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    for process, output in zip(ranks, outputs, strict=True):
+        assert process.returncode == 0, output[-6000:]
+    return {
+        job["name"]: [torch.load(out / f"{job['name']}-{rank}.pt", weights_only=False) for rank in range(world)]
+        for job in jobs
+    }
+
+
+def main() -> None:
+    rank, world, port, jobs, out = sys.argv[1:]
+    os.environ |= {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torch.set_num_threads(1)
+    for job in json.loads(jobs):
+        run_job(job, Path(out))
+        if "megatron.core" in sys.modules:  # the next job has another layout
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

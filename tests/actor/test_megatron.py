@@ -1,0 +1,179 @@
+"""Megatron-Core in every layout against transformers in one process."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import policy_ranks as ranks
+import pytest
+import torch
+
+from searchr1.config.layout import Layout
+from searchr1.errors import UserError
+
+MODELS = [("qwen2", True), ("qwen3", True), ("llama", False)]
+OTHER_MODELS = [("qwen2", False), ("qwen3", False), ("llama", True)]
+TWO_RANKS = {
+    "tp2": {"tp": 2},
+    "tp2-sequence": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "dp2": {},
+    "fsdp2": {"backend": "fsdp"},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {pair: str(ranks.make_model(*pair, folder / f"{pair[0]}-{pair[1]}")) for pair in MODELS + OTHER_MODELS}
+
+
+@pytest.fixture(scope="module")
+def oracles(models):
+    return {pair: ranks.oracle({"model": path}) for pair, path in models.items()}
+
+
+def name_of(pair, layout):
+    return f"{pair[0]}-{'tied' if pair[1] else 'untied'}-{layout}"
+
+
+def jobs_of(pairs, layouts, models):
+    return [
+        {"name": name_of(pair, layout), "model": models[pair]} | settings
+        for pair in pairs
+        for layout, settings in layouts.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models, tmp_path_factory):
+    return ranks.run(2, jobs_of(MODELS, TWO_RANKS, models), tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def other_two_ranks(models, tmp_path_factory):
+    return ranks.run(2, jobs_of(OTHER_MODELS, TWO_RANKS, models), tmp_path_factory.mktemp("two"))
+
+
+def assert_equal(found, expected, metrics=None):
+    """Losses, norms, entropies, log-probabilities and weights to 1e-5."""
+    for ours, theirs in zip(found[0]["metrics"], metrics or expected["metrics"], strict=True):
+        for key in ("actor/loss", "actor/grad_norm", "actor/entropy"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-5), key
+    for rank in found:
+        for ours, first in zip(rank["metrics"], found[0]["metrics"], strict=True):  # every rank knows them
+            assert {k: v for k, v in ours.items() if "time/" not in k} == {
+                k: v for k, v in first.items() if "time/" not in k
+            }
+        for number, logprobs in rank.get("logprobs", {}).items():
+            assert np.allclose(logprobs, expected["logprobs"][number], atol=1e-5)
+    for name, weight in expected["weights"].items():
+        assert torch.allclose(found[0]["weights"][name], weight, atol=1e-5), name
+    assert found[0]["weights"].keys() == expected["weights"].keys()
+
+
+@pytest.mark.parametrize("layout", TWO_RANKS)
+@pytest.mark.parametrize("pair", MODELS, ids=lambda pair: name_of(pair, ""))
+def test_five_steps_on_two_ranks_equal_one_process(two_ranks, oracles, pair, layout):
+    assert_equal(two_ranks[name_of(pair, layout)], oracles[pair])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", TWO_RANKS)
+@pytest.mark.parametrize("pair", OTHER_MODELS, ids=lambda pair: name_of(pair, ""))
+def test_five_steps_of_the_other_models(other_two_ranks, oracles, pair, layout):
+    assert_equal(other_two_ranks[name_of(pair, layout)], oracles[pair])
+
+
+@pytest.fixture(scope="module")
+def more(models, tmp_path_factory):
+    """Gradients, recomputation, other packings, half precision and resumed runs; one start of the processes."""
+    folder = tmp_path_factory.mktemp("more")
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "sizes.json").write_text("{}")
+    checkpoint = str(folder / "checkpoint" / "actor")
+    tied, untied, normed = (models[pair] for pair in (("qwen2", True), ("llama", False), ("qwen3", True)))
+    plain = {"distributed_optimizer": False}
+    jobs = [
+        {"name": "gradients-tp2", "model": tied, "tp": 2, "gradients": True} | plain,
+        {"name": "gradients-tp2-sequence", "model": normed, "tp": 2, "sequence_parallel": True, "gradients": True} | plain,
+        {"name": "gradients-pp2", "model": tied, "pp": 2, "gradients": True} | plain,
+        {"name": "full", "model": normed, "tp": 2, "recompute_granularity": "full", "recompute_method": "block",
+         "recompute_num_layers": 3},
+        {"name": "uniform", "model": untied, "pp": 2, "recompute_granularity": "full"},
+        {"name": "selective", "model": tied, "tp": 2, "recompute_granularity": "selective", "max_tokens": 4096},
+        {"name": "bf16", "model": tied, "tp": 2, "precision": "bf16"},
+        {"name": "fp16", "model": tied, "pp": 2, "precision": "fp16"},
+        {"name": "first", "model": tied, "tp": 2, "steps": [0, 2], "save": checkpoint},
+        {"name": "go-on-tp2", "model": tied, "tp": 2, "steps": [2, 5], "load": checkpoint},
+        {"name": "go-on-pp2", "model": tied, "pp": 2, "steps": [2, 5], "load": checkpoint},
+        {"name": "go-on-dp2", "model": tied, "steps": [2, 5], "load": checkpoint},
+    ]  # fmt: skip
+    return ranks.run(2, jobs, folder / "out")
+
+
+@pytest.mark.parametrize(
+    ("layout", "pair"),
+    [("tp2", ("qwen2", True)), ("tp2-sequence", ("qwen3", True)), ("pp2", ("qwen2", True))],
+)
+def test_gradients_equal_one_process(more, oracles, layout, pair):
+    found = more[f"gradients-{layout}"][0]["gradients"]
+    for name, gradient in oracles[pair]["gradients"].items():
+        assert torch.allclose(found[name], gradient, atol=1e-6, rtol=1e-5), name
+    assert_equal(more[f"gradients-{layout}"], oracles[pair])
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"), [("full", ("qwen3", True)), ("uniform", ("llama", False)), ("selective", ("qwen2", True))]
+)
+def test_recomputing_activations_changes_nothing(more, oracles, name, pair):
+    assert_equal(more[name], oracles[pair])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_stays_near_fp32(more, oracles, precision):
+    found, expected = more[precision][0], oracles["qwen2", True]
+    for ours, theirs in zip(found["metrics"], expected["metrics"], strict=True):
+        assert ours["actor/updates"] == 1
+        assert ours["actor/loss"] == pytest.approx(theirs["actor/loss"], abs=0.02)
+        assert ours["actor/grad_norm"] == pytest.approx(theirs["actor/grad_norm"], rel=0.05)
+    for name, weight in expected["weights"].items():
+        assert torch.allclose(found["weights"][name], weight, atol=5e-3, rtol=8e-3), (
+            name
+        )  # a weight near 1 is a multiple of 1/128
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_a_run_saved_at_tp2_goes_on_in_any_layout_as_if_it_had_never_stopped(more, oracles, layout):
+    expected = oracles["qwen2", True]
+    assert_equal(more[f"go-on-{layout}"], expected, expected["metrics"][2:])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+def test_four_ranks_equal_one_process(models, oracles, tmp_path):
+    pairs = [("qwen2", True), ("qwen3", False), ("llama", True)]
+    layouts = {"tp2-pp2": {"tp": 2, "pp": 2}, "tp2-dp2": {"tp": 2, "sequence_parallel": True}, "pp2-dp2": {"pp": 2},
+               "pp4": {"pp": 4}}  # fmt: skip
+    found = ranks.run(4, jobs_of(pairs, layouts, models), tmp_path, timeout=900)
+    for pair in pairs:
+        for layout in layouts:
+            assert_equal(found[name_of(pair, layout)], oracles[pair])
+
+
+def test_the_layout_is_the_one_that_megatron_makes():
+    layout = Layout.of(8, 2, 2)
+    assert layout.data_parallel == 2
+    assert [layout.data_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [rank for rank in range(8) if layout.leads(rank)] == [0, 2]
+    with pytest.raises(UserError, match="3 x pipeline_model_parallel_size 1 does not divide the actor's 8 ranks"):
+        Layout.of(8, 3, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_leftovers(tmp_path_factory):
+    yield
+    for name in ("two", "more"):
+        for folder in tmp_path_factory.getbasetemp().glob(f"{name}*"):
+            shutil.rmtree(folder, ignore_errors=True)
