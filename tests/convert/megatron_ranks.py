@@ -1,7 +1,8 @@
 """One of two ranks that run Megatron: `python megatron_ranks.py RANK PORT FOLDER`.
 
 For every model of FOLDER (`NAME/hf`, and `NAME/stacked`, `NAME/separate` from hf2mg) and every layout it saves a checkpoint,
-and loads hf2mg's and compares. What differs is written to `FOLDER/differences-RANK`.
+and loads one of hf2mg's and compares. What differs is written to `FOLDER/differences-RANK`. The ways of naming go round, so
+that each family meets each way in each layout.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ def main(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     problems = []
-    for name, (tensor_parallel, pipeline_parallel) in LAYOUTS.items():
+    models = sorted(path for path in folder.iterdir() if path.is_dir())
+    for turn, (name, (tensor_parallel, pipeline_parallel)) in enumerate(LAYOUTS.items()):
         layout = Layout.of(2, tensor_parallel, pipeline_parallel)
         parallel_state = start_megatron(layout, 1)
-        for model in sorted(path for path in folder.iterdir() if path.is_dir()):
-            problems += [f"{model.name} {name}: {text}" for text in one(model, name, layout)]
+        for number, model in enumerate(models):
+            saved = list(WAYS)[(turn + number % 4) % 3]  # a family has four models
+            loaded = ("stacked", "separate")[(turn + number) % 2]
+            problems += [f"{model.name} {name}: {text}" for text in one(model, name, layout, saved, loaded)]
         parallel_state.destroy_model_parallel()
     (folder / f"differences-{rank}").write_text("\n".join(problems))
     dist.barrier()
 
 
-def one(folder: Path, name: str, layout) -> list[str]:
+def one(folder: Path, name: str, layout, saved: str, loaded: str) -> list[str]:
     from megatron.core import dist_checkpointing
 
     from searchr1.actor.megatron.architecture import read_architecture
@@ -52,30 +56,25 @@ def one(folder: Path, name: str, layout) -> list[str]:
     parameters = local_parameters(model, arch, first_layer_of_stage(arch, layout))
     load_hugging_face(parameters, folder / "hf", arch)
     expected = {item.entry.name: item.parameter.detach().clone() for item in parameters}
-    problems = []
-    for way, metadata in WAYS.items():
-        target = folder / f"megatron-{name}-{way}"
-        if dist.get_rank() == 0:
-            target.mkdir()
-        dist.barrier()
-        # As our trainer saves: no prefix, an optimizer beside; or as others do, under `model.`.
-        prefix = "model." if way == "separate" else ""
-        state = {"model": model.sharded_state_dict(prefix=prefix, metadata=dict(metadata))}
-        if way == "stacked":
-            moments = model.sharded_state_dict(metadata=dict(metadata))
-            state["optimizer"] = renamed(moments)
-        state["step"] = 3
-        dist_checkpointing.save(state, str(target))
-    for way in ("stacked", "separate"):
-        for item in parameters:
-            item.parameter.data.fill_(float("nan"))
-        state = {"model": model.sharded_state_dict(metadata=dict(WAYS[way]))}
-        loaded = dist_checkpointing.load(state, str(folder / way))
-        model.load_state_dict(loaded["model"])
-        for item in parameters:
-            if not torch.equal(item.parameter, expected[item.entry.name]):
-                problems.append(f"{way}: {item.entry.name} differs")
-    return problems
+    target = folder / f"megatron-{name}-{saved}"
+    if dist.get_rank() == 0:
+        target.mkdir()
+    dist.barrier()
+    # As our trainer saves: no prefix, an optimizer beside; or as others do, under `model.`.
+    prefix = "model." if saved == "separate" else ""
+    state = {"model": model.sharded_state_dict(prefix=prefix, metadata=dict(WAYS[saved])), "step": 3}
+    if saved == "stacked":
+        state["optimizer"] = renamed(model.sharded_state_dict(metadata={}))
+    dist_checkpointing.save(state, str(target))
+    for item in parameters:
+        item.parameter.data.fill_(float("nan"))
+    state = {"model": model.sharded_state_dict(metadata=dict(WAYS[loaded]))}
+    model.load_state_dict(dist_checkpointing.load(state, str(folder / loaded))["model"])
+    return [
+        f"{loaded}: {item.entry.name} differs"
+        for item in parameters
+        if not torch.equal(item.parameter, expected[item.entry.name])
+    ]
 
 
 def renamed(state):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from megatron_ranks import LAYOUTS, WAYS
-from models import MODELS, assert_same_tensors, model_name
+from models import FAMILIES, MODELS, assert_same_tensors, model_name
 
 from searchr1.convert.mg2hf import mg2hf
 from searchr1.convert.to_hf import Options
 
 NAMES = [model_name(family, tied, dtype) for family, tied in MODELS for dtype in ("fp32", "bf16")]
+
+
+def test_every_family_met_every_way_of_naming_in_every_layout(saved_by_megatron):
+    found = {(path.parent.name.split("-")[0], *path.name.split("-")[1:]) for path in saved_by_megatron.glob("*/megatron-*")}
+    assert found == {(family, layout, way) for family in FAMILIES for layout in LAYOUTS for way in WAYS}
 
 
 def test_megatron_loads_what_hf2mg_wrote_in_every_layout(saved_by_megatron):
@@ -22,12 +25,11 @@ def test_megatron_loads_what_hf2mg_wrote_in_every_layout(saved_by_megatron):
 @pytest.mark.parametrize("name", NAMES)
 def test_what_megatron_saved_in_every_layout_comes_back_bit_by_bit(saved_by_megatron, name, tmp_path):
     folder = saved_by_megatron / name
-    for layout in LAYOUTS:
-        for way in WAYS:
-            output = tmp_path / f"{layout}-{way}"
-            mg2hf(folder / f"megatron-{layout}-{way}", output, folder / "hf")
-            assert_same_tensors(folder / "hf", output)
-            shutil.rmtree(output)
+    checkpoints = sorted(folder.glob("megatron-*"))
+    assert len(checkpoints) == len(LAYOUTS)
+    for checkpoint in checkpoints:
+        mg2hf(checkpoint, tmp_path / checkpoint.name, folder / "hf")
+        assert_same_tensors(folder / "hf", tmp_path / checkpoint.name)
 
 
 @pytest.mark.parametrize("name", NAMES)
