@@ -70,7 +70,8 @@ def layer_activation(model: ModelShape, layout: Layout) -> float:
     what both norms keep, and the inputs of the linear layers behind them; queries, keys and values; attention's output
     (which is the output projection's input) and its log-sum-exp; gate, up, SiLU of gate, and their product.
     transformers' norms keep an fp32 copy and the normalised input; Megatron's keep the input. Megatron's fused SwiGLU
-    does not keep the SiLU, but its values are a view that keeps queries and keys from before the rotation alive.
+    does not keep the SiLU, but its values are a view that keeps queries and keys from before the rotation alive, and each
+    layer has cosines and sines of its own.
     """
     c, h, q, k = layout.compute_bytes, model.hidden_size, model.query_size, model.key_size
     fsdp = layout.backend == "fsdp"
@@ -82,7 +83,8 @@ def layer_activation(model: ModelShape, layout: Layout) -> float:
         inner += (norm if fsdp else 0) * (q + k) + 4 * (model.num_attention_heads + model.num_key_value_heads)
     if layout.recompute != "selective":
         inner += 4 * model.num_attention_heads
-    return hidden / (layout.tp if layout.sequence_parallel else 1) + inner / layout.tp
+    rotation = 0 if fsdp else 4 * c * model.head_dim
+    return hidden / (layout.tp if layout.sequence_parallel else 1) + inner / layout.tp + rotation
 
 
 def kept_activations(model: ModelShape, layout: Layout, stage: int = 0) -> tuple[int, int]:

@@ -264,6 +264,129 @@ def test_peak_of_a_training_step(process_group, checkpointing):
     assert planned == pytest.approx(peak, rel=0.1)
 
 
+# Against Megatron-Core on the CPU, in processes of their own.
+
+MEGATRON = """
+import json, os, sys
+from pathlib import Path
+jobs = json.loads(sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from searchr1.actor.megatron.backend import MegatronBackend
+from searchr1.config.memory_layout import layout_of
+from searchr1.config.memory_shapes import read_shape
+from searchr1.config.schema import Config
+from searchr1.device import Device
+sys.path.insert(0, sys.argv[2])
+from test_memory_plan import Saved, batch_of
+found = []
+for path, precision, tp, pp in jobs:
+    config = Config()
+    config.rollout.model.model_path, config.actor.training_backend = path, "megatron"
+    config.actor.model.precision = precision
+    config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
+    config.runner.max_tokens_per_mbs = 256
+    backend = MegatronBackend.start(config, Device.detect("cpu"), 10)
+    saved, batch = Saved(backend.module), batch_of(8, 4, 28)
+    with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
+        backend.forward_backward([batch], 1.0, False, lambda batch, values: values.logprobs_M.sum())
+    backend.optimizer.step()
+    optimizers = [part.optimizer for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])]
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
+    held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    found.append({
+        "weights": sum(p.nbytes for p in backend.model.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in backend.model.buffers),
+        "Adam": sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")),
+        "fp32 master": sum(p.nbytes for p in held) if precision == "bf16" else 0,
+        "saved": saved.bytes,
+    })
+print("found", json.dumps(found), flush=True)
+if torch.distributed.get_world_size() > 1:
+    torch.distributed.barrier()
+"""
+
+
+def megatron(world, *jobs):
+    """What each rank found for each (model folder, precision, TP, PP)."""
+    import os
+    import socket
+    from importlib.util import find_spec
+
+    # Not importorskip: importing Megatron here would go past the backend's preparations for a CPU.
+    if find_spec("megatron") is None or find_spec("searchr1.actor.megatron.backend") is None:
+        pytest.skip("no Megatron backend")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    words = [
+        sys.executable,
+        "-c",
+        MEGATRON,
+        json.dumps([[str(job[0]), *job[1:]] for job in jobs]),
+        str(Path(__file__).parent),
+    ]
+    ranks = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            words, env=os.environ | ranks | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+    results = []
+    for process in processes:
+        output, errors = process.communicate(timeout=200)
+        lines = [text for text in output.splitlines() if text.startswith("found ")]
+        assert lines, errors[-3000:]
+        results.append(json.loads(lines[0].removeprefix("found ")))
+    return results
+
+
+SMALL = ModelShape(128, 512, 4, 8, 2, 512, tied=True, head_dim=32, qkv_bias=True)
+
+
+def test_megatron_on_one_rank(tmp_path):
+    shapes = {"qwen2": SMALL, "qwen3": replace(SMALL, tied=False, qkv_bias=False, qk_norm=True)}
+    jobs = []
+    for name, shape in shapes.items():
+        for layers in (2, 4):
+            hf_model(replace(shape, num_hidden_layers=layers), "cpu").save_pretrained(tmp_path / f"{name}-{layers}")
+            jobs.append((tmp_path / f"{name}-{layers}", "bf16", 1, 1))
+    jobs.append((tmp_path / "qwen2-4", "fp32", 1, 1))
+    (found,) = megatron(1, *jobs)
+    for (_, precision, _, _), (name, layers), sizes in zip(
+        jobs, [("qwen2", 2), ("qwen2", 4), ("qwen3", 2), ("qwen3", 4), ("qwen2", 4)], found, strict=True
+    ):
+        shape = replace(shapes[name], num_hidden_layers=layers)
+        plan = plan_memory(shape, Layout("megatron", 1, compute_bytes=2 if precision == "bf16" else 4))
+        for key in ("weights", "Adam", "fp32 master"):
+            assert sizes[key] == line(plan, key).size, (name, precision, key)
+        # The buffer's parts start at multiples of 256 bytes.
+        assert 0 <= sizes["gradients"] - line(plan, "gradients").size <= 256 * 13 * layers
+    for name, (two, four) in (("qwen2", found[:2]), ("qwen3", found[2:4])):
+        shape = shapes[name]
+        a_layer = (four["saved"] - two["saved"]) / 2 / 256
+        h, f, q, k = shape.hidden_size, shape.intermediate_size, shape.query_size, shape.key_size
+        # On a CPU norms are not fused (two fp32 copies in place of the input), nor is SwiGLU (SiLU of gate, and up once
+        # more), and attention joins its outputs in a copy.
+        extra = 2 * (8 - 2) * h + 2 * 2 * f + 2 * q + (8 * (q + k) if shape.qk_norm else 0)
+        assert a_layer == layer_activation(shape, Layout("megatron")) + extra
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (1, 1)], ids=["tp", "pp", "dp"])
+def test_megatron_state_on_two_ranks(tmp_path, tp, pp):
+    hf_model(SMALL, "cpu").save_pretrained(tmp_path)
+    layout = Layout("megatron", 2, tp=tp, pp=pp)
+    for rank, (sizes,) in enumerate(megatron(2, (tmp_path, "bf16", tp, pp))):
+        own = stage_parameters(SMALL, tp, pp, rank if pp == 2 else 0)
+        expected = {"weights": 2 * own, "fp32 master": 4 * own // layout.dp, "Adam": 8 * own // layout.dp}
+        for key, size in expected.items():
+            assert sizes[key] == pytest.approx(size, rel=1e-3), key
+        assert sizes["gradients"] == pytest.approx(4 * own, rel=1e-2)
+
+
 # By hand.
 
 
@@ -290,15 +413,15 @@ def test_megatron_bytes_of_7b_on_8_gpus():
 
 def test_megatron_layer_by_hand():
     # 3B, bf16, a token: norm and linear inputs 4 x 2 h; projected q, k, v and rotated q, k and output 2 (3q + 3k);
-    # gate, up, product 6 f; log-sum-exp 4 a; two inverse roots.
-    h, f, q, k, a = 2048, 11008, 2048, 256, 16
+    # gate, up, product 6 f; log-sum-exp 4 a; two inverse roots; cosines and sines, of queries and keys, of each rank.
+    h, f, q, k, a, rotation = 2048, 11008, 2048, 256, 16, 4 * 2 * 128
     shape = SHAPES["qwen2.5-3b"]
     whole = 8 * h + 6 * (q + k) + 6 * f + 4 * a + 8
-    assert layer_activation(shape, Layout("megatron")) == whole
+    assert layer_activation(shape, Layout("megatron")) == whole + rotation
     halves = layer_activation(shape, Layout("megatron", tp=2, sequence_parallel=True))
-    assert halves == whole / 2
-    assert layer_activation(shape, Layout("megatron", tp=2)) == (8 * h + 8) + (whole - 8 * h - 8) / 2
-    assert layer_activation(shape, Layout("megatron", recompute="selective")) == whole - 4 * a
+    assert halves == whole / 2 + rotation
+    assert layer_activation(shape, Layout("megatron", tp=2)) == 8 * h + 8 + (whole - 8 * h - 8) / 2 + rotation
+    assert layer_activation(shape, Layout("megatron", recompute="selective")) == whole + rotation - 4 * a
 
 
 def test_pipeline_stages():
