@@ -106,9 +106,9 @@ class Layout:
         share = round(self.engine_share - 0.1, 2)
         if share > 0.2:
             changes.append((f"rollout.gpu_memory_utilization: {share:g}", replace(self, engine_share=share)))
-        if self.gpus % (2 * self.engine_tp) == 0:
-            more = replace(self, engine_tp=2 * self.engine_tp)
-            changes.append((f"rollout.tensor_parallel_size: {more.engine_tp}", more))
+        for size in (2, 4, 8):
+            if size > self.engine_tp and self.gpus % size == 0:
+                changes.append((f"rollout.tensor_parallel_size: {size}", replace(self, engine_tp=size)))
         full = replace(self, recompute="full", recompute_method="uniform", recompute_layers=1)
         if self.backend != "megatron":
             return [

@@ -503,7 +503,18 @@ def test_every_knob_lowers_the_peak_and_a_remedy_fits():
     taken, plan = remedy(shape, layout, 80 * GIB)
     assert plan.fits(80 * GIB)
     assert taken
-    assert not remedy(SHAPES["qwen2.5-72b"], Layout(gpus=1), 80 * GIB)[1].fits(80 * GIB)
+    seventy = SHAPES["qwen2.5-72b"]
+    assert not remedy(seventy, Layout(gpus=1), 80 * GIB)[1].fits(80 * GIB)
+    # An engine that cannot hold the model is told, with the size that can.
+    starved = Layout("megatron", 64, tp=8, pp=4, recompute="full", offload_weight=True, offload_grad=True)
+    assert "rollout.tensor_parallel_size" in plan_memory(seventy, starved).problem
+    taken, plan = remedy(seventy, starved, 80 * GIB)
+    assert plan.fits(80 * GIB)
+    assert any("rollout.tensor_parallel_size" in text for text in taken)
+    # As docs/layouts.md says.
+    eight = Layout(gpus=8, cpu_offload=True, recompute="full", engine_tp=4, engine_share=0.6)
+    assert not plan_memory(seventy, eight).fits(80 * GIB)
+    assert plan_memory(seventy, replace(eight, reference=False)).fits(80 * GIB)
 
 
 # From a YAML.
