@@ -81,7 +81,7 @@ class FsdpBackend(FsdpModel):
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None) -> FsdpBackend:
         """Join the process group and load the policy."""
-        init_process_group(device)
+        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
         torch.manual_seed(config.actor.seed)
         path = config.actor.model.path or config.rollout.model.model_path
         model = load_model(
@@ -97,7 +97,7 @@ class FsdpBackend(FsdpModel):
     @staticmethod
     def start_reference(config: Config, device: Device) -> FsdpModel:
         """Join the process group and load the weights that training starts from, frozen."""
-        init_process_group(device)
+        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
         path = config.inference.model_path or config.actor.model.path or config.rollout.model.model_path
         return FsdpModel(load_model(path, device, precision=config.actor.model.precision, trainable=False), device)
 

@@ -61,6 +61,10 @@ def warnings(config: Config) -> list[str]:
     found = []
     if config.rollout.rollout_backend == "sglang":
         found.append("rollout.rollout_backend: sglang is read as vllm")
+    if config.actor.training_backend == "megatron":
+        if config.actor.model.apply_rope_fusion and importlib.util.find_spec("transformer_engine") is None:
+            found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
+        found.append("actor.megatron.ckpt_format: checkpoints are torch_dist, which any layout can load")
     if config.algorithm.group_size == 1 and config.algorithm.adv_type != "reinforce++":
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
@@ -171,6 +175,39 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
                 yield Problem(key, f"{path} does not exist; edit the path")
 
 
+def _actor(config: Config) -> Iterator[Problem]:
+    """Keys that can only say what is so anyway, and keys that say the same thing twice."""
+    actor, model = config.actor, config.actor.model
+    only = {
+        "actor.mcore_gpt": (actor.mcore_gpt, True),
+        "actor.spec_name": (actor.spec_name, "decoder_gpt"),
+        "actor.model.activation": (model.activation, "swiglu"),
+        "actor.model.normalization": (model.normalization, "rmsnorm"),
+        "actor.model.position_embedding_type": (model.position_embedding_type, "rope"),
+        "actor.model.add_bias_linear": (model.add_bias_linear, False),
+        "actor.model.context_parallel_size": (model.context_parallel_size, 1),
+    }
+    for key, (found, wanted) in only.items():
+        if found != wanted:
+            yield Problem(key, f"only {wanted} is supported, found {found}")
+    for name in ("bf16", "fp16"):
+        said = getattr(actor.optim, name)
+        if said is not None and said != (model.precision == name):
+            yield Problem(
+                f"actor.optim.{name}", f"{said} contradicts actor.model.precision: {model.precision}; leave it out"
+            )
+    if model.seq_length is not None and model.seq_length < config.runner.seq_length:
+        yield Problem("actor.model.seq_length", f"{model.seq_length} is less than runner.seq_length")
+    if model.megatron_checkpoint is not None:
+        if actor.training_backend != "megatron":
+            yield Problem("actor.model.megatron_checkpoint", "needs actor.training_backend: megatron")
+        elif not (Path(model.megatron_checkpoint) / "metadata.json").is_file():
+            yield Problem(
+                "actor.model.megatron_checkpoint",
+                f"{model.megatron_checkpoint} is no torch_dist checkpoint (metadata.json is missing)",
+            )
+
+
 def _megatron(config: Config) -> Iterator[Problem]:
     """Layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is looked at later."""
     model = config.actor.model
@@ -180,8 +217,6 @@ def _megatron(config: Config) -> Iterator[Problem]:
         yield Problem("actor.model.gradient_checkpointing", "is for fsdp; use actor.model.recompute_granularity: full")
     if model.recompute_granularity == "full" and not (model.recompute_method and model.recompute_num_layers):
         yield Problem("actor.model.recompute_granularity", "full needs recompute_method and recompute_num_layers")
-    if model.apply_rope_fusion and importlib.util.find_spec("transformer_engine") is None:
-        yield Problem("actor.model.apply_rope_fusion", "needs Transformer Engine, which is not installed; set it to False")
     path = config.actor.model.path or config.rollout.model.model_path
     try:
         device = Device.detect(config.cluster.device)
@@ -196,6 +231,8 @@ def _megatron(config: Config) -> Iterator[Problem]:
 
 
 def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
+    if for_training:
+        yield from _actor(config)
     if config.critic.use_critic_model:
         yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
     if config.reward.use_reward_model:

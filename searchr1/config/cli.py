@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from searchr1.config.check import check_config, warnings
+from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, load_config, unused_keys
 from searchr1.config.placement import group_ranks
 from searchr1.config.schema import Config
@@ -26,13 +27,14 @@ def explain(config: Config, for_training: bool) -> str:
     lines.append(f"model       {config.rollout.model.model_path}")
     if for_training:
         trajectories = data.rollout_batch_size * algorithm.group_size
-        actors = len(group_ranks(config, "actor", device))
+        layout = actor_layout(config, len(group_ranks(config, "actor", device)))
         lines += [
             f"step        {data.rollout_batch_size} questions x {algorithm.group_size} attempts = {trajectories} "
             f"trajectories, {algorithm.n_minibatches} optimizer step{'s' if algorithm.n_minibatches > 1 else ''} of "
             f"{trajectories // algorithm.n_minibatches}",
-            f"actor       about {trajectories // actors} trajectories a rank, packed into micro-batches of at most "
-            f"{runner.max_tokens_per_mbs} tokens",
+            f"actor       {config.actor.training_backend}, tensor x pipeline x data parallel {layout.tensor_parallel} x "
+            f"{layout.pipeline_parallel} x {layout.data_parallel}; {trajectories // layout.data_parallel} trajectories "
+            f"a replica, in packed micro-batches of at most {runner.max_tokens_per_mbs} tokens",
             f"algorithm   {algorithm.adv_type}, {algorithm.loss_agg_func}, KL {algorithm.kl_beta:g} "
             f"({algorithm.kl_penalty_type}), learning rate {config.actor.optim.lr:g} "
             f"({config.actor.lr_sched.lr_decay_style})",
@@ -66,8 +68,6 @@ def main(argv: list[str]) -> int:
     for_training = not (args.eval or args.config.removesuffix(".yaml").endswith("-eval"))
     config = load_config(args.config, args.overrides)
     problems = check_config(config, for_training)
-    if for_training and config.actor.training_backend == "megatron":
-        problems = [problem for problem in problems if problem.key != "actor.training_backend"]
     if problems:
         raise ConfigError(args.config, problems)
     print(explain(config, for_training))

@@ -88,7 +88,21 @@ class ActorModelConfig:
     recompute_num_layers: int | None = 1
     """`full` recompute: how many, see `recompute_method`."""
     apply_rope_fusion: bool = False
-    """Fused rotary embedding; needs Transformer Engine (Megatron)."""
+    """Fused rotary embedding, where Transformer Engine is installed (Megatron)."""
+    context_parallel_size: int = 1
+    """Ranks that share one sequence: 1 only, see `config/check.py`."""
+    seq_length: int | None = None
+    """If set, the longest trajectory that the actor may get; not less than `runner.seq_length`."""
+    megatron_checkpoint: str | None = None
+    """Folder of a Megatron distributed checkpoint (`torch_dist`) to take the weights from, instead of `path`'s."""
+    activation: str = "swiglu"
+    """`swiglu`; the model's config.json decides, another value is refused."""
+    normalization: str = "rmsnorm"
+    """`rmsnorm`, likewise."""
+    position_embedding_type: str = "rope"
+    """`rope`, likewise."""
+    add_bias_linear: bool = False
+    """False, likewise."""
 
 
 @dataclass
@@ -123,6 +137,10 @@ class OptimConfig:
     """fp16: updates without overflow before it is doubled."""
     hysteresis: int = 2
     """fp16: overflows before it is halved."""
+    bf16: bool | None = None
+    """RLinf's second way to say `actor.model.precision: bf16`; the two must agree."""
+    fp16: bool | None = None
+    """Likewise for fp16."""
 
 
 @dataclass
@@ -154,13 +172,33 @@ class FsdpConfig:
 
 
 @dataclass
+class MegatronConfig:
+    """Megatron-Core."""
+
+    ddp_bucket_size: int | None = None
+    """Parameters whose gradients are summed over the replicas in one message; null is Megatron's choice."""
+    distributed_timeout_minutes: float = 30.0
+    """A collective that takes longer ends the run (either backend)."""
+
+
+@dataclass
 class ActorConfig:
     """The actor group."""
 
     group_name: str = "ActorGroup"
     """Name of the worker group."""
     training_backend: str = "fsdp"
-    """`fsdp`; `megatron` arrives later."""
+    """`fsdp` (FSDP2: any causal language model) or `megatron` (Megatron-Core: Qwen2/2.5, Qwen3, Llama 3.x)."""
+    mcore_gpt: bool = True
+    """Megatron-Core's model; there is no other."""
+    spec_name: str = "decoder_gpt"
+    """`decoder_gpt`."""
+    offload_optimizer: bool = False
+    """Between training phases, keep the optimizer's state in host memory (GPU)."""
+    offload_weight: bool = False
+    """Between training phases, keep the actor's weights in host memory (GPU)."""
+    offload_grad: bool = False
+    """Between training phases, free the gradients' buffers (GPU)."""
     seed: int = 1234
     """Seed of the training processes."""
     model: ActorModelConfig = field(default_factory=ActorModelConfig)
@@ -171,6 +209,8 @@ class ActorConfig:
     """See `LrSchedConfig`."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     """See `FsdpConfig`."""
+    megatron: MegatronConfig = field(default_factory=MegatronConfig)
+    """See `MegatronConfig`."""
 
 
 @dataclass

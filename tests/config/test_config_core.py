@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ FIXTURES = Path(__file__).parent / "fixtures"
 @pytest.fixture
 def files(tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text("{}")
+    model = {"model_type": "qwen2", "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
+    (tmp_path / "model/config.json").write_text(json.dumps(model | {"hidden_size": 2048, "intermediate_size": 11008}))
     (tmp_path / "train.jsonl").write_text("{}\n")
     return [
         f"rollout.model.model_path={tmp_path}/model",
@@ -55,7 +57,7 @@ def test_rlinf_trees_pass_with_only_paths_edited(name, files):
     assert config.actor.optim.lr == 1e-6
     assert config.algorithm.sampling_params.max_new_tokens == 3000
     assert config.rollout.return_logprobs is False
-    assert "actor.megatron" in unused_keys(config)
+    assert "actor.megatron.ckpt_format" in unused_keys(config)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-3b-tool-1node", "qwen2.5-3b-tool-1node-eval", "tiny-cpu", "tiny-cpu-eval"])
@@ -94,7 +96,6 @@ def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
         ("rollout.model.model_path=/nowhere/model", "rollout.model.model_path"),
         ("data.train_data_paths=[/nowhere.jsonl]", "data.train_data_paths"),
         ("data.train_data_paths=[]", "data.train_data_paths"),
-        ("actor.training_backend=megatron", "actor.training_backend"),
         ("algorithm.loss_agg_func=mean", "algorithm.loss_agg_func"),
         ("reward.reward_type=no_such.module:f", "reward.reward_type"),
         ("agentloop.generate_fn=json:nothing", "agentloop.generate_fn"),
@@ -149,3 +150,39 @@ def test_a_misspelt_key_is_told_with_the_right_one_near(key, position):
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIGS / "tiny-cpu.yaml", [f"{section}.{wrong}=1"])
     assert f"{section}.{wrong}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "message"),
+    [
+        ("actor.model.tensor_model_parallel_size=4", "actor.model.tensor_model_parallel_size", "num_key_value_heads = 2"),
+        ("actor.model.pipeline_model_parallel_size=5", "actor.model.pipeline_model_parallel_size", "num_hidden_layers = 36"),
+        ("actor.model.sequence_parallel=True", "actor.model.sequence_parallel", "needs tensor_model_parallel_size"),
+        ("actor.model.gradient_checkpointing=True", "actor.model.gradient_checkpointing", "recompute_granularity: full"),
+        ("actor.model.recompute_num_layers=null", "actor.model.recompute_granularity", "needs recompute_method"),
+        ("actor.model.normalization=layernorm", "actor.model.normalization", "only rmsnorm is supported"),
+        ("actor.model.context_parallel_size=2", "actor.model.context_parallel_size", "only 1 is supported"),
+        ("actor.mcore_gpt=False", "actor.mcore_gpt", "only True is supported"),
+        ("actor.optim.bf16=True", "actor.optim.bf16", "contradicts actor.model.precision: fp16"),
+        ("actor.model.seq_length=512", "actor.model.seq_length", "less than runner.seq_length"),
+        ("actor.model.megatron_checkpoint=/nowhere", "actor.model.megatron_checkpoint", "no torch_dist checkpoint"),
+    ],
+)
+def test_what_megatron_cannot_do_is_refused_with_the_key(files, override, key, message):
+    found = problems(FIXTURES / "rlinf-train.yaml", *files, override)
+    assert list(found) == [key]
+    assert message in found[key]
+
+
+def test_a_model_without_a_mapping_is_pointed_to_fsdp(files, tmp_path):
+    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')
+    found = problems(FIXTURES / "rlinf-train.yaml", *files)
+    assert "'gpt2' has no Megatron mapping" in found["actor.training_backend"]
+    assert problems(FIXTURES / "rlinf-train.yaml", *files, "actor.training_backend=fsdp") == {}
+
+
+def test_on_a_cpu_the_actor_gets_as_many_processes_as_one_copy_of_the_model_needs(files):
+    result = check(FIXTURES / "rlinf-train.yaml", *files, "actor.model.tensor_model_parallel_size=2")
+    assert "actor     2 processes on slots 0 1" in result.stdout
+    assert "inference 1 process on slots 0" in result.stdout
+    assert "megatron, tensor x pipeline x data parallel 2 x 1 x 1" in result.stdout

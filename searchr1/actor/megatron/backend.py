@@ -15,6 +15,7 @@ from torch import Tensor
 from searchr1.actor.backend import MicroBatchLoss, T
 from searchr1.actor.batch_stats import all_reduce_sums
 from searchr1.actor.megatron.architecture import read_architecture
+from searchr1.actor.megatron.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from searchr1.actor.megatron.export import gather_hugging_face
 from searchr1.actor.megatron.model import build_model, first_layer_of_stage, load_hugging_face, local_parameters
 from searchr1.actor.megatron.optimizer import build_ddp, build_optimizer
@@ -48,7 +49,10 @@ class MegatronBackend:
         self._max_tokens = config.runner.max_tokens_per_mbs
         self.module = build_model(self.arch, hf_config, self.layout, settings, device, self._max_tokens)
         self.parameters = local_parameters(self.module, self.arch, first_layer_of_stage(self.arch, self.layout))
-        load_hugging_face(self.parameters, self.model_path, self.arch)
+        if settings.megatron_checkpoint is not None:
+            load_weights(self.module, Path(settings.megatron_checkpoint))
+        else:
+            load_hugging_face(self.parameters, self.model_path, self.arch)
         self.model = build_ddp(self.module, config.actor)
         self.optimizer = build_optimizer(self.model, config.actor)
         self.module.config.grad_scale_func = self.optimizer.scale_loss
@@ -64,7 +68,7 @@ class MegatronBackend:
         Raises:
             UserError: the model or the layout is not one that Megatron can do.
         """
-        init_process_group(device)
+        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
         torch.manual_seed(config.actor.seed)
         return cls(config, device, total_steps)
 
@@ -223,14 +227,10 @@ class MegatronBackend:
 
     def save(self, folder: Path) -> None:
         """Write a Megatron distributed checkpoint, which any layout can load."""
-        from searchr1.actor.megatron.checkpoint import save_checkpoint
-
         save_checkpoint(self, folder)
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also in another layout."""
-        from searchr1.actor.megatron.checkpoint import load_checkpoint
-
         load_checkpoint(self, folder)
 
     @property

@@ -77,6 +77,26 @@ def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
     _separate_steps(backend)
 
 
+def load_weights(module: Any, folder: Path) -> None:
+    """The model's weights alone, from any Megatron distributed checkpoint of this model; a collective.
+
+    Raises:
+        UserError: damaged, or of another model.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        with _quiet():
+            loaded = dist_checkpointing.load({"model": module.sharded_state_dict(metadata=dict(_METADATA))}, str(folder))
+        module.load_state_dict(loaded["model"])
+    except (CheckpointingException, RuntimeError, OSError, KeyError, ValueError) as error:
+        raise UserError(
+            f"actor.model.megatron_checkpoint: cannot load {folder}: it is damaged or belongs to another model "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+
+
 def _sharded_state(backend: MegatronBackend, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # Megatron adds process groups to it
     model = backend.module.sharded_state_dict(metadata=metadata)

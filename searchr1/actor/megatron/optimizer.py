@@ -19,6 +19,7 @@ def build_ddp(module: Any, config: ActorConfig) -> Any:
             use_distributed_optimizer=config.optim.use_distributed_optimizer,
             overlap_grad_reduce=config.optim.overlap_grad_reduce,
             overlap_param_gather=config.optim.overlap_param_gather,
+            bucket_size=config.megatron.ddp_bucket_size,
         ),
         module,
     )
