@@ -104,17 +104,24 @@ class TorchDistFolder:
         box: Box = tuple((0, size) for size in item.size)
         if layer is not None:
             box = ((layer, layer + 1), *box[1:])
-        target = torch.empty([stop - start for start, stop in box], dtype=item.properties.dtype)
+        found = [(chunk, common) for chunk in item.chunks if (common := _overlap(chunk, box)) is not None]
+        if len(found) == 1 and found[0][1] == box:  # no copy of a tensor that lies in one chunk
+            chunk, common = found[0]
+            target = self._chunk(name, chunk, check)[_within(common, chunk)]
+        else:
+            target = self._assemble(name, box, found, check)
+        return target if layer is None else target[0]
+
+    def _assemble(self, name: str, box: Box, found: list[tuple[ChunkStorageMetadata, Box]], check: bool) -> Tensor:
+        target = torch.empty([stop - start for start, stop in box], dtype=self.dtype(name))
         missing = target.numel()
-        for chunk in item.chunks:
-            common = _overlap(chunk, box)
-            if common is not None:
-                part = target[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))]
-                part.copy_(self._chunk(name, chunk, check)[_within(common, chunk)])
-                missing -= part.numel()
+        for chunk, common in found:
+            part = target[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))]
+            part.copy_(self._chunk(name, chunk, check)[_within(common, chunk)])
+            missing -= part.numel()
         if missing:
             raise UserError(f"{self.folder}: {name} is not whole: {missing} of its elements are in no file")
-        return target if layer is None else target[0]
+        return target
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata, check: bool) -> Tensor:
         info = self._storage.get(MetadataIndex(name, chunk.offsets))
