@@ -109,11 +109,11 @@ class TorchDistWriter:
 
     def close(self) -> None:
         """Finish the current file."""
-        if self._file is not None:
-            with self._file as file:
+        file, self._file = self._file, None
+        if file is not None:
+            with file:
                 file.flush()
                 os.fsync(file.fileno())
-            self._file = None
 
 
 def _file_name(number: int) -> str:

@@ -62,7 +62,7 @@ def compare_logits(source: MegatronSource, config: Path, folder: Path, dtype: to
         source: the Megatron side.
         config: a folder with the model's config.json.
         folder: the Hugging Face side.
-        dtype: the precision that the Megatron side's weights are rounded to first; None leaves them.
+        dtype: the precision that both sides' weights are rounded to first; None leaves them.
 
     Raises:
         UserError: the logits differ.
@@ -74,6 +74,9 @@ def compare_logits(source: MegatronSource, config: Path, folder: Path, dtype: to
     with torch.inference_mode():
         expected = megatron_logits(source, arch, rotary_frequencies(settings), ids_T, dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        if dtype is not None:
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
         found = model(ids_T[None]).logits[0]
     error, scale = (found - expected).abs().max().item(), expected.abs().max().item()
     if not error <= _TOLERANCE * scale:

@@ -1,7 +1,7 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # fsdp2hf.sh CHECKPOINT OUTPUT [BASE_MODEL]     CHECKPOINT is …/checkpoints/global_step_N/actor
-set -euo pipefail
-if [ $# -lt 2 ]; then sed -n 2p "${BASH_SOURCE[0]}" >&2; exit 2; fi
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)
+set -eu
+if [ $# -lt 2 ]; then sed -n 2p "$0" >&2; exit 2; fi
+root=$(cd "$(dirname "$0")/../../.." && pwd)
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$root/.venv/bin/activate" ]; then . "$root/.venv/bin/activate"; fi
 exec searchr1 convert fsdp2hf --checkpoint "$1" --output "$2" ${3:+--hf-model "$3"}
