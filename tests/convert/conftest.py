@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from models import MODELS, make_model, model_name  # noqa: E402
+from convert_models import MODELS, make_model, model_name  # noqa: E402
 
 from searchr1.convert.hf2mg import MegatronOptions, hf2mg  # noqa: E402
 
@@ -31,7 +31,7 @@ def saved_by_megatron(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(HERE / "megatron_ranks.py")]
+    command = [sys.executable, str(HERE / "convert_ranks.py")]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(port), str(root)],

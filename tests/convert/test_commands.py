@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, assert_same_tensors, make_model, tensors_of
+from convert_models import FAMILIES, assert_same_tensors, make_model, tensors_of
 
 from searchr1.cli import main
 from searchr1.convert import to_hf, verify

@@ -10,7 +10,7 @@ import shutil
 
 import pytest
 import torch
-from models import assert_same_tensors, make_model
+from convert_models import assert_same_tensors, make_model
 
 from searchr1.actor.checkpoint import new_checkpoint
 from searchr1.cli import main

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from convert_models import FAMILIES, architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, architecture
 
 from searchr1.actor.megatron.mapping import entries, hugging_face_shapes
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from megatron_ranks import LAYOUTS, WAYS
-from models import FAMILIES, MODELS, assert_same_tensors, model_name
+from convert_models import FAMILIES, MODELS, assert_same_tensors, model_name
+from convert_ranks import LAYOUTS, WAYS
 
 from searchr1.convert.mg2hf import mg2hf
 from searchr1.convert.to_hf import Options

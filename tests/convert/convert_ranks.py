@@ -1,4 +1,4 @@
-"""One of two ranks that run Megatron: `python megatron_ranks.py RANK PORT FOLDER`.
+"""One of two ranks that run Megatron: `python convert_ranks.py RANK PORT FOLDER`.
 
 For every model of FOLDER (`NAME/hf`, and `NAME/stacked`, `NAME/separate` from hf2mg) and every layout it saves a checkpoint,
 and loads one of hf2mg's and compares. What differs is written to `FOLDER/differences-RANK`. The ways of naming go round, so
