@@ -82,7 +82,10 @@ class Backend(ScoringBackend, Protocol):
         ...
 
     def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under their Hugging Face names on rank 0, a tied output layer left out; one at a time."""
+        """Full tensors under their Hugging Face names, one at a time, a tied output layer left out.
+
+        On ranks but the first they may be empty shells on the "meta" device.
+        """
         ...
 
     def save(self, folder: Path) -> None:

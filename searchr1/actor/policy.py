@@ -122,13 +122,9 @@ class Policy(ScoringModel):
         return self.backend.to_replica(value)
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """As the rollout engine holds them: in its precision unless `dtype` says otherwise. Complete on rank 0 only."""
+        """As the rollout engine holds them: in its precision unless `dtype` says otherwise. On ranks but the first, a
+        tensor may be an empty shell; every rank must go through all of them."""
         return self.backend.named_weights(dtype or COMPUTE_DTYPES[self._config.rollout.model.precision])
-
-    @property
-    def weight_bytes(self) -> int:
-        """Size of all weights as published."""
-        return self.backend.parameter_count * COMPUTE_DTYPES[self._config.rollout.model.precision].itemsize
 
     def train_step(
         self, trajectories: Sequence[Trajectory], advantages: Sequence[float], minibatch_ids: Sequence[int]

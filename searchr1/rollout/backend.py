@@ -41,8 +41,8 @@ class Backend(Protocol):
     def abort(self, request_ids: list[str]) -> list[Finished]:
         """Ends requests; returns what they had."""
 
-    def load_weights(self, files: tuple[str, ...], version: int) -> None:
-        """Replaces the weights between two steps and empties the caches."""
+    def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None:
+        """Replaces the weights between two steps and empties the caches; from `first` to `last` nothing may run."""
 
     def reset_prefix_cache(self) -> None:
         """Forgets cached prompts."""

@@ -111,6 +111,7 @@ class Engine:
         self._stats = EngineStats()
         self._weight_version = 0
         self._asleep = False
+        self._updating = False
 
     @classmethod
     async def start(cls, model_path: str, device: Device, settings: EngineSettings) -> Engine:
@@ -179,7 +180,8 @@ class Engine:
     async def update_weights(self, manifest: WeightManifest) -> None:
         """Loads published weights and empties the prefix cache.
 
-        Loses no request: what is running goes on with the new weights, its cache recomputed.
+        Loses no request: what is running goes on with the new weights, its cache recomputed. Weights may come in several
+        parts, in order; from the first to the last the engine stands still.
 
         Raises:
             EngineError: a file is missing (the engine goes on as before), or loading failed (the engine stops, because
@@ -189,9 +191,11 @@ class Engine:
         _check_files(manifest)
 
         def load(backend: Backend) -> None:
-            backend.load_weights(manifest.files, manifest.version)
-            self._weight_version = manifest.version
-            self._stats.weight_updates += 1
+            backend.load_weights(manifest.files, manifest.version, manifest.first, manifest.last)
+            self._updating = not manifest.last
+            if manifest.last:
+                self._weight_version = manifest.version
+                self._stats.weight_updates += 1
 
         await self._call(load, self._settings.update_timeout_s, f"load weights of version {manifest.version}")
 
@@ -338,7 +342,7 @@ class Engine:
         return True
 
     def _can_step(self, backend: Backend) -> bool:
-        return backend.has_work and not self._asleep
+        return backend.has_work and not self._asleep and not self._updating
 
     def _add(self, request_id: str, pending: _Pending, add: Callable[[], None]) -> None:
         if pending.future.done():

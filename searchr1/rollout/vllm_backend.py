@@ -122,17 +122,23 @@ class VllmBackend:
             self._llm.abort_request([internal], internal=True)
         return partial
 
-    def load_weights(self, files: tuple[str, ...], version: int) -> None:
-        """Replaces the weights. Running requests go on with the new ones, their caches recomputed."""
-        self._settle()
+    def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None:
+        """Replaces the weights, in one call or several. Running requests go on with the new ones, caches recomputed."""
+        if first:
+            self._settle()
+        done = False
         try:
-            self._llm.collective_rpc("start_weight_update")
+            if first:
+                self._llm.collective_rpc("start_weight_update")
             self._llm.collective_rpc("update_weights", args=({"files": list(files)},))
-            self._llm.collective_rpc("finish_weight_update")
-            self.reset_prefix_cache()
-            self._llm.set_weight_version(str(version))
+            if last:
+                self._llm.collective_rpc("finish_weight_update")
+                self.reset_prefix_cache()
+                self._llm.set_weight_version(str(version))
+            done = not last  # the next part follows; nothing runs until then
         finally:
-            self._core.resume_scheduler()
+            if not done:
+                self._core.resume_scheduler()
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached keys and values; running requests are prefilled again."""

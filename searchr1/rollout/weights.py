@@ -1,7 +1,8 @@
 """Weights on their way from the trainer to the rollout engines, as files in shared memory.
 
-The trainer writes one folder per version; every engine process on the node maps the same pages. Folders of killed
-processes are found by their lock (a dead process holds none) and removed by the next publisher.
+The trainer writes a bucket of tensors at a time; every engine process on the node maps the same pages. While the engines
+load one bucket the next is written, and no more than two exist. Folders of killed processes are found by their lock (a
+dead process holds none) and removed by the next publisher.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from searchr1.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
-DEFAULT_BUCKET_BYTES = 256 << 20
+DEFAULT_BUCKET_BYTES = 512 << 20
 _PREFIX = "searchr1-weights-"
 _LOCK = ".lock"
 # A folder this young may belong to a publisher that has not locked it yet.
@@ -53,10 +54,13 @@ class WeightManifest:
     """Absolute paths of safetensors files, in loading order."""
     tensors: tuple[TensorInfo, ...]
     total_bytes: int
+    first: bool = True
+    last: bool = True
+    """Weights may come in several parts (`publish_buckets`), from the first to the last."""
 
 
 def weight_directory(needed_bytes: int, fallback: Path) -> Path:
-    """Chooses where to publish: shared memory if it is writable and has room for two versions, else `fallback`."""
+    """Chooses where to publish: shared memory if it is writable and has twice the room that is needed, else `fallback`."""
     try:
         if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= 2 * needed_bytes:
             return SHARED_MEMORY
@@ -71,9 +75,7 @@ def publish_weights(
     directory: Path | str,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
 ) -> WeightManifest:
-    """Writes tensors into a new folder under `directory`, a bucket at a time.
-
-    Holds at most about two buckets in memory. The folder appears under its final name only when it is complete.
+    """Writes all tensors into a new folder under `directory`, a bucket at a time; they stay there until `release`.
 
     Args:
         named: Hugging Face names and full tensors, on any device; read once, in order.
@@ -85,7 +87,70 @@ def publish_weights(
         UserError: the folder cannot be written or is full.
         ValueError: no tensors, or a name comes twice.
     """
-    root = Path(directory)
+    folder = _new_folder(Path(directory), version)
+    with _removed_on_failure(folder):
+        parts = [_write_bucket(folder, number, bucket) for number, bucket in enumerate(_buckets(named, bucket_bytes))]
+        tensors = tuple(tensor for _, part in parts for tensor in part)
+        _check_names([tensor.name for tensor in tensors])
+    files = tuple(path for path, _ in parts)
+    return WeightManifest(version, str(folder), files, tensors, sum(os.path.getsize(path) for path in files))
+
+
+def publish_buckets(
+    named: Iterable[tuple[str, torch.Tensor]],
+    version: int,
+    directory: Path | str,
+    total_elements: int,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> Iterator[WeightManifest]:
+    """The same in parts, for a reader that keeps up: no more than two buckets exist at any time.
+
+    Ask for part n + 1 while part n is being read; when part n + 2 is asked for, part n must have been read and goes.
+
+    Args:
+        named: as in `publish_weights`.
+        version: likewise.
+        directory: likewise.
+        total_elements: of all tensors together: what tells the last bucket.
+        bucket_bytes: size of a part.
+
+    Raises:
+        UserError: the folder cannot be written or is full.
+        ValueError: no tensors, a name comes twice, or not `total_elements` elements in all.
+    """
+    folder = _new_folder(Path(directory), version)
+    with _removed_on_failure(folder):
+        names: list[str] = []
+        elements, last = 0, False
+        for number, bucket in enumerate(_buckets(named, bucket_bytes)):
+            if number >= 2:
+                _bucket_path(folder, number - 2).unlink(missing_ok=True)
+            path, tensors = _write_bucket(folder, number, bucket)
+            names += bucket
+            _check_names(names)
+            elements += sum(tensor.numel() for tensor in bucket.values())
+            last = elements == total_elements
+            yield WeightManifest(version, str(folder), (path,), tensors, os.path.getsize(path), number == 0, last)
+        if not last:
+            raise ValueError(f"publish_buckets needs {total_elements} elements and got {elements}")
+
+
+def same_buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[None]:
+    """Goes through the tensors in the steps of `publish_buckets` without writing: what the trainer's other ranks do.
+
+    Their tensors may be empty shells (on the "meta" device); only shape and dtype count.
+    """
+    size = 0
+    for _, tensor in named:
+        size += tensor.numel() * tensor.element_size()
+        if size >= bucket_bytes:
+            yield None
+            size = 0
+    if size:
+        yield None
+
+
+def _new_folder(root: Path, version: int) -> Path:
     folder = root / f"{_PREFIX}v{version}-{uuid.uuid4().hex[:12]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -94,37 +159,41 @@ def publish_weights(
         _held_locks[str(folder)] = _lock(folder)
     except OSError as error:
         raise UserError(f"cannot write weights below {root}: {error.strerror}; give a writable folder") from error
+    return folder
+
+
+@contextlib.contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
     try:
-        files: list[str] = []
-        tensors: list[TensorInfo] = []
-        for bucket in _buckets(named, bucket_bytes):
-            path = folder / f"bucket-{len(files):05d}.safetensors"
-            partial = path.with_suffix(".partial")
-            save_file(bucket, str(partial))
-            partial.rename(path)
-            files.append(str(path))
-            tensors += [
-                TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
-                for name, tensor in bucket.items()
-            ]
-        names = [tensor.name for tensor in tensors]
-        if not names or len(set(names)) != len(names):
-            raise ValueError("publish_weights needs at least one tensor, and each name once")
+        yield
     except BaseException as error:
         _remove(folder)
         if _is_full(error):
             raise UserError(
-                f"no room for the weights below {root}: {error}; free space there, enlarge /dev/shm "
+                f"no room for the weights below {folder.parent}: {error}; free space there, enlarge /dev/shm "
                 "(docker: --shm-size), or publish to another folder"
             ) from error
         raise
-    return WeightManifest(
-        version=version,
-        directory=str(folder),
-        files=tuple(files),
-        tensors=tuple(tensors),
-        total_bytes=sum(os.path.getsize(path) for path in files),
+
+
+def _bucket_path(folder: Path, number: int) -> Path:
+    return folder / f"bucket-{number:05d}.safetensors"
+
+
+def _write_bucket(folder: Path, number: int, bucket: dict[str, torch.Tensor]) -> tuple[str, tuple[TensorInfo, ...]]:
+    path = _bucket_path(folder, number)
+    partial = path.with_suffix(".partial")
+    save_file(bucket, str(partial))
+    partial.rename(path)
+    tensors = (
+        TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in bucket.items()
     )
+    return str(path), tuple(tensors)
+
+
+def _check_names(names: list[str]) -> None:
+    if not names or len(set(names)) != len(names):
+        raise ValueError("publish_weights needs at least one tensor, and each name once")
 
 
 def read_weights(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:

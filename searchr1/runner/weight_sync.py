@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 from searchr1.errors import UserError
 from searchr1.runner.groups import Group, Groups
@@ -14,14 +15,22 @@ PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 0.25, "fp16": 0.05}
 
 
 def sync_weights(groups: Groups, version: int, timeout_s: float) -> float:
-    """Publish the actor's weights and load them into every engine. Returns the seconds it took."""
+    """Pass the actor's weights on to every engine, a bucket at a time. Returns the seconds it took.
+
+    While the engines load one bucket, the actor gathers and writes the next.
+    """
+    started = time.perf_counter()
     actor = _actor(groups)
-    publish = actor.call("publish_weights", version)
-    manifest = publish.wait(timeout_s)[0]
-    update = groups.rollout.call("update_weights", manifest)
-    update.wait(timeout_s)
-    actor.call("release_weights", manifest).wait(timeout_s)
-    return publish.seconds + update.seconds
+    bucket = actor.call("publish_weights", version).wait(timeout_s)[0]
+    while True:
+        update = groups.rollout.call("update_weights", bucket)
+        following = None if bucket.last else actor.call("next_bucket").wait(timeout_s)[0]
+        update.wait(timeout_s)
+        if following is None:
+            break
+        bucket = following
+    actor.call("release_weights", bucket).wait(timeout_s)
+    return time.perf_counter() - started
 
 
 def validate_weights(groups: Groups, probe: list[list[int]], precision: str, timeout_s: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +66,22 @@ class ActorWorker(Worker):
 
     @reported
     async def publish_weights(self, version: int) -> Any:
-        """Write the weights where the rollout group can map them. Rank 0 returns the manifest."""
-        from searchr1.rollout.weights import publish_weights, weight_directory
+        """Write the first bucket of weights where the rollout group can map it. Rank 0 returns its manifest."""
+        from searchr1.rollout.weights import DEFAULT_BUCKET_BYTES, publish_buckets, same_buckets, weight_directory
 
-        named = self._policy.named_weights()
+        named, elements = self._policy.named_weights(), self._policy.backend.parameter_count
+        self._buckets: Iterator[Any]
         if self._rank == 0:
-            fallback = Path(self._config.runner.output_dir) / "weights"
-            return publish_weights(named, version, weight_directory(self._policy.weight_bytes, fallback))
-        for _ in named:  # gathering a tensor takes all ranks
-            pass
-        return None
+            root = weight_directory(2 * DEFAULT_BUCKET_BYTES, Path(self._config.runner.output_dir) / "weights")
+            self._buckets = publish_buckets(named, version, root, elements)
+        else:  # gathering a tensor takes all ranks
+            self._buckets = same_buckets(named)
+        return next(self._buckets)
+
+    @reported
+    async def next_bucket(self) -> Any:
+        """The next bucket, after one that was not the last."""
+        return next(self._buckets)
 
     @reported
     async def release_weights(self, manifest: Any) -> None:

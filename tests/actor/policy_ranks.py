@@ -112,7 +112,10 @@ def run_job(job: dict, out: Path) -> None:
         result["metrics"].append(policy.train_step(*part, [0] * len(share)))
     if "save" in job:
         policy.save(Path(job["save"]))
-    result["weights"] = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}
+    named = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}
+    shells = {name: tensor.shape for name, tensor in named.items()}
+    result["shapes"], result["weights"] = shells, named if rank == 0 else {}
+    assert sum(tensor.numel() for tensor in named.values()) == backend.parameter_count
     torch.save(result, out / f"{job['name']}-{rank}.pt")
 
 
@@ -126,7 +129,7 @@ def gradients(policy, trajectories, advantages) -> dict:
     grads = [LocalParameter(item.entry, item.parameter.main_grad) for item in backend.parameters]
     found = {n: t.clone() for n, t in gather_hugging_face(grads, backend.arch, backend.layout, backend.device)}
     backend.zero_grad()
-    return found
+    return found if torch.distributed.get_rank() == 0 else {}
 
 
 def oracle(job: dict) -> dict:

@@ -71,6 +71,7 @@ def assert_equal(found, expected, metrics=None):
     for name, weight in expected["weights"].items():
         assert torch.allclose(found[0]["weights"][name], weight, atol=1e-5), name
     assert found[0]["weights"].keys() == expected["weights"].keys()
+    assert all(rank["shapes"] == found[0]["shapes"] for rank in found)  # the same buckets everywhere
 
 
 @pytest.mark.parametrize("layout", TWO_RANKS)

@@ -58,7 +58,7 @@ class ScriptedBackend:
     def abort(self, request_ids: list[str]) -> list[Finished]:
         return [self.finish(request_id, "abort") for request_id in request_ids if request_id in self.left]
 
-    def load_weights(self, files: tuple[str, ...], version: int) -> None: ...
+    def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None: ...
     def reset_prefix_cache(self) -> None: ...
     def sleep(self, level: int) -> None: ...
     def wake(self) -> None: ...
@@ -141,7 +141,7 @@ def test_a_failed_update_stops_the_engine(tmp_path: Any) -> None:
 
         from searchr1.rollout.weights import publish_weights
 
-        def fail(files: tuple[str, ...], version: int) -> None:
+        def fail(*args: object) -> None:
             raise RuntimeError("left 3 parameters as they were")
 
         backend.load_weights = fail  # type: ignore[method-assign]

@@ -21,7 +21,14 @@ from searchr1.agent.settings import GenerateParams
 from searchr1.errors import UserError
 from searchr1.rollout import weights
 from searchr1.rollout.engine import Engine, EngineError
-from searchr1.rollout.weights import publish_weights, read_weights, release, weight_directory
+from searchr1.rollout.weights import (
+    publish_buckets,
+    publish_weights,
+    read_weights,
+    release,
+    same_buckets,
+    weight_directory,
+)
 
 PROBES = [[5, 9, 200, 31, 7, 44, 120], list(range(3, 103))]
 
@@ -142,6 +149,59 @@ def test_a_mid_flight_update_takes_effect_at_once(
     assert 15 <= switch < 150
     assert bool(fits_old[:switch].all())
     assert bool(fits_new[switch:].all())
+
+
+def test_an_update_in_buckets_is_one_update(
+    restored: Engine, model_path: Path, tmp_path: Path, run: Any, until: Any
+) -> None:
+    """Requests wait from the first bucket to the last; no more than two buckets exist at any time."""
+    model = Qwen2ForCausalLM.from_pretrained(model_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    updates = restored.stats().weight_updates
+
+    async def update() -> int:
+        buckets = publish_buckets(model.named_parameters(), 9, tmp_path, elements, bucket_bytes=50_000)
+        params = GenerateParams(max_new_tokens=100, min_new_tokens=100, seed=1)
+        task = asyncio.create_task(restored.generate(PROBES[1], params))
+        steps = restored.stats().steps
+        await until(lambda: restored.stats().steps >= steps + 10)
+        bucket, count = next(buckets), 1
+        assert bucket.first
+        while not bucket.last:
+            following = next(buckets)
+            assert len(list(Path(bucket.directory).glob("*.safetensors"))) <= 2
+            await restored.update_weights(bucket)
+            seen = restored.stats().steps
+            await asyncio.sleep(0.05)
+            assert restored.stats().steps == seen
+            assert restored.weight_version != 9
+            bucket, count = following, count + 1
+        await restored.update_weights(bucket)
+        release(bucket)
+        await task
+        return count
+
+    assert run(update()) > 3
+    assert restored.weight_version == 9
+    assert restored.stats().weight_updates == updates + 1
+    assert worst_difference(restored, model, run) < 1e-4
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_rank_of_the_trainer_goes_in_the_same_steps(tmp_path: Path) -> None:
+    tensors = {f"t{i}": torch.randn(7 * i + 1) for i in range(20)}
+    shells = [(name, torch.empty(tensor.shape, device="meta")) for name, tensor in tensors.items()]
+    elements = sum(tensor.numel() for tensor in tensors.values())
+    for bucket_bytes in (1, 100, 1000, 10**6):
+        buckets = list(publish_buckets(tensors.items(), 1, tmp_path, elements, bucket_bytes))
+        assert len(list(same_buckets(shells, bucket_bytes))) == len(buckets)
+        assert [bucket.first for bucket in buckets] == [True] + [False] * (len(buckets) - 1)
+        assert [bucket.last for bucket in buckets] == [False] * (len(buckets) - 1) + [True]
+    with pytest.raises(ValueError, match="needs 5 elements and got 1350"):
+        list(publish_buckets(tensors.items(), 1, tmp_path, 5))
 
 
 def test_an_update_that_names_missing_files_leaves_the_engine_running(

@@ -221,7 +221,7 @@ class MegatronBackend:
         return sum(math.prod(shape) for shape in hugging_face_shapes(self.arch).values())
 
     def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under their Hugging Face names, on rank 0 only; a tensor at a time."""
+        """Full tensors under their Hugging Face names on rank 0, empty shells elsewhere; a tensor at a time."""
         for name, tensor in gather_hugging_face(self.parameters, self.arch, self.layout, self.device):
             yield name, tensor if dtype is None else tensor.to(dtype)
 

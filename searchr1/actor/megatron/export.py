@@ -17,7 +17,7 @@ from searchr1.config.layout import Layout
 def gather_hugging_face(
     parameters: list[LocalParameter], arch: Architecture, layout: Layout, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors on rank 0; other ranks yield nothing but must run to the end. A tied output layer is left out.
+    """Full tensors on rank 0, empty shells on the others, which must run along. A tied output layer is left out.
 
     Tensor-parallel parts are joined by the stage that has them and sent on to rank 0. The first replica does it alone.
     At no time does a rank hold more than one full tensor that is not its own.
@@ -25,29 +25,23 @@ def gather_hugging_face(
     from megatron.core import parallel_state
 
     rank = dist.get_rank()
-    if layout.data_rank(rank) != 0:
-        return
     group = parallel_state.get_tensor_model_parallel_group()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     mine = {item.entry.name: item.parameter for item in parameters}
     layers_per_stage = arch.layers // layout.pipeline_parallel
+    dtype = parameters[0].parameter.dtype
     for entry in entries(arch):
         owner = _stage_of(entry.name, layers_per_stage, layout.pipeline_parallel)
-        if stage == owner:
-            found = entry.to_hugging_face(_tensor_parallel_parts(entry, mine[entry.name].detach(), group))
-            if group.rank() == 0:
-                for name, tensor in found:
-                    if rank == 0:
-                        yield name, tensor
-                    else:
-                        dist.send(tensor.contiguous(), 0)
-        elif rank == 0:
-            source = owner * layout.tensor_parallel * layout.data_parallel
-            dtype = parameters[0].parameter.dtype
-            for name, shape in zip(entry.sources, entry.shapes, strict=True):
-                tensor = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(tensor, source)
-                yield name, tensor
+        found: dict[str, Tensor] = {}
+        if stage == owner and layout.data_rank(rank) == 0:
+            found = dict(entry.to_hugging_face(_tensor_parallel_parts(entry, mine[entry.name].detach(), group)))
+        for name, shape in zip(entry.sources, entry.shapes, strict=True):
+            if rank == 0 and stage != owner:
+                found[name] = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(found[name], owner * layout.tensor_parallel * layout.data_parallel)
+            elif found and stage != 0 and group.rank() == 0:
+                dist.send(found[name].contiguous(), 0)
+            yield name, found[name] if rank == 0 else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _tensor_parallel_parts(entry: Entry, part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
