@@ -173,6 +173,13 @@ class Device:
 
             torch.cuda.synchronize()
 
+    def empty_cache(self) -> None:
+        """Hands memory that torch has freed but kept back to the device, for another process to use."""
+        if self.is_cuda:
+            import torch
+
+            torch.cuda.empty_cache()
+
     def memory(self) -> MemoryStats:
         """Memory of this process: allocated by torch on a GPU, resident on a CPU."""
         if self.is_cuda:

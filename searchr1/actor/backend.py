@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
 
 T = TypeVar("T")
+
+Resident = Literal["weight", "optimizer", "grad"]
+"""Groups of tensors that can leave the GPU between phases: `actor.offload_*`."""
 
 MicroBatchLoss = Callable[[PackedBatch, TokenLogprobs], Tensor]
 """The loss of one micro-batch, a share of the mean over the whole mini-batch: sums, never means, over ranks."""
@@ -86,6 +89,10 @@ class Backend(ScoringBackend, Protocol):
 
         On ranks but the first they may be empty shells on the "meta" device.
         """
+        ...
+
+    def resident(self, kind: Resident) -> Iterator[Tensor]:
+        """This rank's tensors of one kind, as far as they exist now; no collective."""
         ...
 
     def save(self, folder: Path) -> None:

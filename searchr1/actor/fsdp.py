@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from searchr1.actor.backend import MicroBatchLoss, T
+from searchr1.actor.backend import MicroBatchLoss, Resident, T
 from searchr1.actor.batch_stats import all_reduce_sums
 from searchr1.actor.checkpoint import load_state, save_state
 from searchr1.actor.model import init_process_group, load_model, policy_logprobs
@@ -134,6 +134,14 @@ class FsdpBackend(FsdpModel):
         """Of the next update."""
         return float(self.schedule.get_last_lr()[0])
 
+    def resident(self, kind: Resident) -> Iterator[Tensor]:
+        """This rank's shards; gradients do not outlive a step."""
+        if kind == "weight":
+            yield from map(_local, self.model.parameters())
+        elif kind == "optimizer":
+            for state in self.optimizer.state.values():
+                yield from (_local(value) for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
+
     def save(self, folder: Path) -> None:
         """Write model, optimizer, schedule and random state into `folder` (see checkpoint.py)."""
         save_state(folder, self.model, self.optimizer, self.schedule, self._model_path)
@@ -141,3 +149,7 @@ class FsdpBackend(FsdpModel):
     def load(self, folder: Path) -> None:
         """Go on from `save`, also with another number of ranks."""
         load_state(folder, self.model, self.optimizer, self.schedule)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from searchr1.actor.backend import Backend, ScoringBackend, T
+from searchr1.actor.backend import Backend, Resident, ScoringBackend, T
 from searchr1.actor.batch_stats import all_reduce_denominators, all_reduce_max, count_denominators
 from searchr1.actor.model import COMPUTE_DTYPES
+from searchr1.actor.offload import Offload
 from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, unpack_all
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.entropy import TokenLogprobs
@@ -89,6 +91,17 @@ class Policy(ScoringModel):
         super().__init__(backend, config)
         self.backend = backend
         self._loss = loss_config(config.algorithm)
+        actor = config.actor
+        asked: dict[Resident, bool] = {
+            "optimizer": actor.offload_optimizer,
+            "grad": actor.offload_grad,
+            "weight": actor.offload_weight,
+        }
+        self.offloads: dict[Resident, Offload] = {
+            kind: Offload(partial(backend.resident, kind), keep=kind != "grad")
+            for kind, is_asked in asked.items()
+            if is_asked and backend.device.type == "cuda"  # a CPU has only host memory
+        }
 
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None = None) -> Policy:
@@ -106,6 +119,18 @@ class Policy(ScoringModel):
         from searchr1.actor.fsdp import FsdpBackend
 
         return cls(FsdpBackend.start(config, device, total_steps), config)
+
+    def offload(self, *kinds: Resident) -> None:
+        """Free the GPU's memory of what the configuration says may leave it until it is needed again."""
+        for kind in kinds:
+            if kind in self.offloads:
+                self.offloads[kind].out()
+
+    def bring_back(self, *kinds: Resident) -> None:
+        """The opposite."""
+        for kind in kinds:
+            if kind in self.offloads:
+                self.offloads[kind].back()
 
     @property
     def replica(self) -> int:
@@ -143,6 +168,7 @@ class Policy(ScoringModel):
             Metrics over all ranks: `actor/…` and `mismatch/…`.
         """
         started = time.perf_counter()
+        self.bring_back("weight", "grad", "optimizer")
         algorithm = self._config.algorithm
         members = [[i for i, m in enumerate(minibatch_ids) if m == number] for number in range(algorithm.n_minibatches)]
         later = [i for indices in members[1:] for i in indices]
@@ -182,6 +208,7 @@ class Policy(ScoringModel):
             if f"actor/{name}" in result:
                 result[f"actor/{name}"] /= algorithm.n_minibatches
         result |= {f"mismatch/{name}": value for name, value in mismatch_metrics(gap_sums).items()}
+        self.offload("grad", "optimizer")
         seconds = time.perf_counter() - started
         return result | {
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
@@ -235,11 +262,15 @@ class Policy(ScoringModel):
 
     def save(self, folder: Path) -> None:
         """Write model, optimizer, schedule and random state into `folder`."""
+        self.bring_back("weight", "optimizer")
         self.backend.save(folder)
+        self.offload("weight", "optimizer")
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also with another number of ranks or another layout."""
+        self.bring_back("weight", "optimizer")
         self.backend.load(folder)
+        self.offload("optimizer")
 
 
 def loss_config(algorithm: AlgorithmConfig) -> LossConfig:

@@ -48,12 +48,16 @@ class ActorWorker(Worker):
         # Ray starts workers with one OpenMP thread.
         torch.set_num_threads(self._device.threads_for("actor", self._world_size))
         self._policy = Policy.start(self._config, self._device, self._optimizer_steps)
+        self._policy.offload("grad", "optimizer")
+        self._device.empty_cache()
 
     @reported
     async def train_step(self) -> dict[str, float]:
         """Take this replica's share of the step from the channel and train on it. Returns metrics of all ranks."""
         share = await self._share()
-        return self._policy.train_step(share.trajectories, share.advantages, share.minibatch_ids)
+        metrics = self._policy.train_step(share.trajectories, share.advantages, share.minibatch_ids)
+        self._device.empty_cache()  # the engine on the same GPU wakes up next
+        return metrics
 
     async def _share(self) -> ActorShare:
         """The first rank of each replica takes it from the channel, the others of the replica from that rank."""
@@ -70,6 +74,7 @@ class ActorWorker(Worker):
         from searchr1.rollout.weights import DEFAULT_BUCKET_BYTES, publish_buckets, same_buckets, weight_directory
 
         named, elements = self._policy.named_weights(), self._policy.backend.parameter_count
+        self._policy.bring_back("weight")
         self._buckets: Iterator[Any]
         if self._rank == 0:
             root = weight_directory(2 * DEFAULT_BUCKET_BYTES, Path(self._config.runner.output_dir) / "weights")
@@ -86,6 +91,8 @@ class ActorWorker(Worker):
     @reported
     async def release_weights(self, manifest: Any) -> None:
         """Delete published weights that everyone has taken over."""
+        self._policy.offload("weight")
+        self._device.empty_cache()
         if self._rank == 0:
             from searchr1.rollout.weights import release
 
@@ -94,6 +101,7 @@ class ActorWorker(Worker):
     @reported
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of each token of each sequence (0 for the first) under the current weights."""
+        self._policy.bring_back("weight")
         return self._policy.probe_logprobs(sequences)
 
     @reported

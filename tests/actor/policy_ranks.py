@@ -90,6 +90,9 @@ def make_trajectories(seed: int, count: int = 8) -> tuple[list[Trajectory], list
 
 def run_job(job: dict, out: Path) -> None:
     """Log-probabilities, then `STEPS` training steps (or those in `steps`), with what was measured, into `out`."""
+    from functools import partial
+
+    from searchr1.actor.offload import Offload
     from searchr1.actor.policy import Policy
     from searchr1.device import Device
 
@@ -99,6 +102,10 @@ def run_job(job: dict, out: Path) -> None:
     replicas = layout.data_parallel if layout else torch.distributed.get_world_size()
     replica = layout.data_rank(rank) if layout else rank
     result: dict = {"metrics": []}
+    if job.get("offload"):  # on a CPU nobody would; the policy then moves everything out at each step's end
+        kinds = ("weight", "grad", "optimizer")
+        policy.offloads = {kind: Offload(partial(backend.resident, kind), keep=kind != "grad") for kind in kinds}
+        result["freed"] = {}
     if "load" in job:
         policy.load(Path(job["load"]))
     for step in range(*job.get("steps", (0, STEPS))):
@@ -110,6 +117,10 @@ def run_job(job: dict, out: Path) -> None:
             if job.get("gradients"):
                 result["gradients"] = gradients(policy, *part)
         result["metrics"].append(policy.train_step(*part, [0] * len(share)))
+        if job.get("offload"):
+            policy.bring_back("optimizer")
+            result["freed"] = {kind: offload.out() for kind, offload in policy.offloads.items()}
+    policy.bring_back("weight")
     if "save" in job:
         policy.save(Path(job["save"]))
     named = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}

@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from searchr1.actor.backend import MicroBatchLoss, T
+from searchr1.actor.backend import MicroBatchLoss, Resident, T
 from searchr1.actor.batch_stats import all_reduce_sums
 from searchr1.actor.megatron.architecture import read_architecture
 from searchr1.actor.megatron.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from searchr1.actor.megatron.export import gather_hugging_face
 from searchr1.actor.megatron.model import build_model, first_layer_of_stage, load_hugging_face, local_parameters
-from searchr1.actor.megatron.optimizer import build_ddp, build_optimizer
+from searchr1.actor.megatron.optimizer import build_ddp, build_optimizer, torch_optimizers
 from searchr1.actor.megatron.parallel import start_megatron
 from searchr1.actor.megatron.vocab_parallel import vocab_parallel_logprobs
 from searchr1.actor.model import init_process_group
@@ -224,6 +224,21 @@ class MegatronBackend:
         """Full tensors under their Hugging Face names on rank 0, empty shells elsewhere; a tensor at a time."""
         for name, tensor in gather_hugging_face(self.parameters, self.arch, self.layout, self.device):
             yield name, tensor if dtype is None else tensor.to(dtype)
+
+    def resident(self, kind: Resident) -> Iterator[Tensor]:
+        """This rank's tensors. In fp32 the weights are their own master copies and count as weights."""
+        weights = {parameter.untyped_storage().data_ptr() for parameter in self.module.parameters()}
+        if kind == "weight":
+            yield from self.module.parameters()
+        elif kind == "grad":
+            yield from (buffer.grad_data for buffer in self.model.buffers)
+        else:
+            for optimizer in torch_optimizers(self.optimizer):
+                masters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+                moments = [value for state in optimizer.state.values() for value in state.values()]
+                for tensor in [*masters, *moments]:
+                    if tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in weights:
+                        yield tensor
 
     def save(self, folder: Path) -> None:
         """Write a Megatron distributed checkpoint, which any layout can load."""

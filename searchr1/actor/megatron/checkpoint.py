@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files, verify_checkpoint
+from searchr1.actor.megatron.optimizer import torch_optimizers
 from searchr1.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,14 +105,9 @@ def _sharded_state(backend: MegatronBackend, is_loading: bool) -> dict[str, Any]
     return {"model": model, "optimizer": optimizer}
 
 
-def _torch_optimizers(backend: MegatronBackend) -> list[torch.optim.Optimizer]:
-    chained = getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
-    return [part.optimizer for part in chained]
-
-
 def _make_optimizer_state(backend: MegatronBackend) -> None:
     """Give every parameter its moments, which Adam makes at its first step only."""
-    for optimizer in _torch_optimizers(backend):
+    for optimizer in torch_optimizers(backend.optimizer):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
@@ -141,7 +137,7 @@ def _steps_left_out(backend: MegatronBackend) -> Iterator[None]:
 def _separate_steps(backend: MegatronBackend) -> None:
     """After loading, all parameters share one `step` tensor without Transformer Engine: each update would add to it
     once a parameter, and Adam's bias correction would run away."""
-    for optimizer in _torch_optimizers(backend):
+    for optimizer in torch_optimizers(backend.optimizer):
         for state in optimizer.state.values():
             if isinstance(state.get("step"), torch.Tensor):
                 state["step"] = torch.tensor(float(backend.updates), dtype=torch.float32, device=state["step"].device)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from searchr1.actor.megatron.model import PARAMETER_DTYPES
 from searchr1.config.schema_model import ActorConfig
 
@@ -59,3 +61,8 @@ def build_optimizer(ddp: Any, config: ActorConfig) -> Any:
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     return optimizer
+
+
+def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The torch (or fused) optimizers inside Megatron's."""
+    return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
