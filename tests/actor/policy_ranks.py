@@ -14,6 +14,7 @@ import torch
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.schema import Config
+from searchr1.errors import UserError
 
 VOCAB = 300
 STEPS = 5
@@ -88,6 +89,36 @@ def make_trajectories(seed: int, count: int = 8) -> tuple[list[Trajectory], list
     return found, rng.normal(size=count).tolist()
 
 
+def compare_vocab_parallel() -> float:
+    """Largest difference, in float64, between this rank's part of a vocabulary and the whole of it."""
+    from searchr1.actor.megatron.vocab_parallel import vocab_parallel_logprobs
+    from searchr1.algorithms.entropy import logprobs_from_logits
+
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    group = torch.distributed.new_group(list(range(world)))
+    worst = 0.0
+    for count, seed, temperature in ((0, 0, 1.0), (1, 1, 1.0), (37, 2, 0.7), (5, 3, 3.0)):
+        torch.manual_seed(seed)
+        logits = 5 * torch.randn(count, 96, dtype=torch.float64)
+        logits[: count // 2, 10] = -torch.inf  # a token that cannot be sampled
+        targets = torch.randint(11, 96, (count,))
+        weights = torch.randn(2, count, dtype=torch.float64)
+        part = 96 // world
+        mine = logits[:, rank * part : (rank + 1) * part].clone().requires_grad_()
+        whole = logits.clone().requires_grad_()
+        found = vocab_parallel_logprobs(mine, targets, rank * part, group, temperature, True)
+        expected = logprobs_from_logits(whole, targets, temperature, True)
+        for values in (found, expected):
+            (values.logprobs_M * weights[0] + values.entropy_M * weights[1]).sum().backward()
+        pairs = (
+            (found.logprobs_M, expected.logprobs_M),
+            (found.entropy_M, expected.entropy_M),
+            (mine.grad, whole.grad[:, rank * part : (rank + 1) * part]),
+        )
+        worst = max([worst, *(float((a - b).detach().abs().max()) for a, b in pairs if a.numel())])
+    return worst
+
+
 def run_job(job: dict, out: Path) -> None:
     """Log-probabilities, then `STEPS` training steps (or those in `steps`), with what was measured, into `out`."""
     from functools import partial
@@ -96,6 +127,12 @@ def run_job(job: dict, out: Path) -> None:
     from searchr1.actor.policy import Policy
     from searchr1.device import Device
 
+    if job["name"] == "vocab":
+        from searchr1.actor.model import init_process_group
+
+        init_process_group(Device.detect("cpu"))
+        torch.save({"worst": compare_vocab_parallel()}, out / f"vocab-{os.environ['RANK']}.pt")
+        return
     policy = Policy.start(make_config(job["model"], job), Device.detect("cpu"), STEPS)
     rank, backend = torch.distributed.get_rank(), policy.backend
     layout = getattr(backend, "layout", None)
@@ -106,6 +143,12 @@ def run_job(job: dict, out: Path) -> None:
         kinds = ("weight", "grad", "optimizer")
         policy.offloads = {kind: Offload(partial(backend.resident, kind), keep=kind != "grad") for kind in kinds}
         result["freed"] = {}
+    if job.get("fails"):
+        try:
+            policy.load(Path(job["load"]))
+        except UserError as error:
+            torch.save(str(error), out / f"{job['name']}-{rank}.pt")
+        return
     if "load" in job:
         policy.load(Path(job["load"]))
     for step in range(*job.get("steps", (0, STEPS))):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 
 import numpy as np
@@ -97,6 +99,7 @@ def more(models, tmp_path_factory):
     tied, untied, normed = (models[pair] for pair in (("qwen2", True), ("llama", False), ("qwen3", True)))
     plain = {"distributed_optimizer": False}
     jobs = [
+        {"name": "vocab"},
         {"name": "gradients-tp2", "model": tied, "tp": 2, "gradients": True} | plain,
         {"name": "gradients-tp2-sequence", "model": normed, "tp": 2, "sequence_parallel": True, "gradients": True} | plain,
         {"name": "gradients-pp2", "model": tied, "pp": 2, "gradients": True} | plain,
@@ -111,7 +114,11 @@ def more(models, tmp_path_factory):
         {"name": "go-on-pp2", "model": tied, "pp": 2, "steps": [2, 5], "load": checkpoint},
         {"name": "go-on-dp2", "model": tied, "steps": [2, 5], "load": checkpoint},
     ]  # fmt: skip
-    return ranks.run(2, jobs, folder / "out")
+    return ranks.run(2, jobs, folder / "out") | {"checkpoint": checkpoint}
+
+
+def test_a_vocabulary_over_two_ranks_gives_the_log_probabilities_and_gradients_of_one(more):
+    assert max(rank["worst"] for rank in more["vocab"]) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -149,6 +156,46 @@ def test_half_precision_stays_near_fp32(more, oracles, precision):
 def test_a_run_saved_at_tp2_goes_on_in_any_layout_as_if_it_had_never_stopped(more, oracles, layout):
     expected = oracles["qwen2", True]
     assert_equal(more[f"go-on-{layout}"], expected, expected["metrics"][2:])
+
+
+DAMAGES = {
+    "missing": r"__1_0.distcp is missing: the checkpoint is damaged; use runner.resume_dir=\S*global_step_1",
+    "truncated": r"__1_0.distcp has 1000 bytes instead of \d+: the checkpoint is damaged",
+    "unnoticed": r"cannot load \S+: it is damaged or belongs to another model \(",
+    "other-model": r"cannot load \S+: it is damaged or belongs to another model \(.*q_layernorm",
+    "fsdp": r"was not written by actor.training_backend: megatron",
+}
+
+
+def damage(root, checkpoint, kind):
+    """A run's folder with two checkpoints, the newer one damaged."""
+    for step in (1, 2):
+        folder = root / f"global_step_{step}"
+        shutil.copytree(checkpoint, folder / "actor")
+        sizes = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+        (folder / "sizes.json").write_text(json.dumps(sizes))
+    part = folder / "actor/__1_0.distcp"
+    if kind == "missing":
+        part.unlink()
+    elif kind in ("truncated", "unnoticed"):
+        with part.open("r+b") as file:
+            file.truncate(1000)
+    elif kind == "fsdp":
+        (folder / "actor/metadata.json").unlink()
+    if kind in ("unnoticed", "fsdp"):  # by the sizes
+        (folder / "sizes.json").write_text("{}")
+    return str(folder / "actor")
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(more, models, tmp_path):
+    jobs = []
+    for kind in DAMAGES:
+        model = models["qwen3" if kind == "other-model" else "qwen2", True]
+        folder = damage(tmp_path / kind, more["checkpoint"], kind)
+        jobs.append({"name": kind, "model": model, "load": folder, "fails": True})
+    found = ranks.run(1, jobs, tmp_path / "out")
+    for kind, message in DAMAGES.items():
+        assert re.search(message, found[kind][0]), found[kind][0]
 
 
 @pytest.mark.slow

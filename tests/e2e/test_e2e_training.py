@@ -109,6 +109,41 @@ def test_killed_and_resumed_run_gives_the_metrics_of_an_uninterrupted_one(demo, 
             assert found[step][name] == pytest.approx(expected[step][name], rel=1e-3, abs=1e-6), (step, name)
 
 
+MEGATRON = ("actor.training_backend=megatron", "rollout.validate_weight_first_sync=True", *NO_EVAL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_megatron_run_goes_on_in_another_layout_and_converts(demo, address):
+    """Two steps tensor-parallel, two more pipeline-parallel, and the same metrics as four tensor-parallel ones."""
+    tensor, pipeline = "actor.model.tensor_model_parallel_size=2", "actor.model.pipeline_model_parallel_size=2"
+    common = (*MEGATRON, "runner.save_interval=2")
+    whole = demo.train(address, "runner.experiment_name=mg-whole", "runner.max_steps=4", tensor, *common)
+    assert whole.returncode == 0, whole.stdout[-3000:]
+    first = demo.train(address, "runner.experiment_name=mg", "runner.max_steps=2", tensor, *common)
+    assert first.returncode == 0, first.stdout[-3000:]
+    second = ("runner.experiment_name=mg", "runner.max_steps=4", "runner.resume_dir=auto", pipeline, *common)
+    resumed = demo.train(address, *second)
+    assert resumed.returncode == 0, resumed.stdout[-3000:]
+    expected = {row["step"]: row for row in read_metrics(demo.path / "mg-whole/metrics.jsonl")}
+    found = {row["step"]: row for row in read_metrics(demo.path / "mg/metrics.jsonl")}
+    assert sorted(found) == sorted(expected) == [1, 2, 3, 4]
+    for step in found:
+        assert found[step]["mismatch/logprob_gap_max"] < 1e-4
+        for name in ("reward/mean", "rollout/searches", "rollout/response_length"):
+            assert found[step][name] == expected[step][name], (step, name)
+        for name in ("actor/loss", "actor/grad_norm", "actor/kl", "actor/entropy"):
+            assert found[step][name] == pytest.approx(expected[step][name], rel=1e-3, abs=1e-6), (step, name)
+    words = ["convert", "mg2hf", "--checkpoint", str(demo.path / "mg/checkpoints/global_step_4/actor")]
+    converted = subprocess.run(
+        [sys.executable, "-m", "searchr1.cli", *words, "--output", str(demo.path / "mg-model"), "--verify"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert converted.returncode == 0, converted.stderr[-3000:]
+
+
 def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], timeout: float = 200) -> None:
     deadline = time.monotonic() + timeout
     while not (metrics.exists() and any(row["step"] >= step for row in read_metrics(metrics))):

@@ -54,7 +54,6 @@ def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
         UserError: damaged, of another model, or of the other backend.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
 
     verify_checkpoint(folder.parent)
     if not (folder / "metadata.json").is_file():
@@ -71,10 +70,8 @@ def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
         with _steps_left_out(backend):
             backend.optimizer.load_state_dict(loaded["optimizer"])
         backend.updates = int(loaded[_OURS]["updates"])
-    except (CheckpointingException, RuntimeError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"cannot load {folder}: it is damaged or belongs to another model ({str(error).splitlines()[0]})"
-        ) from error
+    except _unreadable() as error:
+        raise UserError(f"cannot load {folder}: it is damaged or belongs to another model ({_reason(error)})") from error
     _separate_steps(backend)
 
 
@@ -85,17 +82,30 @@ def load_weights(module: Any, folder: Path) -> None:
         UserError: damaged, or of another model.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
 
     try:
         with _quiet():
             loaded = dist_checkpointing.load({"model": module.sharded_state_dict(metadata=dict(_METADATA))}, str(folder))
         module.load_state_dict(loaded["model"])
-    except (CheckpointingException, RuntimeError, OSError, KeyError, ValueError) as error:
+    except _unreadable() as error:
         raise UserError(
             f"actor.model.megatron_checkpoint: cannot load {folder}: it is damaged or belongs to another model "
-            f"({str(error).splitlines()[0]})"
+            f"({_reason(error)})"
         ) from error
+
+
+def _unreadable() -> tuple[type[BaseException], ...]:
+    """What Megatron and PyTorch raise at a checkpoint that is damaged or of something else."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    return CheckpointingException, CheckpointException, RuntimeError, OSError, KeyError, ValueError, EOFError
+
+
+def _reason(error: BaseException) -> str:
+    """The end of what is often a traceback in a message."""
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return lines[-1][:200]
 
 
 def _sharded_state(backend: MegatronBackend, is_loading: bool) -> dict[str, Any]:
