@@ -17,8 +17,6 @@ __all__ = ["SHAPES", "Layout", "Line", "MemoryPlan", "kept_activations", "knobs"
 
 GIB = 1 << 30
 PHASES = ("rollout", "update", "train")
-BUCKET_BYTES = 256 << 20
-"""Weights travel to the engine in parts of this size."""
 LOSS_BYTES = 64 << 20
 """The loss works on the logits in fp32, 16 MiB at a time, four copies of it at most (algorithms/entropy.py)."""
 CONTEXT_BYTES = GIB
@@ -196,8 +194,8 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
     lines.append(Line("rollout engine", engine if layout.shared else 0, text, PHASES[:2]))
     # FSDP gathers in fp32 and casts; Megatron gathers the parts of a layer, then joins them.
     full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes * (2 if layout.tp > 1 else 1)
-    text = f"{BUCKET_BYTES >> 20} MiB bucket and the embedding whole, {full} B x {model.embedding:,}"
-    lines.append(Line("weight update", BUCKET_BYTES + full * model.embedding, text, PHASES[1:2]))
+    text = f"the embedding whole, {full} B x {model.embedding:,}; the buckets lie in host memory"
+    lines.append(Line("weight update", full * model.embedding, text, PHASES[1:2]))
     processes = 1 + layout.reference
     lines.append(Line("contexts", CONTEXT_BYTES * processes, f"assumed: 1 GiB x {processes} process(es) beside the engine"))
     if layout.shared:

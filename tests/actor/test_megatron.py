@@ -107,6 +107,7 @@ def more(models, tmp_path_factory):
          "recompute_num_layers": 3},
         {"name": "uniform", "model": untied, "pp": 2, "recompute_granularity": "full"},
         {"name": "selective", "model": tied, "tp": 2, "recompute_granularity": "selective", "max_tokens": 4096},
+        {"name": "overlap", "model": tied, "overlap": True},
         {"name": "bf16", "model": tied, "tp": 2, "precision": "bf16"},
         {"name": "fp16", "model": tied, "pp": 2, "precision": "fp16"},
         {"name": "first", "model": tied, "tp": 2, "steps": [0, 2], "save": checkpoint},
@@ -137,6 +138,10 @@ def test_gradients_equal_one_process(more, oracles, layout, pair):
 )
 def test_recomputing_activations_changes_nothing(more, oracles, name, pair):
     assert_equal(more[name], oracles[pair])
+
+
+def test_overlapping_communication_changes_nothing(more, oracles):
+    assert_equal(more["overlap"], oracles["qwen2", True])
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

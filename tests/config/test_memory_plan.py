@@ -522,7 +522,20 @@ def test_every_knob_lowers_the_peak_and_a_remedy_fits():
 
 def test_layout_of_the_recipe():
     layout = layout_of(load_config(RECIPE), 8)
-    assert layout == Layout(recompute="full")
+    assert layout == Layout(
+        backend="megatron",
+        recompute="full",
+        recompute_method="block",
+        recompute_layers=36,
+        offload_weight=True,
+        offload_grad=True,
+        offload_optimizer=True,
+    )
+    fsdp = ["actor.training_backend=fsdp", "actor.model.gradient_checkpointing=True", "actor.offload_weight=False"]
+    fsdp += ["actor.offload_grad=False", "actor.offload_optimizer=False"]
+    assert replace(layout_of(load_config(RECIPE, fsdp), 8), recompute_method="uniform", recompute_layers=1) == Layout(
+        recompute="full"
+    )
     config = load_config(
         RECIPE,
         ["actor.training_backend=megatron", "actor.model.tensor_model_parallel_size=2", "algorithm.kl_beta=0",
@@ -536,7 +549,7 @@ def test_layout_of_the_recipe():
         layout_of(config, 4)
 
 
-def test_keys_that_the_schema_may_have():
+def test_keys_of_the_actor():
     config = load_config(RECIPE, ["actor.training_backend=megatron"])
     for section, name, value in (
         (config.actor.model, "sequence_parallel", True),

@@ -222,6 +222,7 @@ class MegatronBackend:
 
     def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names on rank 0, empty shells elsewhere; a tensor at a time."""
+        self._finish_gathering()
         for name, tensor in gather_hugging_face(self.parameters, self.arch, self.layout, self.device):
             yield name, tensor if dtype is None else tensor.to(dtype)
 
@@ -242,11 +243,17 @@ class MegatronBackend:
 
     def save(self, folder: Path) -> None:
         """Write a Megatron distributed checkpoint, which any layout can load."""
+        self._finish_gathering()
         save_checkpoint(self, folder)
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also in another layout."""
         load_checkpoint(self, folder)
+
+    def _finish_gathering(self) -> None:
+        """With `overlap_param_gather` the updated weights arrive with the next forward pass only."""
+        if self.model.ddp_config.overlap_param_gather:
+            self.model.start_param_sync(force_sync=True)
 
     @property
     def _pipeline_group(self) -> dist.ProcessGroup:
