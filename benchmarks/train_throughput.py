@@ -72,17 +72,6 @@ def make_trajectories(count: int, vocabulary: int, longest: int) -> list[Any]:
     return found
 
 
-def model_flops(shape: dict[str, Any], trajectories: list[Any]) -> float:
-    """Forward and backward, all sequences."""
-    h, f, layers = shape["hidden_size"], shape["intermediate_size"], shape["num_hidden_layers"]
-    keys = h // shape["num_attention_heads"] * shape["num_key_value_heads"]
-    per_token = 2 * layers * (2 * h * h + 2 * h * keys + 3 * h * f)
-    lengths = [len(t.sample.prompt_ids) + len(t.response_ids) for t in trajectories]
-    attention = sum(2 * 2 * layers * h * length * length / 2 for length in lengths)
-    logits = 2 * h * shape["vocab_size"] * sum(int(t.loss_mask.sum()) for t in trajectories)
-    return 3 * (per_token * sum(lengths) + attention + logits)
-
-
 def run_policy(args: argparse.Namespace, trajectories: list[Any]) -> list[float]:
     """Seconds of each step on one of our backends."""
     from searchr1.actor.policy import Policy
@@ -163,19 +152,22 @@ def run_transformers(args: argparse.Namespace, trajectories: list[Any]) -> list[
 def measure(args: argparse.Namespace) -> None:
     """In a process of its own: prints one JSON line."""
     import torch
+    from transformers import AutoConfig
 
+    from searchr1.actor.flops import training_flops
     from searchr1.device import Device
 
     trajectories = make_trajectories(args.trajectories, SHAPES[args.shape]["vocab_size"], args.longest)
     run = run_transformers if args.backend == "transformers" else run_policy
     seconds = float(np.median(run(args, trajectories)[args.warmup :]))
-    tokens = sum(len(t.sample.prompt_ids) + len(t.response_ids) for t in trajectories)
-    flops = model_flops(SHAPES[args.shape], trajectories)
+    lengths = [len(t.sample.prompt_ids) + len(t.response_ids) for t in trajectories]
+    config = AutoConfig.from_pretrained(args.model)
+    flops = training_flops(config, lengths, sum(int(t.loss_mask.sum()) for t in trajectories))
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     peak = next((value for key, value in PEAK_TFLOPS.items() if key in name), math.nan)
     print(json.dumps({
-        "shape": args.shape, "backend": args.backend, "device": name, "tokens": tokens, "seconds": seconds,
-        "tokens_per_second": tokens / seconds, "tflops": flops / seconds / 1e12, "mfu": flops / seconds / 1e12 / peak,
+        "shape": args.shape, "backend": args.backend, "device": name, "tokens": sum(lengths), "seconds": seconds,
+        "tokens_per_second": sum(lengths) / seconds, "tflops": flops / seconds / 1e12, "mfu": flops / seconds / 1e12 / peak,
         "peak_gib": Device.detect("auto").memory().peak_bytes / 2**30,
     }))  # fmt: skip
 

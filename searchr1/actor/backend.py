@@ -95,8 +95,15 @@ class Backend(ScoringBackend, Protocol):
         """This rank's tensors of one kind, as far as they exist now; no collective."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write everything that `load` needs to go on exactly here."""
+    def save(self, folder: Path, in_background: bool = False) -> None:
+        """Write everything that `load` needs to go on exactly here.
+
+        In the background: returns once the state is copied; training may go on, and `finish_save` must follow.
+        """
+        ...
+
+    def finish_save(self) -> None:
+        """Wait until a save in the background has been written; does nothing without one."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -11,12 +11,14 @@ A checkpoint is written under another name and renamed when it is complete, so a
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import random
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -25,15 +27,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_map
 
 from searchr1.errors import UserError
 
 SIZES = "sizes.json"
 HF_FOLDER = "hf"
+SAVE_TIMEOUT_S = 3600.0
 _FINAL = re.compile(r"global_step_(\d+)")
 
 
@@ -120,18 +124,61 @@ def prune_checkpoints(root: Path, keep: int) -> None:
 
 
 def save_state(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR, model_path: str
-) -> None:
-    """Write everything a training rank holds; a collective."""
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    model_path: str,
+    *,
+    in_background: bool = False,
+) -> Future[Any] | None:
+    """Write everything a training rank holds; a collective.
+
+    In the background: copies the state to host memory and returns what `finish_saving` waits for, else None.
+    """
     model_state, optimizer_state = get_state_dict(model, optimizer)
     state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.save(state, checkpoint_id=folder)
+    saving: Future[Any] | None = None
+    if in_background:
+        # On a CPU nothing is copied on its way to host memory, and training would write into what is being saved.
+        host = tree_map(lambda value: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value, state)
+        # A thread of its own needs a group of its own.
+        saving = dcp.async_save(host, checkpoint_id=folder, process_group=_background_group())  # type: ignore[assignment]
+    else:
+        dcp.save(state, checkpoint_id=folder)
     if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         extra = {"schedule": schedule.state_dict(), "rng": _random_state()}
         extra["schedule"].pop("lr_lambdas", None)
         torch.save(extra, folder / "extra.pt")
         save_hf_files(model_path, folder / HF_FOLDER)
     dist.barrier()
+    return saving
+
+
+@contextmanager
+def told_as_disk_trouble(folder: Path) -> Iterator[None]:
+    """What PyTorch and Megatron raise when they cannot write, in words.
+
+    Raises:
+        UserError: instead of theirs.
+    """
+    try:
+        yield
+    except (OSError, CheckpointException, RuntimeError) as error:
+        text = str(error).strip() or repr(error)
+        # torch's zip writer notices a write that came up short only by its position.
+        full = any(mark in text for mark in ("No space left", "Errno 28", "File too large", "unexpected pos"))
+        reason = "the disk is full" if full else text.splitlines()[-1][:200]
+        raise UserError(
+            f"cannot write a checkpoint below {folder}: {reason}; earlier checkpoints are untouched. Free space (or set "
+            "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
+        ) from error
+
+
+@functools.cache
+def _background_group() -> dist.ProcessGroup | None:
+    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:

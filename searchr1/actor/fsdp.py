@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from searchr1.actor.backend import MicroBatchLoss, Resident, T
 from searchr1.actor.batch_stats import all_reduce_sums
-from searchr1.actor.checkpoint import load_state, save_state
+from searchr1.actor.checkpoint import SAVE_TIMEOUT_S, load_state, save_state
 from searchr1.actor.model import init_process_group, load_model, policy_logprobs
 from searchr1.actor.optimizer import build_optimizer, build_schedule, clip_gradients
 from searchr1.actor.packing import PackedBatch
@@ -75,6 +77,7 @@ class FsdpBackend(FsdpModel):
     ) -> None:
         super().__init__(model, device)
         self._model_path = model_path
+        self._saving: Future[Any] | None = None
         self.optimizer = build_optimizer(model, optim)
         self.schedule = build_schedule(self.optimizer, lr_sched, optim.lr, total_steps)
 
@@ -142,9 +145,17 @@ class FsdpBackend(FsdpModel):
             for state in self.optimizer.state.values():
                 yield from (_local(value) for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, in_background: bool = False) -> None:
         """Write model, optimizer, schedule and random state into `folder` (see checkpoint.py)."""
-        save_state(folder, self.model, self.optimizer, self.schedule, self._model_path)
+        self._saving = save_state(
+            folder, self.model, self.optimizer, self.schedule, self._model_path, in_background=in_background
+        )
+
+    def finish_save(self) -> None:
+        """Wait for the thread that writes."""
+        if self._saving is not None:
+            self._saving.result(SAVE_TIMEOUT_S)
+            self._saving = None
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also with another number of ranks."""

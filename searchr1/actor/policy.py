@@ -8,14 +8,19 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoConfig
 
 from searchr1.actor.backend import Backend, Resident, ScoringBackend, T
 from searchr1.actor.batch_stats import all_reduce_denominators, all_reduce_max, count_denominators
+from searchr1.actor.checkpoint import told_as_disk_trouble
+from searchr1.actor.flops import training_flops
 from searchr1.actor.model import COMPUTE_DTYPES
 from searchr1.actor.offload import Offload
 from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, unpack_all
@@ -92,6 +97,9 @@ class Policy(ScoringModel):
         self.backend = backend
         self._loss = loss_config(config.algorithm)
         actor = config.actor
+        self._model_config: Any = None
+        if actor.calculate_flops:
+            self._model_config = AutoConfig.from_pretrained(actor.model.path or config.rollout.model.model_path)
         asked: dict[Resident, bool] = {
             "optimizer": actor.offload_optimizer,
             "grad": actor.offload_grad,
@@ -210,6 +218,9 @@ class Policy(ScoringModel):
         result |= {f"mismatch/{name}": value for name, value in mismatch_metrics(gap_sums).items()}
         self.offload("grad", "optimizer")
         seconds = time.perf_counter() - started
+        if "flops" in loss_sums.totals:
+            rate = float(loss_sums.totals["flops"]) / (seconds - logprob_seconds) / dist.get_world_size()
+            result["actor/tflops_per_rank"] = rate / 1e12
         return result | {
             "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
             "actor/lr": self.backend.learning_rate,
@@ -248,6 +259,9 @@ class Policy(ScoringModel):
             )
             loss_sums = loss_sums + output.sums
             gap_sums = gap_sums + mismatch_sums(logprobs_T, batch.rollout_logprobs_T, batch.loss_mask_T)
+            if self._model_config is not None:
+                flops = training_flops(self._model_config, batch.lengths, len(values.logprobs_M))
+                loss_sums = loss_sums + Sums({"flops": torch.tensor(flops, dtype=torch.float64, device=self.backend.device)})
             return output.loss
 
         with_entropy = algorithm.calculate_entropy or algorithm.entropy_bonus != 0
@@ -260,11 +274,18 @@ class Policy(ScoringModel):
         # A filler batch has no trajectories and so no reference; zeros are never read there.
         return batch.ref_logprobs_T if batch.ref_logprobs_T is not None else torch.zeros_like(batch.advantages_T)
 
-    def save(self, folder: Path) -> None:
-        """Write model, optimizer, schedule and random state into `folder`."""
+    def save(self, folder: Path, in_background: bool = False) -> None:
+        """Write model, optimizer, schedule and random state into `folder`; see `Backend.save`."""
         self.bring_back("weight", "optimizer")
-        self.backend.save(folder)
+        self._folder = folder
+        with told_as_disk_trouble(folder):
+            self.backend.save(folder, in_background)
         self.offload("weight", "optimizer")
+
+    def finish_save(self) -> None:
+        """Wait for a save in the background."""
+        with told_as_disk_trouble(self._folder):
+            self.backend.finish_save()
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also with another number of ranks or another layout."""

@@ -64,7 +64,6 @@ def warnings(config: Config) -> list[str]:
     if config.actor.training_backend == "megatron":
         if config.actor.model.apply_rope_fusion and importlib.util.find_spec("transformer_engine") is None:
             found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
-        found.append("actor.megatron.ckpt_format: checkpoints are torch_dist, which any layout can load")
     if config.algorithm.group_size == 1 and config.algorithm.adv_type != "reinforce++":
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
@@ -186,6 +185,7 @@ def _actor(config: Config) -> Iterator[Problem]:
         "actor.model.position_embedding_type": (model.position_embedding_type, "rope"),
         "actor.model.add_bias_linear": (model.add_bias_linear, False),
         "actor.model.context_parallel_size": (model.context_parallel_size, 1),
+        "actor.megatron.use_profiler": (actor.megatron.use_profiler, False),
     }
     for key, (found, wanted) in only.items():
         if found != wanted:
@@ -196,6 +196,8 @@ def _actor(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"actor.optim.{name}", f"{said} contradicts actor.model.precision: {model.precision}; leave it out"
             )
+    if actor.lr_sched.max_lr is not None and actor.lr_sched.max_lr != actor.optim.lr:
+        yield Problem("actor.lr_sched.max_lr", f"{actor.lr_sched.max_lr:g} contradicts actor.optim.lr: {actor.optim.lr:g}")
     if model.seq_length is not None and model.seq_length < config.runner.seq_length:
         yield Problem("actor.model.seq_length", f"{model.seq_length} is less than runner.seq_length")
     if model.megatron_checkpoint is not None:

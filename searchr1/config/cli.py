@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from fnmatch import fnmatchcase
 
 from searchr1.config.check import check_config, warnings
 from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, load_config, unused_keys
 from searchr1.config.placement import group_ranks
-from searchr1.config.schema import Config
+from searchr1.config.schema import UNUSED_REASONS, Config
 from searchr1.device import Device
 
 
@@ -51,8 +52,10 @@ def explain(config: Config, for_training: bool) -> str:
     ]
     lines += [f"warning     {text}" for text in warnings(config)]
     unused = unused_keys(config)
-    if unused:
-        lines.append(f"warning     keys without effect here: {', '.join(unused)}")
+    reasons = {key: reason for key in unused for pattern, reason in UNUSED_REASONS.items() if fnmatchcase(key, pattern)}
+    lines += [f"no effect   {key}: {reason}" for key, reason in reasons.items()]
+    if rest := [key for key in unused if key not in reasons]:
+        lines.append(f"warning     keys without effect here: {', '.join(rest)}")
     return "\n".join(lines)
 
 

@@ -12,13 +12,12 @@ from typing import Any
 from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
 
 UNUSED_KEYS = (
-    "actor.calculate_flops",
     "actor.enable_dp_load_balance",
     "actor.megatron.*",
+    "actor.megatron.profiler",
     "actor.model.*",
     "actor.optim.*",
     "actor.lr_sched.*",
-    "actor.lr_sched.max_lr",
     "actor.pack_traj",
     "actor.tokenizer.*",
     "actor.checkpoint_*",
@@ -65,6 +64,23 @@ UNUSED_KEYS = (
     "tools.codejudge.*",
 )
 """Patterns (`*` at the end) of keys that RLinf's recipes set and this system does not need."""
+
+UNUSED_REASONS = {
+    "actor.enable_dp_load_balance": "shares are always balanced by tokens",
+    "actor.pack_traj": "trajectories are always packed",
+    "actor.tokenizer": "the tokenizer is the model's own",
+    "actor.megatron.ckpt_format": "checkpoints are torch_dist, which any layout can load",
+    "actor.megatron.use_dist_ckpt": "checkpoints are torch_dist, which any layout can load",
+    "actor.megatron.use_hf_ckpt": "weights are read from the Hugging Face folder unless megatron_checkpoint is set",
+    "actor.megatron.ckpt_convertor": "no conversion is needed before training; after it: searchr1 convert mg2hf",
+    "actor.megatron.distributed_backend": "nccl on GPUs, gloo on a CPU",
+    "actor.megatron.profiler": "there is no profiler in here",
+    "actor.model.encoder_seq_length": "micro-batches are packed; runner.max_tokens_per_mbs is their size",
+    "actor.model.use_cpu_initialization": "weights are read, not initialised",
+    "actor.model.*_fusion": "chosen by what is installed",
+    "actor.optim.min_lr": "actor.lr_sched.min_lr counts",
+}
+"""Why keys of the `actor` section have no effect (patterns); `searchr1 check-config` tells."""
 
 ALIASES = {"agentloop.maxturn": "agentloop.max_turns"}
 """Old spellings."""
@@ -116,6 +132,8 @@ class RunnerConfig:
     """Prompt and response tokens of one trajectory, at most."""
     max_tokens_per_mbs: int = 8192
     """Tokens of one packed micro-batch, at most."""
+    async_save: bool = False
+    """Write checkpoints while the next rollout runs; they take a copy of the actor's state in host memory."""
     resume_dir: str | None = None
     """A checkpoint folder `global_step_N`, or `auto` for the newest one of this run."""
     experiment_name: str = "searchr1"

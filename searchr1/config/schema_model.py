@@ -155,6 +155,8 @@ class LrSchedConfig:
     """Rate at the start of the warm-up."""
     min_lr: float = 0.0
     """Rate at the end of the decay."""
+    max_lr: float | None = None
+    """RLinf's second way to say `actor.optim.lr`; the two must agree."""
     lr_decay_style: str = "constant"
     """`constant`, `linear` or `cosine`."""
     lr_decay_iters: int | None = None
@@ -175,6 +177,8 @@ class FsdpConfig:
 class MegatronConfig:
     """Megatron-Core."""
 
+    use_profiler: bool = False
+    """False: there is no profiler in here; attach one from outside to a process named `ActorGroup`."""
     ddp_bucket_size: int | None = None
     """Parameters whose gradients are summed over the replicas in one message; null is Megatron's choice."""
     distributed_timeout_minutes: float = 30.0
@@ -189,6 +193,8 @@ class ActorConfig:
     """Name of the worker group."""
     training_backend: str = "fsdp"
     """`fsdp` (FSDP2: any causal language model) or `megatron` (Megatron-Core: Qwen2/2.5, Qwen3, Llama 3.x)."""
+    calculate_flops: bool = False
+    """Report `actor/tflops_per_rank`: the model's arithmetic, without recomputation, per second of training."""
     mcore_gpt: bool = True
     """Megatron-Core's model; there is no other."""
     spec_name: str = "decoder_gpt"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class RunFolder:
     path: Path
     resume_from: Path | None
     keep_checkpoints: int | None
+    async_save: bool = False
+    _writing: Iterator[None] | None = None
 
     @classmethod
     def open(cls, config: Config) -> RunFolder:
@@ -54,7 +57,7 @@ class RunFolder:
             save_config(config, path / "config.yaml")
         except OSError as error:
             raise UserError(f"runner.output_dir: cannot write {path}: {error.strerror}") from error
-        return cls(path, resume_from, config.runner.keep_checkpoints)
+        return cls(path, resume_from, config.runner.keep_checkpoints, config.runner.async_save)
 
     def resume(self, groups: Groups, loader: PromptLoader) -> int:
         """Load the checkpoint, if there is one to go on from. Returns the last finished step (0 for a fresh run)."""
@@ -67,16 +70,30 @@ class RunFolder:
         logger.info("going on after step %d from %s", state["step"], self.resume_from)
         return int(state["step"])
 
-    def save(self, groups: Groups, loader: PromptLoader, step: int) -> Path:
-        """Write a checkpoint that appears under its final name only when it is complete."""
+    def save(self, groups: Groups, loader: PromptLoader, step: int) -> None:
+        """Write a checkpoint, or begin to (`runner.async_save`). It gets its final name only when it is complete."""
+        self.finish_save()
+        self._writing = self._write(groups, loader, step)
+        next(self._writing, None)
+
+    def finish_save(self) -> None:
+        """Complete a checkpoint that is being written in the background."""
+        if self._writing is not None:
+            next(self._writing, None)
+            self._writing = None
+
+    def _write(self, groups: Groups, loader: PromptLoader, step: int) -> Iterator[None]:
+        """Stops in the middle while the actor writes in the background."""
         assert groups.actor is not None
         with new_checkpoint(self.path / "checkpoints", step) as folder:
-            groups.actor.call("save", folder / "actor").wait(SAVE_TIMEOUT_S)
             state = {"step": step, "loader": loader.state_dict()}
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
+            groups.actor.call("save", folder / "actor", self.async_save).wait(SAVE_TIMEOUT_S)
+            if self.async_save:
+                yield
+                groups.actor.call("finish_save").wait(SAVE_TIMEOUT_S)
         if self.keep_checkpoints:
             prune_checkpoints(self.path / "checkpoints", self.keep_checkpoints)
-        return self.path / "checkpoints" / f"global_step_{step}"
 
 
 def _resume_from(path: Path, resume_dir: str | None) -> Path | None:

@@ -69,6 +69,7 @@ def train(config: Config) -> Path:
                     seed=hash_seed(config.runner.seed, step),
                     timeout_s=timeout_s,
                 )
+                folder.finish_save()
                 # On GPUs the engines lend their memory to the trainer; on a CPU both calls do nothing.
                 groups.rollout.call("sleep").wait(timeout_s)
                 actor_metrics = train_on(groups, batch.trajectories, config, step)
@@ -87,6 +88,7 @@ def train(config: Config) -> Path:
                     evaluate(groups, data.val, config, log, step)
                 if is_due(step, total_steps, config.runner.save_interval):
                     folder.save(groups, loader, step)
+            folder.finish_save()
     return folder.path
 
 

@@ -105,9 +105,14 @@ class ActorWorker(Worker):
         return self._policy.probe_logprobs(sequences)
 
     @reported
-    async def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint into `folder`."""
-        self._policy.save(folder)
+    async def save(self, folder: Path, in_background: bool) -> None:
+        """Write this rank's part of a checkpoint into `folder`, or begin to."""
+        self._policy.save(folder, in_background)
+
+    @reported
+    async def finish_save(self) -> None:
+        """Wait until a save in the background has been written."""
+        self._policy.finish_save()
 
     @reported
     async def load(self, folder: Path) -> None:

@@ -6,6 +6,7 @@ runner can save what it has, stop the other groups and tell the user one clear m
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import traceback
 from collections.abc import Awaitable, Callable
@@ -45,7 +46,9 @@ def reported(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | Fai
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> T | Failure:
         try:
             return await method(*args, **kwargs)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # PyTorch's CheckpointException is no Exception
             return Failure.of(error)
 
     return wrapper

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -146,7 +147,16 @@ def run_job(job: dict, out: Path) -> None:
         result["freed"] = {}
     if job.get("fails"):
         try:
-            policy.load(Path(job["load"]))
+            if "load" in job:
+                policy.load(Path(job["load"]))
+            else:  # a disk on which no file can be larger than this
+                limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+                try:
+                    policy.save(Path(job["save"]), job["background"])
+                    policy.finish_save()
+                finally:
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         except UserError as error:
             torch.save(str(error), out / f"{job['name']}-{rank}.pt")
         return
@@ -166,7 +176,12 @@ def run_job(job: dict, out: Path) -> None:
             result["freed"] = {kind: offload.out() for kind, offload in policy.offloads.items()}
     policy.bring_back("weight")
     if "save" in job:
-        policy.save(Path(job["save"]))
+        background = job.get("background", False)
+        policy.save(Path(job["save"]), background)
+        if background:  # what is trained meanwhile must not reach the checkpoint
+            trajectories, advantages = make_trajectories(7)
+            policy.train_step(trajectories[rank::2], advantages[rank::2], [0] * len(trajectories[rank::2]))
+        policy.finish_save()
     named = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}
     shells = {name: tensor.shape for name, tensor in named.items()}
     result["shapes"], result["weights"] = shells, named if rank == 0 else {}

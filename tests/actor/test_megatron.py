@@ -95,6 +95,9 @@ def more(models, tmp_path_factory):
     folder = tmp_path_factory.mktemp("more")
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "sizes.json").write_text("{}")
+    for name in ("bg", "fsdp"):
+        (folder / "checkpoint" / f"actor-{name}").mkdir()
+        (folder / "checkpoint" / f"actor-{name}" / "sizes.json").write_text("{}")
     checkpoint = str(folder / "checkpoint" / "actor")
     tied, untied, normed = (models[pair] for pair in (("qwen2", True), ("llama", False), ("qwen3", True)))
     plain = {"distributed_optimizer": False}
@@ -111,6 +114,17 @@ def more(models, tmp_path_factory):
         {"name": "bf16", "model": tied, "tp": 2, "precision": "bf16"},
         {"name": "fp16", "model": tied, "pp": 2, "precision": "fp16"},
         {"name": "first", "model": tied, "tp": 2, "steps": [0, 2], "save": checkpoint},
+        {"name": "first-background", "model": tied, "steps": [0, 2], "save": f"{checkpoint}-bg/actor", "background": True},
+        {"name": "go-on-background", "model": tied, "pp": 2, "steps": [2, 5], "load": f"{checkpoint}-bg/actor"},
+        {"name": "first-fsdp", "model": tied, "steps": [0, 2], "save": f"{checkpoint}-fsdp/actor", "background": True,
+         "backend": "fsdp"},
+        {"name": "go-on-fsdp", "model": tied, "steps": [2, 5], "load": f"{checkpoint}-fsdp/actor", "backend": "fsdp"},
+        {"name": "full-disk", "model": tied, "save": f"{checkpoint}-full/actor", "background": False, "fails": True},
+        {"name": "full-disk-background", "model": tied, "save": f"{checkpoint}-full/b", "background": True, "fails": True},
+        {"name": "full-disk-fsdp", "model": tied, "save": f"{checkpoint}-full/c", "background": False, "fails": True,
+         "backend": "fsdp"},
+        {"name": "full-disk-fsdp-background", "model": tied, "save": f"{checkpoint}-full/d", "background": True,
+         "fails": True, "backend": "fsdp"},
         {"name": "go-on-tp2", "model": tied, "tp": 2, "steps": [2, 5], "load": checkpoint},
         {"name": "go-on-pp2", "model": tied, "pp": 2, "steps": [2, 5], "load": checkpoint},
         {"name": "go-on-dp2", "model": tied, "steps": [2, 5], "load": checkpoint},
@@ -155,6 +169,19 @@ def test_half_precision_stays_near_fp32(more, oracles, precision):
         assert torch.allclose(found["weights"][name], weight, atol=5e-3, rtol=8e-3), (
             name
         )  # a weight near 1 is a multiple of 1/128
+
+
+@pytest.mark.parametrize("name", ["background", "fsdp"])
+def test_what_is_saved_in_the_background_is_the_state_of_that_moment(more, oracles, name):
+    expected = oracles["qwen2", True]
+    assert_equal(more[f"go-on-{name}"], expected, expected["metrics"][2:])
+
+
+@pytest.mark.parametrize("name", ["", "-background", "-fsdp", "-fsdp-background"])
+def test_a_full_disk_is_told_without_a_traceback(more, name):
+    for message in more[f"full-disk{name}"]:
+        assert "the disk is full; earlier checkpoints are untouched" in message, message
+        assert len(message.splitlines()) == 1
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])

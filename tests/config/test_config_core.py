@@ -164,6 +164,8 @@ def test_a_misspelt_key_is_told_with_the_right_one_near(key, position):
         ("actor.model.context_parallel_size=2", "actor.model.context_parallel_size", "only 1 is supported"),
         ("actor.mcore_gpt=False", "actor.mcore_gpt", "only True is supported"),
         ("actor.optim.bf16=True", "actor.optim.bf16", "contradicts actor.model.precision: fp16"),
+        ("actor.lr_sched.max_lr=1", "actor.lr_sched.max_lr", "contradicts actor.optim.lr: 1e-06"),
+        ("actor.megatron.use_profiler=True", "actor.megatron.use_profiler", "only False is supported"),
         ("actor.model.seq_length=512", "actor.model.seq_length", "less than runner.seq_length"),
         ("actor.model.megatron_checkpoint=/nowhere", "actor.model.megatron_checkpoint", "no torch_dist checkpoint"),
     ],

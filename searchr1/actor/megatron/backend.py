@@ -58,6 +58,7 @@ class MegatronBackend:
         self.module.config.grad_scale_func = self.optimizer.scale_loss
         self._lr_factor = lr_factor(config.actor.lr_sched, config.actor.optim.lr, total_steps)
         self._peak_lr = config.actor.optim.lr
+        self._saving: Any = None
         self.updates = 0
         """Optimizer steps so far: what the learning rate goes by."""
 
@@ -241,10 +242,16 @@ class MegatronBackend:
                     if tensor.numel() > 1 and tensor.untyped_storage().data_ptr() not in weights:
                         yield tensor
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, in_background: bool = False) -> None:
         """Write a Megatron distributed checkpoint, which any layout can load."""
         self._finish_gathering()
-        save_checkpoint(self, folder)
+        self._saving = save_checkpoint(self, folder, in_background)
+
+    def finish_save(self) -> None:
+        """Wait for the process that writes."""
+        if self._saving is not None:
+            self._saving.maybe_finalize_async_calls(blocking=True)
+            self._saving = None
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also in another layout."""

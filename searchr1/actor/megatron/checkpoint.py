@@ -28,23 +28,33 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_
 _OURS = "searchr1"
 
 
-def save_checkpoint(backend: MegatronBackend, folder: Path) -> None:
-    """Write model and optimizer; a collective."""
+def save_checkpoint(backend: MegatronBackend, folder: Path, in_background: bool) -> Any:
+    """Write model and optimizer; a collective.
+
+    In the background: a forked process of each rank writes what it holds now, and Megatron's queue of such calls is returned
+    (whose `maybe_finalize_async_calls(blocking=True)` must follow), else None.
+    """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
+        save_hf_files(backend.model_path, folder / HF_FOLDER)
     dist.barrier()
     # No moments yet: saving before the first update.
     if backend.updates == 0:
         _make_optimizer_state(backend)
     state = _sharded_state(backend, is_loading=False)
     state[_OURS] = {"updates": backend.updates}
+    queue = AsyncCallsQueue() if in_background else None
     with _quiet():
-        dist_checkpointing.save(state, str(folder), content_metadata=dict(_METADATA))
-    if dist.get_rank() == 0:
-        save_hf_files(backend.model_path, folder / HF_FOLDER)
+        request = dist_checkpointing.save(
+            state, str(folder), content_metadata=dict(_METADATA), async_sharded_save=in_background
+        )
+        if queue is not None:
+            queue.schedule_async_request(request)
     dist.barrier()
+    return queue
 
 
 def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
