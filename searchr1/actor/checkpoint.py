@@ -170,6 +170,8 @@ def told_as_disk_trouble(folder: Path) -> Iterator[None]:
         # torch's zip writer notices a write that came up short only by its position.
         full = any(mark in text for mark in ("No space left", "Errno 28", "File too large", "unexpected pos"))
         reason = "the disk is full" if full else text.splitlines()[-1][:200]
+        if isinstance(error, CheckpointException) and not error.failures:
+            reason = "another rank could not write its part (is the disk full?)"
         raise UserError(
             f"cannot write a checkpoint below {folder}: {reason}; earlier checkpoints are untouched. Free space (or set "
             "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
