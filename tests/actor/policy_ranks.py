@@ -63,6 +63,7 @@ def make_config(path: str, job: dict) -> Config:
     for name in ("sequence_parallel", "recompute_granularity", "recompute_method", "recompute_num_layers", "precision"):
         if name in job:
             setattr(actor.model, name, job[name])
+    actor.model.megatron_checkpoint = job.get("megatron_checkpoint")
     actor.optim.use_distributed_optimizer = job.get("distributed_optimizer", True)
     actor.optim.overlap_grad_reduce = actor.optim.overlap_param_gather = job.get("overlap", False)
     return config

@@ -114,6 +114,7 @@ def more(models, tmp_path_factory):
         {"name": "bf16", "model": tied, "tp": 2, "precision": "bf16"},
         {"name": "fp16", "model": tied, "pp": 2, "precision": "fp16"},
         {"name": "first", "model": tied, "tp": 2, "steps": [0, 2], "save": checkpoint},
+        {"name": "weights-only", "model": tied, "pp": 2, "megatron_checkpoint": checkpoint, "steps": [0, 0]},
         {"name": "first-background", "model": tied, "steps": [0, 2], "save": f"{checkpoint}-bg/actor", "background": True},
         {"name": "go-on-background", "model": tied, "pp": 2, "steps": [2, 5], "load": f"{checkpoint}-bg/actor"},
         {"name": "first-fsdp", "model": tied, "steps": [0, 2], "save": f"{checkpoint}-fsdp/actor", "background": True,
@@ -169,6 +170,11 @@ def test_half_precision_stays_near_fp32(more, oracles, precision):
         assert torch.allclose(found["weights"][name], weight, atol=5e-3, rtol=8e-3), (
             name
         )  # a weight near 1 is a multiple of 1/128
+
+
+def test_training_can_start_from_a_megatron_checkpoint_of_another_layout(more):
+    expected = more["first"][0]["weights"]
+    assert all(torch.equal(more["weights-only"][0]["weights"][name], weight) for name, weight in expected.items())
 
 
 @pytest.mark.parametrize("name", ["background", "fsdp"])
