@@ -25,12 +25,13 @@ from searchr1.actor.model import COMPUTE_DTYPES
 from searchr1.actor.offload import Offload
 from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, unpack_all
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.algorithms.correction import CorrectionSettings, correction_weights
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
 from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
 from searchr1.algorithms.policy_losses import ClipSettings
 from searchr1.algorithms.sums import Sums
-from searchr1.config.schema import AlgorithmConfig, Config
+from searchr1.config.schema import AlgorithmConfig, Config, MismatchCorrectionConfig
 from searchr1.device import Device
 
 logger = logging.getLogger(__name__)
@@ -179,9 +180,11 @@ class Policy(ScoringModel):
         self.bring_back("weight", "grad", "optimizer")
         algorithm = self._config.algorithm
         members = [[i for i, m in enumerate(minibatch_ids) if m == number] for number in range(algorithm.n_minibatches)]
-        later = [i for indices in members[1:] for i in indices]
+        # The first mini-batch's are the training forward's own, unless its weights must be normalised beforehand.
+        first = 0 if self._normalizes_weights else 1
+        later = [i for indices in members[first:] for i in indices]
         old: dict[int, FloatArray] = {}
-        if algorithm.recompute_logprobs and algorithm.n_minibatches > 1:
+        if algorithm.recompute_logprobs and algorithm.n_minibatches > first:
             recomputed = self.logprobs([trajectories[i] for i in later])
             old = dict(zip(later, recomputed, strict=True))
         logprob_seconds = time.perf_counter() - started
@@ -191,11 +194,11 @@ class Policy(ScoringModel):
         for number, indices in enumerate(members):
             part = [trajectories[i] for i in indices]
             if algorithm.recompute_logprobs:
-                old_logprobs = [old[i] for i in indices] if number else None
+                old_logprobs = [old[i] for i in indices] if number >= first else None
             else:
                 old_logprobs = [trajectory.rollout_logprobs for trajectory in part]
             batches = self._pack(part, [advantages[i] for i in indices], old_logprobs)
-            sums, gaps = self._accumulate(batches, part)
+            sums, gaps = self._accumulate(batches, part, self._weight_scale(part, old_logprobs))
             loss_sums = loss_sums + sums
             if number == 0:
                 gap_sums = gaps
@@ -231,7 +234,28 @@ class Policy(ScoringModel):
             "time/train": seconds - logprob_seconds,
         }
 
-    def _accumulate(self, batches: list[PackedBatch], trajectories: Sequence[Trajectory]) -> tuple[Sums, Sums]:
+    @property
+    def _normalizes_weights(self) -> bool:
+        correction = self._config.algorithm.mismatch_correction
+        return correction.level is not None and correction.normalize and not self._loss.ratio_is_correction
+
+    def _weight_scale(self, trajectories: Sequence[Trajectory], old_logprobs: Sequence[FloatArray] | None) -> float:
+        """1 / mean of a mini-batch's correction weights over all ranks' policy tokens; 1 if they are not normalised."""
+        if not self._normalizes_weights or old_logprobs is None:
+            return 1.0
+        assert self._loss.correction is not None
+        masks = [trajectory.loss_mask for trajectory in trajectories]
+        gaps = [old[mask] - t.rollout_logprobs[mask] for old, t, mask in zip(old_logprobs, trajectories, masks, strict=True)]
+        segments = np.repeat(np.arange(len(gaps)), [len(gap) for gap in gaps])
+        d_P = torch.from_numpy(np.concatenate([*gaps, np.zeros(0, dtype=np.float32)])).double()
+        weights_P = correction_weights(d_P, torch.from_numpy(segments), self._loss.correction).weights_P
+        sums = torch.stack([weights_P.sum(), torch.tensor(float(len(d_P)), dtype=torch.float64)]).to(self.backend.device)
+        dist.all_reduce(sums, group=self.backend.data_group)
+        return float(sums[1] / sums[0]) if sums[0] > 0 else 1.0
+
+    def _accumulate(
+        self, batches: list[PackedBatch], trajectories: Sequence[Trajectory], weight_scale: float = 1.0
+    ) -> tuple[Sums, Sums]:
         """Gradients of one mini-batch. Returns the loss's and the mismatch's sums over all ranks."""
         algorithm = self._config.algorithm
         longest = algorithm.sampling_params.max_new_tokens or self._config.runner.seq_length
@@ -252,6 +276,8 @@ class Policy(ScoringModel):
                     loss_mask_T=batch.loss_mask_T,
                     segment_ids_T=batch.segment_ids_T,
                     denominators=denominators,
+                    rollout_logprobs_T=batch.rollout_logprobs_T,
+                    weight_scale=weight_scale,
                     ref_logprobs_T=self._reference(batch),
                     entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
                 ),
@@ -305,7 +331,17 @@ def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
         kl_beta=algorithm.kl_beta,
         kl_penalty_type=algorithm.kl_penalty_type,
         entropy_bonus=algorithm.entropy_bonus,
+        correction=correction_settings(algorithm.mismatch_correction),
+        ratio_is_correction=not algorithm.recompute_logprobs,
     )
+
+
+def correction_settings(config: MismatchCorrectionConfig) -> CorrectionSettings | None:
+    """What `algorithm.mismatch_correction` asks for."""
+    if config.level is None:
+        return None
+    # config/check.py has seen to the names.
+    return CorrectionSettings(config.level, config.bound, config.lower, config.upper, config.veto)  # type: ignore[arg-type]
 
 
 def _as_trajectory(ids: list[int]) -> Trajectory:

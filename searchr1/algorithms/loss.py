@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from searchr1.algorithms.aggregation import Denominators, LossAggregation, token_weights
+from searchr1.algorithms.correction import Correction, CorrectionSettings, correction_weights
 from searchr1.algorithms.kl import EXPONENT_LIMIT, kl_function
 from searchr1.algorithms.policy_losses import ClipSettings, PolicyInputs, policy_loss
 from searchr1.algorithms.sums import Sums, peak, total
@@ -23,6 +24,11 @@ class LossConfig:
     kl_beta: float = 0.0
     kl_penalty_type: str = "low_var_kl"
     entropy_bonus: float = 0.0
+    correction: CorrectionSettings | None = None
+    """Weights against the mismatch of engine and trainer (correction.py)."""
+    ratio_is_correction: bool = False
+    """The old log-probabilities are the engine's: the ratio is the importance weight already, and of the correction only
+    what it drops (mask, veto) applies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,10 @@ class LossInputs:
     """int, which sequence a token belongs to; a sequence must lie whole within one micro-batch."""
     denominators: Denominators
     """Counts over the whole mini-batch: all ranks, all micro-batches."""
+    rollout_logprobs_T: Tensor | None = None
+    """Of the engine that sampled. Needed with a `correction`."""
+    weight_scale: float = 1.0
+    """Multiplies the correction's weights: 1 / their mean over the mini-batch, if they are to be normalised."""
     ref_logprobs_T: Tensor | None = None
     """Needed when `kl_beta` is not 0; measured whenever given."""
     entropy_T: Tensor | None = None
@@ -81,7 +91,9 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
 
     policy_inputs = PolicyInputs(logprobs_P, old_logprobs_P, advantages_P, segment_ids_P)
     token = policy_loss(config.loss_type)(policy_inputs, config.clip)
-    policy_term = (token.loss_P * weights_P).sum()
+    correction = _correction(inputs, config, policy_P, policy_inputs)
+    token_loss_P = token.loss_P if correction is None else token.loss_P * correction.weights_P
+    policy_term = (token_loss_P * weights_P).sum()
     loss = policy_term
     log_ratio_P = (logprobs_P.detach() - old_logprobs_P).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     totals = {
@@ -93,6 +105,12 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
         "approx_kl": total(-log_ratio_P),
         "approx_kl_k3": total(log_ratio_P.expm1() - log_ratio_P),
     }
+    if correction is not None:
+        totals |= {
+            "correction_weight": total(correction.weights_P),
+            "correction_bounded": total(correction.bounded_P),
+            "correction_vetoed": total(correction.vetoed_P),
+        }
     if inputs.ref_logprobs_T is not None:
         ref_logprobs_P = inputs.ref_logprobs_T[policy_P].detach().to(logprobs_P.dtype)
         kl_P = kl_function(config.kl_penalty_type)(logprobs_P, ref_logprobs_P)
@@ -111,18 +129,34 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     return LossOutput(loss, Sums(totals, {"ratio": peak(token.ratio_P)}))
 
 
+def _correction(inputs: LossInputs, config: LossConfig, policy_P: Tensor, policy: PolicyInputs) -> Correction | None:
+    if config.correction is None:
+        return None
+    if inputs.rollout_logprobs_T is None:
+        raise ValueError("a mismatch correction needs the engine's log-probabilities")
+    rollout_P = inputs.rollout_logprobs_T[policy_P].detach().to(policy.logprobs_P.dtype)
+    # With the engine's as old ones, the trained model's own are those that sampled, as near as anybody knows.
+    train_P = policy.logprobs_P.detach() if config.ratio_is_correction else policy.old_logprobs_P
+    found = correction_weights(train_P - rollout_P, policy.segment_ids_P, config.correction)
+    if config.ratio_is_correction:
+        kept_P = (found.weights_P > 0).to(found.weights_P.dtype)
+        return replace(found, weights_P=kept_P)
+    return replace(found, weights_P=found.weights_P * inputs.weight_scale)
+
+
 def loss_metrics(sums: Sums) -> dict[str, float]:
     """Metrics of a mini-batch from the sums of all its micro-batches and ranks.
 
     `loss`, `policy_loss` and `kl_loss` are as aggregated; `kl`, `entropy`, `ratio`, `approx_kl`, `approx_kl_k3`,
-    `clip_fraction` and `dual_clip_fraction` are means over policy tokens; `ratio_max` is the largest ratio.
+    `clip_fraction`, `dual_clip_fraction` and `correction_…` are means over policy tokens; `ratio_max` is the largest ratio.
     `approx_kl` is against the old policy and has either sign, its k3 form has not.
     """
     totals = {name: float(value) for name, value in sums.totals.items()}
     tokens = max(1.0, totals["tokens"])
     metrics: dict[str, float] = {name: totals[name] for name in ("loss", "policy_loss", "kl_loss") if name in totals}
     per_token = {"clipped": "clip_fraction", "dual_clipped": "dual_clip_fraction"}
-    for name in ("ratio", "approx_kl", "approx_kl_k3", "clipped", "dual_clipped", "kl", "entropy"):
+    per_token |= {name: name for name in ("correction_weight", "correction_bounded", "correction_vetoed")}
+    for name in ("ratio", "approx_kl", "approx_kl_k3", "clipped", "dual_clipped", "kl", "entropy", *per_token):
         if name in totals:
             metrics[per_token.get(name, name)] = totals[name] / tokens
     metrics["ratio_max"] = float(sums.peaks["ratio"])

@@ -22,6 +22,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
     "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"),
+    "algorithm.mismatch_correction.level": (None, "token", "sequence", "geometric"),
+    "algorithm.mismatch_correction.bound": ("truncate", "clip", "mask", "reject"),
     "algorithm.advantage_mode": ("trajectory", "turn"),
     "agentloop.tool_response_truncate_side": ("right", "left", "middle"),
     "agentloop.information_style": ("searchr1", "rlinf"),
@@ -116,6 +118,11 @@ def _sizes(config: Config) -> Iterator[Problem]:
             f"{algorithm.n_minibatches} does not divide data.rollout_batch_size = {data.rollout_batch_size} "
             "(a mini-batch holds whole groups)",
         )
+    correction = algorithm.mismatch_correction
+    if not 0 <= correction.lower < correction.upper:
+        yield Problem("algorithm.mismatch_correction.upper", "must be more than lower, and lower 0 or more")
+    if correction.level is not None and not config.rollout.return_logprobs:
+        yield Problem("rollout.return_logprobs", "must be True: algorithm.mismatch_correction.level needs them")
     if not 0 <= config.tools.search.max_failure_rate <= 1:
         yield Problem("tools.search.max_failure_rate", "must be between 0 and 1")
     for name in ("sampling_params", "eval_sampling_params"):

@@ -111,6 +111,46 @@ class LoggerConfig:
 
 
 @dataclass
+class HealthConfig:
+    """Limits that a healthy run keeps (docs/health.md); null turns one off."""
+
+    entropy_min: float | None = 0.005
+    """Entropy of a sampled token in nats, at least."""
+    entropy_max: float | None = 3.0
+    """The same, at most."""
+    length_ratio_max: float | None = 3.0
+    """Policy tokens of a response divided by their running median, at most."""
+    length_ratio_min: float | None = 0.25
+    """The same, at least."""
+    truncated_max: float | None = 0.9
+    """Share of trajectories that ran out of tokens, at most."""
+    invalid_max: float | None = 0.5
+    """Share of turns without a valid action, at most."""
+    mismatch_kl_max: float | None = 0.05
+    """KL of engine and actor per token (`mismatch/kl_k3`), at most."""
+    effective_sample_size_min: float | None = 0.5
+    """Effective share of the sampled tokens under the actor's weights, at least."""
+    grad_norm_ratio_max: float | None = 10.0
+    """Gradient norm divided by its running median, at most."""
+    skipped_max: float | None = 0.5
+    """Share of a step's updates that were left out because a gradient was not finite, at most."""
+    uniform_groups_max: float | None = 0.95
+    """Share of groups whose attempts all earned the same, at most."""
+    reward_ratio_min: float | None = 0.4
+    """Mean reward of five steps divided by the best such mean, at least."""
+    window: int = 20
+    """Healthy steps that a running median is taken over."""
+    min_history: int = 5
+    """Healthy steps that a running median needs."""
+    patience: int = 5
+    """Unhealthy steps in a row that end the run."""
+    warn_only: bool = False
+    """Warn, but never end the run."""
+    save_unhealthy: bool = False
+    """Write checkpoints at unhealthy steps too."""
+
+
+@dataclass
 class RunnerConfig:
     """The loop."""
 
@@ -146,6 +186,8 @@ class RunnerConfig:
     """Seed of sampling and shuffling."""
     step_timeout_s: float = 3600.0
     """A phase of a step that takes longer ends the run with an error."""
+    health: HealthConfig = field(default_factory=HealthConfig)
+    """See `HealthConfig`."""
 
 
 @dataclass
@@ -168,6 +210,24 @@ class SamplingParams:
     """Tokens of one generation, at least."""
     stop: list[str] = field(default_factory=lambda: ["</search>", "</access>", "</answer>"])
     """Strings that end a generation; they need `rollout.detokenize`."""
+
+
+@dataclass
+class MismatchCorrectionConfig:
+    """Importance weights for the difference between engine and trainer: docs/algorithms/mismatch.md."""
+
+    level: str | None = None
+    """`token`, `sequence` or `geometric`; null is off (the mismatch is measured all the same)."""
+    bound: str = "truncate"
+    """`truncate` (at `upper`), `clip` (into the bounds), `mask` (0 outside) or `reject` (1 inside, 0 outside)."""
+    lower: float = 0.0
+    """Smallest weight; 0 is no bound."""
+    upper: float = 2.0
+    """Largest weight."""
+    veto: float = 0.0
+    """Drop a sequence in which a token became less likely than this factor says; 0 is off."""
+    normalize: bool = False
+    """Divide by the mini-batch's mean weight; takes a forward pass more for the first mini-batch of a step."""
 
 
 @dataclass
@@ -202,6 +262,8 @@ class AlgorithmConfig:
     """`loss_type: sapo`: how fast a token's weight falls off the policy, for positive advantages."""
     sapo_tau_negative: float = 1.05
     """The same for negative advantages."""
+    mismatch_correction: MismatchCorrectionConfig = field(default_factory=MismatchCorrectionConfig)
+    """See `MismatchCorrectionConfig`."""
     entropy_bonus: float = 0.0
     """Weight of the entropy bonus."""
     calculate_entropy: bool = False

@@ -32,6 +32,7 @@ def make_inputs(seed: int, lengths: list[int]) -> LossInputs:
     return LossInputs(
         logprobs_T=logprobs_T.requires_grad_(),
         old_logprobs_T=(logprobs_T + noise[0]).detach(),
+        rollout_logprobs_T=(logprobs_T - noise[0]).detach(),
         ref_logprobs_T=(logprobs_T + noise[1]).detach(),
         entropy_T=(noise[2].abs() + 0.1).detach().requires_grad_(),
         advantages_T=torch.randn(len(lengths), dtype=torch.float64, generator=generator)[segment_ids_T],
@@ -140,7 +141,7 @@ def test_masked_tokens_are_never_read(seed: int, aggregation: str) -> None:
     output = policy_gradient_loss(inputs, config(aggregation))
     grad_T, _ = gradients(output, inputs)
     assert (grad_T[~inputs.loss_mask_T] == 0).all()
-    names = ["logprobs_T", "old_logprobs_T", "ref_logprobs_T", "advantages_T", "entropy_T"]
+    names = ["logprobs_T", "old_logprobs_T", "rollout_logprobs_T", "ref_logprobs_T", "advantages_T", "entropy_T"]
     ruined = replace(
         inputs, **{name: getattr(inputs, name).detach().masked_fill(~inputs.loss_mask_T, torch.nan) for name in names}
     )
