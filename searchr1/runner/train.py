@@ -21,6 +21,7 @@ from searchr1.runner.collect import collect
 from searchr1.runner.data import load_data
 from searchr1.runner.evaluate import evaluate
 from searchr1.runner.groups import Groups, launch
+from searchr1.runner.health import Health
 from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.weight_sync import sync_weights, validate_weights
 from searchr1.tracking.metrics import step_metrics
@@ -49,6 +50,7 @@ def train(config: Config) -> Path:
     with launch(config, device, total_steps * config.algorithm.n_minibatches) as groups:
         timeout_s = config.runner.step_timeout_s
         step = folder.resume(groups, loader)
+        health = Health.open(config, folder.path, folder.resume_from, step)
         with RunLog(folder.path, config, first_step=step, total_steps=total_steps) as log:
             sync_weights(groups, step, timeout_s)
             if config.rollout.validate_weight_first_sync:
@@ -75,18 +77,14 @@ def train(config: Config) -> Path:
                 actor_metrics = train_on(groups, batch.trajectories, config, step)
                 groups.rollout.call("wake").wait(timeout_s)
                 update_seconds = sync_weights(groups, step, timeout_s)
-                log.step(
-                    step,
-                    batch.trajectories,
-                    step_metrics(batch.trajectories)
-                    | batch.metrics()
-                    | actor_metrics
-                    | {"time/weight_update": update_seconds, "time/step": time.perf_counter() - started},
-                )
+                metrics = step_metrics(batch.trajectories) | batch.metrics() | actor_metrics
+                metrics |= {"time/weight_update": update_seconds, "time/step": time.perf_counter() - started}
+                log.step(step, batch.trajectories, metrics)
+                health.check(step, metrics)
                 # Before saving: a run killed in between evaluates again instead of never.
                 if is_due(step, total_steps, config.runner.val_check_interval):
                     evaluate(groups, data.val, config, log, step)
-                if is_due(step, total_steps, config.runner.save_interval):
+                if is_due(step, total_steps, config.runner.save_interval) and health.allows_saving(step):
                     folder.save(groups, loader, step)
             folder.finish_save()
     return folder.path

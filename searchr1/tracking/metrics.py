@@ -19,6 +19,7 @@ STEP_METRICS = {
     "rollout/response_length": "tokens of a response, the environment's included",
     "rollout/response_length_max": "the longest response",
     "rollout/policy_tokens": "tokens of a response that the policy sampled",
+    "rollout/entropy": "mean negative log-probability of a sampled token, which estimates the policy's entropy",
     "rollout/invalid_rate": "share of turns that neither called a tool nor answered",
     "rollout/answered": "share of trajectories that ended with an answer",
     "rollout/truncated": "share of trajectories that ran out of tokens",
@@ -40,6 +41,7 @@ def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     turns = sum(len(t.turns) for t in trajectories)
     calls = sum(t.tool_calls for t in trajectories)
     seconds = [turn.tool_seconds for t in trajectories for turn in t.turns if turn.action in ("search", "access")]
+    logprobs_P = np.concatenate([t.rollout_logprobs[t.loss_mask] for t in trajectories])
     groups = defaultdict(list)
     for t in trajectories:
         groups[t.sample.index].append(t.reward)
@@ -51,6 +53,7 @@ def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
         "rollout/response_length": float(lengths.mean()),
         "rollout/response_length_max": float(lengths.max()),
         "rollout/policy_tokens": _mean([t.policy_length for t in trajectories]),
+        "rollout/entropy": -float(logprobs_P.mean(dtype=np.float64)) if len(logprobs_P) else 0.0,
         "rollout/invalid_rate": sum(t.invalid_actions for t in trajectories) / max(turns, 1),
         "rollout/answered": _mean([t.stop == "answer" for t in trajectories]),
         "rollout/truncated": _mean([t.stop == "length" for t in trajectories]),
