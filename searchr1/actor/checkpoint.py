@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
+from searchr1.actor.optimizer import resume_schedule
 from searchr1.errors import UserError
 
 SIZES = "sizes.json"
@@ -200,7 +201,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
             f"cannot load {folder}: it is damaged or belongs to another model ({str(error).splitlines()[0]})"
         ) from error
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    schedule.load_state_dict(extra["schedule"] | {"lr_lambdas": [None] * len(schedule.lr_lambdas)})
+    resume_schedule(schedule, int(extra["schedule"]["last_epoch"]))
     _restore_random_state(extra["rng"])
 
 

@@ -50,6 +50,16 @@ def build_schedule(
     return LambdaLR(optimizer, lr_factor(config, peak, total_steps))
 
 
+def resume_schedule(schedule: LambdaLR, updates: int) -> None:
+    """Go on after so many optimizer steps, at the rates that the schedule was built with: the optimizer's state may come
+    from a run with others, and a run that is resumed with another rate is meant to train with it."""
+    schedule.last_epoch = updates
+    rates = [base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, rates, strict=True):
+        group["initial_lr"], group["lr"] = base, rate
+    schedule._last_lr = rates
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale gradients down to `max_norm`. Returns the norm before, over all ranks (nan or inf if a gradient is)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
