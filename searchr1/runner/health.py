@@ -1,212 +1,23 @@
 """Is the run still healthy? Limits on a step's metrics (`runner.health`), a warning first, and then a stop.
 
-GRPO runs of search agents are known to collapse after some hundred steps. What a collapse looks like is seen in the
-metrics long before the reward is gone, so every step is held against `WATCHES`. `examine` is a pure function of the
-metrics so far; a resumed run puts the rows of metrics.jsonl through it again and so knows what the first one knew.
+GRPO runs of search agents are known to collapse after some hundred steps. The metrics show it long before the reward is
+gone, so every step is held against `watches.WATCHES`. A resumed run puts the rows of metrics.jsonl through the same
+function again, and so knows what the one before it knew.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from searchr1.actor.checkpoint import checkpoint_steps
-from searchr1.config.schema import Config, HealthConfig
+from searchr1.config.schema import Config
 from searchr1.errors import UserError
+from searchr1.runner.watches import WATCHED, Finding, Row, examine
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
-
-Row = Mapping[str, float | None]
-"""A step's metrics by name; None is a number that is not finite, as in metrics.jsonl."""
-
-REWARD_STEPS = 5
-"""Steps that a reward is averaged over before it is compared with the best."""
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """One limit.
-
-    Attributes:
-        key: its name in `HealthConfig`; it ends with `_min` or `_max`.
-        measured: what the number is, for people; begins with the metric's name.
-        measure: the number from the healthy steps before and this one; None if nothing can be said yet.
-        helps: what usually does.
-        once_kept: whether it counts only from the first step on that kept it. A model that never did is not collapsing;
-            it has not learned yet.
-    """
-
-    key: str
-    measured: str
-    measure: Callable[[Sequence[Row], Row, HealthConfig], float | None]
-    helps: str
-    once_kept: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A limit that a step broke."""
-
-    watch: Watch
-    value: float
-    limit: float
-
-    def __str__(self) -> str:
-        side = "below" if self.watch.key.endswith("_min") else "above"
-        return (
-            f"{self.watch.measured} is {self.value:.4g}, {side} runner.health.{self.watch.key}={self.limit:g} "
-            f"({self.watch.helps})"
-        )
-
-
-def _latest(metric: str) -> Callable[[Sequence[Row], Row, HealthConfig], float | None]:
-    return lambda past, row, config: _value(row, metric)
-
-
-def _to_median(metric: str) -> Callable[[Sequence[Row], Row, HealthConfig], float | None]:
-    """The number divided by its running median; None without enough steps to take one over."""
-
-    def measure(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
-        value = _value(row, metric)
-        if value is None or math.isnan(value):
-            return value
-        found = [_value(earlier, metric) for earlier in past[-config.window :]]
-        known = [number for number in found if number is not None and math.isfinite(number)]
-        median = statistics.median(known) if len(known) >= config.min_history else 0.0
-        return value / median if median > 0 else None
-
-    return measure
-
-
-def _grad_ratio(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
-    """Without an update there is no norm; `skipped_max` sees to that."""
-    return None if row.get("actor/updates") == 0 else _to_median("actor/grad_norm")(past, row, config)
-
-
-def _skipped_share(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
-    counts = [row.get(f"actor/{name}") or 0.0 for name in ("updates", "skipped_updates", "early_stopped")]
-    return counts[1] / sum(counts) if sum(counts) > 0 else None
-
-
-def _reward_ratio(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
-    """Mean reward of the last `REWARD_STEPS` steps divided by the best such mean; None if that was not above 0."""
-    rewards = [_value(each, "reward/mean") for each in (*past, row)]
-    if rewards[-1] is None or math.isnan(rewards[-1]):
-        return rewards[-1]
-    known = [number for number in rewards if number is not None and math.isfinite(number)]
-    if len(known) <= max(REWARD_STEPS, config.min_history):
-        return None
-    means = np.convolve(known, np.full(REWARD_STEPS, 1 / REWARD_STEPS), mode="valid")
-    return float(means[-1] / means.max()) if means.max() > 0 else None
-
-
-def _value(row: Row, metric: str) -> float | None:
-    """None if it was not measured, nan if it is not finite."""
-    if metric not in row:
-        return None
-    value = row[metric]
-    return math.nan if value is None or not math.isfinite(value) else value
-
-
-_LOWER_RATE = "a lower actor.optim.lr"
-WATCHES = (
-    Watch(
-        "entropy_min", "rollout/entropy", _latest("rollout/entropy"),
-        f"{_LOWER_RATE}, algorithm.entropy_bonus, a larger algorithm.clip_ratio_high",
-        once_kept=True,
-    ),
-    Watch(
-        "entropy_max", "rollout/entropy", _latest("rollout/entropy"),
-        f"{_LOWER_RATE}, no algorithm.entropy_bonus, a larger algorithm.kl_beta",
-        once_kept=True,
-    ),
-    Watch(
-        "length_ratio_max", "rollout/policy_tokens divided by its running median", _to_median("rollout/policy_tokens"),
-        f"{_LOWER_RATE}, algorithm.loss_agg_func=token-mean, a smaller agentloop.max_new_tokens_per_turn",
-    ),
-    Watch(
-        "length_ratio_min", "rollout/policy_tokens divided by its running median", _to_median("rollout/policy_tokens"),
-        f"{_LOWER_RATE}, a larger algorithm.kl_beta",
-    ),
-    Watch(
-        "truncated_max", "rollout/truncated", _latest("rollout/truncated"),
-        f"{_LOWER_RATE}, a larger runner.seq_length if the answers are good",
-        once_kept=True,
-    ),
-    Watch(
-        "invalid_max", "rollout/invalid_rate", _latest("rollout/invalid_rate"),
-        f"{_LOWER_RATE}, a larger algorithm.kl_beta; look at the trajectories for what the policy writes instead",
-        once_kept=True,
-    ),
-    Watch(
-        "mismatch_kl_max", "mismatch/kl_k3", _latest("mismatch/kl_k3"),
-        "the same precision in actor.model and rollout.model, rollout.validate_weight_first_sync=True, "
-        "algorithm.recompute_logprobs=True",
-    ),
-    Watch(
-        "effective_sample_size_min", "mismatch/effective_sample_size", _latest("mismatch/effective_sample_size"),
-        "the same precision in actor.model and rollout.model, rollout.validate_weight_first_sync=True",
-    ),
-    Watch(
-        "grad_norm_ratio_max", "actor/grad_norm divided by its running median", _grad_ratio,
-        f"{_LOWER_RATE}, a smaller actor.optim.clip_grad, a larger data.rollout_batch_size",
-    ),
-    Watch(
-        "skipped_max", "actor/skipped_updates as a share of the step's updates", _skipped_share,
-        f"actor.model.precision=bf16 or fp32, {_LOWER_RATE}",
-    ),
-    Watch(
-        "uniform_groups_max", "rollout/uniform_groups", _latest("rollout/uniform_groups"),
-        "a larger algorithm.group_size, questions that are neither all solved nor all failed",
-        once_kept=True,
-    ),
-    Watch(
-        "reward_ratio_min", f"reward/mean over {REWARD_STEPS} steps divided by the best such mean", _reward_ratio,
-        f"{_LOWER_RATE}, a larger algorithm.kl_beta",
-    ),
-)  # fmt: skip
-
-
-WATCHED = (
-    "rollout/entropy", "rollout/policy_tokens", "rollout/truncated", "rollout/invalid_rate", "rollout/uniform_groups",
-    "mismatch/kl_k3", "mismatch/effective_sample_size", "actor/grad_norm", "reward/mean",
-)  # fmt: skip
-"""The metrics of earlier steps that `WATCHES` look at."""
-
-
-def examine(past: Sequence[Row], row: Row, config: HealthConfig) -> list[Finding]:
-    """What is wrong with a step.
-
-    Args:
-        past: the healthy steps before it, oldest first; an unhealthy one must not become what is usual.
-        row: the step.
-        config: the limits; one that is None is off.
-    """
-    found = []
-    for watch in WATCHES:
-        limit: float | None = getattr(config, watch.key)
-        value = watch.measure(past, row, config) if limit is not None else None
-        if limit is None or value is None or _keeps(watch, value, limit):
-            continue
-        if math.isnan(value) or not watch.once_kept or _has_kept(watch, past, limit, config):
-            found.append(Finding(watch, value, limit))
-    return found
-
-
-def _keeps(watch: Watch, value: float, limit: float) -> bool:
-    return value >= limit if watch.key.endswith("_min") else value <= limit
-
-
-def _has_kept(watch: Watch, past: Sequence[Row], limit: float, config: HealthConfig) -> bool:
-    values = (watch.measure((), row, config) for row in past)
-    return any(value is not None and _keeps(watch, value, limit) for value in values)
 
 
 class Health:
@@ -230,7 +41,7 @@ class Health:
     @classmethod
     def open(cls, config: Config, folder: Path, resumed_from: Path | None, step: int) -> Health:
         """Of a run in `folder` that goes on after `step`, from a checkpoint of its own or of another run."""
-        metrics = (resumed_from.parents[1] if resumed_from else folder) / METRICS_FILE
+        metrics = (resumed_from.resolve().parents[1] if resumed_from else folder) / METRICS_FILE
         rows = read_metrics(metrics) if resumed_from and metrics.is_file() else []
         return cls(config, folder / "checkpoints", [row for row in rows if row["step"] <= step and "reward/mean" in row])
 
@@ -268,7 +79,7 @@ class Health:
         lines += [f"  {finding}" for finding in findings]
         suspect = self._checkpoints / f"global_step_{first - 1}"
         good = [step for step in checkpoint_steps(self._checkpoints) if step < first - 1]
-        if suspect.is_dir():
+        if suspect.is_dir() and not self._limits.save_unhealthy:
             # Step `first` ran with these very weights.
             renamed = suspect.rename(suspect.with_name(f"suspect_step_{first - 1}"))
             lines.append(f"{suspect.name} holds the weights that step {first} ran with and is now {renamed.name}.")
