@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from searchr1.config.check_health import check_health
 from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
@@ -50,6 +51,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
     return [
         *_choices(config),
         *_sizes(config),
+        *check_health(config.runner.health),
         *_placement(config, for_training),
         *_files(config, for_training),
         *(_megatron(config) if for_training and config.actor.training_backend == "megatron" else ()),
