@@ -108,7 +108,7 @@ def pack(
     trajectories: Sequence[Trajectory],
     max_tokens: int,
     *,
-    advantages: Sequence[float] | None = None,
+    advantages: Sequence[float | FloatArray] | None = None,
     old_logprobs: Sequence[FloatArray] | None = None,
     at_least: int = 1,
 ) -> list[PackedBatch]:
@@ -117,7 +117,7 @@ def pack(
     Args:
         trajectories: in any order; the result depends on nothing but this list and the numbers.
         max_tokens: `runner.max_tokens_per_mbs`.
-        advantages: one per trajectory, given to each of its policy tokens; None means 0.
+        advantages: one per trajectory, given to each of its policy tokens, or [N] one per response token; None means 0.
         old_logprobs: response-aligned, one array [N] per trajectory.
         at_least: number of micro-batches to reach (see `plan_micro_batches`); filler batches, which have no policy
             token, make up for missing trajectories so that all ranks run equally often.
@@ -139,7 +139,7 @@ def pack(
 def _pack_one(
     trajectories: Sequence[Trajectory],
     members: list[int],
-    advantages: Sequence[float] | None,
+    advantages: Sequence[float | FloatArray] | None,
     old_logprobs: Sequence[FloatArray] | None,
 ) -> PackedBatch:
     sequences: list[PackedSequence] = []
@@ -169,7 +169,7 @@ def _pack_one(
         loss_mask_T[response] = mask
         rollout_T[response] = np.where(mask, trajectory.rollout_logprobs, 0)
         if advantages is not None:
-            advantages_T[response] = mask * np.float32(advantages[sequence.index])
+            advantages_T[response] = mask * np.asarray(advantages[sequence.index], dtype=np.float32)
         if old_logprobs is not None:
             old_T[response] = np.where(mask, old_logprobs[sequence.index], 0)
         if trajectory.ref_logprobs is not None:

@@ -80,7 +80,7 @@ class ScoringModel:
     def _pack(
         self,
         trajectories: Sequence[Trajectory],
-        advantages: Sequence[float] | None = None,
+        advantages: Sequence[float | FloatArray] | None = None,
         old_logprobs: Sequence[FloatArray] | None = None,
     ) -> list[PackedBatch]:
         """Micro-batches, as many on every rank."""
@@ -161,7 +161,7 @@ class Policy(ScoringModel):
         return self.backend.named_weights(dtype or COMPUTE_DTYPES[self._config.rollout.model.precision])
 
     def train_step(
-        self, trajectories: Sequence[Trajectory], advantages: Sequence[float], minibatch_ids: Sequence[int]
+        self, trajectories: Sequence[Trajectory], advantages: Sequence[float | FloatArray], minibatch_ids: Sequence[int]
     ) -> dict[str, float]:
         """One optimizer step per mini-batch on this rank's share of a rollout step.
 
@@ -170,7 +170,7 @@ class Policy(ScoringModel):
 
         Args:
             trajectories: this rank's share; shares may differ in size.
-            advantages: one per trajectory.
+            advantages: one per trajectory, or [N] one per response token.
             minibatch_ids: which mini-batch each belongs to; the same numbering on all ranks.
 
         Returns:
@@ -328,7 +328,7 @@ def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
         clip=ClipSettings(low, high, algorithm.clip_ratio_c, algorithm.sapo_tau_positive, algorithm.sapo_tau_negative),
         loss_type=algorithm.loss_type,
         aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by config/check.py
-        kl_beta=algorithm.kl_beta,
+        kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
         kl_penalty_type=algorithm.kl_penalty_type,
         entropy_bonus=algorithm.entropy_bonus,
         correction=correction_settings(algorithm.mismatch_correction),

@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
     "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"),
+    "algorithm.kl_in": ("loss", "reward"),
     "algorithm.mismatch_correction.level": (None, "token", "sequence", "geometric"),
     "algorithm.mismatch_correction.bound": ("truncate", "clip", "mask", "reject"),
     "algorithm.advantage_mode": ("trajectory", "turn"),
@@ -32,6 +33,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "actor.model.recompute_granularity": (None, "full", "selective"),
     "actor.model.recompute_method": (None, "uniform", "block"),
     "actor.optim.optimizer": ("adam",),
+    "actor.lora.base_precision": ("fp32", "compute"),
     "actor.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
     "rollout.rollout_backend": ("vllm", "sglang"),
     "rollout.distributed_executor_backend": ("mp", "ray"),
@@ -65,9 +67,9 @@ def warnings(config: Config) -> list[str]:
     found = []
     if config.rollout.rollout_backend == "sglang":
         found.append("rollout.rollout_backend: sglang is read as vllm")
-    if config.actor.training_backend == "megatron":
-        if config.actor.model.apply_rope_fusion and importlib.util.find_spec("transformer_engine") is None:
-            found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
+    fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
+    if fused and importlib.util.find_spec("transformer_engine") is None:
+        found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
     if config.algorithm.group_size == 1 and config.algorithm.adv_type != "reinforce++":
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
@@ -219,6 +221,31 @@ def _actor(config: Config) -> Iterator[Problem]:
             )
 
 
+def _lora(config: Config) -> Iterator[Problem]:
+    """What adapters can be."""
+    actor = config.actor
+    if actor.lora.rank < 0:
+        yield Problem("actor.lora.rank", f"must be 0 (off) or more, found {actor.lora.rank}")
+    if actor.lora.rank <= 0:
+        return
+    if actor.training_backend != "fsdp":
+        yield Problem(
+            "actor.lora.rank",
+            "LoRA needs actor.training_backend: fsdp; Megatron's layers, which fuse projections that adapters are made for, "
+            "have none here. Set the backend to fsdp, or rank to 0",
+        )
+    if not actor.lora.alpha > 0:
+        yield Problem("actor.lora.alpha", f"must be more than 0, found {actor.lora.alpha:g}")
+    if actor.lora.dropout != 0:
+        yield Problem(
+            "actor.lora.dropout", "must be 0: the engine that samples drops nothing, so the probabilities would differ"
+        )
+    if not actor.lora.target_modules:
+        yield Problem("actor.lora.target_modules", "is empty; name linear layers, for example [q_proj, v_proj]")
+    if len(set(actor.lora.target_modules)) < len(actor.lora.target_modules):
+        yield Problem("actor.lora.target_modules", "names a layer twice")
+
+
 def _megatron(config: Config) -> Iterator[Problem]:
     """Layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is looked at later."""
     model = config.actor.model
@@ -244,12 +271,15 @@ def _megatron(config: Config) -> Iterator[Problem]:
 def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
     if for_training:
         yield from _actor(config)
+        yield from _lora(config)
     if config.critic.use_critic_model:
         yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
     if config.reward.use_reward_model:
         yield Problem("reward.use_reward_model", "reward models are not supported; use reward.reward_type")
-    if config.algorithm.advantage_mode == "turn":
-        yield Problem("algorithm.advantage_mode", "turn is not supported yet; use trajectory")
+    if config.algorithm.kl_in == "reward" and not config.rollout.return_logprobs:
+        yield Problem("rollout.return_logprobs", "must be True: algorithm.kl_in: reward needs them")
+    if config.algorithm.max_refills < 0:
+        yield Problem("algorithm.max_refills", "must be 0 or more")
     if for_training and not config.algorithm.recompute_logprobs and not config.rollout.return_logprobs:
         yield Problem("rollout.return_logprobs", "must be True if algorithm.recompute_logprobs is False")
 

@@ -209,6 +209,8 @@ class AlgorithmConfig:
     """`token-mean`, `seq-mean-token-sum`, `seq-mean-token-mean` or `seq-mean-token-sum-norm` (by the longest length)."""
     kl_beta: float = 0.001
     """Weight of the KL term; 0 needs no reference model and starts no inference group."""
+    kl_in: str = "loss"
+    """`loss`, or `reward`: the trajectory's KL at the weights that sampled, times `kl_beta`, is taken from its reward."""
     kl_penalty_type: str = "low_var_kl"
     """`low_var_kl` (k3), `kl` (k1), `mse` (k2) or `abs`."""
     ratio_clip_eps: float = 0.2
@@ -234,7 +236,12 @@ class AlgorithmConfig:
     loss_scales: list[str] = field(default_factory=list)
     """For `grpo_dynamic`; every scale is 1 for trajectories that are one sequence."""
     advantage_mode: str = "trajectory"
-    """`trajectory`: all policy tokens of a trajectory share its advantage."""
+    """`trajectory`: all policy tokens of a trajectory share its advantage; `turn`: turns that search are also credited for
+    what they found (searchr1/algorithms/advantages/turn.py)."""
+    turn_reward_weight: float = 1.0
+    """`advantage_mode: turn`: weight of a turn's own part."""
+    max_refills: int = 0
+    """Replace groups without spread by new questions, asking at most so many times a step (DAPO's dynamic sampling)."""
     normalize_advantages: bool = False
     """Whiten advantages over the step's policy tokens."""
     early_stop_imp_ratio: float | None = None

@@ -27,6 +27,21 @@ class Batch:
     engine_busy_share: float
     """Share of the rollout during which the engines had something to do, mean over ranks."""
 
+    def followed_by(self, other: Batch) -> Batch:
+        """Both as one that was collected in their time together; `other`'s questions must be renumbered by the caller."""
+        seconds = self.rollout_seconds + other.rollout_seconds
+        busy = self.engine_busy_share * self.rollout_seconds + other.engine_busy_share * other.rollout_seconds
+        return Batch(
+            trajectories=self.trajectories + other.trajectories,
+            rollout_seconds=seconds,
+            reward_seconds=self.reward_seconds + other.reward_seconds,
+            reference_seconds=self.reference_seconds + other.reference_seconds,
+            generated_tokens=self.generated_tokens + other.generated_tokens,
+            search_retries=self.search_retries + other.search_retries,
+            search_rests=self.search_rests + other.search_rests,
+            engine_busy_share=busy / max(seconds, 1e-9),
+        )
+
     def metrics(self) -> dict[str, float]:
         """Seconds of each phase (what a later phase took beyond the earlier one's end) and the rollout's speed."""
         return {

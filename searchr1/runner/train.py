@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 
 from searchr1.actor.packing import sequence_length, split_balanced
-from searchr1.agent.trajectory import Trajectory
-from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, compute_advantages
+from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid
 from searchr1.config.layout import actor_layout
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
-from searchr1.runner.collect import collect
+from searchr1.runner.collect import Batch, collect
+from searchr1.runner.credit import assign_credit
 from searchr1.runner.data import load_data
+from searchr1.runner.dynamic_sampling import Filled, collect_with_spread
 from searchr1.runner.evaluate import evaluate
 from searchr1.runner.groups import Groups, launch
 from searchr1.runner.health import Health
@@ -62,15 +63,8 @@ def train(config: Config) -> Path:
             while step < total_steps:
                 step += 1
                 started = time.perf_counter()
-                batch = collect(
-                    groups,
-                    loader.next_batch(),
-                    step=step,
-                    mode="train",
-                    group_size=config.algorithm.group_size,
-                    seed=hash_seed(config.runner.seed, step),
-                    timeout_s=timeout_s,
-                )
+                filled = collect_training_batch(groups, loader, config, step)
+                batch = filled.batch
                 folder.finish_save()
                 # On GPUs the engines lend their memory to the trainer; on a CPU both calls do nothing.
                 groups.rollout.call("sleep").wait(timeout_s)
@@ -90,28 +84,31 @@ def train(config: Config) -> Path:
     return folder.path
 
 
+def collect_training_batch(groups: Groups, loader: PromptLoader, config: Config, step: int) -> Filled:
+    """Scored attempts at the next questions, and at more of them while groups without spread may be replaced."""
+
+    def collect_one(samples: list[Sample], refill: int) -> Batch:
+        return collect(
+            groups,
+            samples,
+            step=step,
+            mode="train",
+            group_size=config.algorithm.group_size,
+            seed=hash_seed(config.runner.seed, step, refill),
+            timeout_s=config.runner.step_timeout_s,
+        )
+
+    return collect_with_spread(loader.next_batch, collect_one, config.algorithm.max_refills)
+
+
 def train_on(groups: Groups, trajectories: list[Trajectory], config: Config, step: int) -> dict[str, float]:
     """Advantages of whole groups, then every replica of the actor trains on its share. Returns the actor's metrics."""
     assert groups.actor is not None
-    advantages_N = compute_advantages(
-        AdvantageInputs(
-            rewards_N=torch.tensor([t.reward for t in trajectories], dtype=torch.float64),
-            group_ids_N=torch.tensor([t.sample.index for t in trajectories]),
-            policy_tokens_N=torch.tensor([t.policy_length for t in trajectories]),
-        ),
-        AdvantageSettings(
-            adv_type=config.algorithm.adv_type,
-            normalize=config.algorithm.normalize_advantages,
-            mode=config.algorithm.advantage_mode,
-            loss_scales=config.algorithm.loss_scales,
-        ),
-    ).tolist()
+    advantages = assign_credit(trajectories, config.algorithm)
     minibatches = minibatch_ids(trajectories, config, step)
     replicas = actor_layout(config, groups.actor.size).data_parallel
     for replica, share in enumerate(split_balanced([sequence_length(t) for t in trajectories], replicas)):
-        part = ActorShare(
-            [trajectories[i] for i in share], [advantages_N[i] for i in share], [minibatches[i] for i in share]
-        )
+        part = ActorShare([trajectories[i] for i in share], [advantages[i] for i in share], [minibatches[i] for i in share])
         groups.channel.put(part, key=channels.actor_key(replica))
     call = groups.actor.call("train_step")
     metrics: dict[str, float] = call.wait(config.runner.step_timeout_s)[0]
@@ -129,9 +126,9 @@ def minibatch_ids(trajectories: list[Trajectory], config: Config, step: int) -> 
     return [int(minibatch_P[t.sample.index]) for t in trajectories]
 
 
-def hash_seed(seed: int, step: int) -> int:
-    """A seed for one step; far apart for neighbouring runs and steps."""
-    return (seed * 1_000_003 + step * 7_919) % (1 << 31)
+def hash_seed(seed: int, step: int, refill: int = 0) -> int:
+    """A seed for one step, or one refill of it; far apart for neighbouring runs and steps."""
+    return (seed * 1_000_003 + step * 7_919 + refill * 611_953) % (1 << 31)
 
 
 def is_due(step: int, total_steps: int, interval: int) -> bool:

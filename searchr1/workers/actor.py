@@ -22,7 +22,8 @@ class ActorShare:
     """One rank's part of a step."""
 
     trajectories: list[Trajectory]
-    advantages: list[float]
+    advantages: list[Any]
+    """One number per trajectory, or an array [N] with one per response token."""
     minibatch_ids: list[int]
     """Which optimizer step of this rollout step each trajectory belongs to."""
 

@@ -52,6 +52,9 @@ def make_config(path: str, job: dict) -> Config:
     config.algorithm.calculate_entropy = True
     config.algorithm.entropy_bonus = 0.01
     config.algorithm.sampling_params.temperature = 0.8
+    for name, value in job.get("correction", {}).items():
+        setattr(config.algorithm.mismatch_correction, name, value)
+    config.algorithm.recompute_logprobs = job.get("recompute_logprobs", True)
     actor = config.actor
     actor.training_backend = job.get("backend", "megatron")
     actor.optim.lr = 1e-3
@@ -255,7 +258,7 @@ def oracle(job: dict) -> dict:
     return result
 
 
-def run(world: int, jobs: list[dict], out: Path, timeout: float = 300) -> dict[str, list[dict]]:
+def run(world: int, jobs: list[dict], out: Path, timeout: float = 580) -> dict[str, list[dict]]:
     """All jobs one after the other in the same `world` processes. Returns every rank's result by the job's name."""
     out.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:

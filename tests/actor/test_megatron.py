@@ -14,6 +14,8 @@ import torch
 from searchr1.config.layout import Layout
 from searchr1.errors import UserError
 
+pytestmark = pytest.mark.timeout(600)  # the fixtures start processes that run many small trainings
+
 MODELS = [("qwen2", True), ("qwen3", True), ("llama", False)]
 OTHER_MODELS = [("qwen2", False), ("qwen3", False), ("llama", True)]
 TWO_RANKS = {
@@ -23,6 +25,9 @@ TWO_RANKS = {
     "dp2": {},
     "fsdp2": {"backend": "fsdp"},
 }
+
+
+CORRECTION = {"level": "sequence", "bound": "clip", "lower": 0.8, "upper": 1.3, "veto": 0.5, "normalize": True}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +119,11 @@ def more(models, tmp_path_factory):
         {"name": "bf16", "model": tied, "tp": 2, "precision": "bf16"},
         {"name": "fp16", "model": tied, "pp": 2, "precision": "fp16"},
         {"name": "first", "model": tied, "tp": 2, "steps": [0, 2], "save": checkpoint},
+        *(
+            {"name": f"corrected-{layout}-{recompute}", "model": tied, "correction": CORRECTION, "max_tokens": 4096,
+             "recompute_logprobs": recompute} | TWO_RANKS[layout]
+            for layout in ("tp2", "dp2", "fsdp2") for recompute in (True, False)
+        ),
         {"name": "weights-only", "model": tied, "pp": 2, "megatron_checkpoint": checkpoint, "steps": [0, 0]},
         {"name": "first-background", "model": tied, "steps": [0, 2], "save": f"{checkpoint}-bg/actor", "background": True},
         {"name": "go-on-background", "model": tied, "pp": 2, "steps": [2, 5], "load": f"{checkpoint}-bg/actor"},
@@ -153,6 +163,21 @@ def test_gradients_equal_one_process(more, oracles, layout, pair):
 )
 def test_recomputing_activations_changes_nothing(more, oracles, name, pair):
     assert_equal(more[name], oracles[pair])
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_corrected_losses_are_the_same_in_every_layout(more, oracles, recompute):
+    """Normalisation needs the mean weight of the whole mini-batch, wherever its sequences are."""
+    one, *others = (more[f"corrected-{layout}-{recompute}"] for layout in ("tp2", "dp2", "fsdp2"))
+    if recompute:
+        assert one[0]["metrics"][0]["actor/correction_weight"] == pytest.approx(1, abs=1e-5)
+        assert 0 < one[0]["metrics"][0]["actor/correction_bounded"] <= 1
+    assert one[0]["metrics"][0]["actor/loss"] != pytest.approx(oracles["qwen2", True]["metrics"][0]["actor/loss"], abs=1e-4)
+    for other in others:
+        for ours, theirs in zip(other[0]["metrics"], one[0]["metrics"], strict=True):
+            for key in ("actor/loss", "actor/grad_norm", "actor/correction_weight", "actor/correction_vetoed"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+        assert all(torch.allclose(other[0]["weights"][n], w, atol=1e-5) for n, w in one[0]["weights"].items())
 
 
 def test_overlapping_communication_changes_nothing(more, oracles):

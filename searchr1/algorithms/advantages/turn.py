@@ -1,0 +1,47 @@
+"""Turn-level credit for multi-turn attempts (MT-GRPO). https://arxiv.org/abs/2505.11821
+
+Every turn but the last has a reward of its own, here whether what it retrieved contains a gold answer. It is compared with
+the same turn of the other attempts at the question, and added to the attempt's advantage:
+
+    A_k = A + weight * (r_k - mean of r_k in the group) / (standard deviation + 1e-6)
+
+The last turn, which answers, has A alone. An attempt that has no turn k does not count in that turn's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from searchr1.algorithms.advantages.inputs import STD_EPS
+
+
+def turn_advantages(
+    advantages_N: Tensor, turn_rewards: Sequence[Sequence[float]], group_ids_N: Tensor, weight: float
+) -> list[list[float]]:
+    """One advantage per turn of each attempt.
+
+    Args:
+        advantages_N: of the attempts as wholes, from any estimator.
+        turn_rewards: of each attempt's turns; the last turn's is not read.
+        group_ids_N: attempts at one question share one.
+        weight: of the turn's own part.
+    """
+    groups: dict[int, list[int]] = {}
+    for attempt, group in enumerate(group_ids_N.tolist()):
+        groups.setdefault(group, []).append(attempt)
+    found = [
+        [float(advantage)] * max(1, len(rewards)) for advantage, rewards in zip(advantages_N, turn_rewards, strict=True)
+    ]
+    for members in groups.values():
+        for turn in range(max(len(turn_rewards[attempt]) for attempt in members) - 1):
+            having = [attempt for attempt in members if turn < len(turn_rewards[attempt]) - 1]
+            rewards = torch.tensor([turn_rewards[attempt][turn] for attempt in having], dtype=torch.float64)
+            if len(having) < 2 or bool((rewards == rewards[0]).all()):
+                continue
+            relative = (rewards - rewards.mean()) / (rewards.std() + STD_EPS)
+            for attempt, value in zip(having, relative.tolist(), strict=True):
+                found[attempt][turn] += weight * value
+    return found

@@ -1,0 +1,149 @@
+"""Advantages of whole trajectories, of turns, and with the KL in the reward; refilled batches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1.actor.packing import pack
+from searchr1.agent.trajectory import Sample, Trajectory, Turn
+from searchr1.algorithms.advantages.turn import turn_advantages
+from searchr1.config.schema import AlgorithmConfig
+from searchr1.runner.collect import Batch
+from searchr1.runner.credit import assign_credit, evidence_rewards, kl_of
+from searchr1.runner.dynamic_sampling import collect_with_spread
+
+
+def make(index, replica, reward, turns=((3, 2, "nothing"), (4, 0, "")), golds=("Paris",), seed=0):
+    """A trajectory of turns (policy tokens, tool tokens, tool text)."""
+    rng = np.random.default_rng([seed, index, replica])
+    mask = np.concatenate([np.repeat([True, False], [policy, tool]) for policy, tool, _ in turns])
+    logprobs = np.where(mask, -rng.exponential(1.0, len(mask)), 0).astype(np.float32)
+    return Trajectory(
+        sample=Sample(f"s/{index}", index, [1, 2], "?", list(golds)),
+        replica=replica,
+        response_ids=rng.integers(0, 50, len(mask)).astype(np.int32),
+        loss_mask=mask,
+        rollout_logprobs=logprobs,
+        turns=[
+            Turn("x", "search" if text else "answer", policy, ["q"] if text else [], text, tool)
+            for policy, tool, text in turns
+        ],
+        stop="answer",
+        reward=reward,
+        ref_logprobs=np.where(mask, logprobs + 0.3 * rng.normal(size=len(mask)), 0).astype(np.float32),
+    )
+
+
+def test_the_kl_is_taken_from_the_reward_before_groups_are_compared():
+    trajectories = [make(0, replica, reward) for replica, reward in enumerate([1.0, 0.0, 1.0, 0.0])]
+    for name, estimate in (("k1", lambda d: d), ("k2", lambda d: d**2 / 2), ("abs", np.abs)):
+        algorithm = AlgorithmConfig(adv_type="rloo", kl_in="reward", kl_beta=0.05, kl_penalty_type=name)
+        divergences = []
+        for t in trajectories:
+            d = (t.rollout_logprobs.astype(np.float64) - t.ref_logprobs)[t.loss_mask]
+            divergences.append(estimate(d).sum())
+            assert kl_of(t, name) == pytest.approx(divergences[-1], abs=1e-12)
+        rewards = np.array([1.0, 0.0, 1.0, 0.0]) - 0.05 * np.array(divergences)
+        expected = rewards - (rewards.sum() - rewards) / 3
+        assert np.allclose(assign_credit(trajectories, algorithm), expected, atol=1e-12)
+    without = assign_credit(trajectories, AlgorithmConfig(adv_type="rloo", kl_in="loss", kl_beta=0.05))
+    assert np.allclose(without, [2 / 3, -2 / 3, 2 / 3, -2 / 3])
+    trajectories[0].ref_logprobs = None
+    with pytest.raises(ValueError, match="no reference"):
+        assign_credit(trajectories, algorithm)
+
+
+def test_a_turn_is_credited_for_what_it_found():
+    """Both attempts fail; the one whose search found the evidence gets credit for that turn's tokens, and nothing else."""
+    found = make(0, 0, 0.0, ((3, 2, "Paris is the capital"), (4, 0, "")))
+    missed = make(0, 1, 0.0, ((5, 1, "Rome"), (2, 0, "")))
+    assert evidence_rewards(found) == [1.0, 0.0]
+    assert evidence_rewards(missed) == [0.0, 0.0]
+    first, second = assign_credit(
+        [found, missed], AlgorithmConfig(adv_type="grpo", advantage_mode="turn", turn_reward_weight=2)
+    )
+    relative = 2 * 0.5 / (np.sqrt(0.5) + 1e-6)
+    assert np.allclose(first, [relative] * 5 + [0] * 4)
+    assert np.allclose(second, [-relative] * 6 + [0] * 2)
+    batch = pack([found, missed], 100, advantages=[first, second])[0]
+    assert torch.equal(batch.advantages_T != 0, batch.loss_mask_T & (batch.advantages_T != 0))
+    expected = np.concatenate([[0, 0], first * found.loss_mask, [0, 0], second * missed.loss_mask])
+    assert np.allclose(batch.advantages_T.numpy(), expected)
+
+
+def test_turns_that_do_not_fit_the_tokens_are_an_error():
+    trajectory = make(0, 0, 0.0)
+    trajectory.turns.pop()
+    with pytest.raises(ValueError, match="turns of 5 tokens in a response of 9"):
+        assign_credit([trajectory, make(0, 1, 1.0)], AlgorithmConfig(advantage_mode="turn"))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.floats(-2, 2), st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=4)),
+        min_size=1, max_size=10,
+    ),
+    st.floats(0, 3),
+)  # fmt: skip
+def test_turn_advantages_equal_the_formula(attempts, weight):
+    groups = torch.tensor([group for group, _, _ in attempts])
+    outcome = torch.tensor([advantage for _, advantage, _ in attempts], dtype=torch.float64)
+    found = turn_advantages(outcome, [turns for _, _, turns in attempts], groups, weight)
+    for number, (group, advantage, turns) in enumerate(attempts):
+        assert len(found[number]) == len(turns)
+        assert found[number][-1] == pytest.approx(advantage)
+        for k in range(len(turns) - 1):
+            peers = [other[k] for g, _, other in attempts if g == group and k < len(other) - 1]
+            spread = np.std(peers, ddof=1) if len(peers) > 1 else 0.0
+            own = (turns[k] - np.mean(peers)) / (spread + 1e-6) if spread else 0.0
+            assert found[number][k] == pytest.approx(advantage + weight * own, abs=1e-9)
+
+
+def batch_of(rewards, seed=0):
+    trajectories = [
+        make(index, replica, reward, seed=seed)
+        for index, group in enumerate(rewards)
+        for replica, reward in enumerate(group)
+    ]
+    return Batch(trajectories, 2.0, 0.5, 0.25, 10, 1, 0, 0.8)
+
+
+SPREAD, EQUAL = (1.0, 0.0), (1.0, 1.0)
+
+
+def fill(rounds, max_refills):
+    asked = []
+
+    def collect(samples, refill):
+        asked.append((len(samples), refill))
+        return batch_of(rounds[refill], seed=refill)
+
+    return collect_with_spread(lambda: [None] * 3, collect, max_refills), asked
+
+
+def test_groups_without_spread_are_replaced_in_order():
+    filled, asked = fill([[SPREAD, EQUAL, SPREAD], [EQUAL, EQUAL, EQUAL], [EQUAL, SPREAD, SPREAD]], 5)
+    assert asked == [(3, 0), (3, 1), (3, 2)]
+    assert filled.metrics() == {"rollout/refills": 2.0, "rollout/groups_replaced": 5.0}
+    trajectories = filled.batch.trajectories
+    assert [(t.sample.index, t.replica) for t in trajectories] == [(i, r) for i in range(3) for r in range(2)]
+    assert [t.reward for t in trajectories] == [1.0, 0.0] * 3
+    assert trajectories[4].sample.id == "s/1"  # of the second refill
+    assert filled.batch.rollout_seconds == 6.0
+    assert filled.batch.engine_busy_share == pytest.approx(0.8)
+    assert filled.batch.generated_tokens == 30
+
+
+def test_the_bound_holds_and_the_batch_keeps_its_size():
+    filled, asked = fill([[EQUAL, EQUAL, SPREAD], [EQUAL, EQUAL, EQUAL]], 1)
+    assert len(asked) == 2
+    assert [t.reward for t in filled.batch.trajectories] == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert filled.dropped == 3
+    filled, asked = fill([[EQUAL, EQUAL, SPREAD]], 0)
+    assert asked == [(3, 0)]
+    assert len(filled.batch.trajectories) == 6
+    assert filled.metrics() == {"rollout/refills": 0.0, "rollout/groups_replaced": 0.0}
