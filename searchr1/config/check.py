@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from searchr1.algorithms.lookup import find_function, is_dotted_path
 from searchr1.config.check_health import check_health
+from searchr1.config.check_lora import check_lora
 from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
@@ -23,6 +24,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
     "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"),
+    "algorithm.llds_gate": ("action", "response"),
     "algorithm.kl_in": ("loss", "reward"),
     "algorithm.mismatch_correction.level": (None, "token", "sequence", "geometric"),
     "algorithm.mismatch_correction.bound": ("truncate", "clip", "mask", "reject"),
@@ -39,6 +41,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.distributed_executor_backend": ("mp", "ray"),
     "cluster.device": ("auto", "cpu", "cuda"),
 }
+CODE = ("reward.reward_type", "agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
+"""Keys that may name a user's own function: `package.module:function`."""
 
 
 def require_valid(config: Config, for_training: bool) -> None:
@@ -70,7 +74,8 @@ def warnings(config: Config) -> list[str]:
     fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
     if fused and importlib.util.find_spec("transformer_engine") is None:
         found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
-    if config.algorithm.group_size == 1 and config.algorithm.adv_type != "reinforce++":
+    adv_type = config.algorithm.adv_type
+    if config.algorithm.group_size == 1 and adv_type != "reinforce++" and not is_dotted_path(adv_type):
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
         )
@@ -87,8 +92,11 @@ def value_of(config: Config, key: str) -> object:
 
 def _choices(config: Config) -> Iterator[Problem]:
     for key, allowed in CHOICES.items():
-        if value_of(config, key) not in allowed:
-            yield Problem(key, f"{value_of(config, key)!r} is not one of {', '.join(map(str, allowed))}")
+        value = value_of(config, key)
+        if value in allowed or (key in CODE and is_dotted_path(value)):
+            continue
+        own = ", nor package.module:function" if key in CODE else ""
+        yield Problem(key, f"{value!r} is not one of {', '.join(map(str, allowed))}{own}")
 
 
 def _sizes(config: Config) -> Iterator[Problem]:
@@ -221,31 +229,6 @@ def _actor(config: Config) -> Iterator[Problem]:
             )
 
 
-def _lora(config: Config) -> Iterator[Problem]:
-    """What adapters can be."""
-    actor = config.actor
-    if actor.lora.rank < 0:
-        yield Problem("actor.lora.rank", f"must be 0 (off) or more, found {actor.lora.rank}")
-    if actor.lora.rank <= 0:
-        return
-    if actor.training_backend != "fsdp":
-        yield Problem(
-            "actor.lora.rank",
-            "LoRA needs actor.training_backend: fsdp; Megatron's layers, which fuse projections that adapters are made for, "
-            "have none here. Set the backend to fsdp, or rank to 0",
-        )
-    if not actor.lora.alpha > 0:
-        yield Problem("actor.lora.alpha", f"must be more than 0, found {actor.lora.alpha:g}")
-    if actor.lora.dropout != 0:
-        yield Problem(
-            "actor.lora.dropout", "must be 0: the engine that samples drops nothing, so the probabilities would differ"
-        )
-    if not actor.lora.target_modules:
-        yield Problem("actor.lora.target_modules", "is empty; name linear layers, for example [q_proj, v_proj]")
-    if len(set(actor.lora.target_modules)) < len(actor.lora.target_modules):
-        yield Problem("actor.lora.target_modules", "names a layer twice")
-
-
 def _megatron(config: Config) -> Iterator[Problem]:
     """Layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is looked at later."""
     model = config.actor.model
@@ -271,7 +254,7 @@ def _megatron(config: Config) -> Iterator[Problem]:
 def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
     if for_training:
         yield from _actor(config)
-        yield from _lora(config)
+        yield from check_lora(config.actor)
     if config.critic.use_critic_model:
         yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
     if config.reward.use_reward_model:
@@ -285,13 +268,10 @@ def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
 
 
 def _code(config: Config) -> Iterator[Problem]:
-    for key in ("reward.reward_type", "agentloop.generate_fn"):
+    for key in CODE:
         path = value_of(config, key)
-        if not isinstance(path, str) or not any(mark in path for mark in ":."):
-            continue
-        module, _, name = path.replace(":", ".").rpartition(".")
-        try:
-            if not callable(getattr(importlib.import_module(module), name, None)):
-                yield Problem(key, f"{module} has no function {name}")
-        except ImportError as error:
-            yield Problem(key, f"cannot import {module}: {error}")
+        if isinstance(path, str) and is_dotted_path(path):
+            try:
+                find_function({}, path, key)
+            except UserError as error:
+                yield Problem(key, str(error).partition(": ")[2])

@@ -204,7 +204,8 @@ class AlgorithmConfig:
     shuffle_rollout: bool = False
     """Assign questions to mini-batches at random."""
     loss_type: str = "actor"
-    """`actor` is PPO's clipped policy gradient; `gspo`, `cispo`, `sapo`: see searchr1/algorithms/policy_losses."""
+    """`actor` is PPO's clipped policy gradient; `gspo`, `cispo`, `sapo`, or `package.module:function`: see
+    searchr1/algorithms/policy_losses."""
     loss_agg_func: str = "token-mean"
     """`token-mean`, `seq-mean-token-sum`, `seq-mean-token-mean` or `seq-mean-token-sum-norm` (by the longest length)."""
     kl_beta: float = 0.001
@@ -225,6 +226,10 @@ class AlgorithmConfig:
     """`loss_type: sapo`: how fast a token's weight falls off the policy, for positive advantages."""
     sapo_tau_negative: float = 1.05
     """The same for negative advantages."""
+    llds_coef: float = 0.0
+    """Weight of LLDS, which keeps the likelihood of good actions from falling; 0 is off, the paper has 0.1."""
+    llds_gate: str = "action"
+    """What LLDS judges as one: `action` (a turn) or `response`."""
     mismatch_correction: MismatchCorrectionConfig = field(default_factory=MismatchCorrectionConfig)
     """See `MismatchCorrectionConfig`."""
     entropy_bonus: float = 0.0
@@ -232,7 +237,8 @@ class AlgorithmConfig:
     calculate_entropy: bool = False
     """Report the entropy even if the bonus is 0."""
     adv_type: str = "grpo"
-    """`grpo`, `grpo_dynamic`, `dr_grpo`, `rloo`, `reinforce++`, `reinforce++_baseline`: see algorithms/advantages."""
+    """`grpo`, `grpo_dynamic`, `dr_grpo`, `rloo`, `reinforce++`, `reinforce++_baseline`, or `package.module:function`: see
+    searchr1/algorithms/advantages."""
     loss_scales: list[str] = field(default_factory=list)
     """For `grpo_dynamic`; every scale is 1 for trajectories that are one sequence."""
     advantage_mode: str = "trajectory"

@@ -1,13 +1,16 @@
-"""Policy-gradient losses per token: one file per algorithm, one line here."""
+"""Policy-gradient losses per token: one file per algorithm, one line here.
+
+A user's own needs no line: `algorithm.loss_type: package.module:function`, see examples/custom_algorithm.
+"""
 
 from __future__ import annotations
 
+from searchr1.algorithms.lookup import find_function
 from searchr1.algorithms.policy_losses.cispo import cispo
 from searchr1.algorithms.policy_losses.gspo import gspo
 from searchr1.algorithms.policy_losses.inputs import ClipSettings, PolicyInputs, PolicyLoss, TokenLosses
 from searchr1.algorithms.policy_losses.ppo_clip import ppo_clip
 from searchr1.algorithms.policy_losses.sapo import sapo
-from searchr1.errors import UserError
 
 __all__ = ["POLICY_LOSSES", "ClipSettings", "PolicyInputs", "PolicyLoss", "TokenLosses", "policy_loss"]
 
@@ -18,8 +21,6 @@ def policy_loss(name: str) -> PolicyLoss:
     """The loss that `algorithm.loss_type` names.
 
     Raises:
-        UserError: unknown name.
+        UserError: neither a known name nor the path of a function.
     """
-    if name not in POLICY_LOSSES:
-        raise UserError(f"algorithm.loss_type: unknown '{name}'; use one of {', '.join(sorted(POLICY_LOSSES))}")
-    return POLICY_LOSSES[name]
+    return find_function(POLICY_LOSSES, name, "algorithm.loss_type")
