@@ -29,7 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
@@ -133,12 +133,11 @@ def save_state(
     *,
     in_background: bool = False,
 ) -> Future[Any] | None:
-    """Write everything a training rank holds; a collective.
+    """Write everything a training rank holds, but for weights that are frozen; a collective.
 
     In the background: copies the state to host memory and returns what `finish_saving` waits for, else None.
     """
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    state = _trained_state(model, optimizer)
     saving: Future[Any] | None = None
     if in_background:
         # On a CPU nothing is copied on its way to host memory, and training would write into what is being saved.
@@ -191,8 +190,7 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         UserError: damaged, or of another model.
     """
     verify_checkpoint(folder.parent)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    state = _trained_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=folder)
         extra = torch.load(folder / "extra.pt", weights_only=True)
@@ -200,9 +198,23 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         raise UserError(
             f"cannot load {folder}: it is damaged or belongs to another model ({str(error).splitlines()[0]})"
         ) from error
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    # What is frozen is not in the checkpoint, and what is trained has been asked for by name in `dcp.load`.
+    options = StateDictOptions(strict=not _frozen(model))
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
     resume_schedule(schedule, int(extra["schedule"]["last_epoch"]))
     _restore_random_state(extra["rng"])
+
+
+def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    frozen = _frozen(model)
+    trained = {name: value for name, value in model_state.items() if name not in frozen}
+    return {"model": trained, "optimizer": optimizer_state}
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of weights that do not train, both names of a tied one."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def save_hf_files(model_path: str, folder: Path) -> None:

@@ -15,12 +15,13 @@ from torch.distributed.tensor import DTensor
 from searchr1.actor.backend import MicroBatchLoss, Resident, T
 from searchr1.actor.batch_stats import all_reduce_sums
 from searchr1.actor.checkpoint import SAVE_TIMEOUT_S, load_state, save_state
+from searchr1.actor.lora import LoraRecord, check_resume, full_weights, is_adapter
 from searchr1.actor.model import init_process_group, load_model, policy_logprobs
 from searchr1.actor.optimizer import build_optimizer, build_schedule, clip_gradients
 from searchr1.actor.packing import PackedBatch
 from searchr1.algorithms.sums import Sums
 from searchr1.config.schema import Config
-from searchr1.config.schema_model import LrSchedConfig, OptimConfig
+from searchr1.config.schema_model import LoraConfig, LrSchedConfig, OptimConfig
 from searchr1.device import Device
 
 
@@ -53,14 +54,13 @@ class FsdpModel:
 
     @property
     def parameter_count(self) -> int:
-        """Of the whole model."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        """Of the whole model, without adapters."""
+        return sum(parameter.numel() for name, parameter in self.model.named_parameters() if not is_adapter(name))
 
     def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under their Hugging Face names (here on every rank), a tied output layer left out."""
-        for name, parameter in self.model.named_parameters():
-            full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            yield name, full.detach().to(dtype) if dtype is not None else full.detach()
+        """Full tensors under their Hugging Face names, here on every rank; adapters merged, a tied output layer left out."""
+        for name, full in full_weights(self.model):
+            yield name, full if dtype is None else full.to(dtype)
 
 
 class FsdpBackend(FsdpModel):
@@ -74,9 +74,11 @@ class FsdpBackend(FsdpModel):
         lr_sched: LrSchedConfig,
         total_steps: int | None,
         model_path: str,
+        lora: LoraConfig,
     ) -> None:
         super().__init__(model, device)
         self._model_path = model_path
+        self._lora = lora
         self._saving: Future[Any] | None = None
         self.optimizer = build_optimizer(model, optim)
         self.schedule = build_schedule(self.optimizer, lr_sched, optim.lr, total_steps)
@@ -94,8 +96,9 @@ class FsdpBackend(FsdpModel):
             reshard_after_forward=config.actor.fsdp.reshard_after_forward,
             cpu_offload=config.actor.fsdp.cpu_offload,
             gradient_checkpointing=config.actor.model.gradient_checkpointing,
+            lora=config.actor.lora,
         )
-        return cls(model, device, config.actor.optim, config.actor.lr_sched, total_steps, path)
+        return cls(model, device, config.actor.optim, config.actor.lr_sched, total_steps, path, config.actor.lora)
 
     @staticmethod
     def start_reference(config: Config, device: Device) -> FsdpModel:
@@ -146,7 +149,9 @@ class FsdpBackend(FsdpModel):
                 yield from (_local(value) for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
 
     def save(self, folder: Path, in_background: bool = False) -> None:
-        """Write model, optimizer, schedule and random state into `folder` (see checkpoint.py)."""
+        """Write model (with LoRA the adapters alone), optimizer, schedule and random state into `folder` (checkpoint.py)."""
+        if self._lora.rank and dist.get_rank() == 0:
+            LoraRecord.of(self._model_path, self._lora).write(folder)
         self._saving = save_state(
             folder, self.model, self.optimizer, self.schedule, self._model_path, in_background=in_background
         )
@@ -159,6 +164,7 @@ class FsdpBackend(FsdpModel):
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also with another number of ranks."""
+        check_resume(folder, self._model_path, self._lora)
         load_state(folder, self.model, self.optimizer, self.schedule)
 
 

@@ -14,8 +14,10 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from searchr1.actor import attention  # noqa: F401  (registers the packed attention)
 from searchr1.actor.attention import packed_model_inputs
+from searchr1.actor.lora import add_adapters
 from searchr1.actor.packing import PackedBatch
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
+from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
 
@@ -46,20 +48,22 @@ def load_model(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
     gradient_checkpointing: bool = False,
+    lora: LoraConfig | None = None,
 ) -> nn.Module:
     """A causal language model from a Hugging Face folder, sharded over the process group with FSDP2.
 
-    Weights are held in fp32 (they are the optimizer's master copy) and computed with in `precision`.
+    Weights are held in fp32 (they are the optimizer's master copy) and computed with in `precision`. With `lora` of rank
+    1 or more they are frozen, and adapters are trained instead (lora.py).
 
     Raises:
         UserError: no usable model there.
     """
     from transformers import AutoModelForCausalLM
 
+    in_compute = lora is not None and lora.rank > 0 and lora.base_precision == "compute"
+    held = COMPUTE_DTYPES[precision] if in_compute else torch.float32
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, attn_implementation=device.attention_implementation
-        )
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=held, attn_implementation=device.attention_implementation)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"cannot load a causal language model from {path}: {error}") from error
     return shard_model(
@@ -70,6 +74,7 @@ def load_model(
         reshard_after_forward=reshard_after_forward,
         cpu_offload=cpu_offload,
         gradient_checkpointing=gradient_checkpointing,
+        lora=lora,
     )
 
 
@@ -82,10 +87,13 @@ def shard_model(
     reshard_after_forward: bool = True,
     cpu_offload: bool = False,
     gradient_checkpointing: bool = False,
+    lora: LoraConfig | None = None,
 ) -> nn.Module:
     """Shard a loaded model: one FSDP2 unit per decoder layer and one for the rest."""
     model.config.use_cache = False
     model.requires_grad_(trainable)
+    if lora is not None and lora.rank > 0:
+        add_adapters(model, lora)
     model.train(trainable)
     if gradient_checkpointing and trainable:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -36,7 +36,7 @@ class HuggingFaceFolder:
         Raises:
             UserError: no safetensors there, a file is missing, or one is cut short.
         """
-        folder = _local_folder(source)
+        folder = local_folder(source)
         names = _file_names(folder)
         with ExitStack() as stack:
             files = {}
@@ -105,7 +105,12 @@ def check_names(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int
         raise UserError(f"{where}: does not fit the model's config.json: {'; '.join(problems[:5])}{more}")
 
 
-def _local_folder(source: str | Path) -> Path:
+def local_folder(source: str | Path) -> Path:
+    """A folder as it is, or the snapshot of a hub name, downloaded if need be.
+
+    Raises:
+        UserError: neither.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder
