@@ -331,6 +331,8 @@ def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
         kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
         kl_penalty_type=algorithm.kl_penalty_type,
         entropy_bonus=algorithm.entropy_bonus,
+        llds_coef=algorithm.llds_coef,
+        llds_gate=algorithm.llds_gate,  # type: ignore[arg-type]  # likewise
         correction=correction_settings(algorithm.mismatch_correction),
         ratio_is_correction=not algorithm.recompute_logprobs,
     )

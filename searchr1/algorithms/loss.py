@@ -10,6 +10,7 @@ from torch import Tensor
 from searchr1.algorithms.aggregation import Denominators, LossAggregation, token_weights
 from searchr1.algorithms.correction import Correction, CorrectionSettings, correction_weights
 from searchr1.algorithms.kl import EXPONENT_LIMIT, kl_function
+from searchr1.algorithms.llds import Gate, action_ids, llds
 from searchr1.algorithms.policy_losses import ClipSettings, PolicyInputs, policy_loss
 from searchr1.algorithms.sums import Sums, peak, total
 
@@ -24,6 +25,8 @@ class LossConfig:
     kl_beta: float = 0.0
     kl_penalty_type: str = "low_var_kl"
     entropy_bonus: float = 0.0
+    llds_coef: float = 0.0
+    llds_gate: Gate = "action"
     correction: CorrectionSettings | None = None
     """Weights against the mismatch of engine and trainer (correction.py)."""
     ratio_is_correction: bool = False
@@ -69,7 +72,8 @@ class LossOutput:
 def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     """The micro-batch's share of the mini-batch's loss.
 
-    loss = aggregate(policy loss) + kl_beta * aggregate(KL) - entropy_bonus * aggregate(entropy). A micro-batch
+    loss = aggregate(policy loss) + kl_beta * aggregate(KL) - entropy_bonus * aggregate(entropy), and llds_coef *
+    aggregate(LLDS). A micro-batch
     without policy tokens gives 0, connected to the graph so that all ranks can run backward together.
 
     Raises:
@@ -111,6 +115,11 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
             "correction_bounded": total(correction.bounded_P),
             "correction_vetoed": total(correction.vetoed_P),
         }
+    if config.llds_coef != 0.0:
+        actions_P = action_ids(config.llds_gate, inputs.segment_ids_T, inputs.loss_mask_T)
+        llds_P = llds(logprobs_P, old_logprobs_P, advantages_P, actions_P)
+        loss = loss + config.llds_coef * (llds_P * weights_P).sum()
+        totals["llds"] = total(llds_P)
     if inputs.ref_logprobs_T is not None:
         ref_logprobs_P = inputs.ref_logprobs_T[policy_P].detach().to(logprobs_P.dtype)
         kl_P = kl_function(config.kl_penalty_type)(logprobs_P, ref_logprobs_P)
@@ -155,7 +164,7 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
     tokens = max(1.0, totals["tokens"])
     metrics: dict[str, float] = {name: totals[name] for name in ("loss", "policy_loss", "kl_loss") if name in totals}
     per_token = {"clipped": "clip_fraction", "dual_clipped": "dual_clip_fraction"}
-    per_token |= {name: name for name in ("correction_weight", "correction_bounded", "correction_vetoed")}
+    per_token |= {name: name for name in ("llds", "correction_weight", "correction_bounded", "correction_vetoed")}
     for name in ("ratio", "approx_kl", "approx_kl_k3", "clipped", "dual_clipped", "kl", "entropy", *per_token):
         if name in totals:
             metrics[per_token.get(name, name)] = totals[name] / tokens
