@@ -164,6 +164,24 @@ class LrSchedConfig:
 
 
 @dataclass
+class LoraConfig:
+    """LoRA (fsdp): train small matrices beside frozen weights; see docs/lora.md."""
+
+    rank: int = 0
+    """Of the update of each matrix; 0 trains all weights instead."""
+    alpha: float = 32.0
+    """The update is scaled by `alpha / rank`."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Names of the linear layers that get adapters."""
+    dropout: float = 0.0
+    """0 only: dropped inputs would make the actor's log-probabilities differ from the engine's."""
+    base_precision: str = "fp32"
+    """Of the frozen weights: `fp32`, or `compute`, which holds them in `actor.model.precision`."""
+
+
+@dataclass
 class FsdpConfig:
     """FSDP2."""
 
@@ -213,6 +231,8 @@ class ActorConfig:
     """See `OptimConfig`."""
     lr_sched: LrSchedConfig = field(default_factory=LrSchedConfig)
     """See `LrSchedConfig`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """See `LoraConfig`."""
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     """See `FsdpConfig`."""
     megatron: MegatronConfig = field(default_factory=MegatronConfig)

@@ -25,9 +25,11 @@ def main(argv: list[str]) -> int:
     if args.command == "hf2mg":
         lines = hf2mg(args.hf_model, args.output, MegatronOptions(dtype, args.layers, size, args.verify, args.verify_logits))
     else:
-        convert = mg2hf if args.command == "mg2hf" else fsdp2hf
         options = Options(dtype, size, args.verify, getattr(args, "verify_logits", False))
-        lines = convert(args.checkpoint, args.output, args.hf_model, options)
+        if args.command == "mg2hf":
+            lines = mg2hf(args.checkpoint, args.output, args.hf_model, options)
+        else:
+            lines = fsdp2hf(args.checkpoint, args.output, args.hf_model, options, adapter=args.adapter)
     print("\n".join(lines))
     return 0
 
@@ -41,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     for one in (mega, fsdp):
         one.add_argument("--checkpoint", type=Path, required=True, help="…/checkpoints/global_step_N/actor")
         one.add_argument(
-            "--hf-model", type=Path, help="base model, for config and tokenizer (default: the checkpoint's own)"
+            "--hf-model",
+            type=Path,
+            help="base model, for config and tokenizer (default: the checkpoint's own); with LoRA also its weights",
         )
     back.add_argument("--hf-model", type=Path, required=True, help="folder with config.json and safetensors files")
     back.add_argument(
@@ -55,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--dtype", choices=sorted(DTYPES), help="precision of the output (default: as in the source)")
         one.add_argument("--shard-gib", type=float, default=4.0, help="size of a file, in GiB (default: 4)")
         one.add_argument("--verify", action="store_true", help="read the output back and compare every bit")
+    fsdp.add_argument("--adapter", action="store_true", help="of a LoRA checkpoint: write the adapters alone, for peft")
     for one in (mega, back):
         one.add_argument("--verify-logits", action="store_true", help="also run both models, however large")
     return parser

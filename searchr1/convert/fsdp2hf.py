@@ -9,9 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from searchr1.actor.lora import LoraRecord, check_base, weight_folder
 from searchr1.actor.megatron.hf_folder import check_names
 from searchr1.actor.megatron.mapping import SliceReader
+from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
+from searchr1.convert.lora_source import LoraSource, write_adapter
 from searchr1.convert.megatron_source import is_megatron
 from searchr1.convert.output import refuse_used
 from searchr1.convert.safetensors_file import TensorSpec
@@ -22,23 +25,49 @@ from searchr1.errors import UserError
 _PREFIX = "model."
 
 
-def fsdp2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options: Options | None = None) -> list[str]:
-    """Write `output`. Returns what was done, line by line.
+def fsdp2hf(
+    checkpoint: Path, output: Path, hf_model: Path | None = None, options: Options | None = None, *, adapter: bool = False
+) -> list[str]:
+    """Write `output`. Returns what was done, line by line. A LoRA checkpoint is merged into its base model.
 
     Args:
         checkpoint: `…/global_step_N/actor` (or `…/global_step_N`).
         output: must not exist, or be empty.
-        hf_model: whose configuration and tokenizer to take; None takes those kept in the checkpoint.
+        hf_model: whose configuration and tokenizer to take; None takes those kept in the checkpoint. Of a LoRA checkpoint,
+            also where the base model's weights are; None is where they were in training.
         options: precision, sizes, comparisons.
+        adapter: of a LoRA checkpoint, write the adapters alone, for peft.
 
     Raises:
         UserError: damaged or foreign checkpoint, or an output that is in use. Nothing is left behind.
     """
     refuse_used(output)
     actor = find_checkpoint(checkpoint)
+    record = LoraRecord.read(actor)
+    if adapter and record is None:
+        raise UserError(f"--adapter: {actor} is no LoRA checkpoint; leave it out to convert the whole model")
     with closing(TorchDistFolder(actor)) as folder:
+        if adapter and record is not None:
+            return write_adapter(folder, record, output, hf_model)
         config = config_folder(hf_model, actor)
+        if record is not None:
+            return _merge(folder, record, config, hf_model, output, options or Options())
         return write_folder(FsdpSource(folder, expected_shapes(config)), config, output, options or Options())
+
+
+def _merge(
+    folder: TorchDistFolder, record: LoraRecord, config: Path, hf_model: Path | None, output: Path, options: Options
+) -> list[str]:
+    base = str(hf_model) if hf_model else record.base_model
+    try:
+        check_base(record, base)
+    except UserError as error:
+        if hf_model is not None:
+            raise
+        raise UserError(f"{error} as --hf-model") from error
+    with HfReader.open(weight_folder(base)) as reader:
+        source = LoraSource(folder, record, reader, expected_shapes(config), options.dtype)
+        return write_folder(source, config, output, options)
 
 
 class FsdpSource:

@@ -52,6 +52,8 @@ def make_config(path: str, job: dict) -> Config:
     config.algorithm.calculate_entropy = True
     config.algorithm.entropy_bonus = 0.01
     config.algorithm.sampling_params.temperature = 0.8
+    for name, value in job.get("lora", {}).items():
+        setattr(config.actor.lora, name, value)
     for name, value in job.get("correction", {}).items():
         setattr(config.algorithm.mismatch_correction, name, value)
     config.algorithm.recompute_logprobs = job.get("recompute_logprobs", True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from contextlib import closing
 
 import numpy as np
@@ -16,6 +17,8 @@ from searchr1.actor.checkpoint import new_checkpoint
 from searchr1.actor.lora import LoraRecord, base_name, full_weights, hash_weights, is_adapter, merge
 from searchr1.actor.policy import Policy
 from searchr1.config.check import check_config
+from searchr1.convert.fsdp2hf import fsdp2hf
+from searchr1.convert.to_hf import Options
 from searchr1.convert.torch_dist import TorchDistFolder
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -201,6 +204,67 @@ def test_resuming_equals_never_having_stopped(base, tmp_path):
     expected = adapters(whole)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in adapters(resumed).items())
     assert resumed.backend.learning_rate == whole.backend.learning_rate
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_exports_equal_the_policy(tmp_path, tied):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = str(ranks.make_model("qwen3", tied, tmp_path / "base", num_hidden_layers=2))
+    policy = Policy.start(make_config(base), CPU, ranks.STEPS)
+    train(policy, [0, 1])
+    folder = save(policy, tmp_path, 2)
+    lines = fsdp2hf(folder, tmp_path / "merged", options=Options(verify=True))
+    assert any("identical bit by bit" in line for line in lines)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert all(torch.equal(merged.get_parameter(name), tensor) for name, tensor in weights(policy, torch.float32).items())
+    fsdp2hf(folder, tmp_path / "half", options=Options(dtype=torch.bfloat16, verify=True))
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    assert all(torch.equal(half.get_parameter(name), tensor) for name, tensor in weights(policy, torch.bfloat16).items())
+    fsdp2hf(folder, tmp_path / "adapter", adapter=True)
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    ids = torch.arange(20)[None]
+    without = plain(ids).logits.detach()
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "adapter")
+    logits = loaded(ids).logits
+    assert torch.allclose(logits, merged(ids).logits, atol=1e-5)
+    assert (logits - without).abs().max() > 1e-2
+    own = dict(loaded.named_parameters())
+    assert all(torch.equal(own[f"base_model.model.{name}"], tensor) for name, tensor in adapters(policy).items())
+
+
+def test_exports_that_cannot_be_are_refused(base, tmp_path):
+    folder = save(Policy.start(make_config(base), CPU), tmp_path / "run", 1)
+    moved = shutil.copytree(base, tmp_path / "moved")
+    record = json.loads((folder / "lora.json").read_text()) | {"base_model": str(tmp_path / "gone")}
+    (folder / "lora.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="gone"):
+        fsdp2hf(folder, tmp_path / "out")
+    other = ranks.make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2)
+    with pytest.raises(UserError, match="not the base model"):
+        fsdp2hf(folder, tmp_path / "out", other)
+    assert not (tmp_path / "out").exists()
+    fsdp2hf(folder, tmp_path / "out", moved)
+    whole = save(Policy.start(make_config(base, rank=0), CPU), tmp_path / "whole", 1)
+    with pytest.raises(UserError, match=r"--adapter: .* is no LoRA checkpoint"):
+        fsdp2hf(whole, tmp_path / "adapter", adapter=True)
+
+
+def test_two_processes_equal_one(base, tmp_path):
+    job = {"name": "lora", "backend": "fsdp", "model": base, "lora": {"rank": 4, "alpha": 6.0, "target_modules": TARGETS}}
+    [one] = ranks.run(1, [job], tmp_path / "one")["lora"]
+    save_too = job | {"save": str(tmp_path / "saved/actor")}
+    two = ranks.run(2, [save_too], tmp_path / "two")["lora"]
+    for ours, theirs in zip(two[0]["metrics"], one["metrics"], strict=True):
+        for name in ("actor/loss", "actor/kl", "actor/entropy", "actor/grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert all(torch.allclose(two[0]["weights"][name], tensor, atol=1e-6) for name, tensor in one["weights"].items())
+    # Saved by two processes, loaded by one.
+    policy = Policy.start(make_config(base), CPU)
+    (tmp_path / "saved/sizes.json").write_text("{}")
+    policy.load(tmp_path / "saved/actor")
+    assert all(torch.equal(tensor, two[0]["weights"][name]) for name, tensor in weights(policy, torch.float32).items())
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(base, tmp_path):
