@@ -8,6 +8,7 @@ function again, and so knows what the one before it knew.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,25 +75,41 @@ class Health:
         return findings
 
     def _farewell(self, findings: Sequence[Finding]) -> str:
-        first = self._streak[0]
-        lines = [f"runner.health: stopped, because steps {first} to {self._streak[-1]} were unhealthy:"]
-        lines += [f"  {finding}" for finding in findings]
+        first, last = self._streak[0], self._streak[-1]
+        return "\n".join(
+            [
+                f"runner.health: stopped, because steps {first} to {last} were unhealthy:",
+                *(f"  {finding}" for finding in findings),
+                *self._put_aside(first),
+                *self._how_to_go_on(first),
+                "runner.health.warn_only=True goes on regardless; docs/health.md tells what each limit means.",
+            ]
+        )
+
+    def _put_aside(self, first: int) -> list[str]:
+        """Rename the checkpoint of the weights that step `first` ran with, so that `runner.resume_dir=auto` is good."""
         suspect = self._checkpoints / f"global_step_{first - 1}"
-        good = [step for step in checkpoint_steps(self._checkpoints) if step < first - 1]
-        if suspect.is_dir() and not self._limits.save_unhealthy:
-            # Step `first` ran with these very weights.
-            renamed = suspect.rename(suspect.with_name(f"suspect_step_{first - 1}"))
-            lines.append(f"{suspect.name} holds the weights that step {first} ran with and is now {renamed.name}.")
+        if self._limits.save_unhealthy or not suspect.is_dir():
+            return []
+        renamed = suspect.with_name(f"suspect_step_{first - 1}")
+        if renamed.exists():  # of an earlier stop at this step
+            shutil.rmtree(renamed)
+        suspect.rename(renamed)
+        return [f"{suspect.name} holds the weights that step {first} ran with and is now {renamed.name}."]
+
+    def _how_to_go_on(self, first: int) -> list[str]:
         rate = self._config.actor.optim.lr / 2
         overrides = f"actor.optim.lr={rate:g}"
-        if self._config.actor.lr_sched.max_lr is not None:
+        if self._config.actor.lr_sched.max_lr is not None:  # must say the same
             overrides += f" actor.lr_sched.max_lr={rate:g}"
-        if good:
-            checkpoint = self._checkpoints / f"global_step_{good[-1]}"
-            lines.append(f"The last good checkpoint is {checkpoint}. Go on from it with a lower rate, or change what helps:")
-            lines.append(f"  runner.resume_dir={checkpoint} {overrides}")
-        else:
-            lines.append("There is no checkpoint from before that. Start again with a lower rate, or change what helps:")
-            lines.append(f"  runner.overwrite=True {overrides}")
-        lines.append("runner.health.warn_only=True goes on regardless; docs/health.md tells what each limit means.")
-        return "\n".join(lines)
+        good = [step for step in checkpoint_steps(self._checkpoints) if step < first - 1]
+        if not good:
+            return [
+                "There is no checkpoint from before that. Start again with a lower rate, or change what helps:",
+                f"  runner.overwrite=True {overrides}",
+            ]
+        checkpoint = self._checkpoints / f"global_step_{good[-1]}"
+        return [
+            f"The last good checkpoint is {checkpoint}. Go on from it with a lower rate, or change what helps:",
+            f"  runner.resume_dir={checkpoint} {overrides}",
+        ]
