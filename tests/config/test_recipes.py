@@ -137,6 +137,7 @@ PUBLISHED = {
         "algorithm.clip_ratio_low": 0.2,
         "algorithm.clip_ratio_high": 0.28,
         "algorithm.clip_ratio_c": 10.0,
+        "algorithm.max_refills": 9,
         "algorithm.kl_beta": 0.0,
         "actor.optim.lr": 1e-6,
         "actor.optim.weight_decay": 0.1,
