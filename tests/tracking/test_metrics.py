@@ -15,6 +15,7 @@ def test_a_step_counted_by_hand(make_trajectory):
         forced_final=True,
         response_ids=np.arange(30, dtype=np.int32),
         loss_mask=np.arange(30) < 6,
+        rollout_logprobs=np.where(np.arange(30) < 6, -0.5, 0).astype(np.float32),
         turns=[
             Turn("hm", "invalid", 2),
             Turn("<search>a</search><search>b</search>", "search", 2, ["a", "b"], "…", 12, 1.5, tool_error="no answer"),
@@ -33,6 +34,7 @@ def test_a_step_counted_by_hand(make_trajectory):
             "rollout/response_length": 15,
             "rollout/response_length_max": 30,
             "rollout/policy_tokens": 27 / 4,
+            "rollout/entropy": 6 * 0.5 / 27,
             "rollout/invalid_rate": 1 / 9,
             "rollout/answered": 0.75,
             "rollout/truncated": 0.25,
