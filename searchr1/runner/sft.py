@@ -5,208 +5,203 @@ Rows (jsonl or parquet), one of
     {"prompt": str, "response": str}                    loss on the response
     {"segments": [{"text": str, "train": bool}, …]}     loss where `train`; segments are tokenized one by one, as the agent
                                                         loop does with what the policy writes and what tools answer
+
+Several ranks: torchrun --nproc-per-node 8 -m searchr1.cli sft --backend megatron --tensor-parallel 2 …
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
+import shutil
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from searchr1.actor.batch_stats import all_reduce_denominators, all_reduce_max, count_denominators
-from searchr1.actor.fsdp import FsdpModel
-from searchr1.actor.model import init_process_group, load_model, policy_logprobs, shard_model
-from searchr1.actor.optimizer import build_optimizer, build_schedule, clip_gradients
-from searchr1.actor.packing import pack, plan_micro_batches, sequence_length, split_balanced
-from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.actor.backend import Backend
+from searchr1.actor.model import init_process_group
+from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, split_balanced
+from searchr1.actor.policy import Policy
+from searchr1.agent.trajectory import Trajectory
+from searchr1.algorithms.entropy import TokenLogprobs
+from searchr1.algorithms.sums import Sums
+from searchr1.config.schema import Config
 from searchr1.config.schema_model import LrSchedConfig, OptimConfig
 from searchr1.convert.hf_writer import DTYPES, write_weights
-from searchr1.data.dataset import read_rows
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.runner.sft_data import batches, load_rows
 
 REPORT_EVERY = 20
 
 
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Text that is trained on, or only read."""
-
-    text: str
-    train: bool
-
-
-def segments_of(row: dict[str, Any], tokenizer: Any) -> list[Segment]:
-    """A row in any of the three shapes.
-
-    Raises:
-        UserError: none of them, or nothing to train on.
-    """
-    if isinstance(row.get("segments"), list):
-        segments = [Segment(str(part["text"]), bool(part["train"])) for part in row["segments"]]
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        eos = tokenizer.eos_token or ""
-        segments = [Segment(row["prompt"], False), Segment(row["response"] + eos, True)]
-    elif isinstance(row.get("messages"), list):
-        segments = _chat_segments(row["messages"], tokenizer)
-    else:
-        raise UserError("expected messages, prompt and response, or segments")
-    if not any(segment.train and segment.text for segment in segments):
-        raise UserError("nothing to train on: no assistant message, empty response, or no segment with train: true")
-    return [segment for segment in segments if segment.text]
-
-
-def _chat_segments(messages: list[dict[str, Any]], tokenizer: Any) -> list[Segment]:
-    """The rendered conversation, cut where an assistant's message begins and ends."""
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template; use prompt and response, or segments")
-    segments, done = [], ""
-    for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise UserError("the chat template rewrites earlier messages; train on prompt and response instead")
-        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
-        done = after
-    return segments
-
-
-def load_rows(paths: Sequence[Path], tokenizer: Any, max_length: int) -> tuple[list[Trajectory], int]:
-    """Tokenized rows, and how many were left out because they are longer than `max_length`."""
-    rows: list[Trajectory] = []
-    too_long = 0
-    for path in paths:
-        for line, row in read_rows(path):
-            try:
-                segments = segments_of(row, tokenizer)
-            except (UserError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{line}: {error}") from error
-            encoded = tokenizer([segment.text for segment in segments], add_special_tokens=False)["input_ids"]
-            ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in encoded])
-            mask = np.repeat([segment.train for segment in segments], [len(part) for part in encoded])
-            if not 1 < len(ids) <= max_length:
-                too_long += 1
-                continue
-            # The first token is never predicted, so it serves as the prompt.
-            rows.append(
-                Trajectory(
-                    sample=Sample(f"{path.name}/{line}", len(rows), [int(ids[0])], "", []),
-                    replica=0,
-                    response_ids=ids[1:],
-                    loss_mask=mask[1:],
-                    rollout_logprobs=np.zeros(len(ids) - 1, dtype=np.float32),
-                    turns=[],
-                    stop="eos",
-                )
-            )
-    if not rows:
-        raise UserError(f"{', '.join(map(str, paths))}: no row of at most {max_length} tokens")
-    return rows, too_long
-
-
-def batches(rows: Sequence[Trajectory], tokens: int, seed: int) -> Iterator[list[Trajectory]]:
-    """At least `tokens` tokens each, in a new order every epoch, without end; a batch may reach into the next epoch."""
-    batch: list[Trajectory] = []
-    size = 0
-    for epoch in itertools.count():
-        for index in np.random.default_rng([seed, epoch]).permutation(len(rows)):
-            batch.append(rows[int(index)])
-            size += sequence_length(batch[-1])
-            if size >= tokens:
-                yield batch
-                batch, size = [], 0
-
-
-def train(args: argparse.Namespace) -> None:
-    """The whole of it."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+def train(args: argparse.Namespace) -> list[float]:
+    """The whole of it. Returns every step's loss: the mean negative log-likelihood of a trained token."""
+    from transformers import AutoConfig, AutoTokenizer
 
     device = Device.detect(args.device)
     init_process_group(device)
-    torch.manual_seed(args.seed)
+    lead = dist.get_rank() == 0
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    if args.fresh:
-        fresh = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(args.fresh),
-            dtype=torch.float32,
-            attn_implementation=device.attention_implementation,
-        )
-        model = shard_model(fresh, device, precision=args.precision)
-    else:
-        model = load_model(args.model, device, precision=args.precision, gradient_checkpointing=args.gradient_checkpointing)
-    policy = FsdpModel(model, device)
     rows, too_long = load_rows(args.data, tokenizer, args.max_length)
     tokens = sum(map(sequence_length, rows))
     steps = args.max_steps or max(1, round(args.epochs * tokens / args.tokens_per_batch))
-    lead = dist.get_rank() == 0
+    with _start_folder(args, lead) as folder:
+        backend = Policy.start(run_config(args, folder, dist.get_world_size()), device, steps).backend
+        hf_config = AutoConfig.from_pretrained(folder)
     if lead:
         left_out = f" ({too_long} longer ones left out)" if too_long else ""
         print(f"{len(rows)} rows, {tokens} tokens{left_out}; {steps} steps of {args.tokens_per_batch} tokens", flush=True)
-    optimizer = build_optimizer(
-        model, OptimConfig(lr=args.lr, adam_beta2=0.98, adam_eps=1e-8, weight_decay=args.weight_decay)
-    )
-    schedule = build_schedule(
-        optimizer, LrSchedConfig(lr_warmup_iters=args.warmup, lr_decay_style=args.schedule), args.lr, steps
-    )
-    started, seen = time.perf_counter(), 0
-    loss_sum = weight_sum = 0.0
-    torch_device = device.torch_device()
+    losses = []
+    report = _Report(steps) if lead else None
     for step, batch in enumerate(batches(rows, args.tokens_per_batch, args.seed), start=1):
-        seen += sum(map(sequence_length, batch))
-        share = split_balanced([sequence_length(t) for t in batch], dist.get_world_size())[dist.get_rank()]
-        part = [batch[i] for i in share]
-        denominators = all_reduce_denominators(count_denominators(part), torch_device)
-        count = len(plan_micro_batches([sequence_length(t) for t in part], args.max_tokens_per_mbs))
-        total = 0.0
-        for micro in pack(part, args.max_tokens_per_mbs, at_least=all_reduce_max(count, torch_device)):
-            logprobs_P = policy_logprobs(policy.model, micro.to(torch_device), 1.0).logprobs_M
-            loss = -logprobs_P.sum() / denominators.tokens
-            (loss * dist.get_world_size()).backward()
-            total += float(loss.detach())
-        norm = clip_gradients(model, args.clip_grad)
+        losses.append(accumulate(backend, batch, args.max_tokens_per_mbs))
+        norm, rate = backend.clip_gradients(args.clip_grad), backend.learning_rate
         if math.isfinite(norm):
-            optimizer.step()
-        schedule.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss_sum, weight_sum = 0.95 * loss_sum + 0.05 * total, 0.95 * weight_sum + 0.05
-        if lead and (step % REPORT_EVERY == 0 or step == steps):
-            seconds = time.perf_counter() - started
-            left = seconds / step * (steps - step) / 60
-            print(
-                f"step {step}/{steps}  loss {loss_sum / weight_sum:.4f}  grad norm {norm:.2f}  "
-                f"lr {schedule.get_last_lr()[0]:.1e}  {seen / seconds:.0f} tokens/s  left {left:.1f} min",
-                flush=True,
-            )
+            backend.step()
+        backend.zero_grad()
+        if report is not None:
+            report.add(step, batch, losses[-1], norm, rate)
         if step == steps:
             break
-    named = ((name, tensor.cpu()) for name, tensor in policy.named_weights(DTYPES[args.save_dtype]))
+    named = backend.named_weights(DTYPES[args.save_dtype])
     if lead:
         args.output.mkdir(parents=True, exist_ok=True)
-        write_weights(named, args.output)
-        model.config.dtype = DTYPES[args.save_dtype]
-        model.config.save_pretrained(args.output)  # type: ignore[union-attr, operator]
+        write_weights(((name, tensor.cpu()) for name, tensor in named), args.output)
+        hf_config.dtype = DTYPES[args.save_dtype]
+        hf_config.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
         print(f"model -> {args.output}")
     else:
-        for _ in named:
+        for _ in named:  # gathering is a collective
             pass
     dist.barrier()
     dist.destroy_process_group()
+    return losses
+
+
+def accumulate(backend: Backend, batch: Sequence[Trajectory], max_tokens: int) -> float:
+    """Add up the gradients of one batch, of which every replica takes its share. Returns the loss over all ranks.
+
+    Args:
+        backend: without gradients.
+        batch: the same on all ranks.
+        max_tokens: of a micro-batch.
+    """
+    shares = split_balanced([sequence_length(t) for t in batch], dist.get_world_size(backend.data_group))
+    counts = [len(plan_micro_batches([sequence_length(batch[i]) for i in share], max_tokens)) for share in shares]
+    micro = pack([batch[i] for i in shares[backend.replica]], max_tokens, at_least=max(counts))
+    trained = sum(trajectory.policy_length for trajectory in batch)
+    sums = Sums()
+
+    def loss(_: PackedBatch, values: TokenLogprobs) -> Tensor:
+        nonlocal sums
+        value = -values.logprobs_M.sum() / trained
+        sums = sums + Sums({"loss": value.detach().double()})
+        return value
+
+    backend.forward_backward([one.to(backend.device) for one in micro], 1.0, False, loss)
+    return float(backend.share(sums).totals["loss"])
+
+
+def run_config(args: argparse.Namespace, model_path: str, world: int) -> Config:
+    """What the backends read of a run's configuration.
+
+    Raises:
+        UserError: flags that exclude each other, or a layout that does not divide the `world` ranks.
+    """
+    megatron = args.backend == "megatron"
+    parts = args.tensor_parallel * args.pipeline_parallel
+    if not megatron and parts != 1:
+        raise UserError("--tensor-parallel, --pipeline-parallel: need --backend megatron")
+    if megatron and args.lora_rank:
+        raise UserError("--lora-rank: needs --backend fsdp")
+    if world % parts:
+        raise UserError(
+            f"--tensor-parallel {args.tensor_parallel} x --pipeline-parallel {args.pipeline_parallel} does not divide the "
+            f"{world} processes; start a multiple of {parts} with torchrun --nproc-per-node"
+        )
+    config = Config()
+    config.rollout.model.model_path = model_path
+    config.runner.max_tokens_per_mbs = args.max_tokens_per_mbs
+    actor = config.actor
+    actor.training_backend, actor.seed = args.backend, args.seed
+    actor.model.precision = args.precision
+    actor.model.tensor_model_parallel_size = args.tensor_parallel
+    actor.model.pipeline_model_parallel_size = args.pipeline_parallel
+    actor.model.gradient_checkpointing = args.gradient_checkpointing and not megatron
+    actor.model.recompute_granularity = "full" if args.gradient_checkpointing and megatron else None
+    actor.optim = OptimConfig(
+        lr=args.lr, adam_beta2=0.98, adam_eps=args.adam_eps, weight_decay=args.weight_decay, clip_grad=args.clip_grad
+    )
+    actor.lr_sched = LrSchedConfig(lr_warmup_iters=args.warmup, lr_decay_style=args.schedule)
+    actor.lora.rank, actor.lora.alpha = args.lora_rank, args.lora_alpha
+    return config
+
+
+@contextmanager
+def _start_folder(args: argparse.Namespace, lead: bool) -> Iterator[str]:
+    """The model to start from; random weights are written beside the output first, for as long as ranks read them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not args.fresh:
+        yield args.model
+        return
+    folder = args.output.with_name(f".{args.output.name}.fresh")
+    try:
+        if lead:
+            torch.manual_seed(args.seed)
+            fresh: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.fresh), dtype=torch.float32)
+            fresh.save_pretrained(folder)
+        dist.barrier()
+        yield str(folder)
+        dist.barrier()
+    finally:
+        if lead:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class _Report:
+    """A line now and then."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._started, self._seen = time.perf_counter(), 0
+        self._loss_sum = self._weight_sum = 0.0
+
+    def add(self, step: int, batch: Sequence[Trajectory], loss: float, norm: float, rate: float) -> None:
+        """What one step did; the loss printed is a running mean."""
+        self._seen += sum(map(sequence_length, batch))
+        self._loss_sum, self._weight_sum = 0.95 * self._loss_sum + 0.05 * loss, 0.95 * self._weight_sum + 0.05
+        if step % REPORT_EVERY and step != self._steps:
+            return
+        seconds = time.perf_counter() - self._started
+        left = seconds / step * (self._steps - step) / 60
+        print(
+            f"step {step}/{self._steps}  loss {self._loss_sum / self._weight_sum:.4f}  grad norm {norm:.2f}  "
+            f"lr {rate:.1e}  {self._seen / seconds:.0f} tokens/s  left {left:.1f} min",
+            flush=True,
+        )
 
 
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
+    train(parse(argv))
+    return 0
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        UserError: flags that exclude each other, or an output that is in use.
+    """
     parser = argparse.ArgumentParser(
         prog="searchr1 sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -226,6 +221,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--clip-grad", type=float, default=1.0)
+    parser.add_argument("--adam-eps", type=float, default=1e-8, help="added to the root of the second moment")
+    parser.add_argument("--backend", choices=("fsdp", "megatron"), default="fsdp", help="FSDP2 or Megatron-Core")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each layer (megatron)")
+    parser.add_argument("--pipeline-parallel", type=int, default=1, help="ranks that share the layers (megatron)")
+    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank (fsdp); the output is merged")
+    parser.add_argument("--lora-alpha", type=float, default=32.0, help="the adapters' update is scaled by alpha / rank")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the arithmetic")
     parser.add_argument("--save-dtype", choices=sorted(DTYPES), default="bf16")
     parser.add_argument("--gradient-checkpointing", action="store_true")
@@ -234,7 +235,10 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.fresh and not args.tokenizer:
         raise UserError("--fresh needs --tokenizer")
+    if args.fresh and args.lora_rank:
+        raise UserError("--lora-rank: random weights are not worth freezing; leave it out, or start from --model")
+    if min(args.tensor_parallel, args.pipeline_parallel) < 1 or args.lora_rank < 0 or args.lora_alpha <= 0:
+        raise UserError("--tensor-parallel, --pipeline-parallel and --lora-alpha must be more than 0, --lora-rank 0 or more")
     if args.output.exists() and any(args.output.iterdir()):
         raise UserError(f"--output {args.output}: exists and is not empty; give a new folder")
-    train(args)
-    return 0
+    return args

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import policy_ranks as ranks
 import pytest
+import torch
 
 from searchr1.errors import UserError
-from searchr1.runner.sft import batches, load_rows, segments_of
+from searchr1.runner.sft import parse, run_config
+from searchr1.runner.sft_data import batches, load_rows, segments_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -113,3 +119,163 @@ def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
     again = subprocess.run(words, capture_output=True, text=True, timeout=100)
     assert again.returncode == 2
     assert "not empty" in again.stderr
+
+
+RANK = """
+import os, sys, torch
+from searchr1.runner.sft import parse, train
+torch.set_num_threads(1)
+losses = train(parse(sys.argv[2:]))
+if os.environ["RANK"] == "0":
+    torch.save(losses, sys.argv[1])
+"""
+
+
+def run_ranks(world, losses, flags):
+    """`searchr1 sft` in `world` processes. Returns every step's loss."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", RANK, str(losses), *flags]
+    processes = [
+        subprocess.Popen(
+            command,
+            env=os.environ | common | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [process.communicate(timeout=280)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output[-4000:]
+    return torch.load(losses)
+
+
+STEPS, LR = 4, 3e-3
+
+
+@pytest.fixture(scope="module")
+def start(tokenizer, tmp_path_factory):
+    """A model, its tokenizer and uneven rows."""
+    folder = tmp_path_factory.mktemp("start")
+    model = ranks.make_model("qwen2", True, folder / "model", num_hidden_layers=2, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(model)
+    rows = [{"prompt": f"Question: {i}?\n", "response": " Silver Harbor" * (1 + i % 5)} for i in range(20)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def flags_of(start, output, *more):
+    flags = ["--model", start / "model", "--data", start / "rows.jsonl", "--output", output, "--device", "cpu"]
+    flags += [
+        "--lr",
+        LR,
+        "--tokens-per-batch",
+        120,
+        "--max-tokens-per-mbs",
+        60,
+        "--max-steps",
+        STEPS,
+        "--save-dtype",
+        "fp32",
+    ]
+    # A large epsilon, so that rounding in tiny gradients is not blown up to whole steps.
+    return list(map(str, [*flags, "--adam-eps", 1e-3, "--warmup", 2, *more]))
+
+
+def by_hand(start):
+    """The same with transformers and torch.optim alone, a row at a time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(start / "model")
+    model = AutoModelForCausalLM.from_pretrained(start / "model", dtype=torch.float32, attn_implementation="eager")
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-3)
+    rows, _ = load_rows([start / "rows.jsonl"], tokenizer, 4096)
+    losses = []
+    for step, batch in zip(range(STEPS), batches(rows, 120, seed=0), strict=False):
+        count = sum(int(t.loss_mask.sum()) for t in batch)
+        losses.append(0.0)
+        for t in batch:
+            ids = torch.tensor([*t.sample.prompt_ids, *t.response_ids.tolist()])[None]
+            each = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none")
+            loss = (each * torch.tensor(t.loss_mask)).sum() / count
+            loss.backward()
+            losses[-1] += loss.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        warm = (step + 1) / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / (STEPS - 2)))
+        for group in optimizer.param_groups:
+            group["lr"] = LR * warm
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "more", [("--backend", "fsdp"), ("--backend", "megatron", "--tensor-parallel", "2")], ids=["fsdp2", "tensor-parallel"]
+)
+def test_two_ranks_of_either_backend_equal_a_plain_loop(start, tmp_path, more):
+    from transformers import AutoModelForCausalLM
+
+    expected, weights = by_hand(start)
+    losses = run_ranks(2, tmp_path / "losses.pt", flags_of(start, tmp_path / "out", *more))
+    assert losses == pytest.approx(expected, abs=1e-5)
+    assert losses[-1] < losses[0] - 0.1
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, tensor in model.named_parameters():
+        assert torch.allclose(tensor, weights[name], atol=1e-5), name
+
+
+def test_adapters_are_merged_into_the_output(start, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    losses = run_ranks(1, tmp_path / "losses.pt", flags_of(start, tmp_path / "out", "--lora-rank", "4", "--lr", "0.05"))
+    assert losses[-1] < losses[0] - 0.05
+    after, before = (
+        dict(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).named_parameters())
+        for path in (tmp_path / "out", start / "model")
+    )
+    assert set(after) == set(before)
+    for name, tensor in after.items():
+        change = tensor - before[name]
+        if name.endswith("proj.weight"):
+            assert 1 <= torch.linalg.matrix_rank(change, rtol=1e-4) <= 4, name
+        else:
+            assert not change.any(), name
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--tensor-parallel", "2"], "need --backend megatron"),
+        (["--backend", "megatron", "--lora-rank", "4"], "needs --backend fsdp"),
+        (["--backend", "megatron", "--pipeline-parallel", "3"], "does not divide the 4 processes"),
+    ],
+)
+def test_flags_that_exclude_each_other_are_told(start, tmp_path, more, message):
+    args = parse(flags_of(start, tmp_path / "out", *more))
+    with pytest.raises(UserError, match=message):
+        run_config(args, "model", world=4)
+
+
+@pytest.mark.parametrize("more", [["--lora-rank", "-1"], ["--tensor-parallel", "0"], ["--lora-alpha", "0"]])
+def test_sizes_that_cannot_be_are_told(start, tmp_path, more):
+    with pytest.raises(UserError, match="must be more than 0"):
+        parse(flags_of(start, tmp_path / "out", *more))
+
+
+def test_random_weights_are_not_frozen(tmp_path):
+    flags = ["--fresh", "a", "--tokenizer", "b", "--data", "c", "--output", str(tmp_path / "out"), "--lora-rank", "4"]
+    with pytest.raises(UserError, match="not worth freezing"):
+        parse(flags)
