@@ -9,6 +9,7 @@ from pathlib import Path
 from searchr1.algorithms.lookup import find_function, is_dotted_path
 from searchr1.config.check_health import check_health
 from searchr1.config.check_lora import check_lora
+from searchr1.config.check_reward import check_reward
 from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
@@ -41,7 +42,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "rollout.distributed_executor_backend": ("mp", "ray"),
     "cluster.device": ("auto", "cpu", "cuda"),
 }
-CODE = ("reward.reward_type", "agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
+CODE = ("agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
 """Keys that may name a user's own function: `package.module:function`."""
 
 
@@ -62,6 +63,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *_files(config, for_training),
         *(_megatron(config) if for_training and config.actor.training_backend == "megatron" else ()),
         *_unsupported(config, for_training),
+        *check_reward(config.reward, _response_limit(config)),
         *_code(config),
     ]
 
@@ -257,14 +259,17 @@ def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
         yield from check_lora(config.actor)
     if config.critic.use_critic_model:
         yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
-    if config.reward.use_reward_model:
-        yield Problem("reward.use_reward_model", "reward models are not supported; use reward.reward_type")
     if config.algorithm.kl_in == "reward" and not config.rollout.return_logprobs:
         yield Problem("rollout.return_logprobs", "must be True: algorithm.kl_in: reward needs them")
     if config.algorithm.max_refills < 0:
         yield Problem("algorithm.max_refills", "must be 0 or more")
     if for_training and not config.algorithm.recompute_logprobs and not config.rollout.return_logprobs:
         yield Problem("rollout.return_logprobs", "must be True if algorithm.recompute_logprobs is False")
+
+
+def _response_limit(config: Config) -> int:
+    limit = config.algorithm.sampling_params.max_new_tokens
+    return min(limit or config.runner.seq_length, config.runner.seq_length)
 
 
 def _code(config: Config) -> Iterator[Problem]:

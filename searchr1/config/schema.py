@@ -11,6 +11,7 @@ from typing import Any
 
 from searchr1.config.schema_health import HealthConfig
 from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
+from searchr1.config.schema_reward import RewardConfig
 
 UNUSED_KEYS = (
     "actor.enable_dp_load_balance",
@@ -319,20 +320,6 @@ class ToolsConfig:
     """See `SearchToolConfig`."""
     access: AccessToolConfig = field(default_factory=AccessToolConfig)
     """See `AccessToolConfig`."""
-
-
-@dataclass
-class RewardConfig:
-    """The reward group."""
-
-    group_name: str = "RewardGroup"
-    """Name of the worker group."""
-    use_reward_model: bool = False
-    """A learned reward model; not supported."""
-    reward_type: str = "searchr1"
-    """Name of a reward (`searchr1` = `exact_match`, `f1_score`, `substring_match`) or the dotted path of a function."""
-    reward_scale: float = 1.0
-    """Multiplies every reward."""
 
 
 @dataclass

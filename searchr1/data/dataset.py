@@ -11,7 +11,7 @@ from typing import Any
 from searchr1.agent.trajectory import Sample
 from searchr1.data.prompts import render_prompt
 from searchr1.errors import UserError
-from searchr1.rewards.registry import reward_function
+from searchr1.rewards.registry import require_known
 
 Row = dict[str, Any]
 ANSWER_KEYS = ("solutions", "golden_answers", "answers", "answer", "target")
@@ -180,7 +180,7 @@ def _sample(row: Row, line: int, path: Path, tokenizer: Any, columns: _Columns) 
     reward = row.get("reward_model")
     reward = reward if isinstance(reward, str) and reward else None
     if reward is not None:
-        reward_function(reward)  # An unknown one must not wait for the first step to be found.
+        require_known(reward)  # An unknown one must not wait for the first step to be found.
     sample = Sample(
         id=f"{source}/{line - 1 if number is None else number}",
         index=0,

@@ -1,110 +1,76 @@
-"""Reward functions by name or dotted path, and scoring a trajectory with one."""
+"""Reward functions by name or dotted path."""
 
 from __future__ import annotations
 
-import functools
 import importlib
-import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
 
-from searchr1.agent.trajectory import Trajectory
+from searchr1.config.schema_reward import RewardConfig
 from searchr1.errors import UserError
-from searchr1.rewards import answers
+from searchr1.rewards.citation import citation_reward
+from searchr1.rewards.format import make as make_format
+from searchr1.rewards.judge import make as make_judge
+from searchr1.rewards.matching import exact_match_reward, f1_reward, substring_reward
+from searchr1.rewards.types import RewardFn, RewardMaker
 
-RewardFn = Callable[[str, Sequence[str], Trajectory], "float | dict[str, float]"]
-"""(policy_text, golden_answers, trajectory) -> reward, or parts with a key "reward"."""
+REWARDS: dict[str, RewardFn] = {
+    "searchr1": exact_match_reward,
+    "exact_match": exact_match_reward,
+    "f1_score": f1_reward,
+    "substring_match": substring_reward,
+    "citation": citation_reward,
+}
+"""By the names that the YAML and a row's own reward may use."""
 
-REWARDS: dict[str, RewardFn] = {}
-"""By the names that `reward.reward_type` and a row's own reward may use."""
-
-
-def register(*names: str) -> Callable[[RewardFn], RewardFn]:
-    """Make a reward function known by `names`.
-
-    Raises:
-        ValueError: a name is taken.
-    """
-
-    def add(function: RewardFn) -> RewardFn:
-        for name in names:
-            if name in REWARDS:
-                raise ValueError(f"reward {name!r} is registered already")
-            REWARDS[name] = function
-        return function
-
-    return add
+CONFIGURED: dict[str, RewardMaker] = {
+    "searchr1_format": make_format,
+    "exact_match_format": make_format,
+    "judge": make_judge,
+}
+"""Those that the YAML's `reward` section says more about."""
 
 
-@register("searchr1", "exact_match")
-def exact_match_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-    """Exact match of the last answer; a quarter of it if the policy spams answers."""
-    found = answers.answer_of(policy_text)
-    return answers.exact_match(found, golden_answers) * answers.spam_factor(policy_text)
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """A reward function that was found."""
+
+    name: str
+    function: RewardFn
+    custom: bool
+    """True for a user's own, of which nobody knows how long it takes."""
 
 
-@register("f1_score")
-def f1_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-    """Token F1 of the last answer; a quarter of it if the policy spams answers."""
-    return answers.f1(answers.answer_of(policy_text), golden_answers) * answers.spam_factor(policy_text)
-
-
-@register("substring_match")
-def substring_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-    """A gold answer stands in the last answer; a quarter of it if the policy spams answers."""
-    found = answers.answer_of(policy_text)
-    return answers.substring_match(found, golden_answers) * answers.spam_factor(policy_text)
-
-
-@functools.cache
-def reward_function(name: str) -> RewardFn:
-    """The function behind a name of `REWARDS` or a dotted path (`package.module:function`).
+def find_reward(name: str, config: RewardConfig, key: str = "reward.reward_type") -> Reward:
+    """The reward behind a known name or a dotted path (`package.module:function`); `key` is who asks.
 
     Raises:
-        UserError: neither.
+        UserError: neither, or the `reward` section says too little for it.
     """
     if name in REWARDS:
-        return REWARDS[name]
+        return Reward(name, REWARDS[name], custom=False)
+    if name in CONFIGURED:
+        return Reward(name, CONFIGURED[name](config), custom=False)
+    return Reward(name, _imported(name, key), custom=True)
+
+
+def require_known(name: str, key: str = "reward.reward_type") -> None:
+    """Make sure that a name or dotted path leads to a reward, without making it.
+
+    Raises:
+        UserError: it does not.
+    """
+    if name not in REWARDS and name not in CONFIGURED:
+        _imported(name, key)
+
+
+def _imported(name: str, key: str) -> RewardFn:
     module, _, function = name.replace(":", ".").rpartition(".")
     if module:
         try:
-            found = getattr(importlib.import_module(module), function)
+            found: RewardFn = getattr(importlib.import_module(module), function)
         except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"reward.reward_type: cannot import {name!r}: {error}") from error
+            raise UserError(f"{key}: cannot import {name!r}: {error}") from error
         if callable(found):
             return found
-    raise UserError(
-        f"reward.reward_type: {name!r} is not known; use one of {', '.join(REWARDS)}, or package.module:function"
-    )
-
-
-def score_trajectory(trajectory: Trajectory, default: str, scale: float) -> tuple[float, dict[str, float]]:
-    """The reward and its parts; exact match and F1 are always among them.
-
-    The row's own reward goes before `default`. Only the policy's own text is looked at by the rewards here: neither
-    the prompt, whose example answers would score, nor what was retrieved.
-
-    Raises:
-        UserError: unknown reward, or one that returns no finite number.
-    """
-    sample, text = trajectory.sample, trajectory.policy_text
-    name = sample.reward_name or default
-    parts = _parts(name, reward_function(name)(text, sample.golden_answers, trajectory))
-    answer = answers.answer_of(text)
-    parts["exact_match"] = answers.exact_match(answer, sample.golden_answers)
-    parts["f1"] = answers.f1(answer, sample.golden_answers)
-    return scale * parts["reward"], parts
-
-
-def _parts(name: str, result: Any) -> dict[str, float]:
-    """What a reward function returned, as finite numbers with a key "reward"."""
-    parts = result if isinstance(result, dict) else {"reward": result}
-    try:
-        numbers = {str(key): float(value) for key, value in parts.items()}
-    except (TypeError, ValueError):
-        numbers = {}
-    if "reward" not in numbers or not all(map(math.isfinite, numbers.values())):
-        raise UserError(
-            f"reward.reward_type: {name} returned {result!r}; expected a finite number, or a dict of them with 'reward'"
-        )
-    return numbers
+    known = ", ".join([*REWARDS, *CONFIGURED])
+    raise UserError(f"{key}: {name!r} is not known; use one of {known}, or package.module:function")

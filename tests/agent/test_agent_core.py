@@ -16,7 +16,7 @@ from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import FailureMonitor, ToolResult
 from searchr1.agent.trajectory import Sample
 from searchr1.errors import UserError
-from searchr1.rewards.registry import score_trajectory
+from searchr1.rewards.scorer import score_trajectory
 
 
 class CharTokenizer:

@@ -20,7 +20,7 @@ from searchr1.agent.tools import ToolResult
 from searchr1.agent.trajectory import Sample
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.rewards.registry import score_trajectory
+from searchr1.rewards.scorer import score_trajectory
 
 TOKENIZER = Path(__file__).parents[2] / "examples/demo/cold_start"
 SEARCH = "<search> q</search>"

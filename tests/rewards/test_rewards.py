@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.errors import UserError
-from searchr1.rewards import registry
 from searchr1.rewards.answers import answer_of, exact_match, f1, normalise, spam_factor, substring_match
-from searchr1.rewards.registry import register, reward_function, score_trajectory
+from searchr1.rewards.registry import require_known
+from searchr1.rewards.scorer import score_trajectory
 
 
 def trajectory(*texts: str, golds: tuple[str, ...] = ("Paris",), reward_name: str | None = None) -> Trajectory:
@@ -188,7 +188,6 @@ def custom(monkeypatch: pytest.MonkeyPatch, result: Any) -> str:
     module = types.ModuleType("my_rewards")
     module.fn = lambda policy_text, golden_answers, trajectory: result  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "my_rewards", module)
-    reward_function.cache_clear()
     return "my_rewards:fn"
 
 
@@ -210,7 +209,7 @@ def test_custom_function_with_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_custom_function_that_returns_no_number(monkeypatch: pytest.MonkeyPatch, result: Any) -> None:
     path = custom(monkeypatch, result)
-    with pytest.raises(UserError, match=r"reward\.reward_type: my_rewards:fn returned"):
+    with pytest.raises(UserError, match="reward my_rewards:fn returned"):
         score_trajectory(trajectory("x"), path, 1.0)
 
 
@@ -219,23 +218,9 @@ def test_custom_function_that_returns_no_number(monkeypatch: pytest.MonkeyPatch,
 )
 def test_unknown_names_are_told(name: str) -> None:
     with pytest.raises(UserError, match=r"reward\.reward_type"):
-        reward_function(name)
+        require_known(name)
 
 
 def test_an_unknown_plain_name_lists_the_known_ones() -> None:
     with pytest.raises(UserError, match="searchr1, exact_match, f1_score, substring_match"):
-        reward_function("f2_score")
-
-
-def test_register(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "REWARDS", dict(registry.REWARDS))
-    reward_function.cache_clear()
-
-    @register("length_test")
-    def length(policy_text: str, golden_answers: Any, trajectory: Trajectory) -> float:
-        return len(policy_text)
-
-    assert score_trajectory(trajectory("four"), "length_test", 1.0)[0] == 4
-    with pytest.raises(ValueError, match="registered already"):
-        register("length_test")(length)
-    reward_function.cache_clear()
+        require_known("f2_score")

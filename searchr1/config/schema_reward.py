@@ -1,0 +1,90 @@
+"""The `reward` section of a run's YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class FormatRewardConfig:
+    """Values of `searchr1_format`."""
+
+    structure_score: float = 0.2
+    """A valid trajectory with a wrong answer; a right answer in an invalid one loses as much."""
+    final_format_score: float = 0.1
+    """An invalid trajectory whose answer is wrong, but an answer."""
+    retrieval_score: float = 0.0
+    """On top of `structure_score` if a gold answer is among the retrieved text."""
+
+
+@dataclass
+class JudgeConfig:
+    """A language model that compares answers, behind OpenAI's chat API."""
+
+    base_url: str = ""
+    """As in OpenAI's clients: `http://host:port/v1`."""
+    model: str = ""
+    """Name of the model at that address."""
+    api_key_env: str | None = None
+    """Environment variable that holds the key; null sends none."""
+    timeout_s: float = 120.0
+    """Deadline of one verdict, retries included, from when its turn has come; one attempt gets a third of it."""
+    concurrency: int = 16
+    """Requests at once, of each reward process."""
+    cache_path: str | None = None
+    """SQLite file of earlier verdicts, on a local disk; null asks anew."""
+    prompt: str | None = None
+    """The judge's instructions (question and answers follow as JSON); null is searchr1/rewards/judge.py's."""
+    request: dict[str, Any] = field(default_factory=dict)
+    """Further fields of the request, such as `max_completion_tokens`; null leaves one of ours out."""
+
+
+@dataclass
+class LengthPenaltyConfig:
+    """Soft punishment of long responses (DAPO)."""
+
+    max_length: int = 0
+    """Tokens from which the whole penalty is due: the response's limit."""
+    overlong_buffer: int = 0
+    """The penalty grows from 0 over the last so many tokens before `max_length`."""
+    penalty_factor: float = 1.0
+    """The whole penalty."""
+    tokens: str = "response"
+    """What is counted: `response` (retrieved text included, as the limit does) or `policy`."""
+
+
+@dataclass
+class SearchPenaltyConfig:
+    """Punishment of many searches."""
+
+    free_searches: int = 0
+    """Queries of a trajectory that cost nothing."""
+    per_search: float = 0.0
+    """What each further query costs."""
+
+
+@dataclass
+class RewardConfig:
+    """The reward group."""
+
+    group_name: str = "RewardGroup"
+    """Name of the worker group."""
+    use_reward_model: bool = False
+    """A learned reward model; not supported."""
+    reward_type: str = "searchr1"
+    """Name of a reward (docs/rewards.md) or the dotted path of a function; without effect if `weights` is set."""
+    weights: dict[str, Any] = field(default_factory=dict)
+    """A weighted sum instead: names or dotted paths -> weights; a weight of 0 only reports."""
+    reward_scale: float = 1.0
+    """Multiplies every reward, penalties included."""
+    concurrency: int = 64
+    """Trajectories that a reward process scores at once."""
+    format: FormatRewardConfig = field(default_factory=FormatRewardConfig)
+    """See `FormatRewardConfig`."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """See `JudgeConfig`."""
+    length_penalty: LengthPenaltyConfig | None = None
+    """See `LengthPenaltyConfig`; null is off."""
+    search_penalty: SearchPenaltyConfig | None = None
+    """See `SearchPenaltyConfig`; null is off."""

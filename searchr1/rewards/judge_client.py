@@ -1,0 +1,146 @@
+"""Asking a chat model over OpenAI's HTTP API until it answers usefully or time is up."""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import json
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import aiohttp
+
+from searchr1.errors import UserError
+
+T = TypeVar("T")
+
+FIRST_PAUSE_S = 0.25
+LONGEST_PAUSE_S = 10.0
+ANSWER_BYTES = 1 << 20
+"""Of one HTTP answer."""
+TOLD_CHARACTERS = 200
+"""Of what a server said, in an error."""
+REFUSED = frozenset({400, 401, 403, 404, 405, 413, 422, *range(300, 400)})
+"""Statuses that trying again does not change. Redirections are not followed: the key would go with them."""
+
+
+class _Retry(Exception):
+    """This attempt failed; the next may not. `after_s` is what the server asked for."""
+
+    def __init__(self, message: str, after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.after_s = after_s
+
+
+class ChatClient:
+    """One model at one address; at most `concurrency` requests at once."""
+
+    def __init__(self, base_url: str, api_key: str | None, timeout_s: float, concurrency: int) -> None:
+        """`timeout_s` is the deadline of one answer with all its attempts; see `ask`."""
+        self.url = completions_url(base_url)
+        self._key = api_key
+        self._timeout_s = timeout_s
+        self._slots = asyncio.Semaphore(concurrency)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def ask(self, body: dict[str, Any], read: Callable[[str], T]) -> T:
+        """What `read` makes of the model's reply to `body`, the JSON of the request.
+
+        Failed attempts (no connection, 408, 409, 425, 429, 5xx, no JSON, `read` raising `ValueError`) are repeated with
+        growing pauses, or after what `Retry-After` says, up to the deadline. Waiting for a turn does not count.
+
+        Raises:
+            UserError: no useful reply in time, or one that will not change; names the address.
+        """
+        async with self._slots:
+            deadline = time.monotonic() + self._timeout_s
+            pause = FIRST_PAUSE_S
+            while True:
+                try:
+                    return read(await self._attempt(body, deadline))
+                except (_Retry, ValueError, aiohttp.ClientError, TimeoutError, OSError) as error:
+                    wait = max(pause * random.uniform(0.5, 1.0), getattr(error, "after_s", 0.0))
+                    if time.monotonic() + wait >= deadline:
+                        raise UserError(
+                            f"reward.judge.base_url: {self.url} gave no verdict within {self._timeout_s:g} s "
+                            f"(reward.judge.timeout_s); the last attempt: {self._told(error)}"
+                        ) from None
+                await asyncio.sleep(wait)
+                pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    async def aclose(self) -> None:
+        """Close the connections; the next request opens new ones."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _attempt(self, body: dict[str, Any], deadline: float) -> str:
+        """The text of the model's reply."""
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        # A third of the time: a connection that hangs leaves room for two more.
+        timeout = aiohttp.ClientTimeout(total=min(self._timeout_s / 3, max(deadline - time.monotonic(), 0.001)))
+        if self._session is None:
+            self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        async with self._session.post(
+            self.url, json=body, headers=headers, timeout=timeout, allow_redirects=False
+        ) as answer:
+            text = await _read(answer)
+            if answer.status in REFUSED:
+                raise UserError(
+                    f"reward.judge: {self.url} refused with status {answer.status}: {self._told(text)}; "
+                    "check base_url, model, api_key_env and request"
+                )
+            if answer.status != 200:
+                raise _Retry(f"status {answer.status}: {text}", _retry_after(answer.headers.get("Retry-After")))
+        try:
+            content = json.loads(text)["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            raise _Retry(f"no chat completion: {text}") from None
+        if not isinstance(content, str):
+            raise _Retry(f"no text in the reply: {text}")
+        return content
+
+    def _told(self, what: object) -> str:
+        """Of an error or a server's words, what may be shown: the beginning, without the key."""
+        text = str(what) or type(what).__name__
+        if self._key:
+            text = text.replace(self._key, "***")
+        return " ".join(text[:TOLD_CHARACTERS].split())
+
+
+def completions_url(base_url: str) -> str:
+    """The address of chat completions below `base_url`, `/v1` added where there is no path.
+
+    Raises:
+        UserError: no http address.
+    """
+    base = base_url.strip().rstrip("/").removesuffix("/chat/completions")
+    scheme, mark, rest = base.partition("://")
+    if scheme not in ("http", "https") or not mark or not rest.partition("/")[0] or "@" in rest:
+        raise UserError("reward.judge.base_url: give http://host:port/v1 or an https address, without a key in it")
+    return f"{base}/chat/completions" if "/" in rest else f"{base}/v1/chat/completions"
+
+
+async def _read(answer: aiohttp.ClientResponse) -> str:
+    data = bytearray()
+    async for part in answer.content.iter_chunked(1 << 16):
+        data += part
+        if len(data) > ANSWER_BYTES:
+            raise _Retry(f"more than {ANSWER_BYTES} bytes")
+    return data.decode(errors="replace")
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds, from seconds or a date; 0 if there is neither."""
+    if value is None:
+        return 0.0
+    try:
+        return max(float(value), 0.0)
+    except ValueError:
+        pass
+    try:
+        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
+    except ValueError:
+        return 0.0
