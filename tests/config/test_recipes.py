@@ -73,7 +73,14 @@ SEARCHR1 = {
 }
 PUBLISHED = {
     "qwen2.5-3b-searchr1-v0.2": SEARCHR1,
-    "qwen2.5-3b-searchr1-v0.3": SEARCHR1 | {"actor.optim.lr": 5e-7},
+    "qwen2.5-3b-searchr1-v0.3": SEARCHR1
+    | {
+        "actor.optim.lr": 5e-7,
+        "reward.reward_type": "searchr1_format",
+        "reward.format.structure_score": 0.2,
+        "reward.format.final_format_score": 0.1,
+        "reward.format.retrieval_score": 0.0,
+    },
     "qwen2.5-3b-slime": {
         "algorithm.group_size": 8,
         "algorithm.n_minibatches": 1,
@@ -89,6 +96,9 @@ PUBLISHED = {
         "agentloop.max_new_tokens_per_turn": 512,
         "runner.max_steps": 3000,
         "runner.max_tokens_per_mbs": 9216,
+        "reward.reward_type": "searchr1_format",
+        "reward.format.structure_score": 0.2,
+        "reward.format.final_format_score": 0.0,
         "actor.training_backend": "megatron",
         "actor.model.tensor_model_parallel_size": 2,
         "actor.model.sequence_parallel": True,
