@@ -175,19 +175,28 @@ def check_resume(folder: Path, base_model: str, config: LoraConfig) -> None:
         found, wanted = getattr(record, name), getattr(ours, name)
         if found != wanted:
             raise UserError(f"actor.lora.{name}: {wanted} here, but {found} in {folder}; use the checkpoint's")
-    check_base(record, base_model)
+    check_base(record, base_model, "actor.model.path")
 
 
-def check_base(record: LoraRecord, base_model: str) -> None:
+def check_base(record: LoraRecord, base_model: str, key: str) -> None:
     """Refuse another base model than the adapters were trained on.
 
+    Args:
+        record: of the adapters.
+        base_model: a folder or hub name.
+        key: the setting or flag that names it.
+
     Raises:
-        UserError: its weights differ.
+        UserError: there is no model, or its weights differ.
     """
-    if hash_weights(base_model) != record.base_sha256:
+    try:
+        found = hash_weights(base_model)
+    except UserError as error:
+        raise UserError(f"{error}; give the base model's folder as {key}") from error
+    if found != record.base_sha256:
         raise UserError(
-            f"{base_model} is not the base model that these adapters were trained on (that was {record.base_model}; the "
-            f"weights have another hash); give the folder whose weights hash to {record.base_sha256[:12]}…"
+            f"{base_model} is not the base model that these adapters were trained on, which was {record.base_model}: the "
+            f"weights have another hash. Give that one's folder as {key}"
         )
 
 

@@ -59,12 +59,7 @@ def _merge(
     folder: TorchDistFolder, record: LoraRecord, config: Path, hf_model: Path | None, output: Path, options: Options
 ) -> list[str]:
     base = str(hf_model) if hf_model else record.base_model
-    try:
-        check_base(record, base)
-    except UserError as error:
-        if hf_model is not None:
-            raise
-        raise UserError(f"{error} as --hf-model") from error
+    check_base(record, base, "--hf-model")
     with HfReader.open(weight_folder(base)) as reader:
         source = LoraSource(folder, record, reader, expected_shapes(config), options.dtype)
         return write_folder(source, config, output, options)

@@ -39,10 +39,10 @@ def base(tmp_path_factory):
     return str(ranks.make_model("qwen2", True, tmp_path_factory.mktemp("base"), num_hidden_layers=2))
 
 
-def make_config(base, **lora):
+def make_config(base, **changes):
     config = ranks.make_config(base, {"backend": "fsdp"})
     config.actor.lora.rank, config.actor.lora.alpha, config.actor.lora.target_modules = 4, 6.0, list(TARGETS)
-    for name, value in lora.items():
+    for name, value in changes.items():
         setattr(config.actor.lora, name, value)
     return config
 
@@ -68,8 +68,8 @@ def plain_peft(base, config, start):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="eager")
-    lora = config.actor.lora
-    model = get_peft_model(model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules))
+    wanted = config.actor.lora
+    model = get_peft_model(model, LoraConfig(r=wanted.rank, lora_alpha=wanted.alpha, target_modules=wanted.target_modules))
     own = dict(model.named_parameters())
     for name, tensor in start.items():
         own[f"base_model.model.{name}"].data.copy_(tensor)
@@ -235,11 +235,11 @@ def test_exports_equal_the_policy(tmp_path, tied):
 
 
 def test_exports_that_cannot_be_are_refused(base, tmp_path):
-    folder = save(Policy.start(make_config(base), CPU), tmp_path / "run", 1)
-    moved = shutil.copytree(base, tmp_path / "moved")
-    record = json.loads((folder / "lora.json").read_text()) | {"base_model": str(tmp_path / "gone")}
-    (folder / "lora.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="gone"):
+    gone = shutil.copytree(base, tmp_path / "gone")
+    folder = save(Policy.start(make_config(str(gone)), CPU), tmp_path / "run", 1)
+    moved = gone.rename(tmp_path / "moved")
+    hash_weights.cache_clear()
+    with pytest.raises(UserError, match=r"gone is neither a folder.*give the base model's folder as --hf-model"):
         fsdp2hf(folder, tmp_path / "out")
     other = ranks.make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2)
     with pytest.raises(UserError, match="not the base model"):

@@ -223,7 +223,13 @@ def by_hand(start):
 
 
 @pytest.mark.parametrize(
-    "more", [("--backend", "fsdp"), ("--backend", "megatron", "--tensor-parallel", "2")], ids=["fsdp2", "tensor-parallel"]
+    "more",
+    [
+        ("--backend", "fsdp"),
+        ("--backend", "megatron", "--tensor-parallel", "2"),
+        ("--backend", "megatron", "--pipeline-parallel", "2", "--gradient-checkpointing"),
+    ],
+    ids=["fsdp2", "tensor-parallel", "pipeline-parallel"],
 )
 def test_two_ranks_of_either_backend_equal_a_plain_loop(start, tmp_path, more):
     from transformers import AutoModelForCausalLM
