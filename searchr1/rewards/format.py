@@ -17,7 +17,8 @@ _OPENS_THINKING = frame("rlinf")[1]
 """The environment's own way of opening the next turn; retrieved text cannot stand so late in a tool text."""
 _NO_TAG = rf"(?:(?!</?(?:{'|'.join(TAGS)})>).)*"
 _THOUGHT = rf"\s*<think>{_NO_TAG}</think>\s*"
-_END = rf"\s*(?:{'|'.join(map(re.escape, END_TOKENS))})?\s*"
+# Possessive: many blanks before something else must not be tried in every division.
+_END = rf"\s*+(?:{'|'.join(map(re.escape, END_TOKENS))})?\s*+"
 _CALL = re.compile(rf"{_THOUGHT}<(search|access)>{_NO_TAG}</\1>{_END}", re.DOTALL)
 _ANSWER = re.compile(rf"{_THOUGHT}<answer>{_NO_TAG}</answer>{_END}", re.DOTALL)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 
 import pytest
 from hypothesis import given
@@ -80,6 +81,13 @@ def test_defaults_are_the_papers():
 )
 def test_the_state_machine(turns, valid):
     assert valid_format(turns) is valid
+
+
+def test_a_long_text_of_blanks_is_read_at_once():
+    started = time.process_time()
+    assert not valid_format([turn(RIGHT + " " * 200_000 + "x")])
+    assert not valid_format([turn("<think>" + "<" * 200_000)])
+    assert time.process_time() - started < 5
 
 
 plain = st.text(alphabet="ab <>/\n.", max_size=15).filter(lambda text: "<a" not in text)
