@@ -71,7 +71,7 @@ def train(config: Config) -> Path:
                 actor_metrics = train_on(groups, batch.trajectories, config, step)
                 groups.rollout.call("wake").wait(timeout_s)
                 update_seconds = sync_weights(groups, step, timeout_s)
-                metrics = step_metrics(batch.trajectories) | batch.metrics() | actor_metrics
+                metrics = step_metrics(batch.trajectories) | batch.metrics() | filled.metrics() | actor_metrics
                 metrics |= {"time/weight_update": update_seconds, "time/step": time.perf_counter() - started}
                 log.step(step, batch.trajectories, metrics)
                 health.check(step, metrics)

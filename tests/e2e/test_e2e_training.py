@@ -37,6 +37,7 @@ def test_demo_with_two_steps_ends_with_a_model_a_table_and_a_page(tmp_path):
     # fp32 on both sides: engine and actor agree on every sampled token.
     assert all(row["mismatch/logprob_gap_max"] < 1e-4 for row in steps)
     assert all(row["tool/failure_rate"] == 0 for row in steps)
+    assert all(row["rollout/refills"] == 0 for row in steps)
 
 
 @pytest.mark.timeout(400)
