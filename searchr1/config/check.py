@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algorithm.loss_type": ("actor", "gspo", "cispo", "sapo"),
     "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
     "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
-    "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline"),
+    "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gae"),
     "algorithm.llds_gate": ("action", "response"),
     "algorithm.kl_in": ("loss", "reward"),
     "algorithm.mismatch_correction.level": (None, "token", "sequence", "geometric"),
@@ -77,7 +77,7 @@ def warnings(config: Config) -> list[str]:
     if fused and importlib.util.find_spec("transformer_engine") is None:
         found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
     adv_type = config.algorithm.adv_type
-    if config.algorithm.group_size == 1 and adv_type != "reinforce++" and not is_dotted_path(adv_type):
+    if config.algorithm.group_size == 1 and adv_type not in ("reinforce++", "gae") and not is_dotted_path(adv_type):
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
         )
@@ -257,8 +257,12 @@ def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
     if for_training:
         yield from _actor(config)
         yield from check_lora(config.actor)
-    if config.critic.use_critic_model:
-        yield Problem("critic.use_critic_model", "a critic is not supported yet; use adv_type: grpo")
+    if config.critic.use_critic_model != (config.algorithm.adv_type == "gae"):
+        yield Problem("critic.use_critic_model", "must be True for algorithm.adv_type: gae, and False for any other")
+    if config.algorithm.adv_type == "gae" and config.algorithm.advantage_mode == "turn":
+        yield Problem("algorithm.advantage_mode", "gae gives every token its own credit; use trajectory")
+    if not (0 < config.algorithm.gamma <= 1 and 0 <= config.algorithm.gae_lambda <= 1):
+        yield Problem("algorithm.gae_lambda", "gamma must be in (0, 1] and gae_lambda in [0, 1]")
     if config.algorithm.kl_in == "reward" and not config.rollout.return_logprobs:
         yield Problem("rollout.return_logprobs", "must be True: algorithm.kl_in: reward needs them")
     if config.algorithm.max_refills < 0:

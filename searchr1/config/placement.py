@@ -42,8 +42,8 @@ def group_slots(config: Config, component: str, device: Device) -> list[int]:
             if component == "actor" and not device.is_cuda and config.cluster.slots is None:
                 slots = max(slots, _model_parallel_size(config))  # as many processes as one copy of the model needs
             return parse_slots(value, slots, f"cluster.component_placement.{names}")
-    if component == "inference":
-        # On a CPU one process is enough for the reference, however many the actor has.
+    if component in ("inference", "critic"):
+        # On a CPU one process is enough for these, however many the actor has.
         return group_slots(config, "actor", device) if device.is_cuda else list(range(total_slots(config, device)))
     raise UserError(f"cluster.component_placement: nothing is said about {component!r}; add `{component}: all`")
 

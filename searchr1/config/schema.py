@@ -242,6 +242,10 @@ class AlgorithmConfig:
     searchr1/algorithms/advantages."""
     loss_scales: list[str] = field(default_factory=list)
     """For `grpo_dynamic`; every scale is 1 for trajectories that are one sequence."""
+    gamma: float = 1.0
+    """`adv_type: gae`: discount per policy token."""
+    gae_lambda: float = 1.0
+    """`adv_type: gae`: 1 is the whole return, less is less varied and more biased."""
     advantage_mode: str = "trajectory"
     """`trajectory`: all policy tokens of a trajectory share its advantage; `turn`: turns that search are also credited for
     what they found (searchr1/algorithms/advantages/turn.py)."""

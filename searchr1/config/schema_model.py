@@ -251,7 +251,21 @@ class InferenceConfig:
 
 @dataclass
 class CriticConfig:
-    """A value model; later."""
+    """PPO's value model (docs/algorithms/ppo.md), on FSDP2; GPUs, precision and micro-batches are the actor's."""
 
     use_critic_model: bool = False
-    """Not supported yet."""
+    """True for `algorithm.adv_type: gae`, else False."""
+    group_name: str = "CriticGroup"
+    """Name of the worker group."""
+    model_path: str | None = None
+    """The decoder to start from; null is the policy's."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    cliprange_value: float = 0.5
+    """A value further than this from the step's first one gets no gradient for moving on."""
+    warmup_steps: int = 0
+    """Steps at the start that train the critic only."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    """See `OptimConfig`."""
+    lr_sched: LrSchedConfig = field(default_factory=LrSchedConfig)
+    """See `LrSchedConfig`."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, compute_advantages
+from searchr1.algorithms.advantages.gae import gae, whiten_tokens
 from searchr1.algorithms.advantages.turn import turn_advantages
 from searchr1.algorithms.kl import kl_function
 from searchr1.config.schema import AlgorithmConfig
@@ -19,10 +22,7 @@ Advantage = float | npt.NDArray[np.float32]
 
 def assign_credit(trajectories: list[Trajectory], algorithm: AlgorithmConfig) -> list[Advantage]:
     """The advantages of whole groups: rewards, less the KL if it is in the reward, through `algorithm.adv_type`."""
-    rewards_N = torch.tensor([t.reward for t in trajectories], dtype=torch.float64)
-    if algorithm.kl_in == "reward" and algorithm.kl_beta != 0:
-        divergences = [kl_of(t, algorithm.kl_penalty_type) for t in trajectories]
-        rewards_N = rewards_N - algorithm.kl_beta * torch.tensor(divergences, dtype=torch.float64)
+    rewards_N = torch.tensor([token_rewards(t, algorithm).sum() for t in trajectories], dtype=torch.float64)
     inputs = AdvantageInputs(
         rewards_N=rewards_N,
         group_ids_N=torch.tensor([t.sample.index for t in trajectories]),
@@ -44,13 +44,49 @@ def assign_credit(trajectories: list[Trajectory], algorithm: AlgorithmConfig) ->
     return [spread_over_tokens(t, values) for t, values in zip(trajectories, per_turn, strict=True)]
 
 
-def kl_of(trajectory: Trajectory, estimator: str) -> float:
-    """Sum over the policy tokens of an estimate of KL(policy || reference), at the weights that sampled."""
+def assign_token_credit(
+    trajectories: list[Trajectory], algorithm: AlgorithmConfig, values: list[npt.NDArray[np.float32]]
+) -> tuple[list[npt.NDArray[np.float32]], list[npt.NDArray[np.float32]]]:
+    """`adv_type: gae`: advantages and the critic's targets, response-aligned, from its response-aligned values."""
+    rewards = [token_rewards(t, algorithm)[: t.policy_length] for t in trajectories]
+    seen = [value[t.loss_mask].astype(np.float64) for t, value in zip(trajectories, values, strict=True)]
+    advantages, returns = gae(rewards, seen, algorithm.gamma, algorithm.gae_lambda)
+    if algorithm.normalize_advantages:
+        advantages = whiten_tokens(advantages)
+    return (
+        [over_response(t, advantage) for t, advantage in zip(trajectories, advantages, strict=True)],
+        [over_response(t, target) for t, target in zip(trajectories, returns, strict=True)],
+    )
+
+
+def token_rewards(trajectory: Trajectory, algorithm: AlgorithmConfig) -> npt.NDArray[np.float64]:
+    """[P] of each policy token: the trajectory's reward at its last one, less the KL of each if that is in the reward.
+
+    Without a policy token there is one number all the same: what the attempt was worth.
+    """
+    found = np.zeros(max(1, trajectory.policy_length))
+    found[-1] = trajectory.reward
+    if algorithm.kl_in == "reward" and algorithm.kl_beta != 0 and trajectory.policy_length:
+        found -= algorithm.kl_beta * token_kl(trajectory, algorithm.kl_penalty_type)
+    return found
+
+
+def token_kl(trajectory: Trajectory, estimator: str) -> npt.NDArray[np.float64]:
+    """[P] estimates of KL(policy || reference) at the policy tokens, with the weights that sampled."""
     if trajectory.ref_logprobs is None:
         raise ValueError(f"{trajectory.sample.id}: no reference log-probabilities for the KL in the reward")
     mask = trajectory.loss_mask
     sampled = torch.from_numpy(trajectory.rollout_logprobs[mask]).double()
-    return float(kl_function(estimator)(sampled, torch.from_numpy(trajectory.ref_logprobs[mask]).double()).sum())
+    reference = torch.from_numpy(trajectory.ref_logprobs[mask]).double()
+    found: npt.NDArray[np.float64] = kl_function(estimator)(sampled, reference).numpy()
+    return found
+
+
+def over_response(trajectory: Trajectory, policy_values: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """[N] with one number for each policy token and 0 elsewhere."""
+    found = np.zeros(trajectory.response_length, dtype=np.float32)
+    found[trajectory.loss_mask] = policy_values
+    return found
 
 
 def evidence_rewards(trajectory: Trajectory) -> list[float]:

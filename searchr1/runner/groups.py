@@ -70,6 +70,7 @@ class Groups:
         from rlinf.scheduler import Channel, Cluster
 
         from searchr1.workers.actor import ActorWorker
+        from searchr1.workers.critic import CriticWorker
         from searchr1.workers.inference import InferenceWorker
         from searchr1.workers.reward import RewardWorker
         from searchr1.workers.rollout import RolloutWorker
@@ -93,12 +94,15 @@ class Groups:
         self.actor: Group | None = None
         if with_reference:
             self.inference = self._launch("inference", InferenceWorker, config, device, self.channel)
+        self.critic: Group | None = None
+        if training and config.critic.use_critic_model:
+            self.critic = self._launch("critic", CriticWorker, config, device, self.channel, optimizer_steps)
         if training:
             self.actor = self._launch("actor", ActorWorker, config, device, self.channel, optimizer_steps)
 
     def start(self) -> None:
         """Load everything, all groups at once."""
-        groups = [g for g in (self.rollout, self.reward, self.inference, self.actor) if g is not None]
+        groups = [g for g in (self.rollout, self.reward, self.inference, self.critic, self.actor) if g is not None]
         for call in [group.call("start") for group in groups]:
             call.wait(START_TIMEOUT_S)
 

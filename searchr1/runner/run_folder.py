@@ -66,6 +66,8 @@ class RunFolder:
         assert groups.actor is not None
         state = json.loads((self.resume_from / RUNNER_STATE).read_text())
         groups.actor.call("load", self.resume_from / "actor").wait(SAVE_TIMEOUT_S)
+        if groups.critic is not None:
+            groups.critic.call("load", self.resume_from / "critic").wait(SAVE_TIMEOUT_S)
         loader.load_state_dict(state["loader"])
         logger.info("going on after step %d from %s", state["step"], self.resume_from)
         return int(state["step"])
@@ -89,6 +91,8 @@ class RunFolder:
             state = {"step": step, "loader": loader.state_dict()}
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
             groups.actor.call("save", folder / "actor", self.async_save).wait(SAVE_TIMEOUT_S)
+            if groups.critic is not None:
+                groups.critic.call("save", folder / "critic").wait(SAVE_TIMEOUT_S)
             if self.async_save:
                 yield
                 groups.actor.call("finish_save").wait(SAVE_TIMEOUT_S)

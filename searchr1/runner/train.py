@@ -17,7 +17,8 @@ from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
 from searchr1.runner.collect import Batch, collect
-from searchr1.runner.credit import assign_credit
+from searchr1.runner.credit import Advantage, assign_credit
+from searchr1.runner.critic import train_critic
 from searchr1.runner.data import load_data
 from searchr1.runner.dynamic_sampling import Filled, collect_with_spread
 from searchr1.runner.evaluate import evaluate
@@ -104,15 +105,21 @@ def collect_training_batch(groups: Groups, loader: PromptLoader, config: Config,
 def train_on(groups: Groups, trajectories: list[Trajectory], config: Config, step: int) -> dict[str, float]:
     """Advantages of whole groups, then every replica of the actor trains on its share. Returns the actor's metrics."""
     assert groups.actor is not None
-    advantages = assign_credit(trajectories, config.algorithm)
     minibatches = minibatch_ids(trajectories, config, step)
+    critic_metrics: dict[str, float] = {}
+    if groups.critic is None:
+        advantages: list[Advantage] = assign_credit(trajectories, config.algorithm)
+    else:
+        advantages, critic_metrics = train_critic(groups.critic, groups.channel, trajectories, minibatches, config)
+        if step <= config.critic.warmup_steps:
+            return critic_metrics
     replicas = actor_layout(config, groups.actor.size).data_parallel
     for replica, share in enumerate(split_balanced([sequence_length(t) for t in trajectories], replicas)):
         part = ActorShare([trajectories[i] for i in share], [advantages[i] for i in share], [minibatches[i] for i in share])
         groups.channel.put(part, key=channels.actor_key(replica))
     call = groups.actor.call("train_step")
     metrics: dict[str, float] = call.wait(config.runner.step_timeout_s)[0]
-    return metrics | {"time/actor": call.seconds}
+    return metrics | critic_metrics | {"time/actor": call.seconds}
 
 
 def minibatch_ids(trajectories: list[Trajectory], config: Config, step: int) -> list[int]:

@@ -34,6 +34,11 @@ def actor_key(replica: int) -> str:
     return f"actor/{replica}"
 
 
+def critic_key(rank: int) -> str:
+    """Runner -> critic rank: its share of the step's trajectories, then their `CriticTargets`."""
+    return f"critic/{rank}"
+
+
 async def get(channel: Any, key: str, timeout_s: float) -> Any:
     """The next item of a queue.
 

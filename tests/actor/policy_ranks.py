@@ -127,6 +127,48 @@ def compare_vocab_parallel() -> float:
     return worst
 
 
+def critic_config(path: str) -> Config:
+    config = make_config(path, {"backend": "fsdp"})
+    config.algorithm.n_minibatches = 2
+    config.critic.cliprange_value = 0.1
+    config.critic.optim.lr = 1e-2
+    config.critic.optim.adam_eps = 1e-3
+    return config
+
+
+def critic_returns(trajectories: list[Trajectory], step: int) -> list[np.ndarray]:
+    rng = np.random.default_rng([9, step])
+    return [np.where(t.loss_mask, rng.normal(size=t.response_length), 0).astype(np.float32) for t in trajectories]
+
+
+def run_critic(job: dict, out: Path) -> None:
+    """Three steps (or those in `steps`) of two mini-batches each."""
+    from torch.distributed.tensor import DTensor
+
+    from searchr1.actor.critic import Critic
+    from searchr1.device import Device
+
+    critic = Critic.start(critic_config(job["model"]), Device.detect("cpu"), None)
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    if "load" in job:
+        critic.load(Path(job["load"]))
+    result: dict = {"metrics": []}
+    for step in range(*job.get("steps", (0, 3))):
+        trajectories, _ = make_trajectories(step)
+        returns = critic_returns(trajectories, step)
+        share = list(range(rank, len(trajectories), world))
+        part = [trajectories[i] for i in share]
+        values = critic.values(part)
+        result.setdefault("values", values)
+        ids = [t.sample.index % 2 for t in part]
+        result["metrics"].append(critic.train_step(part, [returns[i] for i in share], values, ids))
+    if "save" in job:
+        critic.save(Path(job["save"]))
+    named = critic.model.named_parameters()
+    result["weights"] = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in named}
+    torch.save(result, out / f"{job['name']}-{rank}.pt")
+
+
 def run_job(job: dict, out: Path) -> None:
     """Log-probabilities, then `STEPS` training steps (or those in `steps`), with what was measured, into `out`."""
     from functools import partial
@@ -135,6 +177,9 @@ def run_job(job: dict, out: Path) -> None:
     from searchr1.actor.policy import Policy
     from searchr1.device import Device
 
+    if job["name"].startswith("critic-"):
+        run_critic(job, out)
+        return
     if job["name"] == "vocab":
         from searchr1.actor.model import init_process_group
 

@@ -13,7 +13,7 @@ from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.algorithms.advantages.turn import turn_advantages
 from searchr1.config.schema import AlgorithmConfig
 from searchr1.runner.collect import Batch
-from searchr1.runner.credit import assign_credit, evidence_rewards, kl_of
+from searchr1.runner.credit import assign_credit, assign_token_credit, evidence_rewards, token_kl
 from searchr1.runner.dynamic_sampling import collect_with_spread
 
 
@@ -46,7 +46,7 @@ def test_the_kl_is_taken_from_the_reward_before_groups_are_compared():
         for t in trajectories:
             d = (t.rollout_logprobs.astype(np.float64) - t.ref_logprobs)[t.loss_mask]
             divergences.append(estimate(d).sum())
-            assert kl_of(t, name) == pytest.approx(divergences[-1], abs=1e-12)
+            assert token_kl(t, name).sum() == pytest.approx(divergences[-1], abs=1e-12)
         rewards = np.array([1.0, 0.0, 1.0, 0.0]) - 0.05 * np.array(divergences)
         expected = rewards - (rewards.sum() - rewards) / 3
         assert np.allclose(assign_credit(trajectories, algorithm), expected, atol=1e-12)
@@ -73,6 +73,34 @@ def test_a_turn_is_credited_for_what_it_found():
     assert torch.equal(batch.advantages_T != 0, batch.loss_mask_T & (batch.advantages_T != 0))
     expected = np.concatenate([[0, 0], first * found.loss_mask, [0, 0], second * missed.loss_mask])
     assert np.allclose(batch.advantages_T.numpy(), expected)
+
+
+def test_gae_skips_what_the_environment_wrote_and_ends_with_the_reward():
+    trajectories = [make(0, 0, 1.0, ((3, 2, "Paris"), (2, 0, ""))), make(1, 0, 0.0, ((2, 3, "x"), (1, 0, "")))]
+    values = [np.where(t.loss_mask, 0.1 * np.arange(1, t.response_length + 1), 9.0).astype(np.float32) for t in trajectories]
+    algorithm = AlgorithmConfig(
+        adv_type="gae", gamma=0.9, gae_lambda=0.8, kl_in="reward", kl_beta=0.05, kl_penalty_type="k1"
+    )
+    advantages, returns = assign_token_credit(trajectories, algorithm, values)
+    for t, value, advantage, target in zip(trajectories, values, advantages, returns, strict=True):
+        positions = t.loss_mask.nonzero()[0]
+        rewards = -0.05 * (t.rollout_logprobs.astype(np.float64) - t.ref_logprobs)[positions]
+        rewards[-1] += t.reward
+        running = following = 0.0
+        for r, position in reversed(list(zip(rewards, positions, strict=True))):
+            v = float(value[position])
+            running = r + 0.9 * following - v + 0.9 * 0.8 * running
+            following = v
+            assert advantage[position] == pytest.approx(running, abs=1e-6)
+            assert target[position] == pytest.approx(running + v, abs=1e-6)
+        assert not advantage[~t.loss_mask].any()
+        assert not target[~t.loss_mask].any()
+    algorithm.normalize_advantages = True
+    whitened, again = assign_token_credit(trajectories, algorithm, values)
+    tokens = np.concatenate([a[t.loss_mask] for a, t in zip(whitened, trajectories, strict=True)])
+    assert tokens.mean() == pytest.approx(0, abs=1e-6)
+    assert tokens.std(ddof=1) == pytest.approx(1, abs=1e-4)
+    assert all(np.array_equal(a, b) for a, b in zip(returns, again, strict=True))
 
 
 def test_turns_that_do_not_fit_the_tokens_are_an_error():

@@ -1,0 +1,75 @@
+"""CriticGroup: values of states, for PPO."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlinf.scheduler import Worker
+
+from searchr1.agent.trajectory import Trajectory
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.workers import channels
+from searchr1.workers.failure import reported
+
+
+@dataclass(slots=True)
+class CriticTargets:
+    """What the trajectories that a rank has given values for should have got. All arrays are response-aligned."""
+
+    returns: list[Any]
+    minibatch_ids: list[int]
+
+
+class CriticWorker(Worker):
+    """One rank of the critic."""
+
+    def __init__(self, config: Config, device: Device, channel: Any, optimizer_steps: int) -> None:
+        super().__init__()
+        self._config = config
+        self._device = device
+        self._channel = channel
+        self._optimizer_steps = optimizer_steps
+        os.environ.update(device.worker_env("inference", self._world_size))
+
+    @reported
+    async def start(self) -> None:
+        """Join the process group and load the critic and its optimizer."""
+        import torch
+
+        from searchr1.actor.critic import Critic
+
+        # Ray starts workers with one OpenMP thread.
+        torch.set_num_threads(self._device.threads_for("inference", self._world_size))
+        self._critic = Critic.start(self._config, self._device, self._optimizer_steps)
+
+    @reported
+    async def values(self) -> list[Any]:
+        """Take this rank's share of a step from the channel, keep it for `train_step`, and give its values."""
+        key = channels.critic_key(self._rank)
+        self._trajectories: list[Trajectory] = await channels.get(self._channel, key, self._config.runner.step_timeout_s)
+        self._values = self._critic.values(self._trajectories)
+        self._device.empty_cache()
+        return self._values
+
+    @reported
+    async def train_step(self) -> dict[str, float]:
+        """Train on the share that `values` has seen. Returns metrics of all ranks."""
+        key = channels.critic_key(self._rank)
+        targets: CriticTargets = await channels.get(self._channel, key, self._config.runner.step_timeout_s)
+        metrics = self._critic.train_step(self._trajectories, targets.returns, self._values, targets.minibatch_ids)
+        self._device.empty_cache()
+        return metrics
+
+    @reported
+    async def save(self, folder: Path) -> None:
+        """Write this rank's part of a checkpoint into `folder`."""
+        self._critic.save(folder)
+
+    @reported
+    async def load(self, folder: Path) -> None:
+        """Continue from a checkpoint."""
+        self._critic.load(folder)
