@@ -47,6 +47,8 @@ class Layout:
     reference: bool = True
     """A frozen model, sharded with FSDP2 over `reference_gpus` that are also the actor's."""
     reference_gpus: int = 8
+    critic: bool = False
+    """A value model of the same shape with its optimizer, sharded with FSDP2 over the actor's GPUs."""
     shared: bool = True
     """Actor and rollout share GPUs: the engine sleeps while the actor trains."""
     engine_share: float = 0.75
@@ -177,6 +179,7 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
         policy_share=policy_share,
         reference=config.algorithm.kl_beta > 0 and bool(set(inference) & set(slots)),
         reference_gpus=len(inference),
+        critic=config.critic.use_critic_model,
         shared=bool(set(slots) & set(engine)),
         engine_share=rollout.gpu_memory_utilization,
         engine_tp=rollout.tensor_parallel_size * rollout.pipeline_parallel_size,

@@ -187,6 +187,10 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
             f"fp32, 1 share of {layout.reference_gpus}; embedding and output layer stay gathered in {layout.compute_bytes} B"
         )
         lines.append(Line("reference model", size, text))
+    if layout.critic:
+        size = 16 * shard_parameters(model, layout.gpus) + layout.compute_bytes * root
+        text = f"16 B a parameter, 1 share of {layout.gpus}; it trains before the actor, in no more working memory"
+        lines.append(Line("critic", size, text))
     engine = round(layout.engine_share * gpu_bytes)
     text = f"gpu_memory_utilization {layout.engine_share:g} x {gpu_bytes / GIB:g} GiB"
     weights = layout.engine_bytes * model.parameters / layout.engine_tp / GIB
@@ -196,7 +200,7 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
     full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes * (2 if layout.tp > 1 else 1)
     text = f"the embedding whole, {full} B x {model.embedding:,}; the buckets lie in host memory"
     lines.append(Line("weight update", full * model.embedding, text, PHASES[1:2]))
-    processes = 1 + layout.reference
+    processes = 1 + layout.reference + layout.critic
     lines.append(Line("contexts", CONTEXT_BYTES * processes, f"assumed: 1 GiB x {processes} process(es) beside the engine"))
     if layout.shared:
         lines.append(Line("sleeping engine", CONTEXT_BYTES, "assumed: 1 GiB", PHASES[2:]))

@@ -549,6 +549,17 @@ def test_layout_of_the_recipe():
         layout_of(config, 4)
 
 
+def test_a_critic_is_counted_in_every_phase():
+    shape = SHAPES["qwen2.5-3b"]
+    without, with_critic = plan_memory(shape, Layout()), plan_memory(shape, Layout(critic=True))
+    added = next(line for line in with_critic.lines if line.name == "critic").size
+    assert added > 16 * shape.parameters / 8
+    for phase in ("rollout", "update"):
+        assert with_critic.total(phase) == without.total(phase) + added + (1 << 30)  # and a process more
+    recipe = ROOT / "examples/searchr1/config/qwen2.5-3b-searchr1-v0.2-ppo.yaml"
+    assert layout_of(load_config(recipe), 8).critic
+
+
 def test_keys_of_the_actor():
     config = load_config(RECIPE, ["actor.training_backend=megatron"])
     for section, name, value in (

@@ -33,6 +33,7 @@ LLAMA = QWEN25 | {
 
 RECIPES = {
     "qwen2.5-3b-searchr1-v0.2": QWEN25,
+    "qwen2.5-3b-searchr1-v0.2-ppo": QWEN25,
     "qwen2.5-3b-searchr1-v0.3": QWEN25,
     "qwen2.5-3b-slime": QWEN25,
     "qwen2.5-3b-dapo": QWEN25,
@@ -73,6 +74,20 @@ SEARCHR1 = {
 }
 PUBLISHED = {
     "qwen2.5-3b-searchr1-v0.2": SEARCHR1,
+    "qwen2.5-3b-searchr1-v0.2-ppo": SEARCHR1
+    | {
+        "algorithm.adv_type": "gae",
+        "algorithm.group_size": 1,
+        "algorithm.n_minibatches": 2,
+        "algorithm.kl_in": "reward",
+        "algorithm.kl_penalty_type": "kl",
+        "algorithm.gamma": 1.0,
+        "algorithm.gae_lambda": 1.0,
+        "critic.use_critic_model": True,
+        "critic.optim.lr": 1e-5,
+        "critic.lr_sched.lr_warmup_fraction": 0.015,
+        "critic.cliprange_value": 0.5,
+    },
     "qwen2.5-3b-searchr1-v0.3": SEARCHR1
     | {
         "actor.optim.lr": 5e-7,
