@@ -58,7 +58,7 @@ class _Logprobs(torch.autograd.Function):
         normaliser_M = torch.empty(targets_M.shape, dtype=dtype, device=logits_MV.device)
         logprobs_M = torch.empty_like(normaliser_M)
         entropy_M = torch.empty_like(normaliser_M) if with_entropy else normaliser_M.new_empty(0)
-        for rows in _chunks(logits_MV):
+        for rows in row_chunks(logits_MV):
             scaled_CV = logits_MV[rows].to(dtype) / temperature
             normaliser_C = scaled_CV.logsumexp(-1)
             normaliser_M[rows] = normaliser_C
@@ -78,7 +78,7 @@ class _Logprobs(torch.autograd.Function):
         if grad_logprobs_M is None and grad_entropy_M is None:
             return None, None, None, None
         gradient_MV = torch.empty_like(logits_MV)
-        for rows in _chunks(logits_MV):
+        for rows in row_chunks(logits_MV):
             log_p_CV = (logits_MV[rows].to(normaliser_M.dtype) / ctx.temperature).sub_(normaliser_M[rows, None])
             p_CV = log_p_CV.exp()
             if grad_logprobs_M is None:
@@ -99,7 +99,8 @@ def _entropy(p_CV: Tensor, log_p_CV: Tensor) -> Tensor:
     return -(p_CV * log_p_CV.clamp(min=torch.finfo(p_CV.dtype).min)).sum(-1)
 
 
-def _chunks(logits_MV: Tensor) -> list[slice]:
+def row_chunks(logits_MV: Tensor) -> list[slice]:
+    """Rows to work on at a time, so that a chunk has about `CHUNK_ELEMENTS` logits."""
     rows, vocabulary = logits_MV.shape
     step = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
     return [slice(start, start + step) for start in range(0, rows, step)]

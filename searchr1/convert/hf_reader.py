@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,10 +10,9 @@ import torch
 from torch import Tensor
 
 from searchr1.actor.megatron.architecture import Architecture
-from searchr1.actor.megatron.hf_folder import INDEX, SINGLE, check_names
+from searchr1.actor.megatron.hf_folder import check_names, weight_files
 from searchr1.actor.megatron.mapping import hugging_face_shapes
 from searchr1.convert.safetensors_file import SafetensorsReader, TensorSpec
-from searchr1.errors import UserError
 
 
 class HfReader:
@@ -35,7 +33,7 @@ class HfReader:
         """
         with ExitStack() as stack:
             files = []
-            for name in _file_names(folder):
+            for name in weight_files(folder):
                 files.append(SafetensorsReader(folder / name))
                 stack.callback(files[-1].close)
             yield cls(folder, files)
@@ -70,14 +68,3 @@ def main_dtype(specs: list[TensorSpec]) -> torch.dtype:
     for spec in specs:
         totals[spec.dtype] = totals.get(spec.dtype, 0) + spec.nbytes
     return max(totals, key=lambda dtype: totals[dtype])
-
-
-def _file_names(folder: Path) -> list[str]:
-    if (folder / INDEX).is_file():
-        try:
-            return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / INDEX} is damaged ({error!r}); get it again") from error
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
-    raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; give a local folder with the weights in safetensors files")

@@ -21,7 +21,7 @@ VOCAB = 300
 STEPS = 5
 
 
-def make_model(family: str, tied: bool, folder: Path, seed: int = 0, **changes) -> Path:
+def make_model(family: str, tied: bool, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
     """A small model with random weights, biases and norms."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ def make_model(family: str, tied: bool, folder: Path, seed: int = 0, **changes) 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.06) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 

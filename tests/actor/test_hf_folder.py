@@ -77,7 +77,7 @@ def test_files_that_are_damaged_or_missing_are_named(folder):
     ):
         check(folder)
     (folder / INDEX).write_text("{")
-    with pytest.raises(UserError, match=r"index.json is not readable"):
+    with pytest.raises(UserError, match=r"index.json is damaged"):
         check(folder)
 
 

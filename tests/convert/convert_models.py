@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import policy_ranks
 import torch
 
 from searchr1.actor.megatron.architecture import Architecture
 
-VOCAB = 300
+VOCAB = policy_ranks.VOCAB
 FAMILIES = ("qwen2", "qwen3", "llama")
 MODELS = [(family, tied) for family in FAMILIES for tied in (True, False)]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -19,24 +20,7 @@ def model_name(family: str, tied: bool, dtype: str) -> str:
 
 
 def make_model(family: str, tied: bool, dtype: str, folder: Path, **changes) -> Path:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "tie_word_embeddings": tied,
-        "max_position_embeddings": 4096,
-    }  # fmt: skip
-    if family == "llama":
-        settings["rope_parameters"] = {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64, "rope_theta": 10000.0,
-        }  # fmt: skip
-    torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes))
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.06) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.to(DTYPES[dtype]).save_pretrained(folder)
-    return folder
+    return policy_ranks.make_model(family, tied, folder, seed=7, dtype=DTYPES[dtype], **changes)
 
 
 def architecture(family: str, **changes) -> Architecture:

@@ -238,7 +238,7 @@ def test_damaged_hugging_face_folders_are_refused(root):
     weights.write_bytes(data[:-5])
     refused(r"model\.safetensors is damaged or cut short", hf2mg, root / "hf", root / "out")
     weights.unlink()
-    refused("weights in safetensors files", hf2mg, root / "hf", root / "out")
+    refused("weights must be in safetensors files", hf2mg, root / "hf", root / "out")
     index = root / "hf/model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
     refused(r"model-00001-of-00002\.safetensors is missing", hf2mg, root / "hf", root / "out")

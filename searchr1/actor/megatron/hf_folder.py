@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -37,7 +36,7 @@ class HuggingFaceFolder:
             UserError: no safetensors there, a file is missing, or one is cut short.
         """
         folder = local_folder(source)
-        names = _file_names(folder)
+        names = weight_files(folder)
         with ExitStack() as stack:
             files = {}
             for name in names:
@@ -50,23 +49,9 @@ class HuggingFaceFolder:
             places = {tensor: name for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
             yield cls(folder, files, places)
 
-    def names(self) -> list[str]:
-        """All tensors."""
-        return list(self._places)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
         return tuple(self._files[self._places[name]].get_slice(name).get_shape())
-
-    def dtype(self) -> torch.dtype:
-        """Of the first tensor; a folder has one precision."""
-        name = next(iter(self._places))
-        return self.tensor(name).dtype
-
-    def tensor(self, name: str) -> Tensor:
-        """A whole tensor."""
-        found: Tensor = self._files[self._places[name]].get_tensor(name)
-        return found
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Part of a tensor along one dimension; only that part is read."""
@@ -123,12 +108,17 @@ def local_folder(source: str | Path) -> Path:
         raise UserError(f"{source} is neither a folder nor a model that can be downloaded ({error})") from error
 
 
-def _file_names(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the safetensors files of a model folder.
+
+    Raises:
+        UserError: there are none, or the index is damaged.
+    """
     if (folder / INDEX).is_file():
         try:
             return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{folder / INDEX} is not readable: {error!r}; download it again") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX} is damaged ({error!r}); get it again") from error
     if (folder / SINGLE).is_file():
         return [SINGLE]
     raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; weights must be in safetensors files")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from searchr1.algorithms.entropy import CHUNK_ELEMENTS, TokenLogprobs
+from searchr1.algorithms.entropy import TokenLogprobs, row_chunks
 
 
 def vocab_parallel_logprobs(
@@ -63,7 +63,7 @@ class _VocabParallel(torch.autograd.Function):
         dist.all_reduce(largest_M, op=dist.ReduceOp.MAX, group=group)
         # Rows of: sum of exponentials, target's logit, sum of exponentials times logits.
         sums_SM = torch.zeros(3 if with_entropy else 2, len(targets_M), dtype=dtype, device=logits_MV.device)
-        for rows in _chunks(logits_MV):
+        for rows in row_chunks(logits_MV):
             scaled_CV = (logits_MV[rows].to(dtype) / temperature).sub_(largest_M[rows, None])
             target_C = scaled_CV.gather(-1, columns_M[rows, None]).squeeze(-1)
             sums_SM[1, rows] = target_C.masked_fill(~mine_M[rows], 0.0)
@@ -86,7 +86,7 @@ class _VocabParallel(torch.autograd.Function):
         if grad_logprobs_M is None and grad_entropy_M is None:
             return None, None, None, None, None, None
         gradient_MV = torch.empty_like(logits_MV)
-        for rows in _chunks(logits_MV):
+        for rows in row_chunks(logits_MV):
             log_p_CV = (logits_MV[rows].to(normaliser_M.dtype) / ctx.temperature).sub_(normaliser_M[rows, None])
             p_CV = log_p_CV.exp()
             if grad_logprobs_M is None:
@@ -104,9 +104,3 @@ class _VocabParallel(torch.autograd.Function):
 def _finite(values: Tensor) -> Tensor:
     """With the clamp, 0 * -inf is a 0."""
     return values.clamp(min=torch.finfo(values.dtype).min)
-
-
-def _chunks(logits_MV: Tensor) -> list[slice]:
-    rows, vocabulary = logits_MV.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
-    return [slice(start, start + step) for start in range(0, rows, step)]
