@@ -7,6 +7,7 @@ and a few containers; Megatron's additions, which reading does not need, become 
 from __future__ import annotations
 
 import pickle
+from enum import EnumMeta
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ _CONTAINERS = {
 }
 
 
+def _enum_member(owner: Any, name: str) -> Any:
+    """How early releases of Python 3.11 pickle a member of an enumeration: getattr of its class. Here it does nothing else."""
+    if not isinstance(owner, EnumMeta):
+        raise pickle.UnpicklingError("calls getattr, which has no place in a checkpoint's metadata")
+    return owner[name]
+
+
 class _StandIn:
     """For Megatron's classes (its save plans), whose contents are not needed."""
 
@@ -51,6 +59,8 @@ class _Unpickler(pickle.Unpickler):
             return filesystem._StorageInfo
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if (module, name) in _CONTAINERS:
             return super().find_class(module, name)
         if module.startswith("megatron.core.") and name.startswith("MCore"):

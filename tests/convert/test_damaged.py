@@ -303,3 +303,28 @@ def test_the_command_line_says_what_is_wrong_without_a_traceback(root, capsys):
     argv = ["convert", "mg2hf", "--checkpoint", "x", "--output", "y", "--shard-gib", "0"]
     assert main(argv) == 2
     assert "--shard-gib 0.0: must be above 0" in capsys.readouterr().err
+
+
+class ByGetattr:
+    """Pickled as a call of getattr, as early releases of Python 3.11 do with members of enumerations."""
+
+    def __init__(self, owner, name):
+        self.call = (getattr, (owner, name))
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_members_of_enumerations_may_be_looked_up_and_nothing_else():
+    import io
+
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import WriteItemType
+
+    from searchr1.convert.dcp_metadata import _Unpickler
+
+    data = pickle.dumps(ByGetattr(WriteItemType, "SHARD"))
+    assert _Unpickler(io.BytesIO(data)).load() is WriteItemType.SHARD
+    for owner, name in ((Metadata, "__init__"), ("text", "format"), (WriteItemType, "__class__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            _Unpickler(io.BytesIO(pickle.dumps(ByGetattr(owner, name)))).load()
