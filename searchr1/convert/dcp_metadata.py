@@ -36,7 +36,7 @@ _CONTAINERS = {
 
 
 def _enum_member(owner: Any, name: str) -> Any:
-    """How early releases of Python 3.11 pickle a member of an enumeration: getattr of its class. Here it does nothing else."""
+    """How early releases of Python 3.11 pickle a member of an enumeration: getattr of its class. It does no more here."""
     if not isinstance(owner, EnumMeta):
         raise pickle.UnpicklingError("calls getattr, which has no place in a checkpoint's metadata")
     return owner[name]
