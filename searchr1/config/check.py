@@ -14,6 +14,7 @@ from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
 from searchr1.config.schema import Config
+from searchr1.data.prompts import template_text
 from searchr1.device import Device
 from searchr1.errors import UserError
 
@@ -81,6 +82,9 @@ def warnings(config: Config) -> list[str]:
         found.append(
             "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
         )
+    template = config.data.prompt_template
+    if template == "asearcher" and not config.tools.access.enabled:
+        found.append("tools.access.enabled: False, but data.prompt_template: asearcher tells the policy to read pages")
     return found
 
 
@@ -193,6 +197,11 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
         for path in paths:
             if not Path(path).is_file():
                 yield Problem(key, f"{path} does not exist; edit the path")
+    try:
+        template_text(config.data.prompt_template)
+    except UserError as error:
+        key, _, message = str(error).partition(": ")
+        yield Problem(key, message)
 
 
 def _actor(config: Config) -> Iterator[Problem]:

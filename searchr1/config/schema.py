@@ -349,7 +349,7 @@ class DataConfig:
     apply_chat_template: bool = False
     """Treat a plain prompt as a user message."""
     prompt_template: str | None = None
-    """Template for rows that carry only a question: `searchr1`, `demo`."""
+    """Makes the prompt from a row's question: `searchr1`, `asearcher`, `rag`, `direct`, `cot`, `demo`, or a .txt file."""
     data_size: int | None = None
     """Read only the first so many rows; null or -1 reads all."""
     shuffle: bool = True

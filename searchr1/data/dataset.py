@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.agent.trajectory import Sample
-from searchr1.data.prompts import render_prompt
+from searchr1.data.prompts import render_prompt, wants_passages
 from searchr1.errors import UserError
 from searchr1.rewards.registry import require_known
 
@@ -171,7 +171,10 @@ def _sample(row: Row, line: int, path: Path, tokenizer: Any, columns: _Columns) 
     """The prompt's text and the sample, still without token ids."""
     prompt = row.get(columns.prompt_key)
     question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), None)
-    text = render_prompt(prompt, question, tokenizer, columns.template, columns.chat)
+    passages = row.get("passages") if wants_passages(columns.template) else None
+    if passages is not None and not isinstance(passages, str):
+        raise UserError(f"the row's passages are a {type(passages).__name__}; expected one text")
+    text = render_prompt(prompt, question, tokenizer, columns.template, columns.chat, passages)
     source = row.get("data_source")
     source = source if isinstance(source, str) and source else path.stem
     extra = row.get("extra_info")

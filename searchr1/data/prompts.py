@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
@@ -13,13 +16,109 @@ results between <information> and </information>. You may search as often as you
 needed, give the answer between <answer> and </answer> without explanations, for example <answer> Beijing </answer>. \
 Question: {question}
 """
+ASEARCHER = """\
+Answer the question below with the help of a search engine and of the pages that it finds. Whenever you get new \
+information, first reason about it between <think> and </think>. To search, write <search> query </search>; the top \
+results come back between <information> and </information>, each with its address. To read a whole page, write \
+<access> url </access> with an address from the results; the page comes back between <information> and </information>, \
+a long one in numbered parts. You may search and read as often as you want, one action at a time. When no further \
+knowledge is needed, give the answer between <answer> and </answer> without explanations, for example \
+<answer> Beijing </answer>. Question: {question}
+"""
+RAG = """\
+Answer the question below. Passages that a search engine found for it come first; some may not help. Rely on them where \
+they tell the answer, and otherwise on what you know. Reason between <think> and </think>, then give the answer between \
+<answer> and </answer> without explanations, for example <answer> Beijing </answer>.
+
+Passages:
+{passages}
+
+Question: {question}
+"""
+DIRECT = """\
+Answer the question below from what you know. Write nothing but the answer, between <answer> and </answer>, for example \
+<answer> Beijing </answer>. Question: {question}
+"""
+COT = """\
+Answer the question below from what you know. First reason about it step by step between <think> and </think>, then give \
+the answer between <answer> and </answer> without explanations, for example <answer> Beijing </answer>. \
+Question: {question}
+"""
 DEMO = "Question: {question}\n"
 
-TEMPLATES: dict[str, str | None] = {"none": None, "searchr1": SEARCHR1, "demo": DEMO}
+TEMPLATES: dict[str, str | None] = {
+    "none": None,
+    "searchr1": SEARCHR1,
+    "asearcher": ASEARCHER,
+    "rag": RAG,
+    "direct": DIRECT,
+    "cot": COT,
+    "demo": DEMO,
+}
 """By name in `data.prompt_template`; None leaves the row's prompt as it is."""
+_PLACES = re.compile(r"\{(question|passages)\}")
 
 
-def render_prompt(prompt: object, question: str | None, tokenizer: Any, template: str | None, chat: bool) -> str:
+def template_text(name: str | None) -> str | None:
+    """The text of a template: one of `TEMPLATES`, or a user's own `.txt` file with `{question}` (and `{passages}`) in it.
+
+    Raises:
+        UserError: no such template; a file that is missing, not UTF-8, or without `{question}`.
+    """
+    if name is None or name in TEMPLATES:
+        return TEMPLATES[name or "none"]
+    if name.endswith(".txt"):
+        return _own_template(name)
+    raise UserError(
+        f"data.prompt_template: {name!r} is not known; use one of {', '.join(TEMPLATES)}, or a .txt file of your own with "
+        "{question} in it"
+    )
+
+
+@lru_cache(maxsize=8)
+def _own_template(name: str) -> str:
+    try:
+        text = Path(name).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.prompt_template: {name} is not readable ({error})") from error
+    if "{question}" not in text:
+        raise UserError(f"data.prompt_template: {name} has no {{question}}; write it where the question belongs")
+    return text
+
+
+def wants_passages(template: str | None) -> bool:
+    """Whether the template shows passages beside the question."""
+    return "{passages}" in (template_text(template) or "")
+
+
+def fill_template(template: str, question: str, passages: str | None = None) -> str:
+    """A template's text with the question in its place, and the passages in theirs; neither is searched for places.
+
+    Args:
+        template: a name in `TEMPLATES` with a text, or a `.txt` file.
+        question: not blank.
+        passages: a text as `searchr1.agent.protocol.render_body` makes it, for templates that show passages, and only those.
+
+    Raises:
+        UserError: an unknown or a textless template, a blank question, passages missing or unasked for.
+    """
+    text = template_text(template)
+    if text is None:
+        raise UserError(f"data.prompt_template: {template} has no text to put a question into")
+    if not question.strip():
+        raise UserError("the question is empty")
+    if "{passages}" in text:
+        if passages is None:
+            raise UserError(f"the template {template} shows passages, but none came with the question")
+    elif passages is not None:
+        raise UserError(f"the template {template} shows no passages; use rag, or leave them out")
+    values = {"question": question.strip(), "passages": passages or ""}
+    return _PLACES.sub(lambda place: values[place.group(1)], text)
+
+
+def render_prompt(
+    prompt: object, question: str | None, tokenizer: Any, template: str | None, chat: bool, passages: str | None = None
+) -> str:
     """The prompt of one row as text.
 
     A list of chat messages goes through the tokenizer's chat template. A plain prompt is taken as it stands, or as one
@@ -30,21 +129,21 @@ def render_prompt(prompt: object, question: str | None, tokenizer: Any, template
         prompt: the row's prompt: a text, a list of `{"role", "content"}`, or None.
         question: the row's bare question, if it has one.
         tokenizer: read for its chat template only.
-        template: a name in `TEMPLATES`; None means "none".
+        template: a name in `TEMPLATES` or a `.txt` file; None means "none".
         chat: `data.apply_chat_template`.
+        passages: what the search found, rendered, for a template that shows passages (`wants_passages`), and only for one.
 
     Raises:
-        UserError: nothing to make a prompt from, or the tokenizer cannot render chat messages.
+        UserError: nothing to make a prompt from, passages missing or unasked for, or the tokenizer cannot render chat
+            messages.
     """
-    if template is not None and template not in TEMPLATES:
-        raise UserError(f"data.prompt_template: {template!r} is not known; use one of {', '.join(TEMPLATES)}")
-    text = TEMPLATES[template] if template is not None else None
-    if text is not None:
-        subject = question if question is not None else prompt
-        if isinstance(subject, str):
-            if not subject.strip():
-                raise UserError("the question is empty")
-            prompt = text.replace("{question}", subject.strip())
+    subject = question if question is not None else prompt
+    if template is not None and template_text(template) is not None and isinstance(subject, str):
+        prompt = fill_template(template, subject, passages)
+    elif passages is not None:
+        raise UserError(
+            "passages came with a prompt that no template makes; set data.prompt_template to rag and give the row a question"
+        )
     if isinstance(prompt, str):
         if not prompt.strip():
             raise UserError("the prompt is empty")
@@ -54,7 +153,7 @@ def render_prompt(prompt: object, question: str | None, tokenizer: Any, template
     if isinstance(prompt, list):
         return _render_chat(prompt, tokenizer)
     if prompt is None and question is not None:
-        raise UserError("the row has a question but no prompt; set data.prompt_template to searchr1 or demo")
+        raise UserError("the row has a question but no prompt; set data.prompt_template, for example to searchr1")
     if prompt is None:
         raise UserError("the row has no prompt; name its column in data.prompt_key")
     raise UserError(f"the prompt is a {type(prompt).__name__}; expected a text or a list of chat messages")

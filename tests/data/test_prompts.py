@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from searchr1.agent.protocol import parse_action
-from searchr1.data.prompts import SEARCHR1, render_prompt
+from searchr1.data.prompts import SEARCHR1, TEMPLATES, fill_template, render_prompt, wants_passages
 from searchr1.errors import UserError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
@@ -43,6 +43,47 @@ def test_the_searchr1_template_tells_the_protocol(tokenizer):
     assert SEARCHR1.count("{") == 1
 
 
+ASKING = [name for name, text in TEMPLATES.items() if text is not None and name != "demo"]
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_every_template_asks_for_the_answer_where_the_reward_reads_it(tokenizer, name):
+    passages = "Doc 1" if wants_passages(name) else None
+    text = render_prompt(None, "Who?", tokenizer, name, False, passages)
+    assert text.endswith("Question: Who?\n")
+    assert "between <answer> and </answer>" in text
+    assert ("<search>" in text) == (name in ("searchr1", "asearcher"))
+    assert ("<access> url </access>" in text) == (name == "asearcher")
+    assert ("<think>" in text) == (name != "direct")
+
+
+def test_rag_shows_the_passages_and_puts_nothing_into_them(tokenizer):
+    text = render_prompt(None, "Who wrote {passages}?", tokenizer, "rag", False, "Doc 1 {question}")
+    assert text.index("Doc 1 {question}\n") < text.index("Question: Who wrote {passages}?\n")
+    chat = render_prompt(None, "Who?", tokenizer, "rag", True, "Doc 1")
+    assert chat.startswith("<user>")
+    assert "Doc 1" in chat
+
+
+@pytest.mark.parametrize(
+    ("template", "passages", "message"),
+    [("rag", None, "none came"), ("cot", "Doc 1", "shows no passages"), (None, "Doc 1", "prompt_template to rag")],
+)
+def test_passages_belong_to_rag_and_to_no_other(tokenizer, template, passages, message):
+    with pytest.raises(UserError, match=message):
+        render_prompt("Who?", None, tokenizer, template, False, passages)
+
+
+def test_a_template_of_the_user(tmp_path, tokenizer):
+    own = tmp_path / "own.txt"
+    own.write_text("Frage: {question} <answer>", encoding="utf-8")
+    assert render_prompt(None, "Wer?", tokenizer, str(own), False) == "Frage: Wer? <answer>"
+    (tmp_path / "no.txt").write_text("Frage", encoding="utf-8")
+    for name in ("no.txt", "gone.txt"):
+        with pytest.raises(UserError, match=name):
+            fill_template(str(tmp_path / name), "Wer?")
+
+
 @pytest.mark.parametrize(
     ("prompt", "question", "template", "message"),
     [
@@ -58,7 +99,7 @@ def test_the_searchr1_template_tells_the_protocol(tokenizer):
         ([{"role": "tool", "content": "x"}], None, None, "no tools here"),
         (["Who?"], None, None, "chat messages"),
         (7, None, None, "int"),
-        ("Who?", None, "serachr1", "searchr1, demo"),
+        ("Who?", None, "serachr1", "searchr1, asearcher"),
     ],
 )
 def test_what_cannot_become_a_prompt_is_told(tokenizer, prompt, question, template, message):
