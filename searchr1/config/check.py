@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from searchr1.algorithms.lookup import find_function, is_dotted_path
+from searchr1.config.check_backend import check_backends
 from searchr1.config.check_health import check_health
 from searchr1.config.check_lora import check_lora
 from searchr1.config.check_reward import check_reward
-from searchr1.config.layout import actor_layout
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
 from searchr1.config.schema import Config
@@ -39,6 +39,9 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "actor.optim.optimizer": ("adam",),
     "actor.lora.base_precision": ("fp32", "compute"),
     "actor.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
+    "critic.training_backend": (None, "fsdp", "megatron"),
+    "critic.optim.optimizer": ("adam",),
+    "critic.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
     "rollout.rollout_backend": ("vllm", "sglang"),
     "rollout.distributed_executor_backend": ("mp", "ray"),
     "cluster.device": ("auto", "cpu", "cuda"),
@@ -62,7 +65,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *check_health(config.runner.health),
         *_placement(config, for_training),
         *_files(config, for_training),
-        *(_megatron(config) if for_training and config.actor.training_backend == "megatron" else ()),
+        *(check_backends(config) if for_training else ()),
         *_unsupported(config, for_training),
         *check_reward(config.reward, _response_limit(config)),
         *_code(config),
@@ -117,6 +120,8 @@ def _sizes(config: Config) -> Iterator[Problem]:
         if not (isinstance(value, int | float) and value > 0):
             yield Problem(key, f"must be more than 0, found {value}")
     runner, algorithm, data = config.runner, config.algorithm, config.data
+    if (runner.logger.trajectories_per_step or 0) < 0:
+        yield Problem("runner.logger.trajectories_per_step", "must be 0 or more, or null for all")
     if config.agentloop.max_turns < 0:
         yield Problem("agentloop.max_turns", "must be 0 or more")
     if data.max_prompt_length >= runner.seq_length:
@@ -180,6 +185,7 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
         for key, value in (
             ("actor.model.path", config.actor.model.path),
             ("inference.model_path", config.inference.model_path),
+            ("critic.model_path", config.critic.model_path),
         )
         if value is not None and for_training
     ]
@@ -220,14 +226,18 @@ def _actor(config: Config) -> Iterator[Problem]:
     for key, (found, wanted) in only.items():
         if found != wanted:
             yield Problem(key, f"only {wanted} is supported, found {found}")
-    for name in ("bf16", "fp16"):
-        said = getattr(actor.optim, name)
-        if said is not None and said != (model.precision == name):
-            yield Problem(
-                f"actor.optim.{name}", f"{said} contradicts actor.model.precision: {model.precision}; leave it out"
-            )
-    if actor.lr_sched.max_lr is not None and actor.lr_sched.max_lr != actor.optim.lr:
-        yield Problem("actor.lr_sched.max_lr", f"{actor.lr_sched.max_lr:g} contradicts actor.optim.lr: {actor.optim.lr:g}")
+    for section, optim, lr_sched in (
+        ("actor", actor.optim, actor.lr_sched),
+        ("critic", config.critic.optim, config.critic.lr_sched),
+    ):
+        for name in ("bf16", "fp16"):
+            said = getattr(optim, name)
+            if said is not None and said != (model.precision == name):
+                yield Problem(
+                    f"{section}.optim.{name}", f"{said} contradicts actor.model.precision: {model.precision}; leave it out"
+                )
+        if lr_sched.max_lr is not None and lr_sched.max_lr != optim.lr:
+            yield Problem(f"{section}.lr_sched.max_lr", f"{lr_sched.max_lr:g} contradicts {section}.optim.lr: {optim.lr:g}")
     if model.seq_length is not None and model.seq_length < config.runner.seq_length:
         yield Problem("actor.model.seq_length", f"{model.seq_length} is less than runner.seq_length")
     if model.megatron_checkpoint is not None:
@@ -238,28 +248,6 @@ def _actor(config: Config) -> Iterator[Problem]:
                 "actor.model.megatron_checkpoint",
                 f"{model.megatron_checkpoint} is no torch_dist checkpoint (metadata.json is missing)",
             )
-
-
-def _megatron(config: Config) -> Iterator[Problem]:
-    """Layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is looked at later."""
-    model = config.actor.model
-    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
-        yield Problem("actor.model.sequence_parallel", "needs tensor_model_parallel_size of 2 or more; set it to False")
-    if model.gradient_checkpointing:
-        yield Problem("actor.model.gradient_checkpointing", "is for fsdp; use actor.model.recompute_granularity: full")
-    if model.recompute_granularity == "full" and not (model.recompute_method and model.recompute_num_layers):
-        yield Problem("actor.model.recompute_granularity", "full needs recompute_method and recompute_num_layers")
-    path = config.actor.model.path or config.rollout.model.model_path
-    try:
-        device = Device.detect(config.cluster.device)
-        layout = actor_layout(config, len(group_ranks(config, "actor", device)))
-        if (Path(path) / "config.json").is_file():
-            from searchr1.actor.megatron.architecture import read_architecture
-
-            read_architecture(path)[0].check_layout(layout.tensor_parallel, layout.pipeline_parallel)
-    except UserError as error:
-        key, _, message = str(error).partition(": ")
-        yield Problem(key, message) if key.startswith("actor.") else Problem("actor.training_backend", str(error))
 
 
 def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:

@@ -104,12 +104,15 @@ class ClusterConfig:
 
 @dataclass
 class LoggerConfig:
-    """Where metrics go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl, and how many trajectories are written."""
 
     logger_backends: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Any of tensorboard, wandb, swanlab."""
     project_name: str = "searchr1"
     """Project in wandb and swanlab."""
+    trajectories_per_step: int | None = 320
+    """Trajectories of a training step that are written for the report, at most: whole groups, evenly spread over the step's
+    questions. null writes all. A trajectory takes 2 to 15 kB. Evaluations are always written whole."""
 
 
 @dataclass

@@ -17,7 +17,8 @@ from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
 from searchr1.tracking.loggers import build_loggers
 from searchr1.tracking.metrics import eval_table
-from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
+from searchr1.tracking.token_text import load_token_text
+from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, whole_groups, write_trajectories
 
 LINE = (
     ("reward", "reward/mean", "{:.3f}"),
@@ -51,6 +52,8 @@ class RunLog:
             config=dataclasses.asdict(config),
             first_step=first_step,
         )
+        self._most = config.runner.logger.trajectories_per_step
+        self._token_text = load_token_text(config.rollout.model.model_path)
         remove_later(folder, first_step)
         self._progress = Progress(
             TextColumn("training"),
@@ -78,7 +81,7 @@ class RunLog:
 
     def step(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         """Record a training step."""
-        write_trajectories(train_file(self._folder, step), trajectories)
+        write_trajectories(train_file(self._folder, step), whole_groups(trajectories, self._most), self._token_text)
         for logger in self._loggers:
             logger.log(step, metrics)
         per_step = (time.perf_counter() - self._started) / max(step - self._first_step, 1)
@@ -95,7 +98,7 @@ class RunLog:
 
     def evaluation(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         """Record an evaluation."""
-        write_trajectories(eval_file(self._folder, step), trajectories)
+        write_trajectories(eval_file(self._folder, step), trajectories, self._token_text)
         for logger in self._loggers:
             logger.log(step, metrics)
         self._console.print(f"evaluation at step {step}\n{eval_table(metrics)}", highlight=False, markup=False)

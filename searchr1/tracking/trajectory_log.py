@@ -10,11 +10,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from searchr1.agent.trajectory import Trajectory
 from searchr1.errors import UserError
 from searchr1.rewards.answers import answer_of
+from searchr1.tracking.token_text import TokenText
 
 FOLDER = "trajectories"
+MOST_SURPRISE = 99_999
+"""Thousandths of a nat that are written for a token of probability 0."""
 
 
 def train_file(run: Path, step: int) -> Path:
@@ -42,8 +47,13 @@ def remove_later(run: Path, first_step: int) -> None:
                 file(run, step).unlink(missing_ok=True)
 
 
-def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
-    """What is written of a trajectory: the question, every turn in plain text, and how it was scored."""
+def trajectory_row(trajectory: Trajectory, token_text: TokenText | None = None) -> dict[str, Any]:
+    """What is written of a trajectory: the question, every turn in plain text, and how it was scored.
+
+    With `token_text` a turn has two more lists, with an entry per sampled token: `token_chars`, the characters of
+    `policy_text` that it stands for, and `token_surprise`, its negative log-probability in thousandths of a nat. Both are
+    missing where tokens and text do not fit together, as after a loop of the user's own that edits what was sampled.
+    """
     sample = trajectory.sample
     return {
         "id": sample.id,
@@ -60,19 +70,53 @@ def trajectory_row(trajectory: Trajectory) -> dict[str, Any]:
         "response_length": trajectory.response_length,
         "policy_tokens": trajectory.policy_length,
         "weight_version": trajectory.weight_version,
-        "turns": [dataclasses.asdict(turn) for turn in trajectory.turns],
+        "turns": _turn_rows(trajectory, token_text),
     }
 
 
-def write_trajectories(path: Path, trajectories: Sequence[Trajectory], limit: int | None = None) -> None:
-    """Write at most `limit` trajectories (None: all); the file appears whole or not at all.
+def _turn_rows(trajectory: Trajectory, token_text: TokenText | None) -> list[dict[str, Any]]:
+    rows = [dataclasses.asdict(turn) for turn in trajectory.turns]
+    if token_text is None:
+        return rows
+    start = 0
+    for turn, row in zip(trajectory.turns, rows, strict=True):
+        part = slice(start, start + turn.policy_tokens)
+        start = part.stop + turn.tool_tokens
+        lengths = token_text.lengths(trajectory.response_ids[part].tolist(), turn.policy_text)
+        if lengths is None or len(lengths) != turn.policy_tokens or not trajectory.loss_mask[part].all():
+            continue
+        surprise = np.nan_to_num(-1000.0 * trajectory.rollout_logprobs[part], posinf=MOST_SURPRISE).clip(0, MOST_SURPRISE)
+        row["token_chars"], row["token_surprise"] = lengths, surprise.round().astype(int).tolist()
+    return rows
+
+
+def whole_groups(trajectories: Sequence[Trajectory], most: int | None) -> list[Trajectory]:
+    """At most `most` (None: all) of a step's trajectories: whole groups, evenly spread over the step's questions.
+
+    If not even one group fits, the first attempts of one.
+    """
+    groups: dict[int, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        groups.setdefault(trajectory.sample.index, []).append(trajectory)
+    if most is None or len(trajectories) <= most or not groups:
+        return list(trajectories)
+    count = most // max(len(group) for group in groups.values())
+    if not count:
+        return next(iter(groups.values()))[:most]
+    members = list(groups.values())
+    return [t for i in range(count) for t in members[i * len(members) // count]]
+
+
+def write_trajectories(path: Path, trajectories: Sequence[Trajectory], token_text: TokenText | None = None) -> None:
+    """Write trajectories; the file appears whole or not at all.
 
     Halves of surrogate pairs, which UTF-8 cannot hold, are written as their JSON escapes.
     """
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for trajectory in trajectories[:limit]:
-            file.write(json.dumps(trajectory_row(trajectory), ensure_ascii=False) + "\n")
+        for trajectory in trajectories:
+            row = trajectory_row(trajectory, token_text)
+            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
     os.replace(partial, path)
 
 

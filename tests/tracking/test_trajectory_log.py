@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.errors import UserError
+from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import (
     eval_file,
     logged_steps,
     read_some_trajectories,
     remove_later,
     train_file,
+    whole_groups,
     write_trajectories,
 )
 
@@ -65,9 +67,49 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path, make_trajectory):
     assert not path.exists()
 
 
-def test_limit_and_an_even_sample(tmp_path, make_trajectory):
+@pytest.mark.parametrize(
+    ("most", "kept"),
+    [(None, [0, 1, 2, 3, 4, 5]), (24, [0, 1, 2, 3, 4, 5]), (23, [0, 1, 2, 3, 4]), (9, [0, 3]), (4, [0]), (0, [])],
+)
+def test_a_step_is_thinned_by_whole_groups(make_trajectory, most, kept):
+    step = [make_trajectory(index, replica) for index in range(6) for replica in range(4)]
+    assert [(t.sample.index, t.replica) for t in whole_groups(step, most)] == [(i, r) for i in kept for r in range(4)]
+
+
+def test_a_group_that_is_larger_than_the_limit_is_cut(make_trajectory):
+    step = [make_trajectory(index, replica) for index in range(2) for replica in range(4)]
+    assert [(t.sample.index, t.replica) for t in whole_groups(step, 3)] == [(0, 0), (0, 1), (0, 2)]
+
+
+def test_tokens_are_logged_beside_the_text(tmp_path, make_trajectory):
     path = tmp_path / "step_1.jsonl"
-    write_trajectories(path, [make_trajectory(index=i) for i in range(10)], limit=8)
+    words = ["<search>", "w", "ho", "</search>", "<answer>", " Ann ", "</answer>"]
+    vocabulary = TokenText([word.encode() for word in words])
+    ids = np.array([0, 1, 2, 3, -1, -1, -1, 4, 5, 6], np.int32)
+    logprobs = np.array([-0.0014, -0.25, 0, -np.inf, 0, 0, 0, np.nan, 1e-6, -3], np.float32)
+    write_trajectories(path, [make_trajectory(response_ids=ids, rollout_logprobs=logprobs)], vocabulary)
+    search, answer = json.loads(path.read_text())["turns"]
+    assert search["token_chars"] == [8, 1, 2, 9]
+    assert search["token_surprise"] == [1, 250, 0, 99_999]
+    assert answer["token_chars"] == [8, 5, 9]
+    assert answer["token_surprise"] == [0, 0, 3000]
+
+
+def test_no_tokens_are_logged_where_they_do_not_spell_the_text(tmp_path, make_trajectory):
+    path = tmp_path / "step_1.jsonl"
+    vocabulary = TokenText([b"other"] * 10)
+    unmasked = make_trajectory(
+        response_ids=np.zeros(10, np.int32), turns=[Turn("aaa", "none", 3)], loss_mask=np.zeros(10, bool)
+    )
+    write_trajectories(path, [make_trajectory()], vocabulary)
+    write_trajectories(tmp_path / "step_2.jsonl", [unmasked], TokenText([b"a"]))
+    for file in (path, tmp_path / "step_2.jsonl"):
+        assert not any("token_chars" in turn for turn in json.loads(file.read_text())["turns"])
+
+
+def test_an_even_sample(tmp_path, make_trajectory):
+    path = tmp_path / "step_1.jsonl"
+    write_trajectories(path, [make_trajectory(index=i) for i in range(8)])
     assert [row["id"] for row in read_some_trajectories(path, 4)] == ["one_hop/0", "one_hop/2", "one_hop/4", "one_hop/6"]
     assert len(read_some_trajectories(path, 100)) == 8
     assert read_some_trajectories(path, 0) == []
