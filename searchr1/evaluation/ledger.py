@@ -1,0 +1,143 @@
+"""Finished questions on disk: a JSON line per attempt, appended as they finish; an evaluation that was killed goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from searchr1.agent.trajectory import Trajectory
+from searchr1.errors import UserError
+from searchr1.evaluation.manifest import Manifest, differences
+from searchr1.tracking.trajectory_log import eval_file, trajectory_row
+
+MANIFEST = "evaluation.json"
+
+
+class Ledger:
+    """The rows of one method in one folder. Use `open`, and close it (it is a context manager too)."""
+
+    def __init__(self, path: Path, file: BinaryIO, finished: set[int]) -> None:
+        """Use `open`."""
+        self._path = path
+        self._file = file
+        self.finished = finished
+        """Numbers of the questions whose attempts are all there."""
+
+    @classmethod
+    def open(cls, folder: Path, manifest: Manifest) -> Ledger:
+        """Begin, or go on with what the folder holds; a line that a kill cut short is taken off.
+
+        Raises:
+            UserError: the folder holds answers of another model, other questions or other settings; a damaged line; another
+                process is writing to it; it cannot be written.
+        """
+        path = eval_file(folder, 0)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _check_manifest(folder, manifest, has_rows=path.exists() and path.stat().st_size > 0)
+            file = path.open("r+b" if path.exists() else "w+b")
+        except OSError as error:
+            raise UserError(f"runner.output_dir: cannot write {folder}: {error.strerror}") from error
+        try:
+            _lock(file, folder)
+            finished, end = _scan(file, path, manifest["attempts"])
+            file.truncate(end)
+            file.seek(end)
+        except BaseException:
+            file.close()
+            raise
+        return cls(path, file, finished)
+
+    def append(self, trajectories: Sequence[Trajectory]) -> None:
+        """Write attempts, those at one question next to each other; on disk when this returns, whatever kills us then."""
+        self._file.write(b"".join(map(_line, trajectories)))
+        self._file.flush()
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Every row."""
+        with self._path.open("rb") as file:
+            for line in file:
+                yield json.loads(line)
+
+    def close(self) -> None:
+        """Hand the file back."""
+        with contextlib.suppress(ValueError):  # closed before
+            os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> Ledger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _line(trajectory: Trajectory) -> bytes:
+    row = {"number": trajectory.sample.index, **trajectory_row(trajectory)}
+    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def _check_manifest(folder: Path, manifest: Manifest, has_rows: bool) -> None:
+    """Write the manifest of a new evaluation, or compare."""
+    path = folder / MANIFEST
+    advice = "give another runner.experiment_name, or set runner.overwrite=True to begin anew"
+    if not path.exists():
+        if has_rows:
+            raise UserError(f"{folder} holds answers, but not what they were made with ({MANIFEST}); {advice}")
+        write_whole(path, json.dumps(manifest, indent=2) + "\n")
+        return
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not readable ({error}); {advice}") from error
+    # As JSON holds it: what is compared must have made the same way.
+    ours = json.loads(json.dumps(manifest))
+    if found := list(differences(ours, theirs if isinstance(theirs, dict) else {})):
+        told = "".join(f"\n  - {difference}" for difference in found)
+        raise UserError(f"{folder} holds an evaluation that this one cannot go on with; {advice}. What differs:{told}")
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another evaluation is writing there; wait for it, or give another name") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], int]:
+    """The finished questions, and where the last whole one ends. Attempts at one question follow each other."""
+    finished: set[int] = set()
+    replicas: dict[int, set[int]] = {}
+    position = end = 0
+    for line_number, line in enumerate(file, start=1):
+        position += len(line)
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            number, replica = int(row["number"]), int(row["replica"])
+        except (ValueError, KeyError, TypeError) as error:
+            if not file.read(1):
+                break  # the last line: a kill can leave a hole before its end
+            raise UserError(f"{path}:{line_number}: not a logged answer ({error}); remove the line") from error
+        seen = replicas.setdefault(number, set())
+        seen.add(replica)
+        if len(seen) == attempts:
+            finished.add(number)
+            end = position
+            del replicas[number]
+    return finished, end
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(partial, path)

@@ -1,0 +1,73 @@
+"""What an evaluation's answers depend on, so that it goes on with nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from searchr1.agent.settings import AgentSettings
+from searchr1.agent.trajectory import Sample
+from searchr1.config.schema import Config
+from searchr1.evaluation.methods import Method
+from searchr1.evaluation.model_folder import fingerprint
+
+Manifest = dict[str, Any]
+
+
+def manifest(config: Config, method: Method, settings: AgentSettings, samples: Sequence[Sample]) -> Manifest:
+    """Everything that changes answers or scores, by name. Where servers run and how fast they are changes neither."""
+    reward, search = config.reward, config.tools.search
+    sampling = dataclasses.asdict(settings.sampling) | {"stop": list(settings.sampling.stop)}
+    del sampling["seed"]
+    found: Manifest = {
+        "method": method.name,
+        "model": fingerprint(config.rollout.model.model_path),
+        "precision": config.rollout.model.precision,
+        "seed": config.runner.seed,
+        "attempts": config.algorithm.group_size,
+        "questions": questions_hash(samples, with_prompts=not method.retrieves),
+        "sampling": sampling,
+        "limits": {
+            name: getattr(settings, name)
+            for name in ("max_model_len", "max_turns", "force_final_turn", "max_new_tokens_per_turn")
+        },
+        "reward": {"type": reward.reward_type, "weights": dict(reward.weights), "judge": reward.judge.model},
+    }
+    if method.searches:
+        found["tools"] = {
+            "access": config.tools.access.enabled,
+            "invalid_action_message": settings.invalid_action_message,
+            "generate_fn": config.agentloop.generate_fn,
+            "dummy_mode": search.dummy_mode,
+        }
+    if method.searches or method.retrieves:
+        found["passages"] = {
+            "topk": search.topk,
+            "max_tool_response_length": settings.max_tool_response_length,
+            "truncate_side": settings.truncate_side,
+            "information_style": settings.information_style,
+        }
+    return found
+
+
+def questions_hash(samples: Sequence[Sample], with_prompts: bool) -> str:
+    """A hash of the questions in their order. RAG's prompts are left out: their passages are fetched anew."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        parts = (sample.id, sample.question, sample.golden_answers, sample.data_source, sample.reward_name)
+        digest.update(repr(parts).encode("utf-8", "backslashreplace"))
+        if with_prompts:
+            digest.update(repr(sample.prompt_ids).encode())
+    return f"{len(samples)} questions, {digest.hexdigest()[:16]}"
+
+
+def differences(ours: Manifest, theirs: Manifest, prefix: str = "") -> Iterator[str]:
+    """Every part in which two manifests differ, with both values."""
+    for name in sorted({*ours, *theirs}):
+        mine, other = ours.get(name), theirs.get(name)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from differences(mine, other, f"{prefix}{name}.")
+        elif mine != other:
+            yield f"{prefix}{name} was {other!r}, is {mine!r}"

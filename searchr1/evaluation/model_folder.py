@@ -1,0 +1,60 @@
+"""What identifies a model on disk, and how large it is, without loading it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
+_WHOLE_BYTES = 32 << 20
+"""Files up to this size are read whole; of larger ones blocks are taken all over the file."""
+_BLOCK, _BLOCKS = 1 << 14, 256
+
+
+def fingerprint(model_path: str) -> str:
+    """A hash of a model's files, wherever the folder lies; the name itself for a model of the hub.
+
+    Weights that were trained further differ in nearly all bytes, so blocks spread over a large file tell them apart.
+    """
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return model_path
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
+            for number in range(_BLOCKS):
+                file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
+                digest.update(file.read(_BLOCK))
+    return digest.hexdigest()[:16]
+
+
+def billions(model_path: str) -> float | None:
+    """Parameters in billions: from the weights' headers, or from a name such as `Qwen2.5-3B`; None if neither tells."""
+    folder = Path(model_path)
+    count = 0
+    for path in folder.glob("*.safetensors") if folder.is_dir() else ():
+        count += sum(math.prod(tensor["shape"]) for tensor in _header(path).values() if "shape" in tensor)
+    if count:
+        return count / 1e9
+    named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)\s?b(?![a-z0-9])", folder.name, re.IGNORECASE)
+    return float(named.group(1)) if named else None
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """A safetensors header; empty if the file is none."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length)) if length < 100_000_000 else {}
+    except (OSError, ValueError):
+        return {}
+    return header if isinstance(header, dict) else {}

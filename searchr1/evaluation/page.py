@@ -1,0 +1,166 @@
+"""results.html: the tables, a chart of intervals and some answers to read, in one file that loads nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from searchr1.evaluation.methods import METHODS
+from searchr1.evaluation.results import Results
+from searchr1.evaluation.sources import canonical, label
+from searchr1.evaluation.summary import Value
+from searchr1.evaluation.tables import Table, score
+from searchr1.rewards.answers import answer_of, exact_match
+from searchr1.tracking.report import escape
+from searchr1.tracking.report_style import STYLE
+
+OWN_STYLE = """
+td:first-child, th:first-child { text-align: left; }
+tr.ours td { font-weight: 600; }
+.note { color: var(--soft); font-size: 13px; max-width: 80em; }
+.bars { padding: 14px; }
+.bars svg { width: 100%; height: auto; max-width: 760px; display: block; }
+.bars .name { fill: var(--ink); font-size: 12px; }
+.span { stroke: var(--c); stroke-width: 2; }
+.published { fill: none; stroke: var(--soft); stroke-width: 1.5; }
+"""
+LONGEST = 600
+"""Characters shown of a question or an answer."""
+LEFT, RIGHT, ROW, GAP = 130.0, 740.0, 15.0, 12.0
+
+
+def page(results: Results) -> str:
+    """The whole page. All that a model, a data file or a path says is escaped."""
+    name = escape(Path(results.model).name or results.model)
+    sections = [
+        f"<h1>{name}</h1><p>Evaluation of {escape(results.model)}</p>",
+        _tiles(results),
+        _chart(results),
+        *map(_table, results.tables()),
+        *_examples(results),
+        _table(Table("Settings", ["", ""], [[key, value] for key, value in results.settings.items()])),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        f"<title>{name}</title><style>{STYLE}{OWN_STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(section for section in sections if section)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _tiles(results: Results) -> str:
+    boxes = []
+    for name, summary in results.summaries.items():
+        value = summary.macro["exact_match"]
+        span = "" if value.low is None or value.high is None else f" ±{score((value.high - value.low) / 2)}"
+        what = "exact match, average of sets" if len(summary.sets) > 1 else "exact match"
+        boxes.append(
+            f'<div class="tile"><span>{escape(METHODS[name].title)}: {what}</span><b>{score(value.mean)}{span}</b></div>'
+        )
+    questions = next(iter(results.summaries.values())).overall.questions
+    boxes.append(f'<div class="tile"><span>questions</span><b>{questions:,}</b></div>')
+    return f'<div class="tiles">{"".join(boxes)}</div>'
+
+
+def _chart(results: Results) -> str:
+    """Exact match with its interval, a line per method, sets below each other; rings are the best published number."""
+    summaries = results.summaries
+    rows: list[tuple[str, list[Value | None], float | None]] = []
+    for one in next(iter(summaries.values())).sets:
+        values = [
+            next((s.scores["exact_match"] for s in found.sets if s.name == one.name), None) for found in summaries.values()
+        ]
+        numbers = [value for row in results.published if (value := row.value(one.name)) is not None]
+        rows.append((label(one.name), values, max(numbers, default=None)))
+    if len(rows) > 1:
+        rows.append(("average", [found.macro["exact_match"] for found in summaries.values()], None))
+    parts, y = [], GAP
+    for name, values, best in rows:
+        middle = y + ROW * len(values) / 2
+        text = escape(name[:22])
+        parts.append(f'<text class="name" x="{LEFT - 10}" y="{middle + 4:.1f}" text-anchor="end">{text}</text>')
+        parts += [_mark(v, number, y + ROW * (number + 0.5)) for number, v in enumerate(values) if v is not None]
+        if best is not None:
+            parts.append(
+                f'<circle class="published" cx="{_x(best):.1f}" cy="{middle:.1f}" r="5">'
+                f"<title>best published: {score(best)}</title></circle>"
+            )
+        y += ROW * len(values) + GAP
+    grid = "".join(
+        f'<line class="grid" x1="{_x(t):.1f}" x2="{_x(t):.1f}" y1="0" y2="{y:.1f}"/>'
+        f'<text x="{_x(t):.1f}" y="{y + 14:.1f}" text-anchor="middle">{t:g}</text>'
+        for t in (0, 0.2, 0.4, 0.6, 0.8, 1)
+    )
+    keys = "".join(f'<span class="key k{n % 7}">{escape(METHODS[name].title)}</span>' for n, name in enumerate(summaries))
+    rings = "<span>○ best published number of a model of this size</span>" if results.published else ""
+    return (
+        f'<h2>Exact match with 95 % intervals</h2><div class="table bars"><svg viewBox="0 0 760 {y + 20:.0f}" role="img" '
+        f'aria-label="Exact match by question set">{grid}{"".join(parts)}</svg><div class="legend">{keys}{rings}</div></div>'
+    )
+
+
+def _mark(value: Value, number: int, y: float) -> str:
+    low = value.mean if value.low is None else value.low
+    high = value.mean if value.high is None else value.high
+    return (
+        f'<line class="span c{number % 7}" x1="{_x(low):.1f}" x2="{_x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<circle class="dot c{number % 7}" cx="{_x(value.mean):.1f}" cy="{y:.1f}" r="3.5">'
+        f"<title>{score(value.mean)} [{score(low)}, {score(high)}]</title></circle>"
+    )
+
+
+def _x(share: float) -> float:
+    return LEFT + share * (RIGHT - LEFT)
+
+
+def _table(table: Table) -> str:
+    if not table.rows:
+        return ""
+    head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in table.head)}</tr>" if any(table.head) else ""
+    marked = table.ours if len(table.ours) < len(table.rows) else set()
+    rows = "".join(
+        ('<tr class="ours">' if number in marked else "<tr>") + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for number, row in enumerate(table.rows)
+    )
+    note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
+    return f'<h2>{escape(table.title)}</h2><div class="table"><table>{head}{rows}</table></div>{note}'
+
+
+def _examples(results: Results) -> list[str]:
+    sections = []
+    for name, one in results.methods.items():
+        cards = "".join(_card(row) for row in one.examples)
+        sections.append(f"<h2>Some answers, {escape(METHODS[name].title)}</h2>{cards}")
+    return sections
+
+
+def _card(row: dict[str, Any]) -> str:
+    answer = answer_of("".join(turn["policy_text"] for turn in row["turns"]))
+    right = exact_match(answer, row["golden_answers"]) > 0
+    verdict = '<b class="good">✓</b>' if right else '<b class="bad">✗</b>'
+    facts = [
+        f"gold: {_cut(' | '.join(map(str, row['golden_answers'])))}",
+        f"answer: {'none' if answer is None else _cut(answer)}",
+        f"{row['searches']} searches, {len(row['turns'])} turns, {row['response_length']} tokens, ended by {row['stop']}",
+    ]
+    turns = "".join(_turn(turn) for turn in row["turns"])
+    return (
+        f'<details class="card"><summary>{verdict} {escape(_cut(row["question"]))} '
+        f"<small>{escape(label(canonical(row['data_source'])))}</small></summary>"
+        f'<div class="inside"><p class="meta">{escape(" · ".join(facts))}</p>{turns}</div></details>\n'
+    )
+
+
+def _turn(turn: dict[str, Any]) -> str:
+    parts = [f'<pre class="policy">{escape(_cut(turn["policy_text"], 4 * LONGEST)).strip()}</pre>']
+    if turn["tool_error"]:
+        parts.append(f'<p class="meta"><b class="bad">{escape(turn["tool_error"])}</b></p>')
+    if turn["tool_text"]:
+        parts.append(f'<pre class="tool">{escape(_cut(turn["tool_text"], 4 * LONGEST)).strip()}</pre>')
+    return "".join(parts)
+
+
+def _cut(text: str, longest: int = LONGEST) -> str:
+    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -1,0 +1,105 @@
+"""Exact match as published, to stand beside one's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from searchr1.evaluation.sources import LABELS
+
+PAPER = "Search-R1, arXiv 2503.09516, table 2"
+PPO_GRPO = "Search-R1, arXiv 2503.09516, table 3"
+LARGEST = "Search-R1, arXiv 2503.09516, 14B results"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """One row of a published table."""
+
+    system: str
+    model: str
+    billions: float
+    """Size of the model."""
+    average: float
+    """As published: the mean over the seven sets."""
+    source: str
+    values: tuple[float, ...] = ()
+    """By set in the order of `LABELS`; empty where only the average was published."""
+
+    def average_over(self, sets: Sequence[str]) -> float | None:
+        """The mean over some of the seven, or None if it cannot be told."""
+        if set(sets) == set(LABELS):
+            return self.average
+        found = [value for value in map(self.value, sets) if value is not None]
+        return sum(found) / len(found) if found else None
+
+    def value(self, name: str) -> float | None:
+        """One set's number, or None."""
+        return dict(zip(LABELS, self.values, strict=True)).get(name) if self.values else None
+
+
+def _table(model: str, billions: float, source: str, rows: str) -> list[Published]:
+    """Rows of `system: seven numbers and the average`, in thousandths."""
+    found = []
+    for line in rows.strip().splitlines():
+        system, _, numbers = line.strip().partition(": ")
+        *values, average = (int(number) / 1000 for number in numbers.split())
+        found.append(Published(system, model, billions, average, source, tuple(values)))
+    return found
+
+
+PUBLISHED = [
+    *_table("Qwen2.5-3B, base or instruct", 3.1, PAPER, """
+        Direct inference: 106 288 108 149 244 020 024 134
+        Chain of thought: 023 032 005 021 021 002 000 015
+        IRCoT: 111 312 200 164 171 067 240 181
+        Search-o1: 238 472 262 221 218 054 320 255
+        RAG: 348 544 387 255 226 047 080 270
+        SFT: 249 292 104 186 248 044 112 176
+        R1-base: 226 455 173 201 268 055 224 229
+        R1-instruct: 210 449 171 208 275 060 192 224
+        Rejection sampling: 294 488 332 240 233 059 210 265
+    """),
+    *_table("Qwen2.5-3B", 3.1, PPO_GRPO, """
+        Search-R1 base, PPO: 406 587 435 284 273 049 088 303
+        Search-R1 instruct, PPO: 341 545 378 324 319 103 264 325
+        Search-R1 base, GRPO: 421 583 413 297 274 066 128 312
+        Search-R1 instruct, GRPO: 397 565 391 331 310 124 232 336
+    """),
+    *_table("Qwen2.5-7B, base or instruct", 7.6, PAPER, """
+        Direct inference: 134 408 140 183 250 031 120 181
+        Chain of thought: 048 185 054 092 111 022 232 106
+        IRCoT: 224 478 301 133 149 072 224 239
+        Search-o1: 151 443 131 187 176 058 296 206
+        RAG: 349 585 392 299 235 058 208 304
+        SFT: 318 354 121 217 259 066 112 207
+        R1-base: 297 539 202 242 273 083 296 276
+        R1-instruct: 270 537 199 237 292 072 293 271
+        Rejection sampling: 360 592 380 331 296 123 355 348
+    """),
+    *_table("Qwen2.5-7B", 7.6, PPO_GRPO, """
+        Search-R1 base, PPO: 480 638 457 433 382 196 432 431
+        Search-R1 instruct, PPO: 393 610 397 370 414 146 368 385
+        Search-R1 base, GRPO: 395 560 388 326 297 125 360 350
+        Search-R1 instruct, GRPO: 429 623 427 386 346 162 400 396
+    """),
+    *_table("Qwen2.5-14B", 14.8, LARGEST, "Search-R1 base, PPO: 486 676 480 468 470 241 528 479"),
+    Published("Agent Lightning", "Llama-3.2-3B instruct", 3.2, 0.406, "Agent Lightning's Search-R1 example"),
+    Published("Agent Lightning", "Qwen2.5-7B instruct", 7.6, 0.452, "Agent Lightning's Search-R1 example"),
+    Published("AutoRefine", "Qwen2.5-3B", 3.1, 0.405, "AutoRefine's own report"),
+    Published("RLinf", "Qwen2.5-7B", 7.6, 0.554, "RLinf's Search-R1 example; it does not say which metric"),
+]  # fmt: skip
+"""E5 on the wiki-18 corpus and three passages where the source says so; other systems may differ."""
+
+
+def nearest(billions: float | None) -> list[Published]:
+    """The rows of the size nearest to a model's (by ratio), or all of them if it is not known."""
+    if not billions:
+        return list(PUBLISHED)
+
+    def distance(row: Published) -> float:
+        return round(abs(math.log(row.billions / billions)), 1)
+
+    least = min(map(distance, PUBLISHED))
+    return [row for row in PUBLISHED if distance(row) == least]

@@ -1,0 +1,133 @@
+"""Tables of an evaluation, and how they are written for a terminal and in Markdown."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from searchr1.evaluation.methods import METHODS
+from searchr1.evaluation.published import Published
+from searchr1.evaluation.sources import LABELS, label
+from searchr1.evaluation.summary import SetSummary, Summary, Value
+
+SCORE_TITLES = {"exact_match": "exact match", "f1": "F1", "substring_match": "substring", "judge": "judge"}
+FACT_TITLES = {
+    "searches": "searches",
+    "turns": "turns",
+    "response_length": "tokens",
+    "invalid_rate": "invalid",
+    "truncated": "truncated",
+    "failed": "failed",
+    "tool_failure_rate": "tool failures",
+}
+SHARES = ("invalid_rate", "truncated", "failed", "tool_failure_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Text cells; the first column names the row."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    ours: set[int] = field(default_factory=set)
+    """Rows to be marked."""
+
+
+def method_table(name: str, summary: Summary) -> Table:
+    """One method: a row per question set, one for their average, one for all questions together."""
+    scores = list(summary.overall.scores)
+    head = ["set", "questions", *(SCORE_TITLES.get(score, score) for score in scores), *FACT_TITLES.values()]
+    rows = [_row(label(one.name), one) for one in summary.sets]
+    if len(summary.sets) > 1:
+        average = [_with_interval(summary.macro[score]) for score in scores]
+        rows.append(["average of sets", "", *average, *("" for _ in FACT_TITLES)])
+        rows.append(_row("all questions", summary.overall))
+    title = METHODS[name].title
+    attempts = f"means over {summary.group_size} attempts at each question; " if summary.group_size > 1 else ""
+    note = (
+        f"{attempts}95 % intervals by bootstrap over questions. Searches, turns and tokens (retrieved ones included) are "
+        "per attempt; invalid is a share of turns, truncated and failed are shares of attempts, tool failures one of calls."
+    )
+    return Table(title[0].upper() + title[1:], head, rows, note)
+
+
+def _row(name: str, found: SetSummary) -> list[str]:
+    scores = map(_with_interval, found.scores.values())
+    facts = (percent(found.facts[fact]) if fact in SHARES else _number(found.facts[fact]) for fact in FACT_TITLES)
+    return [name, f"{found.questions:,}", *scores, *facts]
+
+
+def comparison(model: str, summaries: Mapping[str, Summary], published: Sequence[Published]) -> Table:
+    """Exact match in the layout of the paper: a row per method, then what was published; a column per set."""
+    names = [one.name for one in next(iter(summaries.values())).sets]
+    rows = []
+    for method, summary in summaries.items():
+        by_set = {one.name: one.scores["exact_match"] for one in summary.sets}
+        cells = [score(by_set[name].mean) if name in by_set else "–" for name in names]
+        rows.append([f"{model}, {METHODS[method].title}", *cells, _with_interval(summary.macro["exact_match"])])
+    ours = set(range(len(rows)))
+    known = [name for name in names if name in LABELS]
+    note = ""
+    if known:
+        for row in published:
+            values = [row.value(name) for name in names]
+            average = row.average_over(known)
+            if average is not None:
+                cells = ["–" if value is None else score(value) for value in values]
+                rows.append([f"{row.system} ({row.model})", *cells, score(average)])
+        if len(rows) > len(ours):
+            sources = dict.fromkeys(row.source for row in published)
+            which = "the seven sets" if len(known) == len(LABELS) else "those of the seven sets that were evaluated"
+            note = f"Published averages are over {which}. Sources: {'; '.join(sources)}."
+    return Table("Exact match", ["", *(label(name) for name in names), "average"], rows, note, ours)
+
+
+def score(value: float) -> str:
+    """A share with three digits: .412."""
+    return f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    """A share of things that should be rare."""
+    return f"{value:.1%}"
+
+
+def _with_interval(value: Value) -> str:
+    if value.low is None or value.high is None:
+        return score(value.mean)
+    return f"{score(value.mean)} [{score(value.low)}, {score(value.high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def plain(table: Table) -> str:
+    """For a terminal."""
+    widths = [max(len(line[i]) for line in (table.head, *table.rows)) for i in range(len(table.head))]
+    lines = [table.title]
+    for line in (table.head, *table.rows):
+        lines.append("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]))
+    return "\n".join([line.rstrip() for line in lines] + ([table.note] if table.note else []))
+
+
+def markdown(table: Table) -> str:
+    """As a section with a table."""
+    lines = [f"## {_cell(table.title)}", ""]
+    lines.append("| " + " | ".join(map(_cell, table.head)) + " |")
+    lines.append("| --- |" + " ---: |" * (len(table.head) - 1))
+    for number, row in enumerate(table.rows):
+        cells = [f"**{_cell(row[0])}**" if number in table.ours else _cell(row[0]), *map(_cell, row[1:])]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *([_cell(table.note), ""] if table.note else [])])
+
+
+def _cell(text: str) -> str:
+    """Text that is nothing but text in Markdown, whoever renders it."""
+    safe = html.escape(" ".join(text.split()), quote=False)
+    for letter in "\\`*_[]|":
+        safe = safe.replace(letter, "\\" + letter)
+    return safe
