@@ -89,13 +89,15 @@ async def run_trajectory(
             break
         if action.kind not in tools:
             turn.action = "invalid"
-        if forced:
-            break
         if generation.finish_reason == "abort":
             stop = "error"
             break
+        out_of_tokens = generation.finish_reason == "length" and response.room <= 0
+        if forced:
+            stop = "length" if out_of_tokens else "turns"
+            break
         if turn.action == "invalid":
-            if generation.finish_reason == "length" and response.room <= 0:
+            if out_of_tokens:
                 stop = "length"
                 break
             if generation.token_ids and generation.token_ids[-1] in fixed.end_ids:

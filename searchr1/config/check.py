@@ -8,6 +8,7 @@ from pathlib import Path
 
 from searchr1.algorithms.lookup import find_function, is_dotted_path
 from searchr1.config.check_backend import check_backends
+from searchr1.config.check_evaluation import check_evaluation
 from searchr1.config.check_health import check_health
 from searchr1.config.check_lora import check_lora
 from searchr1.config.check_reward import check_reward
@@ -67,6 +68,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *_files(config, for_training),
         *(check_backends(config) if for_training else ()),
         *_unsupported(config, for_training),
+        *(() if for_training else check_evaluation(config)),
         *check_reward(config.reward, _response_limit(config)),
         *_code(config),
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from searchr1.config.schema_evaluation import EvaluationConfig
 from searchr1.config.schema_health import HealthConfig
 from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
 from searchr1.config.schema_reward import RewardConfig
@@ -387,5 +388,7 @@ class Config:
     """See `CriticConfig`."""
     data: DataConfig = field(default_factory=DataConfig)
     """See `DataConfig`."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """See `EvaluationConfig`."""
     vars: dict[str, Any] = field(default_factory=dict)
     """Free: values for interpolation elsewhere in the YAML (`${vars.name}`)."""

@@ -33,13 +33,18 @@ class Call:
         self.seconds = 0.0
         """Wall time until `wait` returned."""
 
+    @property
+    def done(self) -> bool:
+        """Whether every rank has answered."""
+        return bool(self._result.done())
+
     def wait(self, timeout_s: float) -> list[Any]:
         """The results of all ranks.
 
         Raises:
             UserError, WorkerError: a rank failed, or did not answer within `timeout_s`.
         """
-        while not self._result.done():
+        while not self.done:
             if time.perf_counter() - self._started > timeout_s:
                 raise WorkerError(
                     f"{self._name} did not finish within {timeout_s:.0f} s (runner.step_timeout_s); "

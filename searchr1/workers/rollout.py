@@ -11,6 +11,7 @@ from typing import Any
 from rlinf.scheduler import Worker
 
 from searchr1.agent.loop import run_group
+from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import build_tools, client_stats
 from searchr1.agent.trajectory import Chunk, Mode, Sample, Trajectory
 from searchr1.config.schema import Config
@@ -52,7 +53,6 @@ class RolloutWorker(Worker):
         from transformers import AutoTokenizer
 
         from searchr1.agent.loop import resolve_generate_fn
-        from searchr1.agent.settings import AgentSettings
         from searchr1.rollout.engine import Engine
         from searchr1.rollout.settings import EngineSettings
 
@@ -67,28 +67,48 @@ class RolloutWorker(Worker):
         self._engine = await Engine.start(config.rollout.model.model_path, self._device, EngineSettings.from_config(config))
 
     @reported
-    async def rollout(self, step: int, mode: Mode, group_size: int, seed: int) -> RolloutReport:
-        """Answer one batch of questions `group_size` times each; finished groups leave as they finish."""
+    async def rollout(
+        self,
+        step: int,
+        mode: Mode,
+        group_size: int,
+        seed: int,
+        settings: AgentSettings | None = None,
+        in_flight: int | None = None,
+    ) -> RolloutReport:
+        """Answer one batch of questions `group_size` times each; finished groups leave as they finish.
+
+        Args:
+            step: of the training.
+            mode: whose settings count.
+            group_size: attempts at each question.
+            seed: of all attempts.
+            settings: in place of the mode's.
+            in_flight: groups under way at once, begun in the questions' order, for as long as it takes; None begins all of
+                them at once and gives them `runner.step_timeout_s`.
+        """
         timeout = self._config.runner.step_timeout_s
+        settings = settings or self._settings[mode]
         started = time.perf_counter()
         before, searched = self._engine.stats(), client_stats(self._tools)
         samples: list[Sample] = await channels.get(self._channel, channels.prompts_key(self._rank), timeout)
         finished: list[Trajectory] = []
         done = asyncio.Event()
+        slots = asyncio.Semaphore(in_flight or max(len(samples), 1))
 
         async def one_group(sample: Sample) -> None:
-            finished.extend(
-                await run_group(
+            async with slots:
+                group = await run_group(
                     self._run,
                     group_size,
                     sample=sample,
                     engine=self._engine,
                     tools=self._tools,
                     tokenizer=self._tokenizer,
-                    settings=self._settings[mode],
+                    settings=settings,
                     seed=seed,
                 )
-            )
+            finished.extend(group)
 
         async def flush() -> None:
             last = False
@@ -106,7 +126,8 @@ class RolloutWorker(Worker):
 
         flusher = asyncio.create_task(flush())
         try:
-            async with asyncio.timeout(timeout), asyncio.TaskGroup() as groups:
+            # With a window every generation and every tool call still has its own deadline.
+            async with asyncio.timeout(None if in_flight else timeout), asyncio.TaskGroup() as groups:
                 for sample in samples:
                     groups.create_task(one_group(sample))
         except ExceptionGroup as errors:

@@ -1,0 +1,77 @@
+"""How far an evaluation is: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LINE_EVERY_S = 30.0
+"""Between two lines where there is no terminal."""
+
+
+class EvalProgress:
+    """Use as a context manager around one method's questions.
+
+    Args:
+        what: stands before the bar.
+        total: questions in all.
+        done: of them, finished before.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0) -> None:
+        self._what = what
+        self._total = total
+        self._first = self._done = done
+        self._started = self._told = time.monotonic()
+        self._right = 0.0
+        self._scored = 0
+        self._console = Console(file=sys.stdout, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(what, total=total, completed=done, rate="")
+
+    def __enter__(self) -> Self:
+        if self._done:
+            self._console.print(f"{self._what}: {self._done} of {self._total} questions were finished before", markup=False)
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+        if not self._console.is_terminal:
+            self._console.print(self._line(), highlight=False, markup=False)
+
+    def advance(self, questions: int, right: float = 0.0, scored: int = 0) -> None:
+        """Some more questions are finished; `right` of `scored` attempts at them were exact matches."""
+        self._done += questions
+        self._right += right
+        self._scored += scored
+        self._bar.update(self._task, completed=self._done, rate=self._rate())
+        if not self._console.is_terminal and time.monotonic() - self._told > LINE_EVERY_S:
+            self._told = time.monotonic()
+            self._console.print(self._line(), highlight=False, markup=False)
+
+    def _rate(self) -> str:
+        rate = f"{self._per_second():.1f}/s"
+        return f"{rate}, exact match {self._right / self._scored:.3f}" if self._scored else rate
+
+    def _per_second(self) -> float:
+        return (self._done - self._first) / max(time.monotonic() - self._started, 1e-9)
+
+    def _line(self) -> str:
+        left = (self._total - self._done) / self._per_second() if self._per_second() else 0.0
+        return f"{self._what}: {self._done}/{self._total}  {self._rate()}  left {left / 60:.1f} min"
