@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("searchr1.runner.evaluate", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
     "check-config": ("searchr1.config.cli", "print what a YAML would run, or every problem in it"),
     "plan-memory": ("searchr1.config.memory_plan_cli", "what a run would need of each GPU, from its YAML alone"),
+    "prepare-data": ("searchr1.data.prepare.cli", "make training and evaluation files of question sets"),
     "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
     "convert": ("searchr1.convert.cli", "checkpoints: Megatron or FSDP to Hugging Face, Hugging Face to Megatron"),
     "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),

@@ -132,14 +132,27 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
             if not data.strip():
                 continue
             try:
-                row = json.loads(data.decode("utf-8-sig" if line == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{line}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{line}: not valid JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{line}: expected an object with keys, found {type(row).__name__}")
+                row = parse_line(data, first=line == 1)
+            except UserError as error:
+                raise UserError(f"{path}:{line}: {error}") from error
             yield line, row
+
+
+def parse_line(data: bytes, first: bool = False) -> Row:
+    """The object on one line of a jsonl file; `first`: a byte order mark may stand before it.
+
+    Raises:
+        UserError: not UTF-8, not JSON, or no object.
+    """
+    try:
+        row = json.loads(data.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object with keys, found {type(row).__name__}")
+    return row
 
 
 def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
@@ -188,25 +201,30 @@ def _sample(row: Row, line: int, path: Path, tokenizer: Any, columns: _Columns) 
         id=f"{source}/{line - 1 if number is None else number}",
         index=0,
         prompt_ids=[],
-        question=question or _question_of(prompt, text),
+        question=question or question_in(prompt, text),
         golden_answers=_answers(row, columns.answer_key),
         data_source=source,
         reward_name=reward,
     )
     for part in (text, sample.id, sample.question, *sample.golden_answers):
-        _require_unicode(part)
+        require_unicode(part)
     return text, sample
 
 
-def _require_unicode(text: str) -> None:
+def require_unicode(text: str) -> None:
+    """Refuse half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        UserError: the text has one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"half of a surrogate pair at character {error.start} of {text[:40]!r}; repair it") from error
 
 
-def _question_of(prompt: object, text: str) -> str:
-    """For logs: the last message, or the text; of either what follows the last "Question:"."""
+def question_in(prompt: object, text: str) -> str:
+    """The question of a prompt: of its last message, or of `text`, what follows the last "Question:"."""
     if isinstance(prompt, list):
         text = prompt[-1]["content"]
     elif isinstance(prompt, str):

@@ -1,0 +1,1 @@
+"""`searchr1 prepare-data`: question sets, public or one's own, into the files that training and evaluation read."""
