@@ -57,7 +57,8 @@ def train(config: Config) -> Path:
             sync_weights(groups, step, timeout_s)
             if config.rollout.validate_weight_first_sync:
                 probe = [sample.prompt_ids for sample in data.train[:8]]
-                validate_weights(groups, probe, config.actor.model.precision, timeout_s)
+                precisions = (config.actor.model.precision, config.rollout.model.precision)
+                validate_weights(groups, probe, precisions, timeout_s)
             if step == 0 and config.runner.val_before_train:
                 evaluate(groups, data.val, config, log, step)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
+
+import numpy as np
 
 from searchr1.errors import UserError
 from searchr1.runner.groups import Group, Groups
@@ -33,8 +36,14 @@ def sync_weights(groups: Groups, version: int, timeout_s: float) -> float:
     return time.perf_counter() - started
 
 
-def validate_weights(groups: Groups, probe: list[list[int]], precision: str, timeout_s: float) -> float:
+def validate_weights(groups: Groups, probe: list[list[int]], precisions: Sequence[str], timeout_s: float) -> float:
     """Compare both sides' log-probabilities of probe sequences. Returns the largest difference.
+
+    Args:
+        groups: with an actor.
+        probe: token ids.
+        precisions: the actor's and the engine's; the coarser of them says what rounding explains.
+        timeout_s: for each side.
 
     Raises:
         UserError: it is larger than rounding explains: the engines do not run the actor's weights.
@@ -45,12 +54,14 @@ def validate_weights(groups: Groups, probe: list[list[int]], precision: str, tim
     worst = 0.0
     for found in engines.wait(timeout_s):
         for ours, theirs in zip(expected, found, strict=True):
-            worst = max(worst, *(abs(a - b) for a, b in zip(ours, theirs, strict=True)))
-    tolerance = PROBE_TOLERANCE[precision]
+            # Unlike Python's max, numpy's keeps a NaN.
+            worst = float(np.maximum(worst, np.abs(np.subtract(ours, theirs)).max()))
+    coarser = max(precisions, key=PROBE_TOLERANCE.__getitem__)
+    tolerance = PROBE_TOLERANCE[coarser]
     if not worst <= tolerance:
         raise UserError(
             f"rollout.validate_weight_first_sync: actor and rollout disagree by {worst:.2g} on a probe (at most "
-            f"{tolerance:g} in {precision}); rollout.model.model_path and actor.model must be the same model"
+            f"{tolerance:g} in {coarser}); rollout.model.model_path and actor.model must be the same model"
         )
     logger.info("weights agree: largest difference of a log-probability %.2g", worst)
     return worst
