@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from searchr1.agent.settings import FinishReason, GenerateParams
+
+OnText = Callable[[str], None]
+"""Told the text so far of a generation that goes on."""
 
 
 @dataclass(slots=True)
@@ -29,8 +33,8 @@ class Backend(Protocol):
     def has_work(self) -> bool:
         """True while a request is unfinished."""
 
-    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams) -> None:
-        """Queues a generation."""
+    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: OnText | None = None) -> None:
+        """Queues a generation; `on_text` is called in `step` whenever it has grown and not ended."""
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         """Queues the scoring of given tokens."""

@@ -24,7 +24,7 @@ from typing import Any
 from searchr1.agent.settings import GenerateParams, Generation
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.rollout.backend import Backend, Finished
+from searchr1.rollout.backend import Backend, Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import VllmBackend
 from searchr1.rollout.weights import WeightManifest
@@ -143,8 +143,14 @@ class Engine:
         """A copy of the counters."""
         return replace(self._stats, running=len(self._requests))
 
-    async def generate(self, prompt_ids: list[int], params: GenerateParams, timeout_s: float | None = None) -> Generation:
-        """Samples one continuation.
+    async def generate(
+        self,
+        prompt_ids: list[int],
+        params: GenerateParams,
+        timeout_s: float | None = None,
+        on_text: OnText | None = None,
+    ) -> Generation:
+        """Samples one continuation. `on_text` is told the text so far, in the caller's event loop, as it grows.
 
         The log-probabilities are those of the distribution sampled from (temperature, top-p, top-k and penalties
         applied); greedy ones are at temperature 1. Special tokens are part of the text. `weight_version` is that of the
@@ -158,8 +164,10 @@ class Engine:
         pending = self._expect()
         prompt_ids = list(prompt_ids)
 
+        listener = None if on_text is None else _across_threads(pending.loop, on_text)
+
         def add(backend: Backend) -> None:
-            self._add(request_id, pending, lambda: backend.add(request_id, prompt_ids, params))
+            self._add(request_id, pending, lambda: backend.add(request_id, prompt_ids, params, listener))
 
         self._send(_Command(add, pending, answers_later=True))
         timeout_s = timeout_s or self._settings.request_timeout_s
@@ -408,6 +416,14 @@ def _resolve(batch: list[_Pending]) -> None:
             pending.future.set_exception(pending.error)
         else:
             pending.future.set_result(pending.answer)
+
+
+def _across_threads(loop: asyncio.AbstractEventLoop, on_text: OnText) -> OnText:
+    def tell(text: str) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+            loop.call_soon_threadsafe(on_text, text)
+
+    return tell
 
 
 def _check_files(manifest: WeightManifest) -> None:

@@ -10,7 +10,7 @@ import torch
 from searchr1.agent.settings import GenerateParams
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.rollout.backend import Finished
+from searchr1.rollout.backend import Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 
 # On a CPU large steps cost nothing but latency; prompts are short next to this.
@@ -48,25 +48,28 @@ class VllmBackend:
         self._tokenizer = self._llm.get_tokenizer() if settings.detokenize else None
         # vLLM appends random characters to request ids; these map ours to its own.
         self._internal_ids: dict[str, str] = {}
+        self._listeners: dict[str, OnText] = {}
 
     @property
     def has_work(self) -> bool:
         """True while a request is unfinished."""
         return self._llm.has_unfinished_requests()
 
-    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams) -> None:
-        """Queues a generation.
+    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: OnText | None = None) -> None:
+        """Queues a generation; `on_text` makes `step` tell its text so far.
 
         Raises:
             ValueError: the prompt is empty or too long, or the parameters make no sense.
         """
-        if params.stop and self._tokenizer is None:
-            raise ValueError("stop strings need rollout.detokenize: True")
+        if (params.stop or on_text) and self._tokenizer is None:
+            raise ValueError("stop strings and texts that grow need rollout.detokenize: True")
         if len(prompt_ids) >= self._settings.max_model_len:
             raise ValueError(
                 f"a prompt of {len(prompt_ids)} tokens leaves no room in max_model_len={self._settings.max_model_len}"
             )
-        self._submit(request_id, prompt_ids, _sampling_params(params))
+        self._submit(request_id, prompt_ids, _sampling_params(params, streams=on_text is not None))
+        if on_text is not None:
+            self._listeners[request_id] = on_text
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         """Queues the scoring of given tokens; `Finished.prompt_logprobs` will hold one value per token.
@@ -95,12 +98,20 @@ class VllmBackend:
 
     def step(self) -> list[Finished]:
         """Runs the model once for everything queued or running; returns what ended."""
-        return [self._finish(output) for output in self._llm.step() if output.finished]
+        finished = []
+        # Requests without a listener are in here only once they have ended.
+        for output in self._llm.step():
+            if output.finished:
+                finished.append(self._finish(output))
+            elif output.request_id in self._listeners:
+                self._listeners[output.request_id](output.outputs[0].text)
+        return finished
 
     def abort(self, request_ids: list[str]) -> list[Finished]:
         """Ends requests at once; returns what they had generated so far. Unknown ids are ignored."""
         partial = []
         for request_id in request_ids:
+            self._listeners.pop(request_id, None)
             internal = self._internal_ids.pop(request_id, None)
             state = self._llm.output_processor.request_states.get(internal) if internal else None
             if internal is None or state is None:
@@ -175,6 +186,7 @@ class VllmBackend:
 
     def _finish(self, output: Any) -> Finished:
         self._internal_ids.pop(output.request_id, None)
+        self._listeners.pop(output.request_id, None)
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
         prompt_logprobs = None
@@ -232,8 +244,8 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
     return arguments
 
 
-def _sampling_params(params: GenerateParams) -> Any:
-    """vLLM's sampling parameters."""
+def _sampling_params(params: GenerateParams, streams: bool = False) -> Any:
+    """vLLM's sampling parameters; `streams`: outputs while the request goes on."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -254,8 +266,8 @@ def _sampling_params(params: GenerateParams) -> Any:
         # Tags may be special tokens of a tokenizer; the text must show them.
         skip_special_tokens=False,
         spaces_between_special_tokens=False,
-        detokenize=bool(params.stop),
+        detokenize=bool(params.stop) or streams,
         logprobs=0,
         flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.CUMULATIVE if streams else RequestOutputKind.FINAL_ONLY,
     )

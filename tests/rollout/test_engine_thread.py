@@ -26,6 +26,7 @@ class ScriptedBackend:
     def __init__(self) -> None:
         self.left: dict[str, int] = {}
         self.done: dict[str, int] = {}
+        self.listeners: dict[str, Any] = {}
         self.steps = 0
         self.threads: set[int] = set()
         self.closed = False
@@ -35,9 +36,10 @@ class ScriptedBackend:
     def has_work(self) -> bool:
         return bool(self.left)
 
-    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams) -> None:
+    def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: Any = None) -> None:
         self.left[request_id] = params.max_new_tokens
         self.done[request_id] = 0
+        self.listeners[request_id] = on_text
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         self.left[request_id] = 1
@@ -48,6 +50,8 @@ class ScriptedBackend:
         self.on_step()
         for request_id in self.left:
             self.left[request_id] -= 1
+            if self.left[request_id] and self.listeners.get(request_id):
+                self.listeners[request_id]("x" * self.left[request_id])
         ended = [request_id for request_id, left in self.left.items() if left == 0]
         return [self.finish(request_id) for request_id in ended]
 
@@ -111,6 +115,25 @@ def test_what_ends_in_one_step_comes_back_in_one_call() -> None:
         await asyncio.gather(*tasks)
         # The first request may have been stepped before the other 49 arrived.
         assert len(calls) <= 2
+
+    play(scene)
+
+
+def test_a_listener_hears_the_text_in_order_in_its_own_loop_and_before_the_end() -> None:
+    async def scene(engine: Engine, backend: ScriptedBackend) -> None:
+        heard: list[str] = []
+        threads = set()
+
+        def listen(text: str) -> None:
+            heard.append(text)
+            threads.add(threading.get_ident())
+
+        await engine.generate([1], GenerateParams(max_new_tokens=4), on_text=listen)
+        assert heard == ["xxx", "xx", "x"]
+        assert threads == {threading.get_ident()}
+        await engine.generate([1], GenerateParams(max_new_tokens=4))
+        assert len(heard) == 3
+        assert list(backend.listeners.values())[-1] is None
 
     play(scene)
 
