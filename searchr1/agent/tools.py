@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from searchr1.agent.protocol import Document, InformationStyle, neutralise, render_body
 from searchr1.config.schema import ToolsConfig
 from searchr1.errors import UserError
 from searchr1.retrieval.client import TOKEN_VARIABLE, ClientStats, SearchClient, SearchUnavailable
+from searchr1.retrieval.documents import Page, RetrievedDocument
 
 FAILURE_WINDOW = 200
 """The failure rate is taken over this many of the latest calls."""
@@ -29,6 +30,29 @@ class ToolResult:
 
     body: str
     error: str | None = None
+    found: list[list[Document]] = field(default_factory=list)
+    """Passages of each query, or the page of each address: for those who watch. The policy reads `body`."""
+
+
+class Finder(Protocol):
+    """Where tools look: `SearchClient`, or an online engine in this process."""
+
+    @property
+    def stats(self) -> ClientStats:
+        """Counts since the start."""
+        ...
+
+    async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
+        """Passages for each query; raises SearchUnavailable."""
+        ...
+
+    async def access(self, urls: Sequence[str]) -> list[Page | None]:
+        """The page behind each address, or None; raises SearchUnavailable."""
+        ...
+
+    async def aclose(self) -> None:
+        """Give back connections."""
+        ...
 
 
 class Tool(Protocol):
@@ -70,7 +94,7 @@ class FailureMonitor:
 class SearchTool:
     """Passages for queries."""
 
-    def __init__(self, client: SearchClient, style: InformationStyle, monitor: FailureMonitor) -> None:
+    def __init__(self, client: Finder, style: InformationStyle, monitor: FailureMonitor) -> None:
         self._client = client
         self._style = style
         self._monitor = monitor
@@ -84,7 +108,7 @@ class SearchTool:
             return ToolResult("The search engine did not answer. Try again or answer without it.", str(error))
         self._monitor.record(False)
         documents = [[Document(d.title, d.text, d.id, d.url or "", d.score) for d in found] for found in results]
-        return ToolResult(render_body(documents, self._style))
+        return ToolResult(render_body(documents, self._style), found=documents)
 
     @property
     def stats(self) -> ClientStats:
@@ -99,7 +123,7 @@ class SearchTool:
 class AccessTool:
     """Pages for addresses, long ones in numbered parts."""
 
-    def __init__(self, client: SearchClient, monitor: FailureMonitor) -> None:
+    def __init__(self, client: Finder, monitor: FailureMonitor) -> None:
         self._client = client
         self._monitor = monitor
 
@@ -111,7 +135,8 @@ class AccessTool:
             self._monitor.record(True, str(error))
             return ToolResult("The page could not be fetched. Try again or answer without it.", str(error))
         self._monitor.record(False)
-        return ToolResult("\n\n".join(show_page(page.contents if page else None) for page in pages))
+        body = "\n\n".join(show_page(page.contents if page else None) for page in pages)
+        return ToolResult(body, found=[[Document("", page.contents, url=page.url)] if page else [] for page in pages])
 
     async def aclose(self) -> None:
         """The search tool owns the connections."""
