@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from searchr1.tracking.svg import HEIGHT, WIDTH, Series, line_chart
 
 GAP, HEAD, LEGEND_LINE, LEGEND_COLUMN = 24.0, 24.0, 15.0, 205.0
+LONG_NAME = 34
+"""Characters of a legend's text that take a line of their own."""
 STYLE = """
 svg { --paper: #ffffff; --ink: #1c2430; --soft: #5d6b7e; --rule: #e1e6ed; --c0: #2f6fde; --c1: #e0752d; --c2: #24945b;
   --c3: #8e4ec6; --c4: #c2417f; --c5: #7a8798; }
@@ -33,7 +35,8 @@ class Chart:
 
 def drawing(charts: Sequence[Chart], columns: int) -> str:
     """A whole SVG document, `columns` charts beside each other, each with its legend below."""
-    legend_lines = max(math.ceil(len(chart.series) / 2) for chart in charts)
+    beside = 1 if any(len(line.name) > LONG_NAME for chart in charts for line in chart.series) else 2
+    legend_lines = max(math.ceil(len(chart.series) / beside) for chart in charts)
     cell_width, cell_height = WIDTH + GAP, HEAD + HEIGHT + LEGEND_LINE * legend_lines + GAP
     width, height = columns * cell_width + GAP, math.ceil(len(charts) / columns) * cell_height + GAP
     parts = []
@@ -44,7 +47,8 @@ def drawing(charts: Sequence[Chart], columns: int) -> str:
         plot = figure[figure.index("<svg ") + 5 : figure.index("</svg>")]
         parts.append(f'<svg x="{left}" y="{top + HEAD}" width="{WIDTH}" height="{HEIGHT}" {plot}</svg>')
         for index, line in enumerate(chart.series):
-            x, y = left + index % 2 * LEGEND_COLUMN + 8, top + HEAD + HEIGHT + index // 2 * LEGEND_LINE + 8
+            x = left + index % beside * LEGEND_COLUMN + 8
+            y = top + HEAD + HEIGHT + index // beside * LEGEND_LINE + 8
             parts.append(f'<rect class="key c{index}" x="{x}" y="{y - 8}" width="9" height="9" rx="2"/>')
             parts.append(f'<text x="{x + 15}" y="{y}">{html.escape(line.name)}</text>')
     size = f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}"'

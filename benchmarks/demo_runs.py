@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,9 +152,12 @@ def run_missing(folder: Path, runs: Sequence[Run], curves: Sequence[str] = ()) -
 
 
 def mean_curve(results: Sequence[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    """(step, mean over runs) of a curve in their results."""
-    rows = zip(*(found[name] for found in results), strict=True)
-    return [(float(row[0][0]), statistics.mean(value for _, value in row)) for row in rows]
+    """(step, mean over runs) of a curve in their results, at the steps that all of them have."""
+    values: dict[int, list[float]] = defaultdict(list)
+    for found in results:
+        for step, value in found[name]:
+            values[step].append(value)
+    return [(float(step), statistics.mean(row)) for step, row in sorted(values.items()) if len(row) == len(results)]
 
 
 def numbers(text: str) -> list[int]:
