@@ -6,24 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.evaluation.methods import METHODS
+from searchr1.evaluation.page_style import STYLE, escape
 from searchr1.evaluation.results import Results
 from searchr1.evaluation.sources import canonical, label
 from searchr1.evaluation.summary import Value
 from searchr1.evaluation.tables import Table, score
 from searchr1.rewards.answers import answer_of, exact_match
-from searchr1.tracking.report import escape
-from searchr1.tracking.report_style import STYLE
 
-OWN_STYLE = """
-td:first-child, th:first-child { text-align: left; }
-tr.ours td { font-weight: 600; }
-.note { color: var(--soft); font-size: 13px; max-width: 80em; }
-.bars { padding: 14px; }
-.bars svg { width: 100%; height: auto; max-width: 760px; display: block; }
-.bars .name { fill: var(--ink); font-size: 12px; }
-.span { stroke: var(--c); stroke-width: 2; }
-.published { fill: none; stroke: var(--soft); stroke-width: 1.5; }
-"""
 LONGEST = 600
 """Characters shown of a question or an answer."""
 LEFT, RIGHT, ROW, GAP = 130.0, 740.0, 15.0, 12.0
@@ -38,13 +27,13 @@ def page(results: Results) -> str:
         _chart(results),
         *map(_table, results.tables()),
         *_examples(results),
-        _table(Table("Settings", ["", ""], [[key, value] for key, value in results.settings.items()])),
+        _settings(results),
     ]
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f"<title>{name}</title><style>{STYLE}{OWN_STYLE}</style></head>\n<body><main>\n"
+        f"<title>{name}</title><style>{STYLE}</style></head>\n<body><main>\n"
         + "\n".join(section for section in sections if section)
         + "\n</main></body></html>\n"
     )
@@ -93,7 +82,7 @@ def _chart(results: Results) -> str:
         f'<text x="{_x(t):.1f}" y="{y + 14:.1f}" text-anchor="middle">{t:g}</text>'
         for t in (0, 0.2, 0.4, 0.6, 0.8, 1)
     )
-    keys = "".join(f'<span class="key k{n % 7}">{escape(METHODS[name].title)}</span>' for n, name in enumerate(summaries))
+    keys = "".join(f'<span class="key c{n}">{escape(METHODS[name].title)}</span>' for n, name in enumerate(summaries))
     rings = "<span>○ best published number of a model of this size</span>" if results.published else ""
     return (
         f'<h2>Exact match with 95 % intervals</h2><div class="table bars"><svg viewBox="0 0 760 {y + 20:.0f}" role="img" '
@@ -105,8 +94,8 @@ def _mark(value: Value, number: int, y: float) -> str:
     low = value.mean if value.low is None else value.low
     high = value.mean if value.high is None else value.high
     return (
-        f'<line class="span c{number % 7}" x1="{_x(low):.1f}" x2="{_x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<circle class="dot c{number % 7}" cx="{_x(value.mean):.1f}" cy="{y:.1f}" r="3.5">'
+        f'<line class="span c{number}" x1="{_x(low):.1f}" x2="{_x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        f'<circle class="dot c{number}" cx="{_x(value.mean):.1f}" cy="{y:.1f}" r="3.5">'
         f"<title>{score(value.mean)} [{score(low)}, {score(high)}]</title></circle>"
     )
 
@@ -116,9 +105,7 @@ def _x(share: float) -> float:
 
 
 def _table(table: Table) -> str:
-    if not table.rows:
-        return ""
-    head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in table.head)}</tr>" if any(table.head) else ""
+    head = f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in table.head)}</tr>"
     marked = table.ours if len(table.ours) < len(table.rows) else set()
     rows = "".join(
         ('<tr class="ours">' if number in marked else "<tr>") + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
@@ -126,6 +113,11 @@ def _table(table: Table) -> str:
     )
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     return f'<h2>{escape(table.title)}</h2><div class="table"><table>{head}{rows}</table></div>{note}'
+
+
+def _settings(results: Results) -> str:
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in results.settings.items())
+    return f'<h2>Settings</h2><div class="table settings"><table>{rows}</table></div>'
 
 
 def _examples(results: Results) -> list[str]:

@@ -61,16 +61,19 @@ class Results:
         known = any(one.name in LABELS for summary in self.summaries.values() for one in summary.sets)
         return nearest(self.billions) if known else []
 
-    def tables(self) -> list[Table]:
+    def tables(self, narrow: bool = False) -> list[Table]:
         """The comparison (where there is something to compare), then a table per method."""
-        tables = [method_table(name, one.summary) for name, one in self.methods.items()]
+        tables = [method_table(name, one.summary, narrow) for name, one in self.methods.items()]
         if len(self.methods) > 1 or self.published:
             tables.insert(0, comparison(Path(self.model).name or self.model, self.summaries, self.published))
         return tables
 
     def text(self) -> str:
-        """For a terminal."""
-        return "\n\n".join(map(plain, self.tables()))
+        """For a terminal: narrower, and what holds for every method is said once."""
+        tables = self.tables(narrow=True)
+        last = tables[-1].note
+        told = [dataclasses.replace(table, note="") if table.note == last else table for table in tables]
+        return "\n\n".join([*map(plain, told), last])
 
     def json(self) -> dict[str, Any]:
         """Everything, structured."""

@@ -36,15 +36,30 @@ class Table:
     """Rows to be marked."""
 
 
-def method_table(name: str, summary: Summary) -> Table:
-    """One method: a row per question set, one for their average, one for all questions together."""
+def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
+    """One method: a row per question set, one for their average, one for all questions together.
+
+    Args:
+        name: of the method.
+        summary: its numbers.
+        narrow: give exact match alone its interval.
+    """
+
+    def cell(score_name: str, value: Value) -> str:
+        return score(value.mean) if narrow and score_name != "exact_match" else _with_interval(value)
+
+    def row(title: str, found: SetSummary) -> list[str]:
+        scores = (cell(name, value) for name, value in found.scores.items())
+        facts = (percent(found.facts[fact]) if fact in SHARES else _number(found.facts[fact]) for fact in FACT_TITLES)
+        return [title, f"{found.questions:,}", *scores, *facts]
+
     scores = list(summary.overall.scores)
     head = ["set", "questions", *(SCORE_TITLES.get(score, score) for score in scores), *FACT_TITLES.values()]
-    rows = [_row(label(one.name), one) for one in summary.sets]
+    rows = [row(label(one.name), one) for one in summary.sets]
     if len(summary.sets) > 1:
-        average = [_with_interval(summary.macro[score]) for score in scores]
+        average = [cell(name, summary.macro[name]) for name in scores]
         rows.append(["average of sets", "", *average, *("" for _ in FACT_TITLES)])
-        rows.append(_row("all questions", summary.overall))
+        rows.append(row("all questions", summary.overall))
     title = METHODS[name].title
     attempts = f"means over {summary.group_size} attempts at each question; " if summary.group_size > 1 else ""
     note = (
@@ -52,12 +67,6 @@ def method_table(name: str, summary: Summary) -> Table:
         "per attempt; invalid is a share of turns, truncated and failed are shares of attempts, tool failures one of calls."
     )
     return Table(title[0].upper() + title[1:], head, rows, note)
-
-
-def _row(name: str, found: SetSummary) -> list[str]:
-    scores = map(_with_interval, found.scores.values())
-    facts = (percent(found.facts[fact]) if fact in SHARES else _number(found.facts[fact]) for fact in FACT_TITLES)
-    return [name, f"{found.questions:,}", *scores, *facts]
 
 
 def comparison(model: str, summaries: Mapping[str, Summary], published: Sequence[Published]) -> Table:

@@ -8,7 +8,7 @@ from typing import Any
 
 from searchr1.agent.trajectory import Sample
 from searchr1.config.schema import Config
-from searchr1.data.dataset import load_dataset_files
+from searchr1.data.dataset import LoadStats, load_dataset_files
 from searchr1.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -20,6 +20,8 @@ class RunData:
 
     train: list[Sample]
     val: list[Sample]
+    val_stats: LoadStats | None = None
+    """What loading `val` left out; None if there was nothing to load."""
 
 
 def load_tokenizer(config: Config) -> Any:
@@ -42,6 +44,7 @@ def load_data(config: Config, training: bool = True) -> RunData:
     tokenizer = load_tokenizer(config)
     data = config.data
     parts: dict[str, list[Sample]] = {"train": [], "val": []}
+    stats: LoadStats | None = None
     for part, paths in (("train", data.train_data_paths), ("val", data.val_data_paths)):
         if not paths or (part == "train" and not training):
             continue
@@ -57,5 +60,5 @@ def load_data(config: Config, training: bool = True) -> RunData:
             apply_chat_template=data.apply_chat_template,
         )
         logger.info("%s questions: %s", part, loaded.stats)
-        parts[part] = loaded.samples
-    return RunData(parts["train"], parts["val"])
+        parts[part], stats = loaded.samples, loaded.stats
+    return RunData(parts["train"], parts["val"], stats if data.val_data_paths else None)

@@ -1,27 +1,43 @@
-"""`searchr1 eval`, and the evaluation inside a training run: every row, greedily, per data source."""
+"""`searchr1 eval`, and the evaluation inside a training run."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid
-from searchr1.config.load import load_config
+from searchr1.config.load import load_config, save_config
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
 from searchr1.device import Device
+from searchr1.errors import UserError
+from searchr1.evaluation.methods import sampling_note
+from searchr1.evaluation.model_folder import billions
+from searchr1.evaluation.results import Results, method_result, write_results
+from searchr1.evaluation.summary import flat_metrics
 from searchr1.runner.collect import collect
-from searchr1.runner.data import load_data
+from searchr1.runner.eval_tasks import (
+    Questions,
+    Task,
+    add_passages,
+    load_questions,
+    open_folder,
+    open_tasks,
+    with_judge,
+)
 from searchr1.runner.groups import Groups, launch
-from searchr1.runner.run_folder import RunFolder
-from searchr1.tracking.metrics import eval_metrics, eval_table
+from searchr1.runner.passages import require_server
+from searchr1.runner.stream import Streamed, stream
+from searchr1.tracking.eval_progress import EvalProgress
+from searchr1.tracking.loggers import build_loggers
+from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.run_log import RunLog
 
 
 def evaluate(groups: Groups, samples: list[Sample], config: Config, log: RunLog, step: int) -> dict[str, float]:
-    """Answer every question once and log the result. Returns the metrics, `val/<data source>/<name>`."""
+    """In a training run: answer every question once, greedily, and log it. Returns `val/<data source>/<name>`."""
     trajectories: list[Trajectory] = []
     batch_size = config.data.val_rollout_batch_size or len(samples)
     for number, batch in enumerate(eval_batches(samples, batch_size)):
@@ -40,27 +56,128 @@ def evaluate(groups: Groups, samples: list[Sample], config: Config, log: RunLog,
     return metrics
 
 
-def run(config: Config) -> tuple[dict[str, float], Path]:
-    """Evaluate the model that `config` names. Returns the metrics and the run's folder, which also holds them."""
+def run(config: Config) -> tuple[Results, Path]:
+    """Evaluate the model that `config` names, or go on with it. Returns the results and the folder that holds them.
+
+    Raises:
+        UserError: something the user can put right; what was finished is kept, and the same call goes on from there.
+    """
+    config = with_judge(config)
     device = Device.detect(config.cluster.device)
-    samples = load_data(config, training=False).val
-    folder = RunFolder.open(config)
+    questions = load_questions(config)
+    print(f"questions: {questions.described}", flush=True)
+    folder = open_folder(config)
+    tasks = open_tasks(config, folder, questions)
+    save_config(config, folder / "config.yaml")
+    try:
+        answer_pending(config, device, tasks, questions)
+    except UserError as error:
+        done, total = (sum(map(len, parts)) for parts in zip(*((t.ledger.finished, t.samples) for t in tasks), strict=True))
+        raise UserError(
+            f"{error}\n{done} of {total} questions are finished and kept in {folder}; the same command goes on from there"
+        ) from error
+    finally:
+        for task in tasks:
+            task.ledger.close()
+    results = summarise_tasks(config, tasks, questions)
+    write_results(folder, results)
+    return results, folder
+
+
+def answer_pending(config: Config, device: Device, tasks: list[Task], questions: Questions) -> None:
+    """Answer what is not finished. No process is started if everything is."""
+    tasks = [task for task in tasks if task.pending]
+    if not tasks:
+        print("every question was finished before", flush=True)
+        return
+    if any(task.method.searches or task.method.retrieves for task in tasks) and not config.tools.search.dummy_mode:
+        require_server(config)
+    pending = {
+        task.method.name: add_passages(config, task, questions) if task.method.retrieves else task.pending for task in tasks
+    }
     with launch(config, device) as groups:
-        with RunLog(folder.path, config, first_step=0, total_steps=0) as log:
-            metrics = evaluate(groups, samples, config, log, step=0)
-    (folder.path / "eval.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    return metrics, folder.path
+        for task in tasks:
+            answer(groups, task, pending[task.method.name], config)
+
+
+def answer(groups: Groups, task: Task, samples: list[Sample], config: Config) -> Streamed:
+    """Answer one method's questions; each is in the ledger as soon as it is finished."""
+    attempts = config.algorithm.group_size
+
+    def receive(trajectories: list[Trajectory]) -> None:
+        task.ledger.append(trajectories)
+        numbers = {trajectory.sample.index for trajectory in trajectories}
+        task.ledger.finished |= numbers
+        right = sum(trajectory.reward_parts["exact_match"] for trajectory in trajectories)
+        bar.advance(len(numbers), right, len(trajectories))
+
+    with EvalProgress(task.method.name, len(task.samples), len(task.ledger.finished)) as bar:
+        return stream(
+            groups,
+            samples,
+            receive,
+            group_size=attempts,
+            seed=config.runner.seed,
+            settings=task.settings,
+            # As many again as the engine takes at once: some wait for a search, and the engine never runs dry.
+            in_flight=math.ceil(2 * config.rollout.max_running_requests / attempts),
+            timeout_s=config.runner.step_timeout_s,
+        )
+
+
+def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> Results:
+    """Score everything that the ledgers hold, and log each method's metrics."""
+    methods = {}
+    for task in tasks:
+        how = sampling_note(task.settings, config.algorithm.group_size)
+        wanted = len(task.samples) * config.algorithm.group_size
+        result = method_result(task.ledger.rows(), wanted, str(task.folder), how, config.runner.seed)
+        methods[task.method.name] = result
+        backends = config.runner.logger.logger_backends
+        name = f"{config.runner.experiment_name}-{task.method.name}"
+        project = config.runner.logger.project_name
+        for logger in build_loggers(task.folder, backends, project=project, name=name, config={}, first_step=0):
+            logger.log(0, flat_metrics(result.summary))
+            logger.close()
+    model = config.rollout.model.model_path
+    return Results(model, billions(model), methods, _settings(config, tasks, questions))
+
+
+def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[str, str]:
+    """What a reader of the tables should know."""
+    search, agent = config.tools.search, config.agentloop
+    found = {
+        "model": config.rollout.model.model_path,
+        "precision": config.rollout.model.precision,
+        "questions": f"{questions.described} of {', '.join(config.data.val_data_paths)}",
+        "attempts": sampling_note(tasks[-1].settings, config.algorithm.group_size),
+        "prompt of the search loop": config.data.prompt_template or "the rows' own",
+        "chat template": "yes" if questions.chat else "no",
+        "limits": f"{config.runner.seq_length} tokens, {agent.max_turns} turns with tools, {agent.max_tool_response_length} "
+        "tokens of a tool's text",
+        "passages": "none (dummy_mode)" if search.dummy_mode else f"top {search.topk} of {search.server_addr}",
+    }
+    if "judge" in config.reward.weights:
+        found["judge"] = f"{config.reward.judge.model} at {config.reward.judge.base_url}"
+    return found
 
 
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
-    parser = argparse.ArgumentParser(prog="searchr1 eval", description="Evaluate a model as a YAML describes.")
+    parser = argparse.ArgumentParser(
+        prog="searchr1 eval",
+        description="Evaluate a model as a YAML describes. An evaluation that was stopped goes on where it was.",
+    )
     parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu-eval.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance rollout.model.model_path=PATH")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for instance rollout.model.model_path=PATH 'evaluation.methods=[direct,cot,rag,search]'",
+    )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
     require_valid(config, for_training=False)
-    metrics, folder = run(config)
-    print(eval_table(metrics))
-    print(f"results: {folder}")
+    results, folder = run(config)
+    print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")
     return 0

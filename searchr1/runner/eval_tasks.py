@@ -1,0 +1,174 @@
+"""What an evaluation has to do: per method the questions with their prompts, and which of them are finished."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from searchr1.agent.protocol import truncate_ids
+from searchr1.agent.settings import AgentSettings
+from searchr1.agent.trajectory import Sample
+from searchr1.config.schema import Config
+from searchr1.data.dataset import TOKENIZE_ROWS, read_rows
+from searchr1.data.prompts import render_prompt
+from searchr1.errors import UserError
+from searchr1.evaluation.ledger import Ledger
+from searchr1.evaluation.manifest import manifest
+from searchr1.evaluation.methods import METHODS, Method, agent_settings
+from searchr1.runner.data import load_data, load_tokenizer
+from searchr1.runner.passages import retrieve_passages
+from searchr1.tracking.eval_progress import EvalProgress
+
+logger = logging.getLogger(__name__)
+
+RESULT_FILES = ("results.json", "results.md", "results.html", "eval.json")
+OLDER = ("trajectories", "tensorboard", "metrics.jsonl")
+"""What an evaluation of an earlier version left."""
+
+
+@dataclass(slots=True)
+class Task:
+    """One method."""
+
+    method: Method
+    folder: Path
+    settings: AgentSettings
+    samples: list[Sample]
+    """All questions; `index` is their place. Prompts that hold passages are filled in by `add_passages`."""
+    ledger: Ledger
+
+    @property
+    def pending(self) -> list[Sample]:
+        """Questions that are not finished."""
+        return [sample for sample in self.samples if sample.index not in self.ledger.finished]
+
+
+@dataclass(slots=True)
+class Questions:
+    """The rows of `data.val_data_paths`."""
+
+    samples: list[Sample]
+    tokenizer: Any
+    chat: bool
+    """Whether prompts are chat messages."""
+    described: str
+
+
+def load_questions(config: Config) -> Questions:
+    """The questions, with the search loop's prompts if it is among the methods.
+
+    Raises:
+        UserError: a file or a row cannot be used.
+    """
+    data = config.data
+    if "search" not in config.evaluation.methods:
+        # Rows need not have a prompt then: each method makes its own.
+        data = replace(data, prompt_template="direct")
+    loaded = load_data(replace(config, data=data), training=False)
+    samples = [replace(sample, index=index) for index, sample in enumerate(loaded.val)]
+    if judged(config):
+        # The judge is part of the configured reward; a row's own would go before it.
+        samples = [replace(sample, reward_name=None) for sample in samples]
+    own_prompts = config.data.prompt_template in (None, "none")
+    row = next(read_rows(Path(data.val_data_paths[0])))[1]
+    chat = data.apply_chat_template or (own_prompts and isinstance(row.get(data.prompt_key), list))
+    return Questions(samples, load_tokenizer(config), chat, str(loaded.val_stats))
+
+
+def open_folder(config: Config) -> Path:
+    """`{runner.output_dir}/{runner.experiment_name}`, emptied of an evaluation if `runner.overwrite`.
+
+    Raises:
+        UserError: a training run is in there, or an evaluation that cannot be gone on with.
+    """
+    path = Path(config.runner.output_dir) / config.runner.experiment_name
+    if (path / "checkpoints").exists():
+        raise UserError(f"runner.experiment_name: {path} holds a training run; give the evaluation another name")
+    if config.runner.overwrite:
+        for name in (*METHODS, *OLDER):
+            shutil.rmtree(path / name, ignore_errors=True)
+        for name in (*RESULT_FILES, *OLDER):
+            if (path / name).is_file():
+                (path / name).unlink()
+    elif (path / "metrics.jsonl").exists():
+        raise UserError(
+            f"runner.experiment_name: {path} already holds a run; give another name, or set runner.overwrite=True to write "
+            "over it"
+        )
+    return path
+
+
+def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]:
+    """A task per method, each with what was finished before.
+
+    Raises:
+        UserError: a folder holds answers of something else, prompts do not fit.
+    """
+    tasks = []
+    for name in config.evaluation.methods:
+        method = METHODS[name]
+        settings = agent_settings(config, method)
+        samples = questions.samples
+        if not method.searches and not method.retrieves:
+            samples = _with_prompts(config, method, questions, samples, None)
+        ledger = Ledger.open(folder / name, manifest(config, method, settings, samples))
+        tasks.append(Task(method, folder / name, settings, samples, ledger))
+    return tasks
+
+
+def add_passages(config: Config, task: Task, questions: Questions) -> list[Sample]:
+    """The pending questions with passages in their prompts, cut to `agentloop.max_tool_response_length` tokens each.
+
+    Raises:
+        UserError: the server does not answer, prompts do not fit.
+    """
+    pending = task.pending
+    with EvalProgress(f"{task.method.name}: passages", len(pending)) as bar:
+        style = task.settings.information_style
+        passages = retrieve_passages(config, style, [sample.question for sample in pending], bar.advance)
+    tokenizer, settings = questions.tokenizer, task.settings
+    cut = []
+    for text in passages:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        kept = truncate_ids(ids, settings.max_tool_response_length, settings.truncate_side)
+        cut.append(text if len(kept) == len(ids) else tokenizer.decode(kept))
+    return _with_prompts(config, task.method, questions, pending, cut)
+
+
+def judged(config: Config) -> bool:
+    """Whether a judge is asked."""
+    reward = config.reward
+    return config.evaluation.judge or "judge" in (reward.weights or {reward.reward_type})
+
+
+def with_judge(config: Config) -> Config:
+    """The configuration whose reward also tells the judge's verdict, if one is asked for."""
+    if not judged(config):
+        return config
+    weights = dict(config.reward.weights) or {config.reward.reward_type: 1.0}
+    return replace(config, reward=replace(config.reward, weights={"judge": 0.0} | weights))
+
+
+def _with_prompts(
+    config: Config, method: Method, questions: Questions, samples: Sequence[Sample], passages: list[str] | None
+) -> list[Sample]:
+    """The samples with a method's own prompts."""
+    texts = []
+    for number, sample in enumerate(samples):
+        shown = passages[number] if passages is not None else None
+        texts.append(render_prompt(None, sample.question, questions.tokenizer, method.template, questions.chat, shown))
+    ids: list[list[int]] = []
+    for start in range(0, len(texts), TOKENIZE_ROWS):
+        ids += questions.tokenizer(texts[start : start + TOKENIZE_ROWS], add_special_tokens=False)["input_ids"]
+    limit = config.data.max_prompt_length
+    too_long = [len(prompt) for prompt in ids if len(prompt) > limit]
+    if too_long:
+        raise UserError(
+            f"data.max_prompt_length: {len(too_long)} prompts of {method.title} are longer than {limit} tokens (the longest "
+            f"has {max(too_long)}); raise it (and runner.seq_length with it), so that all methods answer the same questions"
+        )
+    return [replace(sample, prompt_ids=prompt) for sample, prompt in zip(samples, ids, strict=True)]
