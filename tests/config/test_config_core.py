@@ -99,6 +99,8 @@ def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
         ("algorithm.loss_agg_func=mean", "algorithm.loss_agg_func"),
         ("reward.reward_type=no_such.module:f", "reward.reward_type"),
         ("agentloop.generate_fn=json:nothing", "agentloop.generate_fn"),
+        ("data.prompt_template=serachr1", "data.prompt_template"),
+        ("data.prompt_template=/nowhere/own.txt", "data.prompt_template"),
         ("algorithm.group_size=0", "algorithm.group_size"),
         ("critic.use_critic_model=True", "critic.use_critic_model"),
         ("algorithm.kl_beta=null", "algorithm.kl_beta"),

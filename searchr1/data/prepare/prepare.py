@@ -75,6 +75,11 @@ def prepare(sources: dict[str, list[Source]], settings: Settings) -> Outcome:
         splits[split] = _draw(questions, settings)
         if not splits[split]:
             raise UserError(f"--split {split}: no row is left; leave out --drop-overlap or --skip-bad, or give other files")
+    rewards = sum(question.reward is not None for questions in splits.values() for question in questions)
+    if rewards and settings.shape == "searchr1":
+        outcome.warnings.append(
+            f"{rewards:,} rows name a reward of their own, for which searchr1 rows have no place; use --rows plain or rlinf"
+        )
     passages = _passages([question for questions in splits.values() for question in questions], settings)
     for split, questions in splits.items():
         by_set = {stats.set_name: stats for stats in outcome.stats if stats.split == split}
@@ -265,7 +270,12 @@ def _passages(questions: list[Question], settings: Settings) -> dict[str, str]:
 def _write(split: str, questions: list[Question], passages: dict[str, str], settings: Settings) -> list[Path]:
     files = []
     brought = any(question.passages is not None for question in questions)
-    schema = arrow_schema(settings.shape, passages=bool(passages) or brought, messages=settings.messages)
+    schema = arrow_schema(
+        settings.shape,
+        passages=bool(passages) or brought,
+        messages=settings.messages,
+        own_reward=any(question.reward is not None for question in questions),
+    )
     for kind in settings.formats:
         path = settings.out / f"{split}.{kind}"
         rows = (

@@ -30,6 +30,8 @@ class Question:
     answers: list[str]
     passages: str | None = None
     """Search results as text, if the row came with them."""
+    reward: str | None = None
+    """The row's own reward, by name."""
 
 
 def check_row(row: dict[str, Any], set_name: str, index: int, default_id: str, question_mark: bool) -> Question:
@@ -53,8 +55,10 @@ def check_row(row: dict[str, Any], set_name: str, index: int, default_id: str, q
     passages = row.get("passages")
     if passages is not None and not isinstance(passages, str):
         raise UserError(f"passages is a {type(passages).__name__}; expected one text")
-    question = Question(set_name, index, _id(row, default_id), text, _answers(row), passages)
-    for part in (question.id, question.text, *question.answers, passages or ""):
+    reward = row.get("reward_model")
+    reward = reward if isinstance(reward, str) and reward else None
+    question = Question(set_name, index, _id(row, default_id), text, _answers(row), passages, reward)
+    for part in (question.id, question.text, *question.answers, passages or "", reward or ""):
         require_unicode(part)
     return question
 

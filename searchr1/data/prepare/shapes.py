@@ -34,7 +34,7 @@ def make_row(
     if shape == "plain":
         row: dict[str, Any] = {"id": question.id, "data_source": question.set_name, "question": question.text}
         row["golden_answers"] = question.answers
-        return row if passages is None else row | {"passages": passages}
+        return row | _own_reward(question) | ({} if passages is None else {"passages": passages})
     assert template is not None
     text = fill_template(template, question.text, passages if wants_passages(template) else None)
     if shape == "searchr1":
@@ -59,21 +59,28 @@ def make_row(
         "id": question.id,
         "question": question.text,
         "data_source": question.set_name,
+        **_own_reward(question),
     }
 
 
-def arrow_schema(shape: str, *, passages: bool = False, messages: bool = False) -> Any:
+def _own_reward(question: Question) -> dict[str, Any]:
+    return {} if question.reward is None else {"reward_model": question.reward}
+
+
+def arrow_schema(shape: str, *, passages: bool = False, messages: bool = False, own_reward: bool = False) -> Any:
     """The columns of `make_row`'s rows; fixed, so that a file's types do not hang on what its first rows hold."""
     import pyarrow as pa
 
     text, texts = pa.string(), pa.list_(pa.string())
+    further = {"reward_model": text} if own_reward else {}
     chat = pa.list_(pa.struct({"role": text, "content": text}))
     if shape == "plain":
         columns = {"id": text, "data_source": text, "question": text, "golden_answers": texts}
-        return pa.schema(columns | ({"passages": text} if passages else {}))
+        return pa.schema(columns | further | ({"passages": text} if passages else {}))
     if shape == "rlinf":
         prompt = chat if messages else text
-        return pa.schema({"prompt": prompt, "solutions": texts, "id": text, "question": text, "data_source": text})
+        columns = {"prompt": prompt, "solutions": texts, "id": text, "question": text, "data_source": text}
+        return pa.schema(columns | further)
     return pa.schema(
         {
             "id": text,
