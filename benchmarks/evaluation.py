@@ -122,8 +122,8 @@ async def rounds(arguments: argparse.Namespace, folder: Path, address: str) -> l
                 found.append(row)
                 print(
                     f"round {number + 1}: {tokens} tokens; evaluation {seconds:.1f} s ({tokens / seconds:.0f} tok/s, "
-                    f"{len(trajectories) / seconds:.1f} questions/s), engine alone {alone:.1f} s ({tokens / alone:.0f} tok/s), "
-                    f"ratio {alone / seconds:.2f}, engine busy {busy:.2f}",
+                    f"{len(trajectories) / seconds:.1f} questions/s), engine alone {alone:.1f} s "
+                    f"({tokens / alone:.0f} tok/s), ratio {alone / seconds:.2f}, engine busy {busy:.2f}",
                     flush=True,
                 )
     finally:

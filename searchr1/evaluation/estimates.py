@@ -13,7 +13,7 @@ Array = npt.NDArray[np.float64]
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 _CELLS = 4_000_000
-"""Draws held in memory at once."""
+"""Counts held in memory at once."""
 
 
 def pass_at_k(attempts: int, right: int, k: int) -> float:
@@ -30,6 +30,9 @@ def pass_at_k(attempts: int, right: int, k: int) -> float:
 def bootstrap_means(values_QM: Array, name: str, seed: int, resamples: int = RESAMPLES) -> Array:
     """Means over questions of `resamples` samples of the questions, drawn with replacement.
 
+    Questions with the same values are interchangeable, so what is drawn is how often each distinct row of values occurs:
+    the same distribution as drawing question by question, and much faster where most values are 0 or 1.
+
     Args:
         values_QM: [Q, M] a row per question, a column per metric; the metrics of one sample share its questions.
         name: of the question set; each set draws from a stream of its own, whatever other sets are evaluated.
@@ -40,14 +43,13 @@ def bootstrap_means(values_QM: Array, name: str, seed: int, resamples: int = RES
         [B, M]
     """
     questions = len(values_QM)
+    distinct_UM, counts_U = np.unique(values_QM, axis=0, return_counts=True)
     rng = np.random.default_rng([seed % 2**64, zlib.crc32(name.encode("utf-8", "replace"))])
+    per_chunk = max(_CELLS // len(distinct_UM), 1)
     means = []
-    per_chunk = max(_CELLS // questions, 1)
     for start in range(0, resamples, per_chunk):
-        count = min(per_chunk, resamples - start)
-        drawn_BQ = rng.integers(0, questions, (count, questions))
-        columns = [values_QM[:, m][drawn_BQ].mean(axis=1) for m in range(values_QM.shape[1])]
-        means.append(np.stack(columns, axis=1))
+        drawn_BU = rng.multinomial(questions, counts_U / questions, min(per_chunk, resamples - start))
+        means.append(drawn_BU @ distinct_UM / questions)
     return np.concatenate(means)
 
 

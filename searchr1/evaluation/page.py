@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from searchr1.evaluation.chart import interval_chart
 from searchr1.evaluation.methods import METHODS
 from searchr1.evaluation.page_style import STYLE, escape
 from searchr1.evaluation.results import Results
 from searchr1.evaluation.sources import canonical, label
-from searchr1.evaluation.summary import Value
 from searchr1.evaluation.tables import Table, score
 from searchr1.rewards.answers import answer_of, exact_match
 
 LONGEST = 600
 """Characters shown of a question or an answer."""
-LEFT, RIGHT, ROW, GAP = 130.0, 740.0, 15.0, 12.0
 
 
 def page(results: Results) -> str:
@@ -54,54 +53,12 @@ def _tiles(results: Results) -> str:
 
 
 def _chart(results: Results) -> str:
-    """Exact match with its interval, a line per method, sets below each other; rings are the best published number."""
-    summaries = results.summaries
-    rows: list[tuple[str, list[Value | None], float | None]] = []
-    for one in next(iter(summaries.values())).sets:
-        values = [
-            next((s.scores["exact_match"] for s in found.sets if s.name == one.name), None) for found in summaries.values()
-        ]
-        numbers = [value for row in results.published if (value := row.value(one.name)) is not None]
-        rows.append((label(one.name), values, max(numbers, default=None)))
-    if len(rows) > 1:
-        rows.append(("average", [found.macro["exact_match"] for found in summaries.values()], None))
-    parts, y = [], GAP
-    for name, values, best in rows:
-        middle = y + ROW * len(values) / 2
-        text = escape(name[:22])
-        parts.append(f'<text class="name" x="{LEFT - 10}" y="{middle + 4:.1f}" text-anchor="end">{text}</text>')
-        parts += [_mark(v, number, y + ROW * (number + 0.5)) for number, v in enumerate(values) if v is not None]
-        if best is not None:
-            parts.append(
-                f'<circle class="published" cx="{_x(best):.1f}" cy="{middle:.1f}" r="5">'
-                f"<title>best published: {score(best)}</title></circle>"
-            )
-        y += ROW * len(values) + GAP
-    grid = "".join(
-        f'<line class="grid" x1="{_x(t):.1f}" x2="{_x(t):.1f}" y1="0" y2="{y:.1f}"/>'
-        f'<text x="{_x(t):.1f}" y="{y + 14:.1f}" text-anchor="middle">{t:g}</text>'
-        for t in (0, 0.2, 0.4, 0.6, 0.8, 1)
-    )
-    keys = "".join(f'<span class="key c{n}">{escape(METHODS[name].title)}</span>' for n, name in enumerate(summaries))
-    rings = "<span>○ best published number of a model of this size</span>" if results.published else ""
-    return (
-        f'<h2>Exact match with 95 % intervals</h2><div class="table bars"><svg viewBox="0 0 760 {y + 20:.0f}" role="img" '
-        f'aria-label="Exact match by question set">{grid}{"".join(parts)}</svg><div class="legend">{keys}{rings}</div></div>'
-    )
-
-
-def _mark(value: Value, number: int, y: float) -> str:
-    low = value.mean if value.low is None else value.low
-    high = value.mean if value.high is None else value.high
-    return (
-        f'<line class="span c{number}" x1="{_x(low):.1f}" x2="{_x(high):.1f}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<circle class="dot c{number}" cx="{_x(value.mean):.1f}" cy="{y:.1f}" r="3.5">'
-        f"<title>{score(value.mean)} [{score(low)}, {score(high)}]</title></circle>"
-    )
-
-
-def _x(share: float) -> float:
-    return LEFT + share * (RIGHT - LEFT)
+    names = results.summaries
+    keys = "".join(f'<span class="key c{n}">{escape(METHODS[name].title)}</span>' for n, name in enumerate(names))
+    rings = "<span>○ best published number of a model of about this size</span>" if results.published else ""
+    drawn = interval_chart(list(names.values()), results.published)
+    legend = f'<div class="legend">{keys}{rings}</div>'
+    return f'<h2>Exact match with 95 % intervals</h2><div class="table bars">{drawn}{legend}</div>'
 
 
 def _table(table: Table) -> str:

@@ -37,7 +37,7 @@ h2 { font-size: 18px; margin: 40px 0 12px; }
 .tile b { font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .table { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 7px 12px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
+th, td { padding: 7px 9px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule); }
 th { color: var(--soft); font-weight: 500; font-size: 13px; }
 td:first-child, th:first-child { text-align: left; }
 tr:last-child td { border-bottom: 0; }
@@ -45,7 +45,7 @@ tr.ours td { font-weight: 600; }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .note { color: var(--soft); font-size: 13px; max-width: 80em; }
 .bars { padding: 14px; }
-.bars svg { width: 100%; height: auto; max-width: 800px; display: block; }
+.bars svg { width: 100%; height: auto; max-width: 1000px; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg .name { fill: var(--ink); font-size: 12.5px; }
 .grid { stroke: var(--rule); }
