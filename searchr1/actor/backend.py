@@ -1,4 +1,4 @@
-"""What a training backend does for `policy.py`: the seam between the algorithm and FSDP2 or Megatron-Core."""
+"""What a training backend does for `policy.py` and `critic.py`: the seam between algorithms and FSDP2 or Megatron-Core."""
 
 from __future__ import annotations
 
@@ -22,21 +22,28 @@ Resident = Literal["weight", "optimizer", "grad"]
 MicroBatchLoss = Callable[[PackedBatch, TokenLogprobs], Tensor]
 """The loss of one micro-batch, a share of the mean over the whole mini-batch: sums, never means, over ranks."""
 
+ValueLoss = Callable[[PackedBatch, Tensor], Tensor]
+"""The same from a value model's [P] values, in fp32."""
 
-class ScoringBackend(Protocol):
+
+class ModelPart(Protocol):
     """One rank's part of a model. Every method is a collective: all ranks call it together."""
 
     device: torch.device
     data_group: dist.ProcessGroup | None
     """The ranks that hold different data; None is all of them. Ranks that share a model's parts get the same data."""
 
+
+class ScoringBackend(ModelPart, Protocol):
+    """Of a language model."""
+
     def forward(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         """Log-probabilities [P] of each batch's policy tokens, on every rank, without gradients."""
         ...
 
 
-class Backend(ScoringBackend, Protocol):
-    """The same with an optimizer. Every method but the properties is a collective."""
+class TrainingBackend(ModelPart, Protocol):
+    """With an optimizer, whatever is on top of the decoder. Every method but the properties is a collective."""
 
     @property
     def replica(self) -> int:
@@ -52,14 +59,8 @@ class Backend(ScoringBackend, Protocol):
         """What the replica's first rank has, on all its ranks."""
         ...
 
-    def forward_backward(
-        self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss
-    ) -> None:
-        """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
-        ...
-
     def share(self, sums: Sums) -> Sums:
-        """Sums over all data, on every rank, from what `loss` collected (empty where it was not called)."""
+        """Sums over all data, on every rank, from what a loss collected (empty where it was not called)."""
         ...
 
     def clip_gradients(self, max_norm: float) -> float:
@@ -108,4 +109,26 @@ class Backend(ScoringBackend, Protocol):
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also in another layout."""
+        ...
+
+
+class Backend(ScoringBackend, TrainingBackend, Protocol):
+    """A policy."""
+
+    def forward_backward(
+        self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss
+    ) -> None:
+        """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
+        ...
+
+
+class ValueBackend(TrainingBackend, Protocol):
+    """A critic: a decoder with a scalar head that starts at 0."""
+
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """[P] of each batch's policy tokens: the value of the state before it; on every rank, without gradients."""
+        ...
+
+    def forward_backward(self, batches: Sequence[PackedBatch], loss: ValueLoss) -> None:
+        """As `Backend` does."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from searchr1.device import Device
 
 
 class FsdpModel:
-    """A sharded model that gives log-probabilities; see `Backend` for the methods."""
+    """A sharded model that gives log-probabilities; see `ScoringBackend` for the methods."""
 
     data_group: dist.ProcessGroup | None = None
 
@@ -39,14 +39,33 @@ class FsdpModel:
         """Log-probabilities [P] of each batch's policy tokens."""
         return [policy_logprobs(self.model, batch, temperature).logprobs_M for batch in batches]
 
-    def forward_backward(
-        self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss
+
+class FsdpTraining:
+    """A sharded model with an optimizer, whatever is on top of the decoder; see `TrainingBackend` for the methods."""
+
+    data_group: dist.ProcessGroup | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: Device,
+        optim: OptimConfig,
+        lr_sched: LrSchedConfig,
+        total_steps: int | None,
+        model_path: str,
     ) -> None:
+        self.model = model
+        self.device = device.torch_device()
+        self._model_path = model_path
+        self._saving: Future[Any] | None = None
+        self.optimizer = build_optimizer(model, optim)
+        self.schedule = build_schedule(self.optimizer, lr_sched, optim.lr, total_steps)
+
+    def _backward(self, batches: Sequence[PackedBatch], loss: Callable[[PackedBatch], Tensor]) -> None:
         """Add up gradients over batches and ranks."""
         for batch in batches:
-            values = policy_logprobs(self.model, batch, temperature, with_entropy)
             # FSDP averages gradients over ranks; the loss is already a share of a global mean.
-            (loss(batch, values) * dist.get_world_size()).backward()
+            (loss(batch) * dist.get_world_size()).backward()
 
     def share(self, sums: Sums) -> Sums:
         """Over all ranks."""
@@ -61,51 +80,6 @@ class FsdpModel:
         """Full tensors under their Hugging Face names, here on every rank; adapters merged, a tied output layer left out."""
         for name, full in full_weights(self.model):
             yield name, full if dtype is None else full.to(dtype)
-
-
-class FsdpBackend(FsdpModel):
-    """The same with an optimizer."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        device: Device,
-        optim: OptimConfig,
-        lr_sched: LrSchedConfig,
-        total_steps: int | None,
-        model_path: str,
-        lora: LoraConfig,
-    ) -> None:
-        super().__init__(model, device)
-        self._model_path = model_path
-        self._lora = lora
-        self._saving: Future[Any] | None = None
-        self.optimizer = build_optimizer(model, optim)
-        self.schedule = build_schedule(self.optimizer, lr_sched, optim.lr, total_steps)
-
-    @classmethod
-    def start(cls, config: Config, device: Device, total_steps: int | None) -> FsdpBackend:
-        """Join the process group and load the policy."""
-        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
-        torch.manual_seed(config.actor.seed)
-        path = config.actor.model.path or config.rollout.model.model_path
-        model = load_model(
-            path,
-            device,
-            precision=config.actor.model.precision,
-            reshard_after_forward=config.actor.fsdp.reshard_after_forward,
-            cpu_offload=config.actor.fsdp.cpu_offload,
-            gradient_checkpointing=config.actor.model.gradient_checkpointing,
-            lora=config.actor.lora,
-        )
-        return cls(model, device, config.actor.optim, config.actor.lr_sched, total_steps, path, config.actor.lora)
-
-    @staticmethod
-    def start_reference(config: Config, device: Device) -> FsdpModel:
-        """Join the process group and load the weights that training starts from, frozen."""
-        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
-        path = config.inference.model_path or config.actor.model.path or config.rollout.model.model_path
-        return FsdpModel(load_model(path, device, precision=config.actor.model.precision, trainable=False), device)
 
     @property
     def replica(self) -> int:
@@ -149,9 +123,7 @@ class FsdpBackend(FsdpModel):
                 yield from (_local(value) for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
 
     def save(self, folder: Path, in_background: bool = False) -> None:
-        """Write model (with LoRA the adapters alone), optimizer, schedule and random state into `folder` (checkpoint.py)."""
-        if self._lora.rank and dist.get_rank() == 0:
-            LoraRecord.of(self._model_path, self._lora).write(folder)
+        """Write what is trained, optimizer, schedule and random state into `folder` (checkpoint.py)."""
         self._saving = save_state(
             folder, self.model, self.optimizer, self.schedule, self._model_path, in_background=in_background
         )
@@ -164,8 +136,65 @@ class FsdpBackend(FsdpModel):
 
     def load(self, folder: Path) -> None:
         """Go on from `save`, also with another number of ranks."""
-        check_resume(folder, self._model_path, self._lora)
         load_state(folder, self.model, self.optimizer, self.schedule)
+
+
+class FsdpBackend(FsdpTraining, FsdpModel):
+    """The policy."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: Device,
+        optim: OptimConfig,
+        lr_sched: LrSchedConfig,
+        total_steps: int | None,
+        model_path: str,
+        lora: LoraConfig,
+    ) -> None:
+        super().__init__(model, device, optim, lr_sched, total_steps, model_path)
+        self._lora = lora
+
+    @classmethod
+    def start(cls, config: Config, device: Device, total_steps: int | None) -> FsdpBackend:
+        """Join the process group and load the policy."""
+        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
+        torch.manual_seed(config.actor.seed)
+        path = config.actor.model.path or config.rollout.model.model_path
+        model = load_model(
+            path,
+            device,
+            precision=config.actor.model.precision,
+            reshard_after_forward=config.actor.fsdp.reshard_after_forward,
+            cpu_offload=config.actor.fsdp.cpu_offload,
+            gradient_checkpointing=config.actor.model.gradient_checkpointing,
+            lora=config.actor.lora,
+        )
+        return cls(model, device, config.actor.optim, config.actor.lr_sched, total_steps, path, config.actor.lora)
+
+    @staticmethod
+    def start_reference(config: Config, device: Device) -> FsdpModel:
+        """Join the process group and load the weights that training starts from, frozen."""
+        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
+        path = config.inference.model_path or config.actor.model.path or config.rollout.model.model_path
+        return FsdpModel(load_model(path, device, precision=config.actor.model.precision, trainable=False), device)
+
+    def forward_backward(
+        self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss
+    ) -> None:
+        """Add up gradients over batches and ranks."""
+        self._backward(batches, lambda batch: loss(batch, policy_logprobs(self.model, batch, temperature, with_entropy)))
+
+    def save(self, folder: Path, in_background: bool = False) -> None:
+        """With LoRA the adapters alone, and what they belong to."""
+        if self._lora.rank and dist.get_rank() == 0:
+            LoraRecord.of(self._model_path, self._lora).write(folder)
+        super().save(folder, in_background)
+
+    def load(self, folder: Path) -> None:
+        """Refuses adapters of another kind or base model."""
+        check_resume(folder, self._model_path, self._lora)
+        super().load(folder)
 
 
 def _local(tensor: Tensor) -> Tensor:

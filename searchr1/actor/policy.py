@@ -6,8 +6,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
-from searchr1.actor.backend import Backend, Resident, ScoringBackend, T
-from searchr1.actor.batch_stats import all_reduce_denominators, all_reduce_max, count_denominators
-from searchr1.actor.checkpoint import told_as_disk_trouble
+from searchr1.actor.backend import Backend, ScoringBackend
+from searchr1.actor.batch_stats import all_reduce_denominators, count_denominators
 from searchr1.actor.flops import training_flops
 from searchr1.actor.model import COMPUTE_DTYPES
-from searchr1.actor.offload import Offload
-from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, unpack_all
+from searchr1.actor.packing import PackedBatch, unpack_all
+from searchr1.actor.trained import TrainedModel, micro_batches
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.correction import CorrectionSettings, correction_weights
 from searchr1.algorithms.entropy import TokenLogprobs
@@ -84,33 +81,21 @@ class ScoringModel:
         old_logprobs: Sequence[FloatArray] | None = None,
     ) -> list[PackedBatch]:
         """Micro-batches, as many on every rank."""
-        count = len(plan_micro_batches([sequence_length(t) for t in trajectories], self._max_tokens))
-        agreed = all_reduce_max(count, self._scoring.device, self._scoring.data_group)
-        batches = pack(trajectories, self._max_tokens, advantages=advantages, old_logprobs=old_logprobs, at_least=agreed)
-        return [batch.to(self._scoring.device) for batch in batches]
+        return micro_batches(self._scoring, self._max_tokens, trajectories, advantages, old_logprobs)
 
 
-class Policy(ScoringModel):
+class Policy(ScoringModel, TrainedModel):
     """The policy with its optimizer."""
 
     def __init__(self, backend: Backend, config: Config) -> None:
-        super().__init__(backend, config)
+        ScoringModel.__init__(self, backend, config)
+        TrainedModel.__init__(self, backend, config)
         self.backend = backend
         self._loss = loss_config(config.algorithm)
         actor = config.actor
         self._model_config: Any = None
         if actor.calculate_flops:
             self._model_config = AutoConfig.from_pretrained(actor.model.path or config.rollout.model.model_path)
-        asked: dict[Resident, bool] = {
-            "optimizer": actor.offload_optimizer,
-            "grad": actor.offload_grad,
-            "weight": actor.offload_weight,
-        }
-        self.offloads: dict[Resident, Offload] = {
-            kind: Offload(partial(backend.resident, kind), keep=kind != "grad")
-            for kind, is_asked in asked.items()
-            if is_asked and backend.device.type == "cuda"  # a CPU has only host memory
-        }
 
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None = None) -> Policy:
@@ -128,32 +113,6 @@ class Policy(ScoringModel):
         from searchr1.actor.fsdp import FsdpBackend
 
         return cls(FsdpBackend.start(config, device, total_steps), config)
-
-    def offload(self, *kinds: Resident) -> None:
-        """Free the GPU's memory of what the configuration says may leave it until it is needed again."""
-        for kind in kinds:
-            if kind in self.offloads:
-                self.offloads[kind].out()
-
-    def bring_back(self, *kinds: Resident) -> None:
-        """The opposite."""
-        for kind in kinds:
-            if kind in self.offloads:
-                self.offloads[kind].back()
-
-    @property
-    def replica(self) -> int:
-        """Which copy of the model this rank is part of."""
-        return self.backend.replica
-
-    @property
-    def leads_replica(self) -> bool:
-        """Whether this rank is handed its copy's share of the data."""
-        return self.backend.leads_replica
-
-    def to_replica(self, value: T | None) -> T:
-        """What the replica's first rank has, on all its ranks."""
-        return self.backend.to_replica(value)
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """As the rollout engine holds them: in its precision unless `dtype` says otherwise. On ranks but the first, a
@@ -299,25 +258,6 @@ class Policy(ScoringModel):
             return None
         # A filler batch has no trajectories and so no reference; zeros are never read there.
         return batch.ref_logprobs_T if batch.ref_logprobs_T is not None else torch.zeros_like(batch.advantages_T)
-
-    def save(self, folder: Path, in_background: bool = False) -> None:
-        """Write model, optimizer, schedule and random state into `folder`; see `Backend.save`."""
-        self.bring_back("weight", "optimizer")
-        self._folder = folder
-        with told_as_disk_trouble(folder):
-            self.backend.save(folder, in_background)
-        self.offload("weight", "optimizer")
-
-    def finish_save(self) -> None:
-        """Wait for a save in the background."""
-        with told_as_disk_trouble(self._folder):
-            self.backend.finish_save()
-
-    def load(self, folder: Path) -> None:
-        """Go on from `save`, also with another number of ranks or another layout."""
-        self.bring_back("weight", "optimizer")
-        self.backend.load(folder)
-        self.offload("optimizer")
 
 
 def loss_config(algorithm: AlgorithmConfig) -> LossConfig:

@@ -6,7 +6,8 @@ import argparse
 from fnmatch import fnmatchcase
 
 from searchr1.config.check import check_config, warnings
-from searchr1.config.layout import actor_layout
+from searchr1.config.critic import critic_run
+from searchr1.config.layout import actor_layout, critic_layout
 from searchr1.config.load import ConfigError, load_config, unused_keys
 from searchr1.config.placement import group_ranks
 from searchr1.config.schema import UNUSED_REASONS, Config
@@ -20,6 +21,7 @@ def explain(config: Config, for_training: bool) -> str:
     groups = ["rollout", "reward"]
     if for_training:
         groups += [*(["inference"] if algorithm.kl_beta > 0 else []), "actor"]
+        groups += ["critic"] if config.critic.use_critic_model else []
     lines = [f"device      {device.kind}", "groups"]
     for component in groups:
         ranks = group_ranks(config, component, device)
@@ -36,6 +38,7 @@ def explain(config: Config, for_training: bool) -> str:
             f"actor       {config.actor.training_backend}, tensor x pipeline x data parallel {layout.tensor_parallel} x "
             f"{layout.pipeline_parallel} x {layout.data_parallel}; {trajectories // layout.data_parallel} trajectories "
             f"a replica, in packed micro-batches of at most {runner.max_tokens_per_mbs} tokens",
+            *([_critic(config, device)] if config.critic.use_critic_model else []),
             f"algorithm   {algorithm.adv_type}, {algorithm.loss_agg_func}, KL {algorithm.kl_beta:g} "
             f"({algorithm.kl_penalty_type}), learning rate {config.actor.optim.lr:g} "
             f"({config.actor.lr_sched.lr_decay_style})",
@@ -57,6 +60,15 @@ def explain(config: Config, for_training: bool) -> str:
     if rest := [key for key in unused if key not in reasons]:
         lines.append(f"warning     keys without effect here: {', '.join(rest)}")
     return "\n".join(lines)
+
+
+def _critic(config: Config, device: Device) -> str:
+    layout = critic_layout(config, len(group_ranks(config, "critic", device)))
+    backend, optim = critic_run(config).actor.training_backend, config.critic.optim
+    return (
+        f"critic      {backend}, tensor x pipeline x data parallel {layout.tensor_parallel} x {layout.pipeline_parallel} x "
+        f"{layout.data_parallel}; learning rate {optim.lr:g}, alone in the first {config.critic.warmup_steps} steps"
+    )
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from searchr1.config.critic import critic_run
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -33,26 +34,29 @@ def total_slots(config: Config, device: Device) -> int:
 
 
 def group_slots(config: Config, component: str, device: Device) -> list[int]:
-    """Slots of a group. The inference group shares the actor's unless it is placed itself."""
+    """Slots of a group. Inference group and critic share the actor's unless they are placed themselves."""
     # A group's own entry goes before one that it shares, so that `component_placement.actor=0-3` overrides a recipe.
     placement = sorted(config.cluster.component_placement.items(), key=lambda item: str(item[0]).count(","))
     for names, value in placement:
         if component in [name.strip() for name in str(names).split(",")]:
             slots = total_slots(config, device)
-            if component == "actor" and not device.is_cuda and config.cluster.slots is None:
-                slots = max(slots, _model_parallel_size(config))  # as many processes as one copy of the model needs
+            if not device.is_cuda and config.cluster.slots is None:
+                slots = max(slots, _model_parallel_size(config, component))
             return parse_slots(value, slots, f"cluster.component_placement.{names}")
     if component in ("inference", "critic"):
-        # On a CPU one process is enough for these, however many the actor has.
-        return group_slots(config, "actor", device) if device.is_cuda else list(range(total_slots(config, device)))
+        # On a CPU one copy of these is enough, however many the actor has.
+        if device.is_cuda:
+            return group_slots(config, "actor", device)
+        return list(range(config.cluster.slots or _model_parallel_size(config, component)))
     raise UserError(f"cluster.component_placement: nothing is said about {component!r}; add `{component}: all`")
 
 
-def _model_parallel_size(config: Config) -> int:
-    model = config.actor.model
-    if config.actor.training_backend != "megatron":
+def _model_parallel_size(config: Config, component: str) -> int:
+    """Processes that one copy of a group's model needs."""
+    run = critic_run(config) if component == "critic" else config
+    if component not in ("actor", "critic") or run.actor.training_backend != "megatron":
         return 1
-    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    return run.actor.model.tensor_model_parallel_size * run.actor.model.pipeline_model_parallel_size
 
 
 def group_ranks(config: Config, component: str, device: Device) -> list[tuple[int, ...]]:

@@ -250,17 +250,33 @@ class InferenceConfig:
 
 
 @dataclass
+class CriticModelConfig:
+    """How a critic on Megatron is cut; null is as the actor's, or not at all if that is on FSDP2."""
+
+    tensor_model_parallel_size: int | None = None
+    """Ranks that share each layer."""
+    pipeline_model_parallel_size: int | None = None
+    """Ranks that share the layers between them."""
+    sequence_parallel: bool | None = None
+    """With tensor parallelism, share the layer norms' activations as well."""
+
+
+@dataclass
 class CriticConfig:
-    """PPO's value model (docs/algorithms/ppo.md), on FSDP2; GPUs, precision and micro-batches are the actor's."""
+    """PPO's value model (docs/algorithms/ppo.md); GPUs, precision, micro-batches and offloading are the actor's."""
 
     use_critic_model: bool = False
     """True for `algorithm.adv_type: gae`, else False."""
     group_name: str = "CriticGroup"
     """Name of the worker group."""
+    training_backend: str | None = None
+    """`fsdp` or `megatron`; null is the actor's."""
     model_path: str | None = None
     """The decoder to start from; null is the policy's."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass to save memory."""
+    model: CriticModelConfig = field(default_factory=CriticModelConfig)
+    """See `CriticModelConfig`."""
+    gradient_checkpointing: bool | None = None
+    """Recompute whole layers in the backward pass to save memory; null does as the actor does."""
     cliprange_value: float = 0.5
     """A value further than this from the step's first one gets no gradient for moving on."""
     warmup_steps: int = 0

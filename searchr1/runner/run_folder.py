@@ -85,17 +85,18 @@ class RunFolder:
             self._writing = None
 
     def _write(self, groups: Groups, loader: PromptLoader, step: int) -> Iterator[None]:
-        """Stops in the middle while the actor writes in the background."""
+        """Stops in the middle while actor and critic write in the background."""
         assert groups.actor is not None
+        trained = [("actor", groups.actor), *([("critic", groups.critic)] if groups.critic is not None else [])]
         with new_checkpoint(self.path / "checkpoints", step) as folder:
             state = {"step": step, "loader": loader.state_dict()}
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
-            groups.actor.call("save", folder / "actor", self.async_save).wait(SAVE_TIMEOUT_S)
-            if groups.critic is not None:
-                groups.critic.call("save", folder / "critic").wait(SAVE_TIMEOUT_S)
+            for name, group in trained:
+                group.call("save", folder / name, self.async_save).wait(SAVE_TIMEOUT_S)
             if self.async_save:
                 yield
-                groups.actor.call("finish_save").wait(SAVE_TIMEOUT_S)
+                for _, group in trained:
+                    group.call("finish_save").wait(SAVE_TIMEOUT_S)
         if self.keep_checkpoints:
             prune_checkpoints(self.path / "checkpoints", self.keep_checkpoints)
 

@@ -55,19 +55,11 @@ class ActorWorker(Worker):
     @reported
     async def train_step(self) -> dict[str, float]:
         """Take this replica's share of the step from the channel and train on it. Returns metrics of all ranks."""
-        share = await self._share()
+        timeout_s = self._config.runner.step_timeout_s
+        share: ActorShare = await channels.get_share(self._channel, self._policy, channels.actor_key, timeout_s)
         metrics = self._policy.train_step(share.trajectories, share.advantages, share.minibatch_ids)
         self._device.empty_cache()  # the engine on the same GPU wakes up next
         return metrics
-
-    async def _share(self) -> ActorShare:
-        """The first rank of each replica takes it from the channel, the others of the replica from that rank."""
-        policy = self._policy
-        share: ActorShare | None = None
-        if policy.leads_replica:
-            key = channels.actor_key(policy.replica)
-            share = await channels.get(self._channel, key, self._config.runner.step_timeout_s)
-        return policy.to_replica(share)
 
     @reported
     async def publish_weights(self, version: int) -> Any:

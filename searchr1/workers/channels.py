@@ -6,7 +6,11 @@ A channel is a process of its own; one with many keyed queues costs less than on
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from searchr1.actor.trained import TrainedModel
 
 CHANNEL = "searchr1"
 
@@ -34,9 +38,9 @@ def actor_key(replica: int) -> str:
     return f"actor/{replica}"
 
 
-def critic_key(rank: int) -> str:
-    """Runner -> critic rank: its share of the step's trajectories, then their `CriticTargets`."""
-    return f"critic/{rank}"
+def critic_key(replica: int) -> str:
+    """Runner -> a replica's first critic rank: its share of the step's trajectories, then their `CriticTargets`."""
+    return f"critic/{replica}"
 
 
 async def get(channel: Any, key: str, timeout_s: float) -> Any:
@@ -47,6 +51,16 @@ async def get(channel: Any, key: str, timeout_s: float) -> Any:
     """
     async with asyncio.timeout(timeout_s):
         return await channel.get(key=key, async_op=True).async_wait()
+
+
+async def get_share(channel: Any, model: TrainedModel, key: Callable[[int], str], timeout_s: float) -> Any:
+    """A replica's share of a step: its first rank takes it from the channel, the others of the replica from that rank.
+
+    Raises:
+        TimeoutError: nothing came in time.
+    """
+    share = await get(channel, key(model.replica), timeout_s) if model.leads_replica else None
+    return model.to_replica(share)
 
 
 async def put(channel: Any, item: Any, key: str, timeout_s: float) -> None:

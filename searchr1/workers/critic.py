@@ -18,7 +18,7 @@ from searchr1.workers.failure import reported
 
 @dataclass(slots=True)
 class CriticTargets:
-    """What the trajectories that a rank has given values for should have got. All arrays are response-aligned."""
+    """What the trajectories that a replica has given values for should have got. All arrays are response-aligned."""
 
     returns: list[Any]
     minibatch_ids: list[int]
@@ -33,7 +33,7 @@ class CriticWorker(Worker):
         self._device = device
         self._channel = channel
         self._optimizer_steps = optimizer_steps
-        os.environ.update(device.worker_env("inference", self._world_size))
+        os.environ.update(device.worker_env("actor", self._world_size))
 
     @reported
     async def start(self) -> None:
@@ -43,33 +43,47 @@ class CriticWorker(Worker):
         from searchr1.actor.critic import Critic
 
         # Ray starts workers with one OpenMP thread.
-        torch.set_num_threads(self._device.threads_for("inference", self._world_size))
+        torch.set_num_threads(self._device.threads_for("actor", self._world_size))
         self._critic = Critic.start(self._config, self._device, self._optimizer_steps)
+        self._leave_gpu()
 
     @reported
-    async def values(self) -> list[Any]:
-        """Take this rank's share of a step from the channel, keep it for `train_step`, and give its values."""
-        key = channels.critic_key(self._rank)
-        self._trajectories: list[Trajectory] = await channels.get(self._channel, key, self._config.runner.step_timeout_s)
+    async def values(self) -> list[Any] | None:
+        """Take this replica's share of a step, keep it for `train_step`, and give its values on the replica's first rank."""
+        self._trajectories: list[Trajectory] = await self._share()
         self._values = self._critic.values(self._trajectories)
         self._device.empty_cache()
-        return self._values
+        return self._values if self._critic.leads_replica else None
 
     @reported
     async def train_step(self) -> dict[str, float]:
         """Train on the share that `values` has seen. Returns metrics of all ranks."""
-        key = channels.critic_key(self._rank)
-        targets: CriticTargets = await channels.get(self._channel, key, self._config.runner.step_timeout_s)
+        targets: CriticTargets = await self._share()
         metrics = self._critic.train_step(self._trajectories, targets.returns, self._values, targets.minibatch_ids)
         self._device.empty_cache()
         return metrics
 
+    async def _share(self) -> Any:
+        timeout_s = self._config.runner.step_timeout_s
+        return await channels.get_share(self._channel, self._critic, channels.critic_key, timeout_s)
+
     @reported
-    async def save(self, folder: Path) -> None:
-        """Write this rank's part of a checkpoint into `folder`."""
-        self._critic.save(folder)
+    async def save(self, folder: Path, in_background: bool) -> None:
+        """Write this rank's part of a checkpoint into `folder`, or begin to."""
+        self._critic.save(folder, in_background)
+
+    @reported
+    async def finish_save(self) -> None:
+        """Wait until a save in the background has been written."""
+        self._critic.finish_save()
 
     @reported
     async def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         self._critic.load(folder)
+        self._leave_gpu()
+
+    def _leave_gpu(self) -> None:
+        """As far as `actor.offload_…` says so."""
+        self._critic.offload("weight", "grad", "optimizer")
+        self._device.empty_cache()

@@ -127,8 +127,9 @@ def compare_vocab_parallel() -> float:
     return worst
 
 
-def critic_config(path: str) -> Config:
-    config = make_config(path, {"backend": "fsdp"})
+def critic_config(path: str, job: dict | None = None) -> Config:
+    """`backend`, `tp`, `pp` and so on are the actor's, which the critic follows."""
+    config = make_config(path, {"backend": "fsdp"} | (job or {}))
     config.algorithm.n_minibatches = 2
     config.critic.cliprange_value = 0.1
     config.critic.optim.lr = 1e-2
@@ -142,30 +143,36 @@ def critic_returns(trajectories: list[Trajectory], step: int) -> list[np.ndarray
 
 
 def run_critic(job: dict, out: Path) -> None:
-    """Three steps (or those in `steps`) of two mini-batches each."""
-    from torch.distributed.tensor import DTensor
-
+    """Three steps (or those in `steps`) of two mini-batches each; with `poison`, after one with infinite returns."""
     from searchr1.actor.critic import Critic
     from searchr1.device import Device
 
-    critic = Critic.start(critic_config(job["model"]), Device.detect("cpu"), None)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    critic = Critic.start(critic_config(job["model"], job), Device.detect("cpu"), None)
+    replicas = torch.distributed.get_world_size(critic.backend.data_group)
+    rank = torch.distributed.get_rank()
     if "load" in job:
         critic.load(Path(job["load"]))
     result: dict = {"metrics": []}
     for step in range(*job.get("steps", (0, 3))):
         trajectories, _ = make_trajectories(step)
         returns = critic_returns(trajectories, step)
-        share = list(range(rank, len(trajectories), world))
+        share = list(range(critic.replica, len(trajectories), replicas))
         part = [trajectories[i] for i in share]
         values = critic.values(part)
-        result.setdefault("values", values)
+        if step == job.get("steps", (0, 3))[0]:
+            result["first_values"] = dict(zip(share, values, strict=True))
+        result["last_values"] = dict(zip(share, values, strict=True))
         ids = [t.sample.index % 2 for t in part]
+        if job.get("poison") and step == 0:
+            wild = [np.where(t.loss_mask, np.inf if critic.replica == 0 else 0, 0).astype(np.float32) for t in part]
+            result["poisoned"] = critic.train_step(part, wild, values, ids)
         result["metrics"].append(critic.train_step(part, [returns[i] for i in share], values, ids))
     if "save" in job:
-        critic.save(Path(job["save"]))
-    named = critic.model.named_parameters()
-    result["weights"] = {n: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for n, p in named}
+        critic.save(Path(job["save"]), job.get("background", False))
+        critic.finish_save()
+    named = {name: tensor.clone() for name, tensor in critic.backend.named_weights(torch.float32)}
+    assert sum(tensor.numel() for tensor in named.values()) == critic.backend.parameter_count
+    result["weights"] = named if rank == 0 else {}
     torch.save(result, out / f"{job['name']}-{rank}.pt")
 
 

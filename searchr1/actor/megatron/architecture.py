@@ -36,6 +36,8 @@ class Architecture:
     tied: bool
     """The output layer is the embedding."""
     norm_eps: float
+    value_head: bool = False
+    """A critic: one number a token instead of the output layer."""
 
     @property
     def padded_vocab(self) -> int:
@@ -63,7 +65,7 @@ class Architecture:
         if family not in FAMILIES:
             raise UserError(
                 f"model_type {family!r} has no Megatron mapping (there are: {', '.join(FAMILIES)}); set "
-                "actor.training_backend: fsdp, which trains any causal language model of transformers"
+                "training_backend: fsdp, which trains any causal language model of transformers"
             )
         refused = {
             "attention_bias": family != "qwen2" and getattr(config, "attention_bias", False),
@@ -74,9 +76,7 @@ class Architecture:
         }
         found = [name for name, is_set in refused.items() if is_set]
         if found:
-            raise UserError(
-                f"config.json: {', '.join(found)} is not supported with actor.training_backend: megatron; use fsdp"
-            )
+            raise UserError(f"config.json: {', '.join(found)} is not supported with training_backend: megatron; use fsdp")
         return cls(
             family=family,
             layers=config.num_hidden_layers,
@@ -90,8 +90,13 @@ class Architecture:
             norm_eps=config.rms_norm_eps,
         )
 
-    def check_layout(self, tensor_parallel: int, pipeline_parallel: int) -> None:
+    def check_layout(self, tensor_parallel: int, pipeline_parallel: int, section: str = "actor") -> None:
         """Refuse a layout that the model cannot be cut into.
+
+        Args:
+            tensor_parallel: ranks that share each layer.
+            pipeline_parallel: ranks that share the layers.
+            section: of the YAML, for messages.
 
         Raises:
             UserError: names the key and the numbers.
@@ -103,11 +108,12 @@ class Architecture:
         ):
             if size % tensor_parallel:
                 raise UserError(
-                    f"actor.model.tensor_model_parallel_size: {tensor_parallel} does not divide {name} = {size} of the model"
+                    f"{section}.model.tensor_model_parallel_size: {tensor_parallel} does not divide {name} = {size} "
+                    "of the model"
                 )
         if self.layers % pipeline_parallel:
             raise UserError(
-                f"actor.model.pipeline_model_parallel_size: {pipeline_parallel} does not divide "
+                f"{section}.model.pipeline_model_parallel_size: {pipeline_parallel} does not divide "
                 f"num_hidden_layers = {self.layers} of the model"
             )
 
@@ -143,5 +149,5 @@ def rotary_frequencies(config: Any) -> Tensor:
         return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
     frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if attention_factor != 1.0 or kind in ("dynamic", "longrope"):
-        raise UserError(f"config.json: rope_type {kind!r} is not supported with actor.training_backend: megatron; use fsdp")
+        raise UserError(f"config.json: rope_type {kind!r} is not supported with training_backend: megatron; use fsdp")
     return frequencies

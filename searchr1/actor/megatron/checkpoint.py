@@ -18,17 +18,18 @@ import torch
 import torch.distributed as dist
 
 from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files, verify_checkpoint
+from searchr1.actor.megatron.mapping import VALUE_HEAD
 from searchr1.actor.megatron.optimizer import torch_optimizers
 from searchr1.errors import UserError
 
 if TYPE_CHECKING:
-    from searchr1.actor.megatron.backend import MegatronBackend
+    from searchr1.actor.megatron.training import MegatronTraining
 
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 _OURS = "searchr1"
 
 
-def save_checkpoint(backend: MegatronBackend, folder: Path, in_background: bool) -> Any:
+def save_checkpoint(backend: MegatronTraining, folder: Path, in_background: bool) -> Any:
     """Write model and optimizer; a collective.
 
     In the background: a forked process of each rank writes what it holds now, and Megatron's queue of such calls is returned
@@ -57,7 +58,7 @@ def save_checkpoint(backend: MegatronBackend, folder: Path, in_background: bool)
     return queue
 
 
-def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
+def load_checkpoint(backend: MegatronTraining, folder: Path) -> None:
     """Read what `save_checkpoint` wrote, in this layout or another; a collective.
 
     Raises:
@@ -68,8 +69,8 @@ def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
     verify_checkpoint(folder.parent)
     if not (folder / "metadata.json").is_file():
         raise UserError(
-            f"{folder} was not written by actor.training_backend: megatron; resume with the backend that wrote it, or "
-            "convert it (searchr1 convert) and start from the model"
+            f"{folder} was not written by {backend.section}.training_backend: megatron; resume with the backend that wrote "
+            "it, or convert it (searchr1 convert) and start from the model"
         )
     _make_optimizer_state(backend)
     state = _sharded_state(backend, is_loading=True)
@@ -88,6 +89,8 @@ def load_checkpoint(backend: MegatronBackend, folder: Path) -> None:
 def load_weights(module: Any, folder: Path) -> None:
     """The model's weights alone, from any Megatron distributed checkpoint of this model; a collective.
 
+    A policy's has all that a critic needs but its head, which stays as it is.
+
     Raises:
         UserError: damaged, or of another model.
     """
@@ -95,8 +98,10 @@ def load_weights(module: Any, folder: Path) -> None:
 
     try:
         with _quiet():
-            loaded = dist_checkpointing.load({"model": module.sharded_state_dict(metadata=dict(_METADATA))}, str(folder))
-        module.load_state_dict(loaded["model"])
+            wanted = module.sharded_state_dict(metadata=dict(_METADATA))
+            has_head = wanted.pop(VALUE_HEAD, None) is not None
+            loaded = dist_checkpointing.load({"model": wanted}, str(folder))
+        module.load_state_dict(loaded["model"], strict=not has_head)
     except _unreadable() as error:
         raise UserError(
             f"actor.model.megatron_checkpoint: cannot load {folder}: it is damaged or belongs to another model "
@@ -118,14 +123,14 @@ def _reason(error: BaseException) -> str:
     return lines[-1][:200]
 
 
-def _sharded_state(backend: MegatronBackend, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(backend: MegatronTraining, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # Megatron adds process groups to it
     model = backend.module.sharded_state_dict(metadata=metadata)
     optimizer = backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 
-def _make_optimizer_state(backend: MegatronBackend) -> None:
+def _make_optimizer_state(backend: MegatronTraining) -> None:
     """Give every parameter its moments, which Adam makes at its first step only."""
     for optimizer in torch_optimizers(backend.optimizer):
         for group in optimizer.param_groups:
@@ -138,7 +143,7 @@ def _make_optimizer_state(backend: MegatronBackend) -> None:
 
 
 @contextmanager
-def _steps_left_out(backend: MegatronBackend) -> Iterator[None]:
+def _steps_left_out(backend: MegatronTraining) -> Iterator[None]:
     """Megatron looks for torch's `step` among the saved tensors, where it does not put it (a KeyError otherwise)."""
     parts = getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
     name = "_set_main_param_and_optimizer_states"
@@ -154,7 +159,7 @@ def _steps_left_out(backend: MegatronBackend) -> Iterator[None]:
             delattr(part, name)
 
 
-def _separate_steps(backend: MegatronBackend) -> None:
+def _separate_steps(backend: MegatronTraining) -> None:
     """After loading, all parameters share one `step` tensor without Transformer Engine: each update would add to it
     once a parameter, and Adam's bias correction would run away."""
     for optimizer in torch_optimizers(backend.optimizer):

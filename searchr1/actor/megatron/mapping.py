@@ -73,6 +73,9 @@ TABLES: dict[str, tuple[Rule, ...]] = {
     "qwen3": (*_DENSE, *_QK_NORMS),
 }
 
+VALUE_HEAD = "value_head.weight"
+"""A critic's head, under the same name on either backend; no published model has it."""
+
 _LOCAL_NAMES = (
     (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
     (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
@@ -162,7 +165,9 @@ class Entry:
 
 def entries(arch: Architecture) -> list[Entry]:
     """Every Megatron tensor of a model, layer by layer, in the order of the model."""
-    table = [rule for rule in TABLES[arch.family] if not (arch.tied and rule.megatron == "output_layer.weight")]
+    no_output = arch.tied or arch.value_head
+    table = [rule for rule in TABLES[arch.family] if not (no_output and rule.megatron == "output_layer.weight")]
+    table += [Rule(VALUE_HEAD, (VALUE_HEAD,), "copy")] if arch.value_head else []
     first = [rule for rule in table if rule.megatron.startswith("embedding.")]
     inner = [rule for rule in table if "{}" in rule.megatron]
     last = [rule for rule in table if rule not in first and rule not in inner]
@@ -188,6 +193,7 @@ def _source_shape(source: str, arch: Architecture) -> tuple[int, ...]:
     rows, columns = {
         "embed_tokens": (arch.vocab, arch.hidden),
         "lm_head": (arch.vocab, arch.hidden),
+        "value_head": (1, arch.hidden),
         "q_proj": (queries, arch.hidden),
         "k_proj": (keys, arch.hidden),
         "v_proj": (keys, arch.hidden),

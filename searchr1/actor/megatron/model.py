@@ -1,9 +1,9 @@
-"""Build a Megatron model from a Hugging Face folder; every rank reads just its part of the weights."""
+"""Build a policy or a critic of Megatron's from a Hugging Face folder; every rank reads just its part of the weights."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from searchr1.actor.megatron.architecture import Architecture, rotary_frequencies
 from searchr1.actor.megatron.hf_folder import HuggingFaceFolder
-from searchr1.actor.megatron.mapping import Entry, checkpoint_name, entries
+from searchr1.actor.megatron.mapping import VALUE_HEAD, Entry, checkpoint_name, entries
 from searchr1.config.layout import Layout
 from searchr1.config.schema_model import ActorModelConfig
 from searchr1.device import Device
@@ -79,10 +79,10 @@ def build_model(
     """One rank's part of the model, its weights not yet set."""
     from megatron.core import parallel_state
 
-    from searchr1.actor.megatron.modules import PolicyModel, layer_spec
+    from searchr1.actor.megatron.modules import PolicyModel, ValueModel, layer_spec
 
     config = transformer_config(arch, layout, settings, device)
-    model = PolicyModel(
+    model = (ValueModel if arch.value_head else PolicyModel)(
         config=config,
         transformer_layer_spec=layer_spec(config, arch.layers // layout.pipeline_parallel),
         vocab_size=arch.padded_vocab,
@@ -133,7 +133,7 @@ def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[L
 
 
 def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch: Architecture) -> None:
-    """Fill this rank's parameters from safetensors, reading only what they need.
+    """Fill this rank's parameters from safetensors, reading only what they need; a value head stays as it is.
 
     Raises:
         UserError: a tensor is missing, misshapen or cut short; names it.
@@ -144,8 +144,10 @@ def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch
     size = parallel_state.get_tensor_model_parallel_world_size()
     with ExitStack() as stack, torch.no_grad():
         weights = stack.enter_context(HuggingFaceFolder.open(folder))
-        weights.check(arch)
+        weights.check(replace(arch, value_head=False))
         for item in parameters:
+            if item.entry.name == VALUE_HEAD:
+                continue
             try:
                 item.parameter.copy_(item.entry.read(weights.read, rank, size))
             except SafetensorError as error:

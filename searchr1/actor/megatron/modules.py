@@ -14,7 +14,9 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from searchr1.actor.attention import packed_attention
@@ -102,8 +104,8 @@ def layer_spec(config: Any, layers_here: int) -> Any:
 class PolicyModel(GPTModel):
     """A GPTModel whose output layer sees the policy tokens' positions only."""
 
-    logit_positions_P: Tensor
-    """[P] where the logits of the next forward are wanted."""
+    output_positions_P: Tensor
+    """[P] where the output of the next forward is wanted."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -113,13 +115,38 @@ class PolicyModel(GPTModel):
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """[P, V / T] logits on the last stage, hidden states on the others."""
+        """What `_output` gives on the last stage, hidden states on the others."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
                 hidden_states, tensor_parallel_output_grad=False, group=self.pg_collection.tp
             )
+        return self._output(hidden_states[self.output_positions_P])
+
+    def _output(self, hidden_P1H: Tensor) -> Tensor:
+        """[P, V / T] logits."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _bias = self.output_layer(hidden_states[self.logit_positions_P], weight=weight)
+        logits, _bias = self.output_layer(hidden_P1H, weight=weight)
         return logits.squeeze(1)
+
+
+class ValueModel(PolicyModel):
+    """The same with a scalar head in the output layer's place; it starts at 0 and is whole on every tensor-parallel rank."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"share_embeddings_and_output_weights": False})
+        if self.post_process:
+            del self.output_layer
+            self.value_head = nn.Linear(self.config.hidden_size, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)
+
+    def _output(self, hidden_P1H: Tensor) -> Tensor:
+        """[P] values in fp32."""
+        values_P: Tensor = self.value_head(hidden_P1H).flatten().float()
+        return values_P
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None) -> Any:
+        """Of the parts as they are: GPTModel would look for the output layer."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)
