@@ -73,8 +73,8 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     """The micro-batch's share of the mini-batch's loss.
 
     loss = aggregate(policy loss) + kl_beta * aggregate(KL) - entropy_bonus * aggregate(entropy), and llds_coef *
-    aggregate(LLDS). A micro-batch
-    without policy tokens gives 0, connected to the graph so that all ranks can run backward together.
+    aggregate(LLDS), in fp32 at least. A micro-batch without policy tokens gives 0, connected to the graph so that all
+    ranks can run backward together.
 
     Raises:
         ValueError: `kl_beta` without reference log-probabilities, or `entropy_bonus` without entropy.
@@ -87,6 +87,8 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     # receive a gradient.
     policy_P = inputs.loss_mask_T.nonzero().squeeze(-1)
     logprobs_P = inputs.logprobs_T[policy_P]
+    # Sums of thousands of tokens end at 256 in bf16.
+    logprobs_P = logprobs_P.to(torch.promote_types(logprobs_P.dtype, torch.float32))
     old_logprobs_P = inputs.old_logprobs_T[policy_P].detach().to(logprobs_P.dtype)
     advantages_P = inputs.advantages_T[policy_P].to(logprobs_P.dtype)
     segment_ids_P = inputs.segment_ids_T[policy_P]

@@ -1,4 +1,4 @@
-"""Advantages against NumPy in float64, and their invariances."""
+"""Advantages: known values, and what is refused (formulas: test_exact_advantages.py)."""
 
 from __future__ import annotations
 
@@ -40,15 +40,6 @@ def by_hand(rewards: list[float], groups: list[int]) -> np.ndarray:
         if len(values) > 1 and values.min() != values.max():
             result[members] = (values - values.mean()) / (values.std(ddof=1) + 1e-6)
     return result
-
-
-@given(batches(), st.randoms(use_true_random=False))
-def test_grpo_equals_the_formula_in_any_order(batch: tuple[list[float], list[int]], random: object) -> None:
-    rewards, groups = batch
-    order = list(range(len(rewards)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    found = advantages([rewards[i] for i in order], [groups[i] for i in order])
-    np.testing.assert_allclose(found, by_hand(rewards, groups)[order], atol=1e-7)
 
 
 def test_known_values() -> None:
@@ -106,48 +97,6 @@ def test_unsupported_settings_name_their_key(settings: dict[str, object], key: s
 def test_a_reward_that_is_not_finite_is_refused() -> None:
     with pytest.raises(ValueError, match="finite"):
         advantages([1.0, float("nan")], [0, 0])
-
-
-def members(groups: list[int], index: int) -> list[int]:
-    return [other for other, group in enumerate(groups) if group == groups[index]]
-
-
-def others_mean(rewards: list[float], groups: list[int], index: int) -> float:
-    others = [rewards[other] for other in members(groups, index) if other != index]
-    return sum(others) / len(others) if others else rewards[index]
-
-
-def own_mean(rewards: list[float], groups: list[int], index: int) -> float:
-    return sum(rewards[other] for other in members(groups, index)) / len(members(groups, index))
-
-
-@given(batches())
-def test_rloo_takes_the_mean_of_the_others(batch: tuple[list[float], list[int]]) -> None:
-    rewards, groups = batch
-    expected = [reward - others_mean(rewards, groups, i) for i, reward in enumerate(rewards)]
-    np.testing.assert_allclose(advantages(rewards, groups, adv_type="rloo"), expected, atol=1e-10)
-
-
-@given(batches())
-def test_dr_grpo_does_not_divide(batch: tuple[list[float], list[int]]) -> None:
-    rewards, groups = batch
-    expected = [reward - own_mean(rewards, groups, i) for i, reward in enumerate(rewards)]
-    np.testing.assert_allclose(advantages(rewards, groups, adv_type="dr_grpo"), expected, atol=1e-10)
-
-
-@given(batches(), st.integers(0, 2**31))
-def test_reinforce_plus_plus_whitens_tokens(batch: tuple[list[float], list[int]], seed: int) -> None:
-    # Multiples of 1/8: no spread that is only rounding, which whitening would blow up.
-    rewards, groups = [round(reward * 8) / 8 for reward in batch[0]], batch[1]
-    tokens = np.random.default_rng(seed).integers(1, 9, len(rewards)).tolist()
-    centred = [reward - own_mean(rewards, groups, i) for i, reward in enumerate(rewards)]
-    equal = [len({rewards[other] for other in members(groups, i)}) == 1 for i in range(len(rewards))]
-    centred = [0.0 if same else value for value, same in zip(centred, equal, strict=True)]
-    for name, values in (("reinforce++", rewards), ("reinforce++_baseline", centred)):
-        per_token = np.repeat(np.array(values), tokens)
-        std = per_token.std(ddof=1) if len(per_token) > 1 else 0.0
-        expected = (np.array(values) - per_token.mean()) / (std + 1e-6)
-        np.testing.assert_allclose(advantages(rewards, groups, tokens, adv_type=name), expected, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", sorted(set(ADVANTAGES) - {"reinforce++"}))

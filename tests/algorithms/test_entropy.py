@@ -16,7 +16,7 @@ def naive(logits_MV: torch.Tensor, targets_M: torch.Tensor, temperature: float) 
     return log_p_MV.gather(-1, targets_M[:, None]).squeeze(-1), -(log_p_MV.exp() * log_p_MV).sum(-1)
 
 
-@settings(deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 9), st.integers(1, 17), st.sampled_from([0.5, 1.0, 1.7]), st.integers(0, 1000))
 def test_values_and_gradients_equal_autograd_for_any_chunking(
     rows: int, vocabulary: int, temperature: float, seed: int

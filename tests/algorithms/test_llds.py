@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from searchr1.algorithms.aggregation import Denominators
-from searchr1.algorithms.llds import action_ids, llds
+from searchr1.algorithms.llds import action_ids
 from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
 from searchr1.algorithms.policy_losses import ClipSettings
 
@@ -19,25 +16,6 @@ def test_actions_are_unbroken_runs_of_policy_tokens():
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool)
     assert action_ids("action", segments, mask).tolist() == [0, 0, 1, 1, 2, 2, 3]
     assert action_ids("response", segments, mask).tolist() == [0, 0, 0, 0, 1, 1, 2]
-
-
-@given(st.integers(0, 10_000), st.lists(st.integers(1, 5), min_size=1, max_size=6))
-def test_terms_and_gradients_equal_the_formula(seed, sizes):
-    rng = np.random.default_rng(seed)
-    old = rng.normal(size=sum(sizes))
-    present = old + rng.normal(size=sum(sizes))
-    advantages = np.repeat(rng.choice([-1.0, 0.0, 1.0], len(sizes)), sizes)
-    actions = np.repeat(np.arange(len(sizes)), sizes)
-    logprobs = torch.tensor(present, requires_grad=True)
-    found = llds(logprobs, torch.tensor(old), torch.tensor(advantages), torch.tensor(actions))
-    (gradient,) = torch.autograd.grad(found.sum(), logprobs)
-    for number in range(len(sizes)):
-        own = actions == number
-        fallen = old[own] - present[own]
-        on = fallen.sum() > 0 and advantages[own][0] >= 0
-        expected = np.maximum(fallen, 0) if on else np.zeros_like(fallen)
-        assert np.abs(found.detach().numpy()[own] - expected).max() < 1e-12
-        assert np.array_equal(gradient.numpy()[own], -(expected > 0).astype(float))
 
 
 def inputs(tensors, tokens):

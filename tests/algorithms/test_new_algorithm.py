@@ -70,7 +70,7 @@ def test_registering_takes_one_line(monkeypatch):
     assert policy_loss("topr") is topr.topr
 
 
-@settings(deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(st.floats(-2, 2), st.lists(st.tuples(st.floats(-8, -0.01), st.floats(-2, 2)), min_size=1, max_size=5)),

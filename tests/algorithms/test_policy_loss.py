@@ -1,4 +1,4 @@
-"""Policy losses and KL estimators against scalar formulas written out by hand."""
+"""Policy losses and KL estimators: what they say besides the loss, and their odd inputs (formulas: test_exact_losses.py)."""
 
 from __future__ import annotations
 
@@ -21,36 +21,6 @@ CLIP = ClipSettings(low=0.2, high=0.28, dual=3.0)
 def one_each(logp_P: torch.Tensor, old_P: torch.Tensor, advantage_P: torch.Tensor) -> PolicyInputs:
     """Every token is a sequence of its own."""
     return PolicyInputs(logp_P, old_P, advantage_P, torch.arange(len(logp_P)))
-
-
-def oracle(logp: float, old: float, advantage: float, clip: ClipSettings) -> tuple[float, float]:
-    """(loss, d loss / d logp), case by case."""
-    ratio = math.exp(max(-20.0, min(20.0, logp - old)))
-    if advantage >= 0:
-        if ratio > 1 + clip.high:
-            return -advantage * (1 + clip.high), 0.0
-        return -advantage * ratio, -advantage * ratio
-    if ratio < 1 - clip.low:
-        return -advantage * (1 - clip.low), 0.0
-    if clip.dual is not None and ratio > clip.dual:
-        return -advantage * clip.dual, 0.0
-    return -advantage * ratio, -advantage * ratio
-
-
-@given(
-    st.lists(st.tuples(st.floats(-6, 0), st.floats(-6, 0), st.floats(-3, 3)), min_size=1, max_size=20),
-    st.sampled_from([None, 3.0]),
-)
-def test_ppo_clip_and_its_gradient(tokens: list[tuple[float, float, float]], dual: float | None) -> None:
-    clip = ClipSettings(low=0.2, high=0.28, dual=dual)
-    logp_P, old_P, advantage_P = torch.tensor(tokens, dtype=torch.float64).unbind(1)
-    logp_P = logp_P.clone().requires_grad_()
-    token = ppo_clip(one_each(logp_P, old_P, advantage_P), clip)
-    token.loss_P.sum().backward()
-    expected = torch.tensor([oracle(*values, clip) for values in tokens], dtype=torch.float64)
-    torch.testing.assert_close(token.loss_P.detach(), expected[:, 0], atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(logp_P.grad, expected[:, 1], atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(token.ratio_P, (logp_P - old_P).exp().detach())
 
 
 def test_which_limit_decided_is_told() -> None:
@@ -83,11 +53,6 @@ def test_the_yaml_knows_every_loss() -> None:
     assert CHOICES["algorithm.loss_type"] == tuple(POLICY_LOSSES)
 
 
-ragged = st.lists(
-    st.lists(st.tuples(st.floats(-6, 0), st.floats(-1, 1)), min_size=1, max_size=6), min_size=1, max_size=4
-).flatmap(lambda rows: st.tuples(st.just(rows), st.lists(st.floats(-3, 3), min_size=len(rows), max_size=len(rows))))
-
-
 def sequences(rows: list[list[tuple[float, float]]], advantages: list[float]) -> PolicyInputs:
     """Ragged sequences of (logp, logp - old logp), one advantage each."""
     logp_P = torch.tensor([logp for row in rows for logp, _ in row], dtype=torch.float64)
@@ -102,56 +67,6 @@ def gradient(inputs: PolicyInputs, loss: torch.Tensor) -> torch.Tensor:
     loss.backward()
     assert inputs.logprobs_P.grad is not None
     return inputs.logprobs_P.grad
-
-
-@given(ragged)
-def test_gspo_is_the_clipped_objective_of_the_sequence_ratio(batch: tuple[list, list]) -> None:
-    clip = ClipSettings(low=0.2, high=0.28)
-    inputs = sequences(*batch)
-    token = policy_loss("gspo")(inputs, clip)
-    per_sequence = torch.zeros(len(batch[0]), dtype=torch.float64)
-    lengths = torch.tensor([len(row) for row in batch[0]], dtype=torch.float64)
-    per_sequence = per_sequence.index_add(0, inputs.segment_ids_P, token.loss_P) / lengths
-    found = gradient(inputs, per_sequence.sum())
-
-    again = sequences(*batch)
-    start, expected = 0, []
-    for row, advantage in zip(*batch, strict=True):
-        part = slice(start, start + len(row))
-        ratio = (again.logprobs_P[part] - again.old_logprobs_P[part]).mean().exp()
-        limited = ratio.clamp(1 - clip.low, 1 + clip.high)
-        expected.append(-torch.minimum(ratio * advantage, limited * advantage))
-        start += len(row)
-    torch.testing.assert_close(per_sequence.detach(), torch.stack(expected).detach(), atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(found, gradient(again, torch.stack(expected).sum()), atol=1e-10, rtol=1e-10)
-
-
-@given(ragged)
-def test_cispo_clips_the_weight_and_keeps_every_gradient(batch: tuple[list, list]) -> None:
-    inputs = sequences(*batch)
-    token = policy_loss("cispo")(inputs, ClipSettings(low=0.3, high=0.5))
-    gaps = [gap for row in batch[0] for _, gap in row]
-    advantages = inputs.advantages_P.tolist()
-    weights = [min(max(math.exp(gap), 0.7), 1.5) for gap in gaps]
-    expected = torch.tensor([-w * a for w, a in zip(weights, advantages, strict=True)], dtype=torch.float64)
-    torch.testing.assert_close(token.loss_P.detach(), expected * inputs.logprobs_P.detach(), atol=1e-10, rtol=1e-10)
-    torch.testing.assert_close(gradient(inputs, token.loss_P.sum()), expected, atol=1e-10, rtol=1e-10)
-    assert token.clipped_P.tolist() == [not 0.7 <= ratio <= 1.5 for ratio in token.ratio_P.tolist()]
-
-
-@given(ragged)
-def test_sapo_gates_softly(batch: tuple[list, list]) -> None:
-    inputs = sequences(*batch)
-    token = policy_loss("sapo")(inputs, ClipSettings(0.2, 0.2, tau_positive=0.8, tau_negative=1.3))
-    expected, slopes = [], []
-    for advantage, ratio in zip(inputs.advantages_P.tolist(), token.ratio_P.tolist(), strict=True):
-        tau = 0.8 if advantage > 0 else 1.3
-        gate = 1 / (1 + math.exp(-tau * (ratio - 1)))
-        expected.append(-advantage * 4 / tau * gate)
-        slopes.append(-advantage * 4 * gate * (1 - gate) * ratio)
-    torch.testing.assert_close(token.loss_P.detach(), torch.tensor(expected, dtype=torch.float64), atol=1e-10, rtol=1e-10)
-    found = gradient(inputs, token.loss_P.sum())
-    torch.testing.assert_close(found, torch.tensor(slopes, dtype=torch.float64), atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", sorted(POLICY_LOSSES))

@@ -5,6 +5,8 @@ A user's own needs no line: `algorithm.adv_type: package.module:function`, see e
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from searchr1.algorithms.advantages.dr_grpo import dr_grpo
@@ -29,7 +31,7 @@ ADVANTAGES: dict[str, AdvantageFunction] = {
 
 
 def compute_advantages(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor:
-    """[N] advantages under `algorithm.adv_type`, in the dtype of the rewards.
+    """[N] advantages under `algorithm.adv_type`, worked out in float64 and returned in the dtype of the rewards.
 
     Raises:
         UserError: unknown `adv_type`, settings that it does not support, or a user's own that returns something else.
@@ -40,10 +42,12 @@ def compute_advantages(inputs: AdvantageInputs, settings: AdvantageSettings) -> 
         raise ValueError("rewards_N, group_ids_N and policy_tokens_N differ in shape")
     if not bool(inputs.rewards_N.isfinite().all()):
         raise ValueError("a reward is not finite")
-    advantages_N = function(inputs, settings)
+    advantages_N = function(replace(inputs, rewards_N=inputs.rewards_N.double()), settings)
     if advantages_N.shape != inputs.rewards_N.shape or not bool(advantages_N.isfinite().all()):
         raise UserError(
             f"algorithm.adv_type: {settings.adv_type} must return {len(inputs.rewards_N)} finite numbers, one per "
             f"trajectory; found {advantages_N}"
         )
-    return whiten(advantages_N, inputs.policy_tokens_N) if settings.normalize else advantages_N
+    if settings.normalize:
+        advantages_N = whiten(advantages_N, inputs.policy_tokens_N)
+    return advantages_N.to(inputs.rewards_N.dtype)

@@ -17,7 +17,7 @@ class AdvantageInputs:
     """One step's N trajectories, over all ranks: groups must be complete."""
 
     rewards_N: Tensor
-    """Floating point."""
+    """Floating point; float64 by the time that an advantage function sees them."""
     group_ids_N: Tensor
     """int, any numbers: trajectories of one prompt share one."""
     policy_tokens_N: Tensor
