@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 Points = list[tuple[float, float]]
@@ -15,8 +15,6 @@ SMOOTHED_FROM = 80
 """A line with at least so many points is drawn faintly, with its moving mean on top."""
 MOST_MARKS = 120
 """Points of one line that show their value under the mouse."""
-MOST_COLUMNS = 160
-"""Steps of a stacked chart; more are averaged together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,34 +47,6 @@ def line_chart(title: str, series: Sequence[Series], note: str = "") -> str:
         parts.append(_marks(frame, line, number, visible=len(line.points) <= 16))
     legend = [(number, f"{line.name} {compact(line.points[-1][1])}") for number, line in drawn]
     return _figure(title, note, parts, legend)
-
-
-def stacked_chart(title: str, series: Sequence[Series], note: str = "") -> str:
-    """Areas on top of each other, the first one at the bottom; a value that is missing at a step counts as 0."""
-    drawn = [(number, line) for number, line in enumerate(series) if any(y > 0 for _, y in line.points)]
-    steps = sorted({x for _, line in drawn for x, _ in line.points})
-    if not steps:
-        return ""
-    per_column = math.ceil(len(steps) / MOST_COLUMNS)
-    columns = [steps[start : start + per_column] for start in range(0, len(steps), per_column)]
-    centres = [sum(column) / len(column) for column in columns]
-    if len(centres) == 1:
-        columns, centres = columns * 2, [centres[0] - 0.5, centres[0] + 0.5]
-    lower = [0.0] * len(columns)
-    areas: list[tuple[int, Points, Points]] = []
-    for number, line in drawn:
-        values = {x: max(y, 0.0) for x, y in line.points}
-        heights = [sum(values.get(step, 0.0) for step in column) / len(column) for column in columns]
-        upper = [base + height for base, height in zip(lower, heights, strict=True)]
-        areas.append((number, list(zip(centres, lower, strict=True)), list(zip(centres, upper, strict=True))))
-        lower = upper
-    frame = _Frame([point for _, _, top in areas for point in top])
-    parts = [
-        f'<polygon class="area c{number}" points="{frame.path(top)} {frame.path(reversed(bottom))}"/>'
-        for number, bottom, top in areas
-    ]
-    legend = [(number, f"{line.name} {compact(line.points[-1][1])}") for number, line in drawn]
-    return _figure(title, note, [*parts, frame.grid()], legend)
 
 
 def moving_mean(points: Points, radius: int) -> Points:
@@ -128,7 +98,7 @@ class _Frame:
     def y(self, value: float) -> float:
         return HEIGHT - BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (HEIGHT - TOP - BOTTOM)
 
-    def path(self, points: Iterable[tuple[float, float]]) -> str:
+    def path(self, points: Points) -> str:
         return " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
 
     def grid(self) -> str:

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from searchr1.agent.trajectory import Trajectory
-from searchr1.errors import UserError
 from searchr1.rewards.answers import answer_of
 from searchr1.tracking.token_text import TokenText
 
@@ -118,25 +117,6 @@ def write_trajectories(path: Path, trajectories: Sequence[Trajectory], token_tex
             row = trajectory_row(trajectory, token_text)
             file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
     os.replace(partial, path)
-
-
-def read_some_trajectories(path: Path, count: int) -> list[dict[str, Any]]:
-    """At most `count` rows of a file, evenly spread over it.
-
-    Raises:
-        UserError: a line that is not one of ours.
-    """
-    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), start=1) if line.strip()]
-    rows = []
-    for number, line in (lines[i * len(lines) // count] for i in range(count)) if len(lines) > count else lines:
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: not valid JSON ({error}); remove the file or the line") from error
-        if not isinstance(row, dict) or not isinstance(row.get("turns"), list):
-            raise UserError(f"{path}:{number}: not a logged trajectory; remove the file or the line")
-        rows.append(row)
-    return rows
 
 
 def _number(value: float) -> float | None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -11,52 +14,70 @@ import pytest
 from searchr1.agent.trajectory import Sample, Turn
 from searchr1.cli import main as searchr1
 from searchr1.errors import UserError
+from searchr1.tracking import page_parts, report
 from searchr1.tracking.loggers import JsonlLogger
 from searchr1.tracking.metrics import eval_metrics, step_metrics
-from searchr1.tracking.report import escape, main, page
+from searchr1.tracking.report import escape, main
+from searchr1.tracking.run_files import COLUMNS
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 
 HOSTILE = (
     "</pre></details><script>alert(1)</script><img src=x onerror=alert(2)><a href='javascript:alert(3)'>\"'&lt;"
-    "<style>*{display:none}</style><!-- ]]> \x00\x1b[31m \u202e \ud83d </title></html>"
-)
-ALLOWED = set(
-    "html head meta title style body main h1 h2 p div span b small details summary pre table tr th td "
-    "figure figcaption svg line text polyline polygon circle".split()
-)
-ALLOWED_ATTRIBUTES = set(
-    "lang charset name content http-equiv class id role aria-label viewbox points x y x1 x2 y1 y2 cx cy r "
-    "text-anchor".split()
+    "<style>*{display:none}</style><!-- ]]> \x00\x1b[31m \u202e \ud83d </title></html> {{script}} \u2028"
 )
 
 
 class Reader(HTMLParser):
-    """Collects what a browser would see."""
+    """Collects a page's elements: {id or tag: text}."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
-        self.tags: set[str] = set()
+        self.tags: list[str] = []
         self.attributes: set[str] = set()
         self.open: list[str] = []
-        self.text = ""
+        self.name = ""
+        self.texts: dict[str, str] = {}
+        self.policy = ""
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
+        self.tags.append(tag)
         self.attributes |= {name for name, _ in attrs}
-        if tag not in ("meta", "line"):
+        given = dict(attrs)
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given["content"] or ""
+        if tag not in ("meta", "input"):
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
+            self.name = given.get("id") or tag
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
+        self.name = ""
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.texts[self.name] = self.texts.get(self.name, "") + data
+
+    def overview(self) -> dict[str, Any]:
+        return dict(json.loads(self.texts["overview"]))
+
+    def unpacked(self, name: str) -> Any:
+        return json.loads(gzip.decompress(base64.b64decode(self.texts[name])))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every trajectory of the page: its columns, its file and its body."""
+        bodies = [body for name in self.texts if name.startswith("chunk-") for body in self.unpacked(name)]
+        files = self.overview()["files"]
+        index = self.unpacked("index")
+        assert index["columns"] == list(COLUMNS)
+        return [
+            dict(zip(COLUMNS, row[1:], strict=True)) | {"file": files[row[0]]["key"], "body": body}
+            for row, body in zip(index["rows"], bodies, strict=True)
+        ]
+
+
+def page(*runs: Path, **choices: Any) -> str:
+    return "".join(report.page(runs, **choices))
 
 
 @pytest.fixture
@@ -67,11 +88,12 @@ def run(tmp_path: Path, make_trajectory: Any) -> Path:
     remove_later(folder, 0)
     log = JsonlLogger(folder / "metrics.jsonl", 0)
     for step in range(5):
-        rows = [make_trajectory(i, source=("one_hop", "two_hop")[i % 2], right=i < step) for i in range(30)]
+        rows = [make_trajectory(i, source=("one_hop", "two_hop")[i % 2], right=i < 5 * step) for i in range(30)]
         if step in (0, 4):
             write_trajectories(eval_file(folder, step), rows)
             log.log(step, eval_metrics(rows))
         if step:
+            rows = [make_trajectory(i, replica) for i in range(6) for replica in range(5)]
             write_trajectories(train_file(folder, step), rows)
             seconds = {"time/rollout": 3.0, "time/train": 1.5, "time/step": 5.0, "actor/kl": 0.01, "actor/entropy": 0.4}
             log.log(step, step_metrics(rows) | seconds | {"mismatch/logprob_gap_max": 1e-6, "actor/grad_norm": float("nan")})
@@ -79,95 +101,120 @@ def run(tmp_path: Path, make_trajectory: Any) -> Path:
     return folder
 
 
-def test_the_page_is_whole_and_asks_for_nothing_from_outside(run):
+def test_the_page_is_whole_and_its_policy_allows_nothing_but_its_own_script_and_style(run):
     text = page(run)
     seen = Reader(text)
     assert not seen.open
-    assert seen.tags <= ALLOWED
-    assert seen.attributes <= ALLOWED_ATTRIBUTES
-    assert "http:" not in text
-    assert "https:" not in text
+    assert not seen.attributes & {"src", "href", "style", "action", "srcdoc"}
+    assert not [name for name in seen.attributes if name.startswith("on")]
     assert "url(" not in text
+    assert "@import" not in text
+    policy = dict(part.strip().split(" ", 1) for part in seen.policy.split(";"))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == "'none'"
+    for name, tag in (("script-src", "script"), ("style-src", "style")):
+        digest = hashlib.sha256(seen.texts[tag].encode()).digest()
+        assert policy[name] == f"'sha256-{base64.b64encode(digest).decode()}'"
+    assert "connect-src" not in policy
+
+
+def test_the_script_builds_with_text_alone():
+    assert not re.search(
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser", page_parts.script()
+    )
+    for ending in ("</script", "</style", "<!--"):
+        assert ending not in (page_parts.script() + page_parts.style()).lower()
 
 
 def test_the_page_tells_the_run(run):
-    seen = Reader(page(run)).text
-    for part in (
-        "my run",
-        "4 steps",
+    overview = Reader(page(run)).overview()
+    assert overview["title"] == "my run"
+    assert overview["subtitle"] == "4 training steps, 2 evaluations"
+    titles = {chart["title"] for chart in overview["charts"]}
+    assert titles >= {
         "Reward",
         "Exact match",
         "Searches per question",
         "Response length",
-        "KL to the reference",
-    ):
-        assert part in seen
-    for part in (
         "Entropy",
+        "KL to the reference model",
         "Mismatch of engine and actor",
         "Where a step's time goes",
         "Held-out exact match by data source",
-    ):
-        assert part in seen
-    assert "Gradient norm" not in seen, "all its values are null"
-    assert "0 → 0.133" in seen
+    }
+    assert "Gradient norm" not in titles, "all its values are null"
+    assert overview["tiles"][0] == ["Held-out exact match", "0 → 0.667"]
+    (summary,) = overview["summaries"]
+    assert summary["headline"] == "The model got better at the held-out questions."
 
 
-def test_the_table_compares_before_and_after(run):
-    (table,) = re.findall(r"<table>(.*?)</table>", page(run))
-    rows = [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in table.split("</tr>")]
-    assert rows[0][:4] == ["data source", "questions", "exact match, step 0", "exact match, step 4"]
-    assert rows[1][:4] == ["one_hop", "15", "0", "0.133"]
-    assert rows[2][:4] == ["two_hop", "15", "0", "0.133"]
-    assert rows[3][:4] == ["all", "30", "0", "0.133"]
+def test_the_summary_has_an_example_that_leads_to_both_attempts(run, make_trajectory):
+    searching = make_trajectory(
+        1,
+        source="two_hop",
+        turns=[Turn("<search>a</search>", "search", 1, ["a"]), Turn("<search>b</search>", "search", 1, ["b"])],
+    )
+    write_trajectories(eval_file(run, 4), [make_trajectory(0), searching])
+    example = Reader(page(run)).overview()["summaries"][0]["example"]
+    before, after = example["attempts"]
+    assert example["question"] == "Who?"
+    assert (before["step"], before["right"], before["queries"]) == (0, False, ["who"])
+    assert (after["step"], after["right"], after["queries"]) == (4, True, ["a", "b"])
+    assert after["key"] == "0/eval/4/0/two_hop/1"
 
 
-def test_trajectories_of_first_and_last_step_are_shown(run):
-    text = page(run, samples=7)
-    titles = re.findall(r"<h2>(.*?)</h2>", text)
-    assert titles[2:] == [
-        "Held-out questions, step 0",
-        "Held-out questions, step 4",
-        "Training questions, step 1",
-        "Training questions, step 4",
-    ]
-    assert text.count("<details") == 4 * 7
-    seen = Reader(text).text
-    assert "<search>who</search>" in seen
-    assert "<information>Ann</information>" in seen
-    assert text.count("<details") > text.count('class="good"') > 0
-    assert page(run).count("<details") == 4 * 20
+def test_every_trajectory_is_in_the_page(run):
+    rows = Reader(page(run)).rows()
+    assert len(rows) == 2 * 30 + 4 * 30
+    assert {row["file"] for row in rows} == {"0-eval-0", "0-eval-4", *(f"0-train-{step}" for step in range(1, 5))}
+    assert rows[0]["question"] == "Who?"
+    assert rows[0]["body"]["turns"][0]["queries"] == ["who"]
+    assert Reader(page(run)).overview()["leftOut"] == ""
 
 
-def test_hostile_text_is_shown_and_does_nothing(run, make_trajectory):
+def test_a_limit_keeps_the_same_questions_of_every_evaluation_and_whole_groups(run):
+    seen = Reader(page(run, trajectories=60))
+    rows = seen.rows()
+    assert len(rows) <= 60
+    assert seen.overview()["leftOut"].startswith(f"{len(rows)} of 180 logged trajectories are in this page")
+    before, after = ([row["id"] for row in rows if row["file"] == f"0-eval-{step}"] for step in (0, 4))
+    assert before == after
+    assert len(before) == 15
+    for step in range(1, 5):
+        ids = [row["id"] for row in rows if row["file"] == f"0-train-{step}"]
+        assert ids
+        assert all(ids.count(one) == 5 for one in ids)
+    assert Reader(page(run, trajectories=0)).rows() == []
+
+
+def test_hostile_text_cannot_leave_its_place(run, make_trajectory):
     bad = make_trajectory(
         sample=Sample(HOSTILE, 0, [1], HOSTILE, [HOSTILE], HOSTILE),
         turns=[
             Turn(HOSTILE, "search", 1, [HOSTILE], HOSTILE, 1, 0.1, HOSTILE),
             Turn(f"<answer>{HOSTILE}</answer>", "answer", 1),
         ],
-        reward_parts={HOSTILE: 1.0},
+        reward_parts={HOSTILE: 1.0, "exact_match": 1.0},
     )
     write_trajectories(train_file(run, 4), [bad])
+    write_trajectories(eval_file(run, 0), [make_trajectory(sample=bad.sample, right=False)])
+    write_trajectories(eval_file(run, 4), [bad])
     with (run / "metrics.jsonl").open("a") as file:
         metrics = eval_metrics([make_trajectory(source=HOSTILE)])
-        file.write(json.dumps({"step": 5, **metrics}) + "\n")
-    text = page(run)
-    text.encode()
+        file.write(json.dumps({"step": 5, HOSTILE: 1.0, **metrics}) + "\n")
+    clean, text = Reader(page(run.parent / "my run")), page(run.rename(run.parent / "<img src=x onerror=alert(1)>"))
     seen = Reader(text)
-    assert seen.tags <= ALLOWED
-    assert seen.attributes <= ALLOWED_ATTRIBUTES
+    text.encode()
+    assert seen.attributes == clean.attributes
     assert not seen.open
-    assert "<script>alert(1)</script>" in seen.text
+    assert [tag for tag in seen.tags if tag != "script"] == [tag for tag in clean.tags if tag != "script"]
     assert text.count("<style>") == 1
-    assert not re.search("[\x00-\x08\x1b\u202e\ud800-\udfff]", text)
-
-
-def test_a_run_folder_with_a_hostile_name(run):
-    worse = run.rename(run.parent / "<img src=x onerror=alert(1)>")
-    seen = Reader(page(worse))
-    assert seen.tags <= ALLOWED
-    assert "onerror" not in seen.attributes
+    assert not re.search("[\x00-\x08\x1b\u2028\u202e\ud800-\udfff]", text)
+    overview = seen.overview()
+    assert HOSTILE in [cells[0] for cells in overview["table"]]
+    row = next(row for row in seen.rows() if row["file"] == "0-train-4")
+    assert row["question"] == row["source"] == HOSTILE
+    assert row["body"]["turns"][0]["tool_error"] == HOSTILE
+    assert seen.texts["title"] == "<img src=x onerror=alert(1)>"
 
 
 def test_escape():
@@ -177,31 +224,47 @@ def test_escape():
     assert escape(None) == "None"
 
 
-def test_an_evaluation_alone_has_a_table_and_trajectories(tmp_path, make_trajectory):
+def test_an_evaluation_alone_with_and_without_metrics(tmp_path, make_trajectory):
     rows = [make_trajectory(i) for i in range(3)]
     remove_later(tmp_path, 0)
+    write_trajectories(eval_file(tmp_path, 0), rows)
+    assert len(Reader(page(tmp_path)).rows()) == 3
     log = JsonlLogger(tmp_path / "metrics.jsonl", 0)
     log.log(0, eval_metrics(rows))
-    write_trajectories(eval_file(tmp_path, 0), rows)
-    text = page(tmp_path)
-    assert "exact match, step 0" in text
-    assert text.count("<details") == 3
+    seen = Reader(page(tmp_path))
+    assert seen.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
+    assert len(seen.rows()) == 3
 
 
 def test_a_running_run_without_evaluation_or_trajectories(tmp_path, make_trajectory):
     log = JsonlLogger(tmp_path / "metrics.jsonl", 0)
     log.log(1, step_metrics([make_trajectory()]))
-    text = page(tmp_path)
-    assert "No evaluation was logged." in text
-    assert "<svg" in text
+    overview = Reader(page(tmp_path)).overview()
+    assert overview["table"] == []
+    assert overview["files"] == []
+    assert overview["charts"]
+
+
+def test_runs_are_compared(run, tmp_path, make_trajectory):
+    other = tmp_path / "deep" / "my run"
+    (other / "trajectories").mkdir(parents=True)
+    write_trajectories(eval_file(other, 2), [make_trajectory(0)])
+    JsonlLogger(other / "metrics.jsonl", 0).log(2, eval_metrics([make_trajectory(0)]))
+    seen = Reader(page(run, other))
+    overview = seen.overview()
+    assert overview["compares"]
+    assert overview["runs"] == [f"{tmp_path.name}/my run", "deep/my run"]
+    assert [summary["run"] for summary in overview["summaries"]] == overview["runs"]
+    assert [line[0] for line in overview["table"]] == ["run", *overview["runs"]]
+    assert "1-eval-2" in {row["file"] for row in seen.rows()}
 
 
 def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert searchr1(["report", str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
     assert (run / "report.html").read_text(encoding="utf-8") == page(run)
-    assert main([str(run), "--output", str(tmp_path / "other.html"), "--samples", "1"]) == 0
-    assert (tmp_path / "other.html").read_text(encoding="utf-8").count("<details") == 4
+    assert main([str(run), "--output", str(tmp_path / "other.html"), "--trajectories", "10"]) == 0
+    assert len(Reader((tmp_path / "other.html").read_text(encoding="utf-8")).rows()) <= 10
 
 
 def test_mistakes_are_told(run, tmp_path):
@@ -210,8 +273,8 @@ def test_mistakes_are_told(run, tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(UserError, match="no metrics yet"):
         main([str(tmp_path)])
-    with pytest.raises(UserError, match="--samples -1"):
-        main([str(run), "--samples", "-1"])
+    with pytest.raises(UserError, match="--trajectories -1"):
+        main([str(run), "--trajectories", "-1"])
     with pytest.raises(UserError, match="not writable"):
         main([str(run), "--output", str(tmp_path / "no" / "folder.html")])
     train_file(run, 1).write_text("{torn\n")

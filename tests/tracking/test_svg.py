@@ -7,15 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.tracking.svg import HEIGHT, WIDTH, Series, compact, line_chart, moving_mean, stacked_chart, ticks
+from searchr1.tracking.svg import HEIGHT, WIDTH, Series, compact, line_chart, moving_mean, ticks
 
 values = st.floats(-1e12, 1e12, allow_nan=False)
 points = st.dictionaries(st.integers(0, 2000).map(float), values, max_size=200).map(lambda found: sorted(found.items()))
 
 
-@given(st.lists(points, max_size=6), st.sampled_from([line_chart, stacked_chart]))
-def test_any_numbers_give_well_formed_drawings_inside_their_frame(lines, draw):
-    drawn = draw("A title", [Series(f"line {i}", line) for i, line in enumerate(lines)])
+@given(st.lists(points, max_size=6))
+def test_any_numbers_give_well_formed_drawings_inside_their_frame(lines):
+    drawn = line_chart("A title", [Series(f"line {i}", line) for i, line in enumerate(lines)])
     if not drawn:
         return
     root = ElementTree.fromstring(drawn)
@@ -60,31 +60,14 @@ def test_long_lines_are_smoothed_on_top_of_the_raw_values():
     assert moving_mean([(0.0, 1.0), (1.0, 3.0), (2.0, 5.0)], 1) == [(0.0, 2.0), (1.0, 3.0), (2.0, 4.0)]
 
 
-def test_areas_stack_up_to_the_sum():
-    drawn = stacked_chart("t", [Series("a", [(1.0, 2.0), (2.0, 2.0)]), Series("b", [(1.0, 3.0)])])
-    first, second = re.findall(r'<polygon class="area c\d" points="([^"]*)"', drawn)
-    height_of_5 = 10.0
-    floor = HEIGHT - 24
-    assert first.startswith(f"46.0,{floor - (floor - 10) * 2 / 5:.1f} ")
-    assert second.startswith(f"46.0,{height_of_5} ")
-
-
-def test_many_steps_are_averaged_into_columns():
-    drawn = stacked_chart("t", [Series("a", [(float(x), 1.0) for x in range(2000)])])
-    (path,) = re.findall(r'<polygon class="area c0" points="([^"]*)"', drawn)
-    assert 2 * 100 <= path.count(",") <= 2 * 160
-
-
 def test_nothing_to_draw():
     assert line_chart("t", []) == line_chart("t", [Series("a", [])]) == ""
-    assert stacked_chart("t", [Series("a", [(1.0, 0.0)])]) == ""
 
 
 def test_names_are_escaped():
-    for draw in (line_chart, stacked_chart):
-        drawn = draw("<i>", [Series("<b>&", [(0.0, 1.0), (1.0, 2.0)])], "<u>")
-        ElementTree.fromstring(drawn)
-        assert not re.search("<[biu]>", drawn)
+    drawn = line_chart("<i>", [Series("<b>&", [(0.0, 1.0), (1.0, 2.0)])], "<u>")
+    ElementTree.fromstring(drawn)
+    assert not re.search("<[biu]>", drawn)
 
 
 @pytest.mark.parametrize(

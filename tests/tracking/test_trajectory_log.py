@@ -8,12 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
-from searchr1.errors import UserError
+from searchr1.tracking.run_files import read_rows
 from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import (
     eval_file,
     logged_steps,
-    read_some_trajectories,
     remove_later,
     train_file,
     whole_groups,
@@ -51,7 +50,7 @@ def test_no_text_and_no_reward_can_break_the_log(tmp_path_factory, text, reward)
     turns = [Turn(text, "search", 1, [text], text, 1)]
     odd = Trajectory(sample, 0, empty.astype(np.int32), empty.astype(bool), empty, turns, "eos", reward=reward)
     write_trajectories(path, [odd, odd])
-    first, second = read_some_trajectories(path, 10)
+    first, second = read_rows(path)
     assert first["turns"][0]["policy_text"] == first["turns"][0]["tool_text"] == text
     assert "NaN" not in path.read_text(encoding="utf-8") or "NaN" in text
     assert second["reward"] is None or second["reward"] == reward
@@ -105,24 +104,6 @@ def test_no_tokens_are_logged_where_they_do_not_spell_the_text(tmp_path, make_tr
     write_trajectories(tmp_path / "step_2.jsonl", [unmasked], TokenText([b"a"]))
     for file in (path, tmp_path / "step_2.jsonl"):
         assert not any("token_chars" in turn for turn in json.loads(file.read_text())["turns"])
-
-
-def test_an_even_sample(tmp_path, make_trajectory):
-    path = tmp_path / "step_1.jsonl"
-    write_trajectories(path, [make_trajectory(index=i) for i in range(8)])
-    assert [row["id"] for row in read_some_trajectories(path, 4)] == ["one_hop/0", "one_hop/2", "one_hop/4", "one_hop/6"]
-    assert len(read_some_trajectories(path, 100)) == 8
-    assert read_some_trajectories(path, 0) == []
-
-
-@pytest.mark.parametrize("line", ["{torn", "[]", '{"question": "no turns"}'])
-def test_a_damaged_line_is_named(tmp_path, make_trajectory, line):
-    path = tmp_path / "step_1.jsonl"
-    write_trajectories(path, [make_trajectory()])
-    with path.open("a") as file:
-        file.write(line + "\n")
-    with pytest.raises(UserError, match=r"step_1.jsonl:2: "):
-        read_some_trajectories(path, 5)
 
 
 @pytest.mark.parametrize(("first_step", "train", "evals"), [(0, [], []), (2, [1, 2], [0, 2]), (30, [1, 2, 10], [0, 2, 10])])

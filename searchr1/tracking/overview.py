@@ -1,0 +1,116 @@
+"""What the page about one or several runs shows at once: everything but the trajectories. Pure functions of plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from searchr1.tracking.curves import (
+    charts,
+    compared_charts,
+    comparison_table,
+    evaluation_table,
+    evaluations_of,
+    tiles,
+)
+from searchr1.tracking.run_files import COLUMNS, LoggedFile, Row
+from searchr1.tracking.summary import example_of, summarise
+
+Briefs = list[list[Any]]
+
+
+@dataclass(slots=True)
+class RunView:
+    """One run as it is on disk now."""
+
+    name: str
+    metrics: list[Row]
+    files: list[LoggedFile]
+    first: Briefs = field(default_factory=list)
+    """Of the first evaluation's trajectories."""
+    last: Briefs = field(default_factory=list)
+    """Of the last evaluation's."""
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """The folders' own names, with as much of their parents as tells them apart."""
+    folders = [run.resolve() for run in runs]
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            return names
+    return [str(folder) for folder in folders]
+
+
+def ends_of(files: Sequence[LoggedFile]) -> tuple[LoggedFile | None, LoggedFile | None]:
+    """The first and the last evaluation's files; the first is None if there is only one."""
+    evals = [file for file in files if file.mode == "eval"]
+    if not evals:
+        return None, None
+    return (evals[0] if len(evals) > 1 else None), evals[-1]
+
+
+def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, str], Row | None]) -> dict[str, Any]:
+    """Title, summaries, tiles, table and charts.
+
+    Args:
+        views: the runs; with more than one, they are compared.
+        body_of: the first trajectory of a run's file with some id.
+    """
+    one = views[0] if len(views) == 1 else None
+    names = [view.name for view in views]
+    metrics = [view.metrics for view in views]
+    return {
+        "title": one.name if one else " and ".join(names) if len(names) == 2 else f"{len(names)} runs",
+        "subtitle": _extent(one) if one else "compared",
+        "runs": names,
+        "compares": one is None,
+        "summaries": [_summary(number, view, one is None, body_of) for number, view in enumerate(views)],
+        "tiles": tiles(one.metrics) if one else [],
+        "table": evaluation_table(evaluations_of(one.metrics)) if one else comparison_table(names, metrics),
+        "charts": charts(one.metrics) if one else compared_charts(names, metrics),
+        "leftOut": "",
+        "problem": "",
+    }
+
+
+def _extent(view: RunView) -> str:
+    steps = max((row["step"] for row in view.metrics), default=0)
+    evaluations = len(evaluations_of(view.metrics))
+    parts = [f"{steps:,} training step{'' if steps == 1 else 's'}"] if steps else []
+    return ", ".join([*parts, f"{evaluations:,} evaluation{'' if evaluations == 1 else 's'}"])
+
+
+def _summary(
+    number: int, view: RunView, compares: bool, body_of: Callable[[int, LoggedFile, str], Row | None]
+) -> dict[str, Any]:
+    summary = summarise(view.metrics, view.first, view.last)
+    first, last = ends_of(view.files)
+    example = None
+    question = example_of(view.first, view.last) if first and last and not compares else None
+    if question is not None:
+        ends = [(file, body_of(number, file, question)) for file in (first, last) if file]
+        briefs = [{brief[0]: brief for brief in end}[question] for end in (view.first, view.last)]
+        attempts = [_attempt(number, f, b, t) for (f, b), t in zip(ends, briefs, strict=True) if b is not None]
+        example = {"question": briefs[0][COLUMNS.index("question")], "attempts": attempts}
+    return {
+        "run": view.name if compares else "",
+        "headline": summary.headline,
+        "tone": summary.tone,
+        "sentences": summary.sentences,
+        "example": example,
+    }
+
+
+def _attempt(run: int, file: LoggedFile, body: Row, brief: list[Any]) -> dict[str, Any]:
+    told = dict(zip(COLUMNS, brief, strict=True))
+    queries = [query for turn in body["turns"] if turn.get("action") == "search" for query in turn.get("queries") or []]
+    return {
+        "step": file.step,
+        "answer": told["answer"],
+        "right": told["right"],
+        "queries": [str(query) for query in queries],
+        "key": f"{run}/{file.mode}/{file.step}/{told['replica']}/{told['id']}",
+    }

@@ -1,0 +1,65 @@
+// The top of the page: what happened, in words, numbers, a table and curves.
+
+function showOverview(overview, open, chooseStep) {
+  document.title = clean(overview.title);
+  $("title").textContent = clean(overview.title);
+  $("subtitle").textContent = clean(overview.subtitle);
+  showSummaries(overview.summaries, open);
+  $("tiles").replaceChildren(...overview.tiles.map(([label, value]) => {
+    const tile = make("div", "tile");
+    tile.append(make("span", "", label), make("b", "", value));
+    return tile;
+  }));
+  showTable(overview.table, overview.compares);
+  $("curves").hidden = !overview.charts.length;
+  $("charts").replaceChildren(...overview.charts.map(spec => chart(spec, chooseStep)));
+  $("left-out").textContent = clean(overview.leftOut);
+  $("left-out").hidden = !overview.leftOut;
+}
+
+function showSummaries(summaries, open) {
+  $("summary").hidden = !summaries.length;
+  $("summary").replaceChildren(...summaries.map(summary => {
+    const part = make("div", "story " + (summary.tone === "good" ? "up" : summary.tone === "bad" ? "down" : ""));
+    if (summary.run) part.append(make("p", "run", summary.run));
+    part.append(make("h2", "", summary.headline), make("p", "", summary.sentences.join(" ")));
+    if (summary.example) part.append(exampleOf(summary.example, open));
+    return part;
+  }));
+}
+
+function exampleOf(example, open) {
+  const box = make("div", "example");
+  box.append(make("p", "question", "For example: " + example.question));
+  for (const attempt of example.attempts) {
+    const line = make("p", "attempt");
+    line.append(make("b", "", "Step " + count(attempt.step) + ": "));
+    attempt.queries.forEach((query, i) => {
+      line.append(i ? ", then " : "searched ", make("span", "query", query));
+    });
+    if (!attempt.queries.length) line.append("searched nothing");
+    line.append(attempt.answer === null ? ", gave no answer " : ", answered ");
+    if (attempt.answer !== null) line.append(make("span", "reply", attempt.answer), " ");
+    line.append(verdict(attempt.right), " ", button("link", "read it", () => open(attempt.key)));
+    box.append(line);
+  }
+  return box;
+}
+
+function verdict(right) {
+  const mark = make("b", right ? "good" : "bad", right ? "✓" : "✗");
+  mark.setAttribute("role", "img");
+  mark.setAttribute("aria-label", right ? "right" : "wrong");
+  return mark;
+}
+
+function showTable(table, compares) {
+  $("evaluation").hidden = !table.length;
+  $("table-title").textContent = compares ? "Runs" : "Evaluation";
+  $("table").className = compares ? "" : "totals";
+  $("table").replaceChildren(...table.map((cells, number) => {
+    const line = make("tr");
+    line.append(...cells.map(text => make(number ? "td" : "th", "", text)));
+    return line;
+  }));
+}
