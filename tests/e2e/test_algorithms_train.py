@@ -8,7 +8,9 @@ import pytest
 from algorithms import ALGORITHMS, run_of
 from demo_runs import Surroundings, prepare, summary
 
-from searchr1.runner.demo import retrieval_server
+from searchr1.config.check import CHOICES, value_of
+from searchr1.config.load import load_config
+from searchr1.runner.demo import TRAIN_CONFIG, retrieval_server
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +19,13 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surroundi
     prepare(folder)
     with retrieval_server(folder / "world", folder / "retrieval.log") as address:
         yield Surroundings(folder, address)
+
+
+def test_the_table_leaves_no_advantage_and_no_loss_out():
+    runs = [run_of(name, seed=0) for name in ALGORITHMS]
+    configs = [load_config(TRAIN_CONFIG, [*run.budget, *run.overrides]) for run in runs]
+    for key in ("algorithm.adv_type", "algorithm.loss_type", "algorithm.advantage_mode", "algorithm.kl_in"):
+        assert {value_of(config, key) for config in configs} == set(CHOICES[key])
 
 
 @pytest.mark.slow
