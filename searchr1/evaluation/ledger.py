@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from searchr1.agent.trajectory import Trajectory
 from searchr1.errors import UserError
 from searchr1.evaluation.manifest import Manifest, differences
+from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import eval_file, trajectory_row
 
 MANIFEST = "evaluation.json"
@@ -21,16 +22,19 @@ MANIFEST = "evaluation.json"
 class Ledger:
     """The rows of one method in one folder. Use `open`, and close it (it is a context manager too)."""
 
-    def __init__(self, path: Path, file: BinaryIO, finished: set[int]) -> None:
+    def __init__(self, path: Path, file: BinaryIO, finished: set[int], token_text: TokenText | None) -> None:
         """Use `open`."""
         self._path = path
+        self._token_text = token_text
         self._file = file
         self.finished = finished
         """Numbers of the questions whose attempts are all there."""
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest) -> Ledger:
+    def open(cls, folder: Path, manifest: Manifest, token_text: TokenText | None = None) -> Ledger:
         """Begin, or go on with what the folder holds; a line that a kill cut short is taken off.
+
+        With `token_text`, the tokens' log-probabilities are written too.
 
         Raises:
             UserError: the folder holds answers of another model, other questions or other settings; a damaged line; another
@@ -51,11 +55,11 @@ class Ledger:
         except BaseException:
             file.close()
             raise
-        return cls(path, file, finished)
+        return cls(path, file, finished, token_text)
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
         """Write attempts, those at one question next to each other; on disk when this returns, whatever kills us then."""
-        self._file.write(b"".join(map(_line, trajectories)))
+        self._file.write(b"".join(_line(trajectory, self._token_text) for trajectory in trajectories))
         self._file.flush()
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -77,9 +81,9 @@ class Ledger:
         self.close()
 
 
-def _line(trajectory: Trajectory) -> bytes:
-    row = {"number": trajectory.sample.index, **trajectory_row(trajectory)}
-    return (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def _line(trajectory: Trajectory, token_text: TokenText | None) -> bytes:
+    row = {"number": trajectory.sample.index, **trajectory_row(trajectory, token_text)}
+    return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _check_manifest(folder: Path, manifest: Manifest, has_rows: bool) -> None:

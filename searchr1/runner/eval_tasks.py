@@ -22,6 +22,7 @@ from searchr1.evaluation.methods import METHODS, Method, agent_settings
 from searchr1.runner.data import load_data, load_tokenizer
 from searchr1.runner.passages import retrieve_passages
 from searchr1.tracking.eval_progress import EvalProgress
+from searchr1.tracking.token_text import load_token_text
 
 logger = logging.getLogger(__name__)
 
@@ -109,13 +110,14 @@ def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]
         UserError: a folder holds answers of something else, prompts do not fit.
     """
     tasks = []
+    token_text = load_token_text(config.rollout.model.model_path)
     for name in config.evaluation.methods:
         method = METHODS[name]
         settings = agent_settings(config, method)
         samples = questions.samples
         if not method.searches and not method.retrieves:
             samples = _with_prompts(config, method, questions, samples, None)
-        ledger = Ledger.open(folder / name, manifest(config, method, settings, samples))
+        ledger = Ledger.open(folder / name, manifest(config, method, settings, samples), token_text)
         tasks.append(Task(method, folder / name, settings, samples, ledger))
     return tasks
 

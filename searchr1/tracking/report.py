@@ -52,6 +52,7 @@ def page(runs: Sequence[Path], trajectories: int = TRAJECTORIES) -> Iterator[str
     Raises:
         UserError: a folder holds no run, or a file in it is damaged.
     """
+    runs = [run for folder in runs for run in runs_in(folder)]
     views = [_view(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
     overview = overview_of(views, _body_of)
     files = [(number, file) for number, view in enumerate(views) for file in view.files]
@@ -70,10 +71,29 @@ def page(runs: Sequence[Path], trajectories: int = TRAJECTORIES) -> Iterator[str
     return page_parts(escape(overview["title"]), overview, index, zip(names, chunks, strict=True))
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself if it holds a run, else the folders in it that do: an evaluation's methods, a demo's training.
+
+    Raises:
+        UserError: there is none.
+    """
+    if _holds_run(folder):
+        return [folder]
+    try:
+        found = sorted(inner for inner in folder.iterdir() if inner.is_dir() and _holds_run(inner))
+    except OSError:
+        found = []
+    if not found:
+        raise UserError(f"{folder}: no run there ({METRICS_FILE} is missing); give a run's folder")
+    return found
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file() or bool(logged_files(folder))
+
+
 def _view(run: Path, name: str) -> RunView:
     path, files = run / METRICS_FILE, logged_files(run)
-    if not path.is_file() and not files:
-        raise UserError(f"{run}: no run there ({METRICS_FILE} is missing); give a run's folder")
     metrics = read_metrics(path) if path.is_file() else []
     if not metrics and not files:
         raise UserError(f"{path}: no metrics yet; wait for the first step or evaluation")
@@ -122,8 +142,10 @@ def _rows_of(path: Path, room: int) -> list[Row]:
 
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
-    parser = argparse.ArgumentParser(prog="searchr1 report", description="Write a page about a run, or comparing several.")
-    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, where metrics.jsonl is")
+    parser = argparse.ArgumentParser(
+        prog="searchr1 report", description="Write a page about a run, or one that compares several."
+    )
+    parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder, or one of several runs")
     parser.add_argument("--output", type=Path, help="the page (default: report.html in the first RUN_DIR)")
     parser.add_argument(
         "--trajectories",

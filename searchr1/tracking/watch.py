@@ -21,7 +21,7 @@ from searchr1.errors import UserError
 from searchr1.tracking.follow import Stamp, WatchedRun
 from searchr1.tracking.overview import names_of, overview_of
 from searchr1.tracking.page_parts import page_parts, policy
-from searchr1.tracking.report import escape
+from searchr1.tracking.report import escape, runs_in
 from searchr1.tracking.run_files import COLUMNS, LoggedFile, Row
 
 PORT = 8765
@@ -202,6 +202,14 @@ def _number(query: dict[str, str], name: str) -> int:
     return int(text)
 
 
+def _watched_in(folder: Path) -> list[Path]:
+    """The runs that are there; else the folder itself, where one may begin."""
+    try:
+        return runs_in(folder)
+    except UserError:
+        return [folder]
+
+
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     parser = argparse.ArgumentParser(
@@ -216,7 +224,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port}: give 0 to 65535")
-    watched = Watched(args.run_dirs)
+    watched = Watched([run for folder in args.run_dirs for run in _watched_in(folder)])
     try:
         server = WatchServer((args.host, args.port), watched, args.allow_host)
     except OSError as error:

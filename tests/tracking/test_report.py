@@ -259,6 +259,14 @@ def test_runs_are_compared(run, tmp_path, make_trajectory):
     assert "1-eval-2" in {row["file"] for row in seen.rows()}
 
 
+def test_a_folder_of_runs_stands_for_the_runs_in_it(tmp_path, make_trajectory):
+    for method in ("search", "direct"):
+        (tmp_path / "eval" / method / "trajectories").mkdir(parents=True)
+        write_trajectories(eval_file(tmp_path / "eval" / method, 0), [make_trajectory(0)])
+    (tmp_path / "eval" / "notes").mkdir()
+    assert Reader(page(tmp_path / "eval")).overview()["runs"] == ["direct", "search"]
+
+
 def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert searchr1(["report", str(run)]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
