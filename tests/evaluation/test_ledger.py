@@ -97,7 +97,7 @@ def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="runner.output_dir"):
+    with pytest.raises(UserError, match=r"runner\.output_dir"):
         Ledger.open(tmp_path / "file/eval", manifest())
 
 

@@ -21,7 +21,8 @@ def attempt_of(trajectory):
         ("NQ", "nq"), ("nq_open", "nq"), ("natural_questions", "nq"), ("NaturalQuestions-open", "nq"), ("searchR1_nq", "nq"),
         ("trivia_qa", "triviaqa"), ("TriviaQA", "triviaqa"), ("TQA_rand1000", "triviaqa"), ("PopQA", "popqa"),
         ("hotpot_qa", "hotpotqa"), ("HotpotQA_distractor", "hotpotqa"), ("hotpotqa_dev", "hotpotqa"),
-        ("2wiki", "2wikimultihopqa"), ("2WikiMultiHopQA", "2wikimultihopqa"), ("2WikiMultihopQA_rand1000", "2wikimultihopqa"),
+        ("2wiki", "2wikimultihopqa"), ("2WikiMultiHopQA", "2wikimultihopqa"),
+        ("2WikiMultihopQA_rand1000", "2wikimultihopqa"),
         ("MuSiQue", "musique"), ("musique_ans_dev", "musique"), ("Bamboogle", "bamboogle"), ("bamboogle_test", "bamboogle"),
     ],
 )  # fmt: skip

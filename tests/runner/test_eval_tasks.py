@@ -1,0 +1,255 @@
+"""What an evaluation asks: folders, prompts of each method, passages; and the stream of answers over a fake channel."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict, deque
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from searchr1.agent.settings import AgentSettings, GenerateParams
+from searchr1.agent.trajectory import Chunk, Sample, Trajectory
+from searchr1.config.schema import Config
+from searchr1.errors import UserError
+from searchr1.runner import eval_tasks
+from searchr1.runner.eval_tasks import add_passages, load_questions, open_folder, open_tasks
+from searchr1.runner.passages import require_server, retrieve_passages
+from searchr1.runner.stream import stream
+from searchr1.workers import channels
+from searchr1.workers.rollout import RolloutReport
+
+MODEL = Path(__file__).parents[2] / "examples/demo/cold_start"
+
+
+@pytest.fixture
+def config(tmp_path):
+    rows = [
+        {"question": f"Where was {name} born?", "prompt": f"Question: Where was {name} born?\n", "solutions": ["Oro"]}
+        for name in ("Ann", "Bob", "Eve")
+    ]
+    (tmp_path / "nq.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Config()
+    made.algorithm.group_size = 1
+    made.rollout.model.model_path = str(MODEL)
+    made.runner.output_dir = str(tmp_path / "results")
+    made.runner.seq_length = 600
+    made.data.max_prompt_length = 400
+    made.data.val_data_paths = [str(tmp_path / "nq.jsonl")]
+    made.evaluation.methods = ["direct", "cot", "rag", "search"]
+    return made
+
+
+def tasks_of(config):
+    questions = load_questions(config)
+    return questions, {task.method.name: task for task in open_tasks(config, open_folder(config), questions)}
+
+
+def close(tasks):
+    for task in tasks.values():
+        task.ledger.close()
+
+
+def prompt(questions, sample):
+    return questions.tokenizer.decode(sample.prompt_ids)
+
+
+def test_every_method_asks_the_same_questions_with_its_own_prompt(config):
+    questions, tasks = tasks_of(config)
+    assert {name: [s.index for s in task.pending] for name, task in tasks.items()} == {name: [0, 1, 2] for name in tasks}
+    assert prompt(questions, tasks["search"].samples[0]) == "Question: Where was Ann born?\n"
+    for name, words in (("direct", "nothing but the answer"), ("cot", "step by step")):
+        text = prompt(questions, tasks[name].samples[0])
+        assert words in text
+        assert text.rstrip().endswith("Question: Where was Ann born?")
+        assert "<search>" not in text
+    close(tasks)
+
+
+def test_rows_of_questions_alone_will_do_without_the_search_loop(config, tmp_path):
+    (tmp_path / "nq.jsonl").write_text('{"question": "Who?", "golden_answers": ["Ann"]}\n')
+    config.evaluation.methods = ["direct", "cot"]
+    questions, tasks = tasks_of(config)
+    assert prompt(questions, tasks["cot"].samples[0]).rstrip().endswith("Question: Who?")
+    close(tasks)
+    config.evaluation.methods = ["search"]
+    with pytest.raises(UserError, match="prompt_template"):
+        load_questions(config)
+
+
+def test_chat_prompts_make_chat_prompts_for_the_baselines(config, tmp_path):
+    row = {"prompt": [{"role": "user", "content": "Think. Question: Who?"}], "solutions": ["Ann"]}
+    (tmp_path / "nq.jsonl").write_text(json.dumps(row) + "\n")
+    config.evaluation.methods = ["direct", "search"]
+    questions, tasks = tasks_of(config)
+    assert questions.chat
+    plain = prompt(questions, tasks["direct"].samples[0])
+    # The demo's chat template writes "Question: " before a user's message.
+    assert plain.startswith("Question: Answer the question below")
+    assert "Question: Who?" in plain
+    close(tasks)
+
+
+def test_passages_are_cut_like_a_tools_text_and_only_pending_questions_get_them(config, monkeypatch):
+    config.agentloop.max_tool_response_length = 12
+    questions, tasks = tasks_of(config)
+    task = tasks["rag"]
+    task.ledger.finished.add(1)
+    asked = []
+
+    def found(config, style, queries, progress):
+        asked.extend(queries)
+        progress(len(queries))
+        return ["word " * 100 + "END" for _ in queries]
+
+    monkeypatch.setattr(eval_tasks, "retrieve_passages", found)
+    samples = add_passages(config, task, questions)
+    assert asked == ["Where was Ann born?", "Where was Eve born?"]
+    assert [sample.index for sample in samples] == [0, 2]
+    text = prompt(questions, samples[0])
+    assert "word" in text
+    assert "END" not in text
+    close(tasks)
+
+
+def test_a_prompt_that_does_not_fit_is_told(config):
+    config.data.max_prompt_length = 20
+    with pytest.raises(UserError, match=r"data\.max_prompt_length: 3 prompts of direct inference"):
+        tasks_of(config)
+
+
+def test_a_folder_is_gone_on_with_but_never_a_training_runs(config):
+    _, tasks = tasks_of(config)
+    close(tasks)
+    folder = open_folder(config)
+    assert (folder / "search/evaluation.json").is_file()
+    config.runner.seed += 1
+    with pytest.raises(UserError, match="seed was 1234, is 1235"):
+        tasks_of(config)
+    config.runner.overwrite = True
+    _, tasks = tasks_of(config)
+    close(tasks)
+    (folder / "metrics.jsonl").write_text("{}\n")
+    config.runner.overwrite = False
+    with pytest.raises(UserError, match="already holds a run"):
+        open_folder(config)
+    (folder / "checkpoints").mkdir()
+    config.runner.overwrite = True
+    with pytest.raises(UserError, match="holds a training run"):
+        open_folder(config)
+    assert (folder / "metrics.jsonl").exists()
+
+
+def test_a_judged_row_is_judged_whatever_reward_it_names(config, tmp_path):
+    row = {"prompt": "Question: Who?", "solutions": ["Ann"], "reward_model": "f1_score"}
+    (tmp_path / "nq.jsonl").write_text(json.dumps(row) + "\n")
+    config.evaluation.methods = ["search"]
+    assert load_questions(config).samples[0].reward_name == "f1_score"
+    config.evaluation.judge = True
+    assert load_questions(config).samples[0].reward_name is None
+
+
+def test_a_server_that_is_down_is_told_before_anything_starts(config):
+    config.tools.search = replace(config.tools.search, server_addr="127.0.0.1:9", retries=0, timeout_s=5)
+    with pytest.raises(UserError, match=r"tools\.search\.server_addr: .*127\.0\.0\.1:9.*launch_local_server"):
+        require_server(config)
+    with pytest.raises(UserError, match=r"tools\.search\.server_addr"):
+        retrieve_passages(config, "searchr1", ["q"] * 100, lambda count: None)
+
+
+class FakeChannel:
+    def __init__(self):
+        self.queues = defaultdict(deque)
+
+    def put(self, item, key):
+        self.queues[key].append(item)
+
+    def get(self, key):
+        return self.queues[key].popleft()
+
+    def qsize(self, key):
+        return len(self.queues[key])
+
+
+class FakeCall:
+    """Done once `parts` are put into a queue one by one."""
+
+    def __init__(self, channel, parts, result):
+        self.channel, self.parts, self.result, self.seconds = channel, deque(parts), result, 2.0
+
+    @property
+    def done(self):
+        if self.parts:
+            self.channel.put(self.parts.popleft(), channels.FINISHED)
+            return False
+        return self.result is not None
+
+    def wait(self, timeout_s):
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result
+
+
+class FakeGroups:
+    """A rollout group of two ranks that answers all or fails; the last chunk leaves the reward group late."""
+
+    size = 2
+
+    def __init__(self, chunks, late, result):
+        self.channel = FakeChannel()
+        self.rollout = self.reward = self
+        self.calls = {"rollout": FakeCall(self.channel, chunks, result), "score": FakeCall(self.channel, late, [1, 1])}
+
+    def call(self, name, *arguments):
+        return self.calls[name]
+
+
+def attempt(index):
+    ids = np.zeros(0)
+    return Trajectory(Sample(f"s/{index}", index, [1], "", []), 0, ids, ids, ids, [], "answer")
+
+
+def chunk(*indices):
+    return Chunk(0, "eval", [attempt(index) for index in indices])
+
+
+def run_stream(groups, count, timeout_s=30.0):
+    seen = []
+    settings = AgentSettings(GenerateParams(max_new_tokens=1), max_model_len=10)
+    samples = [attempt(index).sample for index in range(count)]
+    keywords = {"group_size": 1, "seed": 0, "settings": settings, "in_flight": 4, "timeout_s": timeout_s}
+    try:
+        return seen, stream(groups, samples, lambda found: seen.extend(t.sample.index for t in found), **keywords)
+    except UserError as error:
+        return seen, error
+
+
+def test_the_stream_hands_over_everything_also_what_is_scored_last():
+    report = RolloutReport(trajectories=2, generated_tokens=10, seconds=2.0, engine_busy_seconds=1.0, search_retries=3)
+    groups = FakeGroups([chunk(0, 2), chunk(1)], [chunk(4), chunk(3)], [report, report])
+    seen, streamed = run_stream(groups, 5)
+    assert seen == [0, 2, 1, 4, 3]
+    assert (streamed.generated_tokens, streamed.engine_busy_share, streamed.search_retries) == (20, 0.5, 6)
+    assert [sample.index for sample in groups.channel.queues[channels.prompts_key(1)][0]] == [1, 3]
+    assert list(groups.channel.queues[channels.ROLLOUTS]) == [None, None]
+
+
+def test_what_was_finished_before_a_failure_is_handed_over():
+    groups = FakeGroups([chunk(0)], [chunk(1)], UserError("the server died"))
+    seen, error = run_stream(groups, 5)
+    assert seen == [0, 1]
+    assert str(error) == "the server died"
+
+
+def test_answers_that_are_missing_are_noticed():
+    report = RolloutReport(trajectories=2, generated_tokens=10, seconds=2.0, engine_busy_seconds=1.0)
+    with pytest.raises(RuntimeError, match="1 attempts came back, 3 were asked for"):
+        run_stream(FakeGroups([chunk(0)], [], [report, report]), 3)
+
+
+def test_an_engine_that_stands_still_is_told():
+    _, error = run_stream(FakeGroups([], [], None), 3, timeout_s=0.05)
+    assert "no question was finished for" in str(error)
+    assert "runner.step_timeout_s" in str(error)
