@@ -31,6 +31,7 @@ BUDGET = (
 """What all runs share: 6 steps of 64 attempts, 2 updates a step. Evaluated before the first step and after the last."""
 NO_GROUPS = ("data.rollout_batch_size=64", "algorithm.group_size=1")
 """As many attempts as BUDGET's, each at another question."""
+GOOD = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +106,22 @@ Results = dict[str, dict[int, dict[str, Any]]]
 
 def table(results: Results, seeds: Sequence[int]) -> str:
     """Markdown: a row per algorithm, a column per seed."""
-    heads = ["algorithm", *(f"seed {seed}" for seed in seeds), "mean", "searches", "settings"]
-    lines = [" | ".join(["", *heads, ""]).strip(), "|" + " --- |" * len(heads)]
+    heads = ["algorithm", *(f"seed {seed}" for seed in seeds), "searches", f"sampled ≥ {GOOD} at step", "settings"]
+    lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name, by_seed in results.items():
-        cells = [f"{by_seed[s]['before']:.3f} → {by_seed[s]['after']:.3f}" if s in by_seed else "" for s in seeds]
-        mean = statistics.mean(found["after"] for found in by_seed.values())
-        searches = statistics.mean(found["searches_after"] for found in by_seed.values())
+        runs = list(by_seed.values())
+        changes = [f"{by_seed[s]['before']:.3f} → {by_seed[s]['after']:.3f}" if s in by_seed else "" for s in seeds]
+        searches = statistics.mean(found["searches_after"] for found in runs)
+        reached = ", ".join(first_good_step(found["training"]) for found in runs)
         settings = ", ".join(override.removeprefix("algorithm.") for override in ALGORITHMS[name].overrides)
-        cells = [ALGORITHMS[name].title, *cells, f"{mean:.3f}", f"{searches:.2f}", f"`{settings}`"]
+        cells = [ALGORITHMS[name].title, *changes, f"{searches:.2f}", reached, f"`{settings}`"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def first_good_step(training: list[list[float]]) -> str:
+    """The first step whose sampled attempts have an exact match of at least GOOD."""
+    return next((f"{step:.0f}" for step, exact_match in training if exact_match >= GOOD), "never")
 
 
 def curves(results: Results) -> str:
