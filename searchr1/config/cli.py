@@ -45,6 +45,8 @@ def explain(config: Config, for_training: bool) -> str:
             f"length      {f'{runner.max_steps} steps' if runner.max_steps >= 0 else f'{runner.max_epochs} epoch(s)'}, "
             f"evaluation every {runner.val_check_interval}, checkpoint every {runner.save_interval}",
         ]
+    else:
+        lines.append(f"evaluation  {_evaluation(config)}")
     lines += [
         f"limits      prompt {data.max_prompt_length}, trajectory {runner.seq_length}, tool text "
         f"{agent.max_tool_response_length} tokens; {agent.max_turns} tool turns"
@@ -60,6 +62,13 @@ def explain(config: Config, for_training: bool) -> str:
     if rest := [key for key in unused if key not in reasons]:
         lines.append(f"warning     keys without effect here: {', '.join(rest)}")
     return "\n".join(lines)
+
+
+def _evaluation(config: Config) -> str:
+    from searchr1.evaluation.methods import METHODS, agent_settings, sampling_note
+
+    methods, attempts = config.evaluation.methods, config.algorithm.group_size
+    return f"{', '.join(methods)}; {sampling_note(agent_settings(config, METHODS[methods[0]]), attempts)}"
 
 
 def _critic(config: Config, device: Device) -> str:

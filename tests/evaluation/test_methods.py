@@ -174,3 +174,17 @@ def test_shipped_recipes_lack_nothing_but_their_paths(name):
     made = load_config(EXAMPLES / f"searchr1/config/{name}.yaml", ["cluster.device=cpu", "cluster.slots=8"])
     found = {problem.key for problem in check_config(made, for_training=False)}
     assert found <= {"rollout.model.model_path", "data.val_data_paths"}
+
+
+def test_rlinfs_evaluation_recipe_runs_with_only_its_paths_edited(tmp_path, capsys):
+    from searchr1.config.cli import main
+
+    (tmp_path / "eval.jsonl").write_text("{}\n")
+    fixture = Path(__file__).parents[1] / "config/fixtures/rlinf-eval.yaml"
+    words = [f"rollout.model.model_path={MODEL}", f"data.val_data_paths=[{tmp_path}/eval.jsonl]", "cluster.device=cpu"]
+    assert main(["--eval", str(fixture), *words]) == 0
+    printed = capsys.readouterr().out
+    assert "evaluation  search; greedy" in printed
+    assert "5 tool turns" in printed
+    assert main(["--eval", str(fixture), *words, "algorithm.group_size=4", "evaluation.methods=[rag,cot]"]) == 0
+    assert "evaluation  rag, cot; 4 greedy attempts: all of them are the same" in capsys.readouterr().out
