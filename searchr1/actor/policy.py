@@ -159,16 +159,20 @@ class Policy(ScoringModel, TrainedModel):
             batches = self._pack(part, [advantages[i] for i in indices], old_logprobs)
             sums, gaps = self._accumulate(batches, part, self._weight_scale(part, old_logprobs))
             loss_sums = loss_sums + sums
-            if number == 0:
-                gap_sums = gaps
+            # The trained model's log-probabilities with the weights that sampled: recomputed ones are, the training
+            # forward's own are only until the first update.
+            if algorithm.recompute_logprobs or number == 0:
+                gap_sums = gap_sums + gaps
             metrics = loss_metrics(sums)
             norm = self.backend.clip_gradients(self._config.actor.optim.clip_grad)
-            if ratio_too_large(metrics["ratio"], algorithm.early_stop_imp_ratio):
-                stopped += 1
-            elif not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
+            if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
                 # A non-finite gradient would stay in Adam's moments for ever; leaving one update out costs little.
                 skipped += 1
                 logger.warning("an update was skipped: gradient norm %s, loss %s", norm, metrics["loss"])
+            elif ratio_too_large(metrics["ratio"], algorithm.early_stop_imp_ratio):
+                stopped += 1
+                limit = algorithm.early_stop_imp_ratio
+                logger.warning("an update was left out: its mean ratio %s is above %s", metrics["ratio"], limit)
             else:
                 self.backend.step()
                 norms.append(norm)
@@ -243,7 +247,8 @@ class Policy(ScoringModel, TrainedModel):
                 self._loss,
             )
             loss_sums = loss_sums + output.sums
-            gap_sums = gap_sums + mismatch_sums(logprobs_T, batch.rollout_logprobs_T, batch.loss_mask_T)
+            sampled_T = old_T if algorithm.recompute_logprobs else logprobs_T
+            gap_sums = gap_sums + mismatch_sums(sampled_T, batch.rollout_logprobs_T, batch.loss_mask_T)
             if self._model_config is not None:
                 flops = training_flops(self._model_config, batch.lengths, len(values.logprobs_M))
                 loss_sums = loss_sums + Sums({"flops": torch.tensor(flops, dtype=torch.float64, device=self.backend.device)})

@@ -9,6 +9,9 @@ from torch import Tensor
 from searchr1.algorithms.kl import EXPONENT_LIMIT
 from searchr1.algorithms.sums import Sums, peak, total
 
+USUAL_WEIGHTS = (0.5, 2.0)
+"""Importance weights that most corrections leave as they are; what lies outside counts as `clipped`."""
+
 
 def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor) -> Sums:
     """Sums over the policy tokens of one micro-batch; d = train - rollout.
@@ -24,6 +27,7 @@ def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mas
     d_P = train_P - rollout_P
     bounded_P = d_P.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT)
     weight_P = bounded_P.exp()
+    clipped_P = (weight_P < USUAL_WEIGHTS[0]) | (weight_P > USUAL_WEIGHTS[1])
     probability_gap_P = (train_P.exp() - rollout_P.exp()).abs()
     totals = {
         "tokens": total(d_P.new_ones(d_P.shape)),
@@ -32,6 +36,7 @@ def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mas
         "k3": total(bounded_P.expm1() - bounded_P),
         "weight": total(weight_P),
         "weight_squared": total(weight_P.square()),
+        "clipped": total(clipped_P),
         "probability_gap": total(probability_gap_P),
         "train": total(train_P),
         "rollout": total(rollout_P),
@@ -48,8 +53,9 @@ def mismatch_metrics(sums: Sums) -> dict[str, float]:
     `kl` and `kl_k3` estimate KL(rollout || train) per token; `logprob_gap`, `logprob_gap_max`,
     `probability_gap` and `probability_gap_max` are means and largest values of absolute differences;
     `perplexity_gap` is the training model's perplexity minus the engine's on the sampled tokens;
-    `effective_sample_size` is (sum e^d)^2 / (n sum e^2d), 1 if both agree; `correlation` is Pearson's, of the
-    log-probabilities (1 if they have no spread). Without tokens: no mismatch.
+    `effective_sample_size` is (sum e^d)^2 / (n sum e^2d), 1 if both agree; `clipped` is the share of tokens whose weight e^d
+    is outside `USUAL_WEIGHTS`; `correlation` is Pearson's, of the log-probabilities (1 if they have no spread).
+    Without tokens: no mismatch.
     """
     totals = {name: float(value) for name, value in sums.totals.items()}
     tokens = totals["tokens"]
@@ -66,6 +72,7 @@ def mismatch_metrics(sums: Sums) -> dict[str, float]:
         "probability_gap_max": float(sums.peaks["probability_gap"]),
         "perplexity_gap": _perplexity(train) - _perplexity(rollout),
         "effective_sample_size": totals["weight"] ** 2 / (tokens * totals["weight_squared"]),
+        "clipped": totals["clipped"] / tokens,
         "correlation": _correlation(totals, tokens),
     }
 

@@ -260,7 +260,7 @@ class AlgorithmConfig:
     normalize_advantages: bool = False
     """Whiten advantages over the step's policy tokens."""
     early_stop_imp_ratio: float | None = None
-    """Skip the remaining mini-batches of a step once the mean ratio passes this; null never does."""
+    """Leave out the update of a mini-batch whose mean ratio is above this; null never does."""
     sampling_params: SamplingParams = field(default_factory=SamplingParams)
     """Training rollouts."""
     eval_sampling_params: SamplingParams | None = None

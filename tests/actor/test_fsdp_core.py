@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,9 +158,12 @@ def test_old_logprobs_of_later_minibatches_are_those_before_the_first_update(mod
     config = make_config(model_path, n_minibatches=2)
     actor = Policy.start(config, CPU)
     trajectories, advantages = make_trajectories()
+    gaps = [(p - t.rollout_logprobs)[t.loss_mask] for p, t in zip(actor.logprobs(trajectories), trajectories, strict=True)]
     ids = [t.sample.index // 2 for t in trajectories]
     metrics = actor.train_step(trajectories, advantages, ids)
     assert metrics["actor/updates"] == 2
+    # The mismatch is that of all tokens, before any update.
+    assert metrics["mismatch/kl"] == pytest.approx(-np.concatenate(gaps).mean(), abs=1e-6)
     # The second mini-batch's ratio has moved away from 1, the first one's has not.
     assert abs(metrics["actor/ratio_max"] - 1) > 1e-5
 
@@ -174,6 +178,19 @@ def test_non_finite_gradient_skips_the_update(model_path):
     metrics = actor.train_step(trajectories, advantages, [0] * 8)
     assert metrics["actor/updates"] == 1
     assert all(bool(tensor.isfinite().all()) for tensor in weights(actor).values())
+
+
+def test_a_ratio_that_is_too_large_drops_the_update_and_one_that_is_no_number_is_a_failure(model_path):
+    """`runner.health` stops a run whose updates fail, not one whose ratio is too large now and then."""
+    actor = Policy.start(make_config(model_path, recompute_logprobs=False, early_stop_imp_ratio=2.0), CPU)
+    before = weights(actor)
+    trajectories, advantages = make_trajectories()
+    for change, name in ((-1.0, "early_stopped"), (np.nan, "skipped_updates")):
+        first = replace(trajectories[0], rollout_logprobs=trajectories[0].rollout_logprobs + np.float32(change))
+        others = [replace(t, rollout_logprobs=t.rollout_logprobs - np.float32(1.0)) for t in trajectories[1:]]
+        metrics = actor.train_step([first, *others], advantages, [0] * 8)
+        assert [metrics[f"actor/{key}"] for key in ("updates", name)] == [0, 1]
+        assert all(torch.equal(before[name], tensor) for name, tensor in weights(actor).items())
 
 
 def test_logprobs_are_response_aligned_and_match_transformers(model_path):

@@ -251,7 +251,7 @@ def test_low_precision_is_added_up_in_at_least_fp32(dtype: torch.dtype, name: st
 def test_weights_without_tokens_and_of_the_extremes(level: str) -> None:
     none = torch.zeros(0, dtype=torch.long)
     assert len(correction_weights(torch.zeros(0), none, CorrectionSettings(level)).weights_P) == 0  # type: ignore[arg-type]
-    d_P = torch.tensor([1e4, -1e4, 0.0], dtype=torch.float64)
+    d_P = torch.tensor([1e4, -1e4, 0.0], dtype=torch.float64, requires_grad=True)
     found = correction_weights(d_P, none.new_zeros(3), CorrectionSettings(level, upper=1e9))  # type: ignore[arg-type]
     assert bool(found.weights_P.isfinite().all())
     assert not found.weights_P.requires_grad

@@ -25,6 +25,7 @@ def oracle(train: np.ndarray, rollout: np.ndarray) -> dict[str, float]:
         "probability_gap_max": gap.max(),
         "perplexity_gap": np.exp(-train.mean()) - np.exp(-rollout.mean()),
         "effective_sample_size": weight.sum() ** 2 / len(d) / (weight**2).sum(),
+        "clipped": ((weight < 0.5) | (weight > 2)).mean(),
         "correlation": np.corrcoef(train, rollout)[0, 1],
     }
 
@@ -36,7 +37,7 @@ def test_metrics_equal_the_formulas_for_any_split(seed: int, sizes: list[int]) -
     sizes = [*sizes, 4]
     tokens = sum(sizes)
     rollout = -generator.exponential(2.0, tokens)
-    train = rollout + 0.1 * generator.standard_normal(tokens)
+    train = rollout + 0.4 * generator.standard_normal(tokens)
     mask = generator.random(tokens) < 0.7
     mask[-3:] = True
     sums = Sums()
