@@ -90,6 +90,10 @@ def warnings(config: Config) -> list[str]:
     template = config.data.prompt_template
     if template == "asearcher" and not config.tools.access.enabled:
         found.append("tools.access.enabled: False, but data.prompt_template: asearcher tells the policy to read pages")
+    if template == "asearcher" and config.agentloop.information_style != "rlinf":
+        found.append(
+            "agentloop.information_style: only rlinf shows the addresses that data.prompt_template: asearcher promises"
+        )
     return found
 
 

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from searchr1.data.dataset import LoadedData, load_dataset_files
+from searchr1.data.prompts import fill_template
 from searchr1.errors import UserError
 
 RLINF = {"prompt": "Who?", "solutions": ["Ann", "Anna"]}
@@ -66,6 +67,18 @@ def test_rows_that_name_their_reward(tmp_path, tokenizer):
     assert sample.reward_name == "f1_score"
     assert sample.data_source == "sample"
     assert sample.golden_answers == ["Ann"]
+
+
+def test_rows_may_bring_the_passages_of_their_prompt(tmp_path, tokenizer):
+    rows = [FLASHRAG | {"passages": "Doc 1(Title: ) Ann"}, FLASHRAG | {"passages": "Doc 1(Title: ) Bob"}]
+    path = write_jsonl(tmp_path / "nq.jsonl", *rows)
+    with_passages = load(path, tokenizer=tokenizer, template="rag", max_prompt_length=5000).samples
+    texts = [fill_template("rag", "Who?", row["passages"]) for row in rows]
+    assert [sample.prompt_ids for sample in with_passages] == [tokenizer(text)["input_ids"] for text in texts]
+    assert load(path, tokenizer=tokenizer, template="demo").samples[0].question == "Who?"
+    for row, message in ((FLASHRAG, "none came"), (FLASHRAG | {"passages": ["Doc"]}, "passages are a list")):
+        with pytest.raises(UserError, match=message):
+            load(write_jsonl(tmp_path / "bad.jsonl", row), tokenizer=tokenizer, template="rag")
 
 
 def test_flashrag_rows_take_a_template(tmp_path, tokenizer):

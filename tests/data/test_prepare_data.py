@@ -17,12 +17,14 @@ from public_rows import flashrag_row, write_flashrag, write_jsonl
 from searchr1.cli import main as searchr1
 from searchr1.data.dataset import load_dataset_files
 from searchr1.data.prepare import output
-from searchr1.data.prepare.cli import main
+from searchr1.data.prepare.cli import EPILOG, _settings, main, parser
 from searchr1.data.prepare.sets import SETS
-from searchr1.data.prompts import SEARCHR1, fill_template
+from searchr1.data.prepare.shapes import ROW_SHAPES
+from searchr1.data.prompts import SEARCHR1, TEMPLATES, fill_template
 from searchr1.errors import UserError
 
-SCRIPTS = Path(__file__).parents[2] / "examples/searchr1/data_process"
+ROOT = Path(__file__).parents[2]
+SCRIPTS, DOCS = ROOT / "examples/searchr1/data_process", ROOT / "docs"
 GOOD = {"id": "1", "question": "Who?", "golden_answers": ["Ann"]}
 
 
@@ -224,6 +226,17 @@ def test_training_questions_that_evaluation_asks(tmp_path, capsys):
     assert len(rows_of(tmp_path / "p/train.parquet")) == 2
 
 
+def test_statistics_of_a_split_that_was_prepared_before_stay(hub, tmp_path):
+    run("--local", hub, "--out", tmp_path)
+    run("--local", hub, "--split", "test", "--out", tmp_path)
+    run("--local", hub, "--sets", "nq", "--out", tmp_path)
+    entries = json.loads((tmp_path / "stats.json").read_text())["splits"]
+    assert [(entry["split"], entry["set_name"]) for entry in entries] == [
+        *(("test", name) for name in SETS),
+        ("train", "nq"),
+    ]
+
+
 def test_an_interrupted_run_leaves_the_earlier_files(hub, tmp_path, monkeypatch):
     run("--local", hub, "--limit", 1, "--out", tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -281,6 +294,26 @@ def test_mistakes_are_told(hub, tmp_path, flags, message):
     words = flags.format(hub=hub).split()
     with pytest.raises(UserError, match=message):
         run(*words, *([] if "--out" in words else ["--out", tmp_path]))
+
+
+def test_the_page_tells_what_the_command_knows():
+    page = (DOCS / "data.md").read_text(encoding="utf-8")
+    for found in SETS.values():
+        cells = []
+        for split in ("train", "dev", "test"):
+            count = f"{found.splits.get(split, 0):,}"
+            cells.append("" if split not in found.splits else f"**{count}**" if split == found.evaluation_split else count)
+        assert re.sub(" +", " ", f"| `{found.name}` | {' | '.join(cells)} |") in page
+    for name in (*(known for known in TEMPLATES if known != "none"), *ROW_SHAPES):
+        assert f"| `{name}` |" in page
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), *DOCS.glob("*.rst")]), ids=lambda path: path.name)
+def test_commands_on_the_pages_are_understood(page):
+    text = page.read_text(encoding="utf-8") + (EPILOG if page.name == "data.md" else "")
+    for words in re.findall(r"^\s*searchr1 prepare-data (.*?)(?:   .*|\s#.*)?$", text, re.MULTILINE):
+        settings = _settings(parser().parse_args(words.replace("$DATA", "data").split()))
+        assert settings.out.parts[0] == "data"
 
 
 def test_the_command_is_known_and_tells_mistakes_without_a_traceback(tmp_path, capsys):

@@ -171,7 +171,7 @@ def _tokenizer(model: str) -> Any:
 
 
 def _report(outcome: Outcome) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, emoji=False)
     if not console.is_terminal:
         console.width = LOG_WIDTH
     console.print(as_table(outcome.stats))

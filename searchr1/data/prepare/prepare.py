@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ def prepare(sources: dict[str, list[Source]], settings: Settings) -> Outcome:
         for name, stats in by_set.items():
             describe(stats, [question for question in questions if question.set_name == name])
         outcome.files += _write(split, questions, passages, settings)
-    write_json(settings.out / "stats.json", {"splits": as_json(outcome.stats), "warnings": outcome.warnings})
+    _write_stats(settings.out / "stats.json", as_json(outcome.stats), splits)
     (settings.out / NOTES).unlink(missing_ok=True)
     return outcome
 
@@ -290,6 +291,16 @@ def _write(split: str, questions: list[Question], passages: dict[str, str], sett
             write_rows(path, _told(rows, len(questions), tell), schema)
         files.append(path)
     return files
+
+
+def _write_stats(path: Path, found: list[dict[str, Any]], splits: Collection[str]) -> None:
+    """Splits that an earlier run prepared in the same folder stay told."""
+    earlier: Any = None
+    with suppress(OSError, ValueError):  # none, or not ours: it is replaced
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+    entries = earlier.get("splits", []) if isinstance(earlier, dict) else []
+    kept = [entry for entry in entries if isinstance(entry, dict) and entry.get("split") not in splits]
+    write_json(path, {"splits": kept + found})
 
 
 def _told(rows: Iterator[dict[str, Any]], total: int, tell: Callable[[float], None]) -> Iterator[dict[str, Any]]:
