@@ -139,6 +139,11 @@ class Engine:
         """Version of the weights in use; 0 until the first update."""
         return self._weight_version
 
+    @property
+    def stop_reason(self) -> str | None:
+        """Why the engine has stopped; None while it works."""
+        return self._stop_reason
+
     def stats(self) -> EngineStats:
         """A copy of the counters."""
         return replace(self._stats, running=len(self._requests))

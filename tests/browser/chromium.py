@@ -63,7 +63,7 @@ class Tab:
     async def until(self, condition: str, seconds: float = 15) -> None:
         """Wait for a JavaScript condition."""
         deadline = time.monotonic() + seconds
-        while not await self.run(condition):
+        while not await self.run(f"Boolean({condition})"):
             if time.monotonic() > deadline:
                 raise TimeoutError(
                     f"{condition}: not within {seconds} s; the page says {await self.run('document.body.innerText')}"

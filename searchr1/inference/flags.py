@@ -1,0 +1,170 @@
+"""The flags that `searchr1 infer`, `chat` and `serve-chat` share, and the configuration that they make."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from searchr1.config.check import CHOICES, value_of
+from searchr1.config.load import load_config
+from searchr1.config.schema import Config, SamplingParams
+from searchr1.data.prompts import template_text
+from searchr1.errors import UserError
+
+RECIPE = Path(__file__).with_name("recipe.yaml")
+ONLINE_KEYS = "SERPER_API_KEY, SERPAPI_API_KEY, GOOGLE_API_KEY with GOOGLE_CSE_ID, BRAVE_API_KEY"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be loaded."""
+
+    config: Config
+    """The run's or the recipe's, flags included."""
+    auto_chat: bool
+    """The question is a chat message where the model has a chat template; False goes by `data.apply_chat_template`."""
+    auto_precision: bool
+    """Nobody chose a precision: fp32 on a CPU."""
+    auto_length: bool
+    """Nobody chose a length: cut it to what the model takes."""
+    engine: str | None = None
+    """Online engine."""
+    engine_url: str | None = None
+    snippet_only: bool = False
+    check: bool = True
+    """See that the retrieval server answers."""
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    """A parser with the shared flags."""
+    found = argparse.ArgumentParser(
+        prog=f"searchr1 {command}",
+        description=description,
+        epilog=f"Keys of online engines come from the environment: {ONLINE_KEYS}; a retrieval server's token from "
+        "SEARCHR1_RETRIEVAL_TOKEN.",
+    )
+    model = found.add_argument_group("model")
+    model.add_argument("--model_path", "--model-path", help="Hugging Face folder (searchr1 convert makes one) or hub name")
+    model.add_argument("--config", type=Path, help="config.yaml of the run that trained it: its limits, template and texts")
+    model.add_argument("--device", choices=CHOICES["cluster.device"], help="default: a GPU if there is one")
+    model.add_argument(
+        "--prompt_template", "--prompt-template", help="default: the run's, else searchr1 (see data.prompt_template)"
+    )
+    search = found.add_argument_group("search")
+    search.add_argument(
+        "--retriever-url", "--retriever_url", action="append", metavar="URL", help="retrieval server; may be given again"
+    )
+    search.add_argument("--engine", help="an online engine instead: serper, serpapi-google, serpapi-bing, google, brave")
+    search.add_argument("--engine_url", "--engine-url", help="address of a proxy of the engine")
+    search.add_argument("--snippet_only", "--snippet-only", action="store_true", help="give the engine's snippets, no pages")
+    search.add_argument("--no-search", "--no_search", action="store_true", help="every search finds nothing")
+    search.add_argument("--no-check", "--no_check", action="store_true", help="start even if the server does not answer yet")
+    search.add_argument("--access", action="store_true", help="let the model read pages with <access>")
+    search.add_argument("--topk", type=int, help="passages per query")
+    limits = found.add_argument_group("limits and sampling (default: as the run was evaluated, that is greedily)")
+    limits.add_argument("--max_turns", "--max-turns", type=int, help="turns that may search; a last one without follows")
+    limits.add_argument("--max_new_tokens", "--max-new-tokens", type=int, help="tokens of an answer with all that is read")
+    limits.add_argument("--seq_length", "--seq-length", type=int, help="tokens of prompt and answer together")
+    limits.add_argument("--temperature", type=float, help="sample at this temperature; 0 is greedy")
+    limits.add_argument("--seed", type=int, help="of sampling")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="of the configuration: agentloop.max_turns=6")
+    return found
+
+
+def plan(args: argparse.Namespace) -> Plan:
+    """What the flags ask for: the run's configuration, or the recipe's, with the flags on top.
+
+    Raises:
+        UserError: flags that do not go together, a bad file or value.
+    """
+    config = load_config(args.config or RECIPE, args.overrides)
+    search = config.tools.search
+    if args.model_path:
+        config.rollout.model.model_path = args.model_path
+    _check_model(config.rollout.model.model_path)
+    if args.device:
+        config.cluster.device = args.device
+    if sum(map(bool, (args.retriever_url, args.engine, args.no_search))) > 1:
+        raise UserError("--retriever-url, --engine and --no-search: give one of them")
+    if not args.engine and (args.engine_url or args.snippet_only):
+        raise UserError("--engine_url and --snippet_only: need --engine")
+    if args.retriever_url:
+        search.server_addr = args.retriever_url
+        search.dummy_mode = False
+    search.dummy_mode = (search.dummy_mode and not args.engine) or args.no_search
+    if args.access:
+        config.tools.access.enabled = True
+    for flag, section, name in (
+        ("topk", search, "topk"),
+        ("max_turns", config.agentloop, "max_turns"),
+        ("max_new_tokens", config.algorithm.sampling_params, "max_new_tokens"),
+        ("seq_length", config.runner, "seq_length"),
+        ("seed", config.runner, "seed"),
+    ):
+        value = getattr(args, flag)
+        if value is not None:
+            if value < (0 if flag in ("max_turns", "seed") else 1):
+                raise UserError(f"--{flag} {value}: is too small")
+            setattr(section, name, value)
+    _set_sampling(config, args)
+    names_template = _set_template(config, args)
+    problems = [key for key, allowed in CHOICES.items() if key.startswith(("agentloop.", "rollout.", "cluster.")) and
+                value_of(config, key) not in allowed]  # fmt: skip
+    if problems:
+        raise UserError(f"{problems[0]}: {value_of(config, problems[0])!r} is not one of {CHOICES[problems[0]]}")
+    chosen = {override.partition("=")[0].lstrip("+") for override in args.overrides}
+    return Plan(
+        config=config,
+        auto_chat=not (names_template or "data.apply_chat_template" in chosen),
+        auto_precision=args.config is None and "rollout.model.precision" not in chosen,
+        auto_length=args.config is None and args.seq_length is None and "runner.seq_length" not in chosen,
+        engine=args.engine,
+        engine_url=args.engine_url,
+        snippet_only=args.snippet_only,
+        check=not args.no_check,
+    )
+
+
+def _check_model(path: str) -> None:
+    if not path:
+        raise UserError("--model_path: is missing; give a Hugging Face folder or a hub name")
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        trained = any((folder / name).exists() for name in ("actor", ".metadata", "metadata.json", "runner.json"))
+        what = (
+            "is a training checkpoint; convert it first: searchr1 convert fsdp2hf|mg2hf" if trained else "has no config.json"
+        )
+        raise UserError(f"--model_path {path}: {what}")
+    if not folder.is_dir() and (path.startswith(("/", "./", "../", "~")) or path.count("/") > 1):
+        raise UserError(f"--model_path {path}: no such folder")
+
+
+def _set_sampling(config: Config, args: argparse.Namespace) -> None:
+    """Greedy as in evaluation, unless a temperature is given."""
+    algorithm = config.algorithm
+    if args.temperature is not None:
+        if args.temperature < 0:
+            raise UserError(f"--temperature {args.temperature:g}: must be 0 or more")
+        base: SamplingParams = algorithm.eval_sampling_params or algorithm.sampling_params
+        base.do_sample, base.temperature = args.temperature > 0, args.temperature or 1.0
+        algorithm.eval_sampling_params = base
+    if args.max_new_tokens is not None and algorithm.eval_sampling_params is not None:
+        algorithm.eval_sampling_params.max_new_tokens = args.max_new_tokens
+
+
+def _set_template(config: Config, args: argparse.Namespace) -> bool:
+    """Choose the template. True if the run itself says how a question becomes its prompt."""
+    run = config.data.prompt_template if args.config else None
+    if args.prompt_template:
+        config.data.prompt_template = args.prompt_template
+    elif config.data.prompt_template is None:
+        config.data.prompt_template = "searchr1"
+        print(
+            f"{args.config}: names no data.prompt_template (its rows carried whole prompts); a question is put into the "
+            "template searchr1; --prompt_template takes another",
+            file=sys.stderr,
+        )
+    template_text(config.data.prompt_template)  # an unknown one is told now
+    return run is not None and run == config.data.prompt_template

@@ -1,0 +1,143 @@
+"""`searchr1 infer`: answer questions and print how."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from searchr1.errors import UserError
+from searchr1.inference.events import Done, Event, Failed
+from searchr1.inference.flags import Plan, parser, plan
+from searchr1.inference.session import Session
+from searchr1.inference.terminal import Terminal, printable
+
+
+def read_questions(prompts: list[str], file: Path | None) -> list[str]:
+    """The questions of `--prompt` and `--prompt_file`; `-` is standard input. A line is a question; in a .jsonl file it is
+    an object with a `question`.
+
+    Raises:
+        UserError: no file, no question.
+    """
+    questions: list[str] = []
+    for prompt in prompts:
+        questions += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {file}: not readable ({error})") from error
+        questions += [_question(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    questions = [question.strip() for question in questions if question.strip()]
+    if not questions:
+        raise UserError("no question; give --prompt 'Who …?', --prompt - or --prompt_file FILE")
+    return questions
+
+
+def _question(file: Path, number: int, line: str) -> str:
+    if file.suffix != ".jsonl":
+        return line
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{file}:{number}: not valid JSON ({error})") from error
+    question = row.get("question") if isinstance(row, dict) else None
+    if not isinstance(question, str):
+        raise UserError(f'{file}:{number}: expected an object with a text "question"')
+    return question
+
+
+def as_json(question: str, last: Event | None) -> dict[str, Any]:
+    """One answer for scripts."""
+    if not isinstance(last, Done):
+        return {"question": question, "answer": None, "error": last.message if isinstance(last, Failed) else "no end"}
+    found = {"question": question, **last.as_json(), "turns": []}
+    del found["type"]
+    found["turns"] = [
+        {
+            "policy_text": turn.policy_text,
+            "action": turn.action,
+            "queries": turn.queries,
+            "tool_text": turn.tool_text,
+            "tool_error": turn.tool_error,
+        }
+        for turn in last.trajectory.turns
+    ]
+    return found
+
+
+async def collect(session: Session, question: str) -> list[Event]:
+    """All events of one question."""
+    async with aclosing(session.ask(question)) as events:
+        return [event async for event in events]
+
+
+def answer_line(last: Event | None) -> str:
+    """What infer ends with."""
+    if isinstance(last, Done) and last.answer is not None:
+        return f"Answer: {printable(last.answer)}"
+    return "No answer."
+
+
+async def run(session: Session, questions: list[str], *, as_rows: bool, full: bool) -> bool:
+    """Answer all questions, several at once. One is shown as it happens, more are shown in their order, each when it is
+    done. Returns whether all came to an end without an error."""
+    console = Console(highlight=False, markup=False, emoji=False)
+    if len(questions) == 1 and not as_rows:
+        terminal, last = Terminal(console, full=full), None
+        async with aclosing(session.ask(questions[0])) as events:
+            async for event in events:
+                terminal.show(last := event)
+        print(f"\n{answer_line(last)}", flush=True)
+        return isinstance(last, Done)
+    tasks = [asyncio.create_task(collect(session, question)) for question in questions]
+    good = True
+    try:
+        for question, task in zip(questions, tasks, strict=True):
+            events_of_one = await task
+            last = events_of_one[-1] if events_of_one else None
+            good = good and isinstance(last, Done)
+            if as_rows:
+                print(json.dumps(as_json(question, last), ensure_ascii=True), flush=True)
+                continue
+            print(f"Question: {printable(question)}", flush=True)
+            terminal = Terminal(console, full=full)
+            for event in events_of_one:
+                terminal.show(event)
+            print(f"{answer_line(last)}\n", flush=True)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    return good
+
+
+async def load_and_run(chosen: Plan, questions: list[str], *, as_rows: bool, full: bool) -> bool:
+    """Everything, in one event loop."""
+    from searchr1.inference.load import open_session
+
+    session = await open_session(chosen)
+    try:
+        return await run(session, questions, as_rows=as_rows, full=full)
+    finally:
+        await session.aclose()
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command; 1 if a question ended with an error."""
+    flags = parser("infer", "Answer questions with a trained model that searches, and print how it came to each answer.")
+    flags.add_argument(
+        "--prompt", action="append", default=[], help="the question; - reads one per line from standard input"
+    )
+    flags.add_argument("--prompt_file", "--prompt-file", type=Path, help="a question a line, or .jsonl rows with a question")
+    flags.add_argument("--json", action="store_true", help="one JSON object per question, with every turn")
+    flags.add_argument("--full", action="store_true", help="print everything the model was given to read")
+    args = flags.parse_args(argv)
+    questions = read_questions(args.prompt, args.prompt_file)
+    return 0 if asyncio.run(load_and_run(plan(args), questions, as_rows=args.json, full=args.full)) else 1

@@ -1,0 +1,170 @@
+"""From a configuration to a loaded session."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from searchr1.agent.settings import AgentSettings
+from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
+from searchr1.config.schema import Config
+from searchr1.device import Device
+from searchr1.errors import UserError
+from searchr1.inference.finders import OnlineFinder, addresses, check_servers, server_finder
+from searchr1.inference.flags import Plan
+from searchr1.inference.session import PromptSettings, Session
+
+PLAIN_TEMPLATES = ("demo",)
+"""Never put into a chat message: the demo models' chat template adds the same text."""
+
+
+async def open_session(plan: Plan) -> Session:
+    """Check the search, load the model.
+
+    Raises:
+        UserError: the retrieval server does not answer, the model cannot be used, a limit does not fit it.
+    """
+    config = plan.config
+    finder = await open_finder(plan)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
+    device = Device.detect(config.cluster.device)
+    os.environ.update(device.driver_env() | device.worker_env("rollout"))
+
+    from searchr1.agent.loop import resolve_generate_fn
+    from searchr1.rollout.engine import Engine, EngineError
+    from searchr1.rollout.settings import EngineSettings
+
+    path = config.rollout.model.model_path
+    if plan.auto_precision and not device.is_cuda:
+        config.rollout.model.precision = "fp32"
+    tokenizer = load_tokenizer(path)
+    fit_to_model(config, plan.auto_length)
+    print(f"loading {path}", file=sys.stderr, flush=True)
+    try:
+        engine = await Engine.start(path, device, EngineSettings.from_config(config))
+    except EngineError as error:
+        raise UserError(f"--model_path {path}: cannot be loaded ({error})") from error
+    settings = AgentSettings.from_config(config, "eval")
+    return Session(
+        engine=engine,
+        tokenizer=tokenizer,
+        tools=build_tools(config, finder),
+        finder=finder,
+        settings=settings,
+        prompt=prompt_settings(plan, tokenizer),
+        run=resolve_generate_fn(config.agentloop.generate_fn),
+        seed=config.runner.seed,
+        about={
+            "model": path,
+            "search": about_search(plan),
+            "template": config.data.prompt_template,
+            "max_turns": settings.max_turns,
+            "seq_length": settings.max_model_len,
+            "sampling": "greedy" if settings.sampling.temperature == 0 else f"temperature {settings.sampling.temperature:g}",
+        },
+    )
+
+
+async def open_finder(plan: Plan) -> Finder | None:
+    """What searches; None: nothing does.
+
+    Raises:
+        UserError: the server does not answer, and nobody wants to go on without it.
+    """
+    search = plan.config.tools.search
+    if plan.engine:
+        return OnlineFinder(plan.engine, search.topk, search.timeout_s, plan.engine_url, plan.snippet_only)
+    if search.dummy_mode:
+        return None
+    finder = server_finder(search)
+    problem = await check_servers(search) if plan.check else None
+    if problem is not None:
+        if not goes_on_without(problem):
+            raise UserError(
+                f"--retriever-url {', '.join(addresses(search))}: {problem}. Start the retrieval server (searchr1 "
+                "retrieval-server), give its address, take --engine for an online engine, --no-search to do without, or "
+                "--no-check if it is still to come"
+            )
+        search.dummy_mode = True
+        await finder.aclose()
+        return None
+    return finder
+
+
+def goes_on_without(problem: str) -> bool:
+    """Ask the person at the terminal, if there is one."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"The search does not work: {problem}\nGo on without it? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def build_tools(config: Config, finder: Finder | None) -> dict[str, Tool]:
+    """The tools of the run; failures are told to the model and to the person, and end nothing."""
+    style = AgentSettings.from_config(config, "eval").information_style
+    if finder is None:
+        return {"search": DummySearchTool(style)}
+    monitor = FailureMonitor(1.0, "search")
+    tools: dict[str, Tool] = {"search": SearchTool(finder, style, monitor)}
+    if config.tools.access.enabled:
+        tools["access"] = AccessTool(finder, monitor)
+    return tools
+
+
+def about_search(plan: Plan) -> str:
+    """For people."""
+    search = plan.config.tools.search
+    return plan.engine or ("off" if search.dummy_mode else ", ".join(addresses(search)))
+
+
+def prompt_settings(plan: Plan, tokenizer: Any) -> PromptSettings:
+    """The prompt as in the run, or as in Search-R1's rows: a chat message where the model has a chat template."""
+    data = plan.config.data
+    template, chat = data.prompt_template or "none", data.apply_chat_template
+    if plan.auto_chat:
+        chat = bool(getattr(tokenizer, "chat_template", None)) and template not in PLAIN_TEMPLATES
+    return PromptSettings(template, chat, data.max_prompt_length)
+
+
+def load_tokenizer(path: str) -> Any:
+    """The model's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_path {path}: its tokenizer cannot be loaded ({first_line(error)})") from error
+
+
+def fit_to_model(config: Config, may_cut: bool) -> None:
+    """The recipe's lengths are cut to what the model can take; lengths that were asked for are not.
+
+    Raises:
+        UserError: they are longer.
+    """
+    from transformers import AutoConfig
+
+    path = config.rollout.model.model_path
+    try:
+        positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_path {path}: is no model ({first_line(error)})") from error
+    runner, data = config.runner, config.data
+    if positions is not None and runner.seq_length > positions:
+        if not may_cut:
+            raise UserError(
+                f"--seq_length {runner.seq_length}: {path} has {positions} positions; give --seq_length {positions} or less"
+            )
+        runner.seq_length = positions
+    if data.max_prompt_length >= runner.seq_length:
+        data.max_prompt_length = runner.seq_length // 2
+
+
+def first_line(error: Exception) -> str:
+    """Without the paragraphs of advice that follow."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
