@@ -27,6 +27,8 @@ from searchr1.device import Device
 DEVICE = Device.detect("cpu")
 # Before torch is imported.
 os.environ.update(DEVICE.worker_env("rollout"))
+# Ray lowers its workers' priority; on a machine with other work the two engines would then not be served alike.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import numpy as np  # noqa: E402
 

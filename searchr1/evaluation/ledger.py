@@ -22,19 +22,30 @@ MANIFEST = "evaluation.json"
 class Ledger:
     """The rows of one method in one folder. Use `open`, and close it (it is a context manager too)."""
 
-    def __init__(self, path: Path, file: BinaryIO, finished: set[int], token_text: TokenText | None) -> None:
+    def __init__(
+        self, path: Path, file: BinaryIO, finished: set[int], spoiled: set[int], token_text: TokenText | None
+    ) -> None:
         """Use `open`."""
         self._path = path
         self._token_text = token_text
         self._file = file
         self.finished = finished
         """Numbers of the questions whose attempts are all there."""
+        self.spoiled = spoiled
+        """Numbers of the questions that are to be asked again because a tool failed."""
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest, token_text: TokenText | None = None) -> Ledger:
+    def open(cls, folder: Path, manifest: Manifest, questions: int, token_text: TokenText | None = None) -> Ledger:
         """Begin, or go on with what the folder holds; a line that a kill cut short is taken off.
 
-        With `token_text`, the tokens' log-probabilities are written too.
+        In an evaluation that was stopped, questions during which a tool call failed count as not finished: a server that
+        dies takes some questions down with it before the evaluation stops.
+
+        Args:
+            folder: of one method.
+            manifest: what the answers depend on.
+            questions: how many there are.
+            token_text: if given, the tokens' log-probabilities are written too.
 
         Raises:
             UserError: the folder holds answers of another model, other questions or other settings; a damaged line; another
@@ -49,13 +60,14 @@ class Ledger:
             raise UserError(f"runner.output_dir: cannot write {folder}: {error.strerror}") from error
         try:
             _lock(file, folder)
-            finished, end = _scan(file, path, manifest["attempts"])
+            finished, failed, end = _scan(file, path, manifest["attempts"])
             file.truncate(end)
             file.seek(end)
         except BaseException:
             file.close()
             raise
-        return cls(path, file, finished, token_text)
+        spoiled = failed if len(finished) < questions else set()
+        return cls(path, file, finished - spoiled, spoiled, token_text)
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
         """Write attempts, those at one question next to each other; on disk when this returns, whatever kills us then."""
@@ -115,10 +127,14 @@ def _lock(file: BinaryIO, folder: Path) -> None:
         pass  # a file system without locks
 
 
-def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], int]:
-    """The finished questions, and where the last whole one ends. Attempts at one question follow each other."""
+def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], set[int], int]:
+    """The finished questions, those of them in which a tool failed, and where the last whole one ends.
+
+    Attempts at one question follow each other; of a question that was asked twice the last time counts.
+    """
     finished: set[int] = set()
-    replicas: dict[int, set[int]] = {}
+    failed: set[int] = set()
+    parts: dict[int, dict[int, bool]] = {}
     position = end = 0
     for line_number, line in enumerate(file, start=1):
         position += len(line)
@@ -127,17 +143,19 @@ def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], int]:
         try:
             row = json.loads(line)
             number, replica = int(row["number"]), int(row["replica"])
+            went_wrong = row["stop"] == "error" or any(turn["tool_error"] is not None for turn in row["turns"])
         except (ValueError, KeyError, TypeError) as error:
             if not file.read(1):
                 break  # the last line: a kill can leave a hole before its end
             raise UserError(f"{path}:{line_number}: not a logged answer ({error}); remove the line") from error
-        seen = replicas.setdefault(number, set())
-        seen.add(replica)
+        seen = parts.setdefault(number, {})
+        seen[replica] = went_wrong
         if len(seen) == attempts:
             finished.add(number)
+            (failed.add if any(seen.values()) else failed.discard)(number)
             end = position
-            del replicas[number]
-    return finished, end
+            del parts[number]
+    return finished, failed, end
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from searchr1.agent.protocol import truncate_ids
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
-from searchr1.config.schema import Config
+from searchr1.config.schema import Config, DataConfig
 from searchr1.data.dataset import TOKENIZE_ROWS, read_rows
 from searchr1.data.prompts import render_prompt
 from searchr1.errors import UserError
@@ -27,6 +27,8 @@ from searchr1.tracking.token_text import load_token_text
 logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("results.json", "results.md", "results.html", "eval.json")
+CHAT_STARTS, CHAT_ENDS = ("<|im_start|>", "<|start_header_id|>"), ("<|im_end|>", "<|eot_id|>")
+"""By these a prompt is known to be rendered chat messages."""
 OLDER = ("trajectories", "tensorboard", "metrics.jsonl")
 """What an evaluation of an earlier version left."""
 
@@ -70,14 +72,24 @@ def load_questions(config: Config) -> Questions:
         # Rows need not have a prompt then: each method makes its own.
         data = replace(data, prompt_template="direct")
     loaded = load_data(replace(config, data=data), training=False)
-    samples = [replace(sample, index=index) for index, sample in enumerate(loaded.val)]
+    samples = [replace(s, index=index, question=_bare(s.question)) for index, s in enumerate(loaded.val)]
     if judged(config):
         # The judge is part of the configured reward; a row's own would go before it.
         samples = [replace(sample, reward_name=None) for sample in samples]
-    own_prompts = config.data.prompt_template in (None, "none")
-    row = next(read_rows(Path(data.val_data_paths[0])))[1]
-    chat = data.apply_chat_template or (own_prompts and isinstance(row.get(data.prompt_key), list))
+    chat = data.apply_chat_template or (config.data.prompt_template in (None, "none") and _has_chat_prompts(data))
     return Questions(samples, load_tokenizer(config), chat, str(loaded.val_stats))
+
+
+def _has_chat_prompts(data: DataConfig) -> bool:
+    """Whether the first row's prompt is chat messages, or was rendered from them."""
+    prompt = next(read_rows(Path(data.val_data_paths[0])))[1].get(data.prompt_key)
+    return isinstance(prompt, list) or (isinstance(prompt, str) and any(start in prompt for start in CHAT_STARTS))
+
+
+def _bare(question: str) -> str:
+    """A question without what a chat template put after it, where it was taken out of a rendered prompt."""
+    ends = [place for end in CHAT_ENDS if (place := question.find(end)) > 0]
+    return question[: min(ends)].strip() if ends else question
 
 
 def open_folder(config: Config) -> Path:
@@ -117,7 +129,8 @@ def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]
         samples = questions.samples
         if not method.searches and not method.retrieves:
             samples = _with_prompts(config, method, questions, samples, None)
-        ledger = Ledger.open(folder / name, manifest(config, method, settings, samples), token_text)
+        made_with = manifest(config, method, settings, samples)
+        ledger = Ledger.open(folder / name, made_with, len(samples), token_text)
         tasks.append(Task(method, folder / name, settings, samples, ledger))
     return tasks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
@@ -72,10 +73,10 @@ def run(config: Config) -> tuple[Results, Path]:
     try:
         answer_pending(config, device, tasks, questions)
     except UserError as error:
-        done, total = (sum(map(len, parts)) for parts in zip(*((t.ledger.finished, t.samples) for t in tasks), strict=True))
-        raise UserError(
-            f"{error}\n{done} of {total} questions are finished and kept in {folder}; the same command goes on from there"
-        ) from error
+        raise UserError(f"{error}\n{kept(tasks, folder)}") from error
+    except BaseException:
+        print(kept(tasks, folder), file=sys.stderr)
+        raise
     finally:
         for task in tasks:
             task.ledger.close()
@@ -84,12 +85,24 @@ def run(config: Config) -> tuple[Results, Path]:
     return results, folder
 
 
+def kept(tasks: list[Task], folder: Path) -> str:
+    """What an evaluation that stops leaves, in a sentence."""
+    done, total = sum(len(task.ledger.finished) for task in tasks), sum(len(task.samples) for task in tasks)
+    return f"{done} of {total} questions are finished and kept in {folder}; the same command goes on from there"
+
+
 def answer_pending(config: Config, device: Device, tasks: list[Task], questions: Questions) -> None:
     """Answer what is not finished. No process is started if everything is."""
     tasks = [task for task in tasks if task.pending]
     if not tasks:
         print("every question was finished before", flush=True)
         return
+    for task in tasks:
+        if task.ledger.spoiled:
+            print(
+                f"{task.method.name}: {len(task.ledger.spoiled)} questions whose tool calls failed are asked again",
+                flush=True,
+            )
     if any(task.method.searches or task.method.retrieves for task in tasks) and not config.tools.search.dummy_mode:
         require_server(config)
     pending = {

@@ -92,6 +92,18 @@ def test_chat_prompts_make_chat_prompts_for_the_baselines(config, tmp_path):
     close(tasks)
 
 
+def test_prompts_that_were_rendered_from_chat_messages_are_recognised(config, tmp_path):
+    text = "<|im_start|>user\nThink. Question: Who?<|im_end|>\n<|im_start|>assistant\n"
+    (tmp_path / "nq.jsonl").write_text(json.dumps({"prompt": text, "solutions": ["Ann"]}) + "\n")
+    config.evaluation.methods = ["direct", "search"]
+    questions, tasks = tasks_of(config)
+    assert questions.chat
+    assert questions.samples[0].question == "Who?"
+    assert prompt(questions, tasks["search"].samples[0]) == text
+    assert prompt(questions, tasks["direct"].samples[0]).rstrip().endswith("Question: Who?")
+    close(tasks)
+
+
 def test_passages_are_cut_like_a_tools_text_and_only_pending_questions_get_them(config, monkeypatch):
     config.agentloop.max_tool_response_length = 12
     questions, tasks = tasks_of(config)
