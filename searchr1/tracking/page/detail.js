@@ -161,18 +161,36 @@ function reward(name, number, total) {
 // Marks what was searched for, where the browser can mark without changing the document.
 function highlight(node, query) {
   if (!window.Highlight || !CSS.highlights) return;
-  const ranges = [], wanted = terms(query), walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
-  for (let text = walker.nextNode(); text && wanted.length; text = walker.nextNode()) {
-    const letters = text.data.toLowerCase();
-    if (letters.length !== text.data.length) continue;
+  const ranges = [], wanted = terms(query), texts = new Map();
+  if (wanted.length) {
+    // A block's text may be cut into tokens; what was searched for may reach over several.
+    const walker = document.createTreeWalker(node, NodeFilter.SHOW_TEXT);
+    for (let text = walker.nextNode(); text; text = walker.nextNode()) {
+      const whole = text.parentElement.closest(".text") || text.parentElement;
+      if (!texts.has(whole)) texts.set(whole, []);
+      texts.get(whole).push(text);
+    }
+  }
+  for (const parts of texts.values()) {
+    const text = parts.map(part => part.data).join(""), letters = text.toLowerCase();
+    if (letters.length !== text.length) continue;
     for (const term of wanted) {
       for (let at = letters.indexOf(term); at >= 0; at = letters.indexOf(term, at + term.length)) {
-        const range = new Range();
-        range.setStart(text, at);
-        range.setEnd(text, at + term.length);
-        ranges.push(range);
+        ranges.push(rangeOver(parts, at, at + term.length));
       }
     }
   }
   CSS.highlights.set("found", new Highlight(...ranges));
+}
+
+function rangeOver(parts, start, end) {
+  const range = new Range();
+  let before = 0;
+  for (const part of parts) {
+    const after = before + part.data.length;
+    if (start >= before && start < after) range.setStart(part, start - before);
+    if (end > before && end <= after) range.setEnd(part, end - before);
+    before = after;
+  }
+  return range;
 }

@@ -23,7 +23,8 @@ const ORDERS = [
 const last = (value, side) => value === null ? side * Infinity : value;
 const SLICE_MS = 12;  // work between two breaks that let the page answer
 
-const terms = query => query.toLowerCase().split(/\s+/).filter(Boolean);
+// Words, and phrases in quotes; a phrase that is still being typed has no second quote yet.
+const terms = query => [...query.toLowerCase().matchAll(/"([^"]+)"?|[^\s"]+/g)].map(match => match[1] || match[0]);
 
 // All that can be found of a trajectory, in small letters.
 function haystackOf(row, body) {

@@ -18,10 +18,15 @@ function toRow(columns, values, file, place) {
   return row;
 }
 
-const parsed = new Promise(done => {
-  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", () => done(), { once: true });
-  else done();
-});
+// A script element that holds data, once the parser is past it.
+async function holder(id) {
+  for (;;) {
+    const node = $(id), done = document.readyState !== "loading";
+    if (node && (node.nextSibling || done)) return node;
+    if (done) throw new Error("this page is not complete: its end is missing");
+    await new Promise(next => setTimeout(next, 20));
+  }
+}
 
 // All rows are in the page, their bodies in packed chunks that are opened when they are needed.
 class Embedded {
@@ -46,17 +51,15 @@ class Embedded {
 
   async fill(row) {
     const number = Math.floor(row.place / CHUNK);
-    if (!this.chunks.has(number)) {
-      await parsed;
-      const node = $("chunk-" + number);
-      if (!node) throw new Error("this page is not complete: its end is missing");
-      this.chunks.set(number, unpack(node.textContent).then(bodies => {
-        bodies.forEach((body, i) => { this.all[number * CHUNK + i].body = body; });
-        node.remove();
-      }));
-    }
+    if (!this.chunks.has(number)) this.chunks.set(number, this.open(number));
     await this.chunks.get(number);
     return row.body;
+  }
+
+  async open(number) {
+    const node = await holder("chunk-" + number), bodies = await unpack(node.textContent);
+    bodies.forEach((body, i) => { this.all[number * CHUNK + i].body = body; });
+    node.remove();
   }
 }
 
