@@ -35,6 +35,7 @@ RECIPES = {
     "qwen2.5-3b-searchr1-v0.2": QWEN25,
     "qwen2.5-3b-searchr1-v0.2-ppo": QWEN25,
     "qwen2.5-3b-searchr1-v0.3": QWEN25,
+    "qwen2.5-3b-searchr1-v0.3-ppo": QWEN25,
     "qwen2.5-3b-slime": QWEN25,
     "qwen2.5-3b-dapo": QWEN25,
     "qwen2.5-3b-dr-grpo": QWEN25,
@@ -72,30 +73,30 @@ SEARCHR1 = {
     "rollout.gpu_memory_utilization": 0.6,
     "reward.reward_type": "searchr1",
 }
+PPO = {
+    "algorithm.adv_type": "gae",
+    "algorithm.group_size": 1,
+    "algorithm.n_minibatches": 2,
+    "algorithm.kl_in": "reward",
+    "algorithm.kl_penalty_type": "kl",
+    "algorithm.gamma": 1.0,
+    "algorithm.gae_lambda": 1.0,
+    "critic.use_critic_model": True,
+    "critic.optim.lr": 1e-5,
+    "critic.lr_sched.lr_warmup_fraction": 0.015,
+    "critic.cliprange_value": 0.5,
+}
+FORMAT = {
+    "reward.reward_type": "searchr1_format",
+    "reward.format.structure_score": 0.2,
+    "reward.format.final_format_score": 0.1,
+    "reward.format.retrieval_score": 0.0,
+}
 PUBLISHED = {
     "qwen2.5-3b-searchr1-v0.2": SEARCHR1,
-    "qwen2.5-3b-searchr1-v0.2-ppo": SEARCHR1
-    | {
-        "algorithm.adv_type": "gae",
-        "algorithm.group_size": 1,
-        "algorithm.n_minibatches": 2,
-        "algorithm.kl_in": "reward",
-        "algorithm.kl_penalty_type": "kl",
-        "algorithm.gamma": 1.0,
-        "algorithm.gae_lambda": 1.0,
-        "critic.use_critic_model": True,
-        "critic.optim.lr": 1e-5,
-        "critic.lr_sched.lr_warmup_fraction": 0.015,
-        "critic.cliprange_value": 0.5,
-    },
-    "qwen2.5-3b-searchr1-v0.3": SEARCHR1
-    | {
-        "actor.optim.lr": 5e-7,
-        "reward.reward_type": "searchr1_format",
-        "reward.format.structure_score": 0.2,
-        "reward.format.final_format_score": 0.1,
-        "reward.format.retrieval_score": 0.0,
-    },
+    "qwen2.5-3b-searchr1-v0.2-ppo": SEARCHR1 | PPO,
+    "qwen2.5-3b-searchr1-v0.3": SEARCHR1 | FORMAT | {"actor.optim.lr": 5e-7},
+    "qwen2.5-3b-searchr1-v0.3-ppo": SEARCHR1 | PPO | FORMAT,
     "qwen2.5-3b-slime": {
         "algorithm.group_size": 8,
         "algorithm.n_minibatches": 1,
