@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+from searchr1.config.critic import critic_run
 from searchr1.config.memory_shapes import ModelShape, padded_vocab
 from searchr1.config.placement import group_ranks, group_slots
 from searchr1.config.schema import Config
@@ -47,8 +50,15 @@ class Layout:
     reference: bool = True
     """A frozen model, sharded with FSDP2 over `reference_gpus` that are also the actor's."""
     reference_gpus: int = 8
-    critic: bool = False
-    """A value model of the same shape with its optimizer, sharded with FSDP2 over the actor's GPUs."""
+    lora_rank: int = 0
+    """FSDP: above 0 only adapters of this rank are trained."""
+    lora_targets: tuple[str, ...] = ()
+    base_bytes: int = 4
+    """FSDP: of a number of the weights as they are held; 4 unless they are frozen."""
+    critic: Layout | None = None
+    """How a value model of the same shape is spread, with its optimizer; None: there is none."""
+    section: str = "actor"
+    """Of the YAML, for messages."""
     shared: bool = True
     """Actor and rollout share GPUs: the engine sleeps while the actor trains."""
     engine_share: float = 0.75
@@ -68,12 +78,12 @@ class Layout:
         Raises:
             UserError: names the key and the numbers.
         """
-        tp_key, pp_key = "actor.model.tensor_model_parallel_size", "actor.model.pipeline_model_parallel_size"
+        tp_key, pp_key = (f"{self.section}.model.{name}_model_parallel_size" for name in ("tensor", "pipeline"))
         if min(self.tp, self.pp, self.max_tokens) < 1:
             raise UserError(f"{tp_key}, {pp_key} and runner.max_tokens_per_mbs: must be 1 or more")
         if self.gpus % (self.tp * self.pp):
             raise UserError(
-                f"{tp_key} x {pp_key} = {self.tp} x {self.pp} does not divide the actor's {self.gpus} GPUs "
+                f"{tp_key} x {pp_key} = {self.tp} x {self.pp} does not divide the {self.section}'s {self.gpus} GPUs "
                 "(cluster.component_placement, cluster.slots)"
             )
         for name, size in (
@@ -88,20 +98,26 @@ class Layout:
             raise UserError(
                 f"{pp_key}: {self.pp} does not divide num_hidden_layers = {model.num_hidden_layers} of the model"
             )
+        if self.critic is not None:
+            self.critic.check(model)
+
+    def both(self, **changes: Any) -> Layout:
+        """With keys changed that concern actor and critic alike."""
+        return replace(self, **changes, critic=self.critic and replace(self.critic, **changes))
 
     def variants(self) -> list[tuple[str, Layout]]:
         """The same with one key changed."""
-        more = replace(self, gpus=2 * self.gpus, reference_gpus=2 * self.reference_gpus)
+        more = replace(self.both(gpus=2 * self.gpus), reference_gpus=2 * self.reference_gpus)
         changes: list[tuple[str, Layout]] = [
-            (f"runner.max_tokens_per_mbs: {self.max_tokens // 2}", replace(self, max_tokens=self.max_tokens // 2)),
+            (f"runner.max_tokens_per_mbs: {self.max_tokens // 2}", self.both(max_tokens=self.max_tokens // 2)),
             ("algorithm.kl_beta: 0 (no reference model)", replace(self, reference=False)),
             ("cluster.component_placement: actor on twice the GPUs", more),
             ("cluster.component_placement: rollout on other GPUs", replace(self, shared=False)),
         ]
         offloads = {
-            "offload_optimizer": replace(self, offload_optimizer=True),
-            "offload_weight": replace(self, offload_weight=True),
-            "offload_grad": replace(self, offload_grad=True),
+            "offload_optimizer": self.both(offload_optimizer=True),
+            "offload_weight": self.both(offload_weight=True),
+            "offload_grad": self.both(offload_grad=True),
         }
         known = ActorConfig.__dataclass_fields__
         changes += [(f"actor.{name}: True", changed) for name, changed in offloads.items() if name in known]
@@ -111,31 +127,41 @@ class Layout:
         for size in (2, 4, 8):
             if size > self.engine_tp and self.gpus % size == 0:
                 changes.append((f"rollout.tensor_parallel_size: {size}", replace(self, engine_tp=size)))
-        full = replace(self, recompute="full", recompute_method="uniform", recompute_layers=1)
+        full: dict[str, Any] = {"recompute": "full", "recompute_method": "uniform", "recompute_layers": 1}
+        if self.critic is not None:
+            changes.append(("critic.gradient_checkpointing: True", replace(self, critic=replace(self.critic, **full))))
         if self.backend != "megatron":
             return [
                 *changes,
-                ("actor.model.gradient_checkpointing: True", full),
-                ("actor.fsdp.cpu_offload: True", replace(self, cpu_offload=True)),
-                ("actor.fsdp.reshard_after_forward: True", replace(self, reshard=True)),
+                ("actor.model.gradient_checkpointing: True", replace(self, **full)),
+                ("actor.fsdp.cpu_offload: True", self.both(cpu_offload=True)),
+                ("actor.fsdp.reshard_after_forward: True", self.both(reshard=True)),
             ]
+        # A critic that is cut like the actor is taken to follow it.
+        follows = self.critic is not None and (self.critic.backend, self.critic.tp, self.critic.pp) == (
+            self.backend,
+            self.tp,
+            self.pp,
+        )
+        change = self.both if follows else partial(replace, self)
         return [
             *changes,
-            ("actor.model.recompute_granularity: full", full),
-            (f"actor.model.tensor_model_parallel_size: {2 * self.tp}", replace(self, tp=2 * self.tp)),
-            (f"actor.model.pipeline_model_parallel_size: {2 * self.pp}", replace(self, pp=2 * self.pp)),
-            ("actor.model.sequence_parallel: True", replace(self, sequence_parallel=self.tp > 1)),
+            ("actor.model.recompute_granularity: full", replace(self, **full)),
+            (f"actor.model.tensor_model_parallel_size: {2 * self.tp}", change(tp=2 * self.tp)),
+            (f"actor.model.pipeline_model_parallel_size: {2 * self.pp}", change(pp=2 * self.pp)),
+            ("actor.model.sequence_parallel: True", change(sequence_parallel=self.tp > 1)),
             ("actor.optim.use_distributed_optimizer: True", replace(self, distributed_optimizer=True)),
         ]
 
 
-def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
+def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str = "actor") -> Layout:
     """The layout that a run's YAML asks for.
 
     Args:
         config: of the run.
         gpus: what `all` means in `cluster.component_placement`.
         policy_share: of a micro-batch's tokens, those that the policy sampled, at most.
+        section: `actor`, or `critic` for `critic_run` of a configuration.
 
     Raises:
         UserError: a placement that does not fit, or a value that is not known.
@@ -146,10 +172,12 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
             raise UserError(f"{key}: {name!r} is not one of {', '.join(PRECISION_BYTES)}")
     backend = actor.training_backend
     if backend not in ("fsdp", "megatron"):
-        raise UserError(f"actor.training_backend: {backend!r} is not one of fsdp, megatron")
+        raise UserError(f"{section}.training_backend: {backend!r} is not one of fsdp, megatron")
+    with_critic = section == "actor" and config.critic.use_critic_model
+    critic = layout_of(critic_run(config), gpus, policy_share, "critic") if with_critic else None
     config = replace(config, cluster=replace(config.cluster, slots=gpus))
     device = Device(kind="cuda", slots=gpus, cores=1)
-    slots, engine = group_slots(config, "actor", device), group_slots(config, "rollout", device)
+    slots, engine = group_slots(config, section, device), group_slots(config, "rollout", device)
     group_ranks(config, "rollout", device)  # refuses engines that do not fit
     inference = group_slots(config, "inference", device)
     megatron = backend == "megatron"
@@ -179,7 +207,11 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0) -> Layout:
         policy_share=policy_share,
         reference=config.algorithm.kl_beta > 0 and bool(set(inference) & set(slots)),
         reference_gpus=len(inference),
-        critic=config.critic.use_critic_model,
+        lora_rank=actor.lora.rank,
+        lora_targets=tuple(actor.lora.target_modules) if actor.lora.rank else (),
+        base_bytes=PRECISION_BYTES[model.precision] if actor.lora.rank and actor.lora.base_precision == "compute" else 4,
+        critic=critic,
+        section=section,
         shared=bool(set(slots) & set(engine)),
         engine_share=rollout.gpu_memory_utilization,
         engine_tp=rollout.tensor_parallel_size * rollout.pipeline_parallel_size,

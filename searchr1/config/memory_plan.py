@@ -6,11 +6,18 @@ backward, optimizer). The worst pipeline stage is shown. What the formulas leave
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, prod
 
 from searchr1.config.memory_layout import Layout
-from searchr1.config.memory_shapes import SHAPES, ModelShape, padded_vocab, shard_parameters, stage_parameters
+from searchr1.config.memory_shapes import (
+    SHAPES,
+    ModelShape,
+    padded_vocab,
+    shard_adapters,
+    shard_parameters,
+    stage_parameters,
+)
 from searchr1.errors import UserError
 
 __all__ = ["SHAPES", "Layout", "Line", "MemoryPlan", "kept_activations", "knobs", "layer_activation", "plan_memory"]
@@ -114,20 +121,31 @@ def _actor_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
         resident = PHASES[1:] if layout.offload_weight else always
         state = training if layout.offload_optimizer else always
         gathered = 3 * layer if layout.reshard else model.num_hidden_layers * layer
+        trained, layer_grads, root_grads, of = shard, layer, root, "parameters"
+        if layout.lora_rank:
+            trained = shard_adapters(model, layout.lora_rank, layout.lora_targets, layout.gpus)
+            layer_grads, root_grads = sum(map(prod, model.adapters(layout.lora_rank, layout.lora_targets))), 0
+            of = f"of adapters of rank {layout.lora_rank}"
         which = (
             "a layer, its gather buffer and the next one's"
             if layout.reshard
             else "all layers (reshard_after_forward: False)"
         )
         return [
-            Line("weights (fp32, also the master copy)", 4 * held, f"4 B x {shard:,} parameters, 1 share {where}", resident),
-            Line("Adam moments", 8 * held, f"8 B x {shard:,}", state),
-            Line("gradients (fp32)", 4 * held, f"4 B x {shard:,}, freed after the optimizer's step", training),
+            _fsdp_weights(held, trained, shard, layout, where, resident),
+            Line("Adam moments", 0 if layout.cpu_offload else 8 * trained, f"8 B x {trained:,} {of}", state),
+            Line(
+                "gradients (fp32)",
+                0 if layout.cpu_offload else 4 * trained,
+                f"4 B x {trained:,} {of}, freed after the optimizer's step",
+                training,
+            ),
             Line("gathered weights", c * (gathered + root), f"{c} B x ({which}, and embedding and output layer)", training),
             Line(
                 "gradients before sharding",
-                (c + 4) * layer + c * root,
-                f"a layer's in {c} B and its fp32 copy for the reduction; embedding and output layer in {c} B",
+                (c + 4) * layer_grads + c * root_grads,
+                f"a layer's in {c} B and its fp32 copy for the reduction"
+                + (f"; embedding and output layer in {c} B" if root_grads else ", of its adapters"),
                 training,
             ),
         ]
@@ -145,6 +163,16 @@ def _actor_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     ]
 
 
+def _fsdp_weights(held: int, trained: int, shard: int, layout: Layout, where: str, resident: tuple[str, ...]) -> Line:
+    if not layout.lora_rank:
+        return Line(
+            "weights (fp32, also the master copy)", 4 * held, f"4 B x {shard:,} parameters, 1 share {where}", resident
+        )
+    adapters = 0 if layout.cpu_offload else trained
+    text = f"frozen, {layout.base_bytes} B x {shard:,} parameters, 1 share {where}; adapters 4 B x {trained:,}"
+    return Line("weights", layout.base_bytes * held + 4 * adapters, text, resident)
+
+
 def _train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     """What one micro-batch needs."""
     c, tokens, last = layout.compute_bytes, layout.max_tokens, stage == layout.pp - 1
@@ -152,7 +180,7 @@ def _train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     vocab, policy = model.vocab_size, ceil(tokens * layout.policy_share)
     if layout.backend == "megatron":
         vocab = padded_vocab(model) // layout.tp
-    logits = 2 * c * policy * vocab + LOSS_BYTES if last else 0
+    logits = 2 * c * policy * vocab + LOSS_BYTES if last and not model.value_head else 0
     norm = 4 + c if layout.backend == "fsdp" else c
     end = (tokens * norm + policy * c) * model.hidden_size if last else 0
     flight = f" x {layout.pp - stage} micro-batches in flight" if layout.pp - stage > 1 else ""
@@ -187,10 +215,6 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
             f"fp32, 1 share of {layout.reference_gpus}; embedding and output layer stay gathered in {layout.compute_bytes} B"
         )
         lines.append(Line("reference model", size, text))
-    if layout.critic:
-        size = 16 * shard_parameters(model, layout.gpus) + layout.compute_bytes * root
-        text = f"16 B a parameter, 1 share of {layout.gpus}; it trains before the actor, in no more working memory"
-        lines.append(Line("critic", size, text))
     engine = round(layout.engine_share * gpu_bytes)
     text = f"gpu_memory_utilization {layout.engine_share:g} x {gpu_bytes / GIB:g} GiB"
     weights = layout.engine_bytes * model.parameters / layout.engine_tp / GIB
@@ -200,16 +224,45 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
     full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes * (2 if layout.tp > 1 else 1)
     text = f"the embedding whole, {full} B x {model.embedding:,}; the buckets lie in host memory"
     lines.append(Line("weight update", full * model.embedding, text, PHASES[1:2]))
-    processes = 1 + layout.reference + layout.critic
+    processes = 1 + layout.reference + (layout.critic is not None)
     lines.append(Line("contexts", CONTEXT_BYTES * processes, f"assumed: 1 GiB x {processes} process(es) beside the engine"))
     if layout.shared:
         lines.append(Line("sleeping engine", CONTEXT_BYTES, "assumed: 1 GiB", PHASES[2:]))
     return lines
 
 
+def _critic_lines(model: ModelShape, layout: Layout, actor: list[Line]) -> list[Line]:
+    """The critic trains before the actor: what it holds always, and what it needs then beyond what the actor will.
+
+    Which of the critic's stages shares a GPU with which of the actor's depends on both layouts; the worst one counts.
+    """
+    if layout.critic is None:
+        return []
+    value_model, critic = replace(model, value_head=True), layout.critic
+
+    def held(lines: list[Line], phase: str) -> int:
+        return sum(line.size for line in lines if phase in line.phases)
+
+    stages = [
+        [*_actor_lines(value_model, critic, stage), *_train_lines(value_model, critic, stage)] for stage in range(critic.pp)
+    ]
+    lines = max(stages, key=lambda found: held(found, "train"))
+    always, training = held(lines, "rollout"), held(lines, "train")
+    # The actor's offloaded state is away then, and the critic's while the actor trains.
+    more = training + held(actor, "rollout") - held(actor, "train") - always
+    cut = f", TP {critic.tp} x PP {critic.pp} x DP {critic.dp}" if critic.backend == "megatron" else ""
+    what = ", ".join(f"{line.name} {line.size / GIB:.2f}" for line in lines if "rollout" in line.phases and line.size)
+    text = f"{training / GIB:.2f} GiB while it trains, before the actor; counted is what is more than the actor needs"
+    return [
+        Line("critic", always, f"{critic.backend}{cut}: {what or 'all of it leaves the GPU'}"),
+        Line("critic in training", max(0, more), text, PHASES[2:]),
+    ]
+
+
 def _stage_plan(model: ModelShape, layout: Layout, gpu_bytes: int, stage: int) -> MemoryPlan:
     lines = [*_actor_lines(model, layout, stage), *_train_lines(model, layout, stage)]
     own = stage_parameters(model, layout.tp, layout.pp, stage) if layout.backend == "megatron" else model.parameters
+    lines += _critic_lines(model, layout, lines)
     lines += _other_lines(model, layout, gpu_bytes)
     spare = round(FRAGMENTATION * sum(line.size for line in lines if "train" in line.phases))
     lines.append(Line("margin", spare, f"assumed: {FRAGMENTATION:.0%} of training, for fragmentation", PHASES[2:]))

@@ -55,6 +55,7 @@ def describe(layout: Layout) -> str:
         *([f"TP {layout.tp} x PP {layout.pp} x DP {layout.dp}"] if megatron else []),
         f"{'bf16' if layout.compute_bytes == 2 else 'fp32'}",
         f"recompute {layout.recompute}",
+        *([f"LoRA of rank {layout.lora_rank}"] if layout.lora_rank else []),
         *(["sequence parallel"] if layout.sequence_parallel else []),
         f"{layout.max_tokens} tokens a micro-batch",
         f"engine TP {layout.engine_tp}, {'shared' if layout.shared else 'own'} GPUs",
@@ -156,6 +157,8 @@ def main(argv: list[str]) -> int:
         console = Console(highlight=False, soft_wrap=False)
         console.print(f"model    {found}: {model.parameters:,} parameters", markup=False)
         console.print(f"layout   {describe(layout)}", markup=False)
+        if layout.critic is not None:
+            console.print(f"critic   {describe(layout.critic)}", markup=False)
         if layout.pp > 1:
             console.print(f"stage    {plan.stage + 1} of {layout.pp} needs most")
         show(console, plan, model, layout, gpu_bytes)

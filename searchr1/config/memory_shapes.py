@@ -30,6 +30,8 @@ class ModelShape:
     """Qwen2 and Qwen2.5."""
     qk_norm: bool = False
     """Qwen3: queries and keys are normalised, each head on its own."""
+    value_head: bool = False
+    """A critic: one row instead of the output layer."""
 
     @property
     def query_size(self) -> int:
@@ -57,8 +59,10 @@ class ModelShape:
 
     @property
     def root_tensors(self) -> list[tuple[int, ...]]:
-        """Parameters outside the layers: embedding, final norm, output layer."""
-        return [(self.vocab_size, self.hidden_size)] * (1 if self.tied else 2) + [(self.hidden_size,)]
+        """Parameters outside the layers: embedding, final norm, output layer or value head."""
+        head: list[tuple[int, ...]] = [(1, self.hidden_size)] if self.value_head else []
+        embeddings = 1 if self.tied or self.value_head else 2
+        return [*[(self.vocab_size, self.hidden_size)] * embeddings, (self.hidden_size,), *head]
 
     @property
     def layer_parameters(self) -> int:
@@ -69,6 +73,14 @@ class ModelShape:
     def parameters(self) -> int:
         """Of the whole model, as transformers counts them."""
         return self.num_hidden_layers * self.layer_parameters + sum(prod(shape) for shape in self.root_tensors)
+
+    def adapters(self, rank: int, targets: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """Shapes of one layer's LoRA matrices, A then B of each target; names that are no projection have none here."""
+        h, f, q, k = self.hidden_size, self.intermediate_size, self.query_size, self.key_size
+        sizes = {"q_proj": (q, h), "k_proj": (k, h), "v_proj": (k, h), "o_proj": (h, q), "down_proj": (h, f)}
+        sizes |= {"gate_proj": (f, h), "up_proj": (f, h)}
+        found = [sizes[target] for target in targets if target in sizes]
+        return [shape for rows, columns in found for shape in ((rank, columns), (rows, rank))]
 
 
 def _qwen25(h: int, f: int, layers: int, heads: int, kv: int, vocab: int, tied: bool, head_dim: int = 128) -> ModelShape:
@@ -152,19 +164,29 @@ def padded_vocab(model: ModelShape) -> int:
 
 
 def stage_parameters(model: ModelShape, tp: int, pp: int, stage: int) -> int:
-    """Parameters of one Megatron rank. A tied output layer is held by the first and the last stage."""
+    """Parameters of one Megatron rank. A tied output layer is held by the first and the last stage, a critic's embedding by
+    the first alone."""
     layer = sum(prod(shape) // (tp if cut else 1) for shape, cut in model.layer_tensors)
     count = model.num_hidden_layers // pp * layer
     first, last = stage == 0, stage == pp - 1
-    embeddings = first + last - (first and last and model.tied)
-    return count + embeddings * (padded_vocab(model) // tp) * model.hidden_size + last * model.hidden_size
+    embeddings = first if model.value_head else first + last - (first and last and model.tied)
+    ends = last * model.hidden_size * (2 if model.value_head else 1)
+    return count + embeddings * (padded_vocab(model) // tp) * model.hidden_size + ends
 
 
 def shard_parameters(model: ModelShape, ranks: int) -> int:
     """Parameters of one FSDP2 rank: each tensor is cut by rows, rounded up (the first rank has the most)."""
+    layer = sum(_shard(shape, ranks) for shape, _ in model.layer_tensors)
+    return model.num_hidden_layers * layer + sum(_shard(shape, ranks) for shape in model.root_tensors)
 
-    def shard(shape: tuple[int, ...]) -> int:
-        return ceil(shape[0] / ranks) * prod(shape[1:])
 
-    layer = sum(shard(shape) for shape, _ in model.layer_tensors)
-    return model.num_hidden_layers * layer + sum(map(shard, model.root_tensors))
+def shard_adapters(model: ModelShape, rank: int, targets: tuple[str, ...], ranks: int) -> int:
+    """The same of LoRA's matrices."""
+    layer = sum(_shard(shape, ranks) for shape in model.adapters(rank, targets))
+    with_output = "lm_head" in targets and not model.tied
+    root = [(rank, model.hidden_size), (model.vocab_size, rank)] if with_output else []
+    return model.num_hidden_layers * layer + sum(_shard(shape, ranks) for shape in root)
+
+
+def _shard(shape: tuple[int, ...], ranks: int) -> int:
+    return ceil(shape[0] / ranks) * prod(shape[1:])

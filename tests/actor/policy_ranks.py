@@ -134,6 +134,7 @@ def critic_config(path: str, job: dict | None = None) -> Config:
     config.critic.cliprange_value = 0.1
     config.critic.optim.lr = 1e-2
     config.critic.optim.adam_eps = 1e-3
+    config.critic.optim.initial_loss_scale = 4096.0  # at the default it takes some updates to come down
     return config
 
 

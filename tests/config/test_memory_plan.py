@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +34,7 @@ from searchr1.config.memory_shapes import (
     guess_shape,
     padded_vocab,
     read_shape,
+    shard_adapters,
     shard_parameters,
     stage_parameters,
 )
@@ -547,13 +549,78 @@ def test_layout_of_the_recipe():
 
 def test_a_critic_is_counted_in_every_phase():
     shape = SHAPES["qwen2.5-3b"]
-    without, with_critic = plan_memory(shape, Layout()), plan_memory(shape, Layout(critic=True))
-    added = next(line for line in with_critic.lines if line.name == "critic").size
-    assert added > 16 * shape.parameters / 8
+    without, plan = plan_memory(shape, Layout()), plan_memory(shape, Layout(critic=Layout(section="critic")))
+    # Weights and moments; the gradients are there when it trains, and the actor's are not.
+    value = replace(shape, value_head=True)
+    assert line(plan, "critic").size == 12 * shard_parameters(value, 8)
+    assert line(plan, "critic in training").size == 0
     for phase in ("rollout", "update"):
-        assert with_critic.total(phase) == without.total(phase) + added + (1 << 30)  # and a process more
+        assert plan.total(phase) == without.total(phase) + line(plan, "critic").size + (1 << 30)  # and a process more
+    # An untied output layer is not the critic's.
+    seven = replace(SHAPES["qwen2.5-7b"], value_head=True)
+    assert sum(map(prod, seven.root_tensors)) == 152064 * 3584 + 2 * 3584
     recipe = ROOT / "examples/searchr1/config/qwen2.5-3b-searchr1-v0.2-ppo.yaml"
-    assert layout_of(load_config(recipe), 8).critic
+    found = layout_of(load_config(recipe), 8)
+    assert found.recompute == "full"
+    assert found.critic == replace(found, critic=None, section="critic", recompute_method="uniform", recompute_layers=1)
+
+
+def test_a_critic_on_megatron():
+    shape = SHAPES["qwen2.5-7b"]
+    critic = Layout("megatron", 8, tp=2, pp=2, section="critic")
+    plan = plan_memory(shape, Layout(gpus=8, critic=critic))
+    value = replace(shape, value_head=True)
+    first, last = (stage_parameters(value, 2, 2, stage) for stage in (0, 1))
+    assert first - last == 152064 * 3584 // 2 - 2 * 3584  # the embedding, against final norm and head
+    # bf16 weights and fp32 gradients; master weights and moments over two replicas. The first stage needs most.
+    assert line(plan, "critic").size == 6 * first + 12 * first // 2
+    away = {"offload_weight": True, "offload_grad": True, "offload_optimizer": True}
+    layout = Layout("megatron", 8, recompute="full", critic=replace(critic, **away), **away)
+    gone = plan_memory(shape, layout)
+    assert line(gone, "critic").size == 0
+    assert gone.total("train") >= plan_memory(shape, replace(layout, critic=None)).total("train")
+    # Without recomputing, its activations are more than all that the actor has then.
+    assert line(gone, "critic in training").size == 0
+    plain = replace(layout, critic=replace(layout.critic, tp=1, pp=1))
+    assert line(plan_memory(shape, plain), "critic in training").size > 0
+    with pytest.raises(UserError, match=r"critic\.model\.tensor_model_parallel_size: 8 does not divide"):
+        plan_memory(shape, Layout(critic=replace(critic, tp=8, pp=1)))
+
+
+@pytest.mark.parametrize(
+    "targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")]
+)
+def test_adapters_are_those_that_peft_makes(targets):
+    from searchr1.actor.lora import add_adapters, is_adapter
+    from searchr1.config.schema_model import LoraConfig
+
+    shape = replace(TINY, tied=False)
+    model = hf_model(shape)
+    add_adapters(model, LoraConfig(rank=4, target_modules=list(targets)))
+    counted = sum(p.numel() for name, p in model.named_parameters() if is_adapter(name))
+    assert shard_adapters(shape, 4, targets, 1) == counted
+
+
+def test_lora_by_hand():
+    shape, rank = SHAPES["qwen2.5-3b"], 16
+    config = load_config(RECIPE, ["actor.training_backend=fsdp", "actor.lora.rank=16", "actor.lora.base_precision=compute",
+                                  "actor.model.precision=bf16", "actor.offload_weight=False",
+                                  "actor.offload_optimizer=False"])  # fmt: skip
+    layout = layout_of(config, 1)
+    assert (layout.lora_rank, layout.base_bytes) == (16, 2)
+    h, f, q, k = 2048, 11008, 2048, 256
+    adapters = 36 * rank * (2 * (q + h) + 2 * (k + h) + 3 * (f + h))
+    assert 29e6 < adapters < 31e6
+    plan = plan_memory(shape, layout)
+    assert line(plan, "weights").size == 2 * shape.parameters + 4 * adapters
+    assert line(plan, "Adam").size == 8 * adapters
+    assert line(plan, "gradients (fp32)").size == 4 * adapters
+    assert line(plan, "gradients before sharding").size == (2 + 4) * adapters // 36
+    whole = plan_memory(shape, replace(layout, lora_rank=0, lora_targets=(), base_bytes=4))
+    assert whole.total("rollout") - plan.total("rollout") == 10 * shape.parameters - 12 * adapters
+    few = plan_memory(shape, replace(layout, lora_targets=("q_proj",)))
+    assert few.total("train") < plan.total("train") < whole.total("train")
+    assert line(few, "Adam").size == 8 * 36 * rank * (q + h)
 
 
 def test_keys_of_the_actor():
