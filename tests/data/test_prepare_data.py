@@ -274,6 +274,7 @@ MISTAKES = [
     ("--input a={hub}/nq/train.jsonl --input a={hub}/nq/dev.jsonl", "names two files"),
     ("--input a:train={hub}/nq/train.jsonl --split train,test", "--split test: no file is given"),
     ("--local {hub}/nq", "has no nq/train.jsonl; it must be laid out like"),
+    ("--local {hub}/nq --split test --sets musique", "has no musique/dev.jsonl"),
     ("--local {hub}/gone", "no such folder"),
     ("--local {hub} --template serachr1", "--template: 'serachr1' is not known"),
     ("--local {hub} --template none", "--rows plain for bare questions"),

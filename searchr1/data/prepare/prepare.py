@@ -71,7 +71,7 @@ def prepare(sources: dict[str, list[Source]], settings: Settings) -> Outcome:
     splits: dict[str, list[Question]] = {}
     for split, questions in read.items():
         splits[split] = _without_duplicates(split, questions, settings, outcome)
-    _compare(splits, sources, settings, outcome)
+    _compare(splits, settings, outcome)
     for split, questions in splits.items():
         splits[split] = _draw(questions, settings)
         if not splits[split]:
@@ -163,9 +163,7 @@ def _without_duplicates(split: str, questions: list[Question], settings: Setting
     return first if settings.dedup else questions
 
 
-def _compare(
-    splits: dict[str, list[Question]], sources: dict[str, list[Source]], settings: Settings, outcome: Outcome
-) -> None:
+def _compare(splits: dict[str, list[Question]], settings: Settings, outcome: Outcome) -> None:
     """Look for training questions in what is evaluated: of this run, of earlier runs beside it, and of --against."""
     train = splits.get("train")
     if train is None:

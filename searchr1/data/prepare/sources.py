@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from searchr1.data.prepare.reading import SUFFIXES, is_supported
-from searchr1.data.prepare.sets import DEFAULT_SETS, EVALUATION_ORDER, REPOSITORY, SETS, SPLITS
+from searchr1.data.prepare.sets import DEFAULT_SETS, REPOSITORY, SETS, SPLITS
 from searchr1.errors import UserError
 
 _NAME = re.compile(r"[\w.-]+")
@@ -127,12 +127,10 @@ def _public(name: str, split: str, local: Path | None, fetch: Fetch) -> Source:
     if local is None:
         path, revision = fetch(f"{name}/{stored}.jsonl")
         return Source(name, split, path, f"{REPOSITORY}@{revision[:12]} {name}/{stored}.jsonl", known.splits[stored])
-    wanted = [other for other in EVALUATION_ORDER if other in known.splits] if split == "test" else [stored]
-    for candidate in wanted:
-        for suffix in SUFFIXES:
-            path = local / name / f"{candidate}{suffix}"
-            if path.is_file():
-                return Source(name, split, path, str(path), known.splits[candidate])
+    for suffix in SUFFIXES:
+        path = local / name / f"{stored}{suffix}"
+        if path.is_file():
+            return Source(name, split, path, str(path), known.splits[stored])
     raise UserError(
         f"--local {local}: has no {name}/{stored}.jsonl; it must be laid out like {REPOSITORY} on the hub: SET/SPLIT.jsonl "
         f"(or one of {', '.join(SUFFIXES[1:])})"
