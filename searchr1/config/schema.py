@@ -55,6 +55,7 @@ UNUSED_KEYS = (
     "rollout.model.*",
     "rollout.padding",
     "rollout.print_outputs",
+    "rollout.return_logprobs",
     "rollout.sglang.*",
     "rollout.validate_save_dir",
     "rollout.validate_weight",
@@ -345,7 +346,7 @@ class DataConfig:
     rollout_batch_size: int = 512
     """Questions per step."""
     val_rollout_batch_size: int | None = None
-    """Questions per evaluation batch; null is all at once."""
+    """Questions per evaluation batch in a training run; null is all at once. `searchr1 eval` has no batches."""
     prompt_key: str = "prompt"
     """Column of the prompt."""
     answer_key: str = "solutions"

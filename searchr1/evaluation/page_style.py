@@ -45,7 +45,7 @@ tr.ours td { font-weight: 600; }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 .note { color: var(--soft); font-size: 13px; max-width: 80em; }
 .bars { padding: 14px; }
-.bars svg { width: 100%; height: auto; max-width: 1000px; display: block; }
+.bars svg { width: 100%; height: auto; max-width: 860px; display: block; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); }
 svg .name { fill: var(--ink); font-size: 12.5px; }
 .grid { stroke: var(--rule); }
