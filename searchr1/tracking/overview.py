@@ -61,32 +61,52 @@ def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, st
     """
     one = views[0] if len(views) == 1 else None
     names = [view.name for view in views]
-    metrics = [view.metrics for view in views]
+    metrics = [_metrics(view) for view in views]
     return {
         "title": one.name if one else " and ".join(names) if len(names) == 2 else f"{len(names)} runs",
-        "subtitle": _extent(one) if one else "compared",
+        "subtitle": _extent(metrics[0]) if one else "compared",
         "runs": names,
         "compares": one is None,
-        "summaries": [_summary(number, view, one is None, body_of) for number, view in enumerate(views)],
-        "tiles": tiles(one.metrics) if one else [],
-        "table": evaluation_table(evaluations_of(one.metrics)) if one else comparison_table(names, metrics),
-        "charts": charts(one.metrics) if one else compared_charts(names, metrics),
+        "summaries": [
+            _summary(number, view, rows, one is None, body_of)
+            for number, (view, rows) in enumerate(zip(views, metrics, strict=True))
+        ],
+        "tiles": tiles(metrics[0]) if one else [],
+        "table": evaluation_table(evaluations_of(metrics[0])) if one else comparison_table(names, metrics),
+        "charts": charts(metrics[0]) if one else compared_charts(names, metrics),
         "leftOut": "",
         "problem": "",
     }
 
 
-def _extent(view: RunView) -> str:
-    steps = max((row["step"] for row in view.metrics), default=0)
-    evaluations = len(evaluations_of(view.metrics))
+def _metrics(view: RunView) -> list[Row]:
+    """The run's metrics; of an evaluation that is not finished, or whose metrics are elsewhere, what its answers tell."""
+    _, file = ends_of(view.files)
+    if file is None or not view.last or evaluations_of(view.metrics):
+        return view.metrics
+    groups: dict[str, Briefs] = {"val": view.last}
+    for told in view.last:
+        groups.setdefault(f"val/{told[COLUMNS.index('source')]}", []).append(told)
+    row: Row = {"step": file.step}
+    for prefix, briefs in groups.items():
+        row[f"{prefix}/questions"] = len({told[0] for told in briefs})
+        row[f"{prefix}/exact_match"] = sum(told[COLUMNS.index("right")] for told in briefs) / len(briefs)
+        row[f"{prefix}/searches"] = sum(told[COLUMNS.index("searches")] for told in briefs) / len(briefs)
+        row[f"{prefix}/response_length"] = sum(told[COLUMNS.index("length")] for told in briefs) / len(briefs)
+    return [*view.metrics, row]
+
+
+def _extent(rows: Sequence[Row]) -> str:
+    steps = max((row["step"] for row in rows), default=0)
+    evaluations = len(evaluations_of(rows))
     parts = [f"{steps:,} training step{'' if steps == 1 else 's'}"] if steps else []
     return ", ".join([*parts, f"{evaluations:,} evaluation{'' if evaluations == 1 else 's'}"])
 
 
 def _summary(
-    number: int, view: RunView, compares: bool, body_of: Callable[[int, LoggedFile, str], Row | None]
+    number: int, view: RunView, rows: Sequence[Row], compares: bool, body_of: Callable[[int, LoggedFile, str], Row | None]
 ) -> dict[str, Any]:
-    summary = summarise(view.metrics, view.first, view.last)
+    summary = summarise(rows, view.first, view.last)
     first, last = ends_of(view.files)
     example = None
     question = example_of(view.first, view.last) if first and last and not compares else None

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import ipaddress
 import json
+import re
 import socket
 import sys
 import threading
@@ -28,6 +29,7 @@ PORT = 8765
 REQUEST_TIMEOUT_S = 30.0
 MOST_BODIES = 500
 """Trajectories of one answer."""
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d+)?")
 SMALL = 2_000
 """Bytes up to which an answer is not compressed."""
 
@@ -39,6 +41,8 @@ class Watched:
         self._lock = threading.Lock()
         self._runs = [WatchedRun(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
         self._overview: dict[str, Any] = {}
+        for run in self._runs:
+            run.refresh()
 
     def overview(self) -> dict[str, Any]:
         """What the page shows at once; `version` changes with it."""
@@ -176,11 +180,14 @@ class WatchServer(ThreadingHTTPServer):
 
     def allows(self, host: str) -> bool:
         """Whether a Host header names this server: an IP address, localhost, or a name that was given."""
-        name = urllib.parse.urlsplit(f"//{host}").hostname or ""
+        found = _HOST.fullmatch(host.lower())
+        if found is None:
+            return False
+        name = found[1]
         if name in self._names:
             return True
         try:
-            ipaddress.ip_address(name)
+            ipaddress.ip_address(name.strip("[]"))
         except ValueError:
             return False
         return True

@@ -228,7 +228,9 @@ def test_an_evaluation_alone_with_and_without_metrics(tmp_path, make_trajectory)
     rows = [make_trajectory(i) for i in range(3)]
     remove_later(tmp_path, 0)
     write_trajectories(eval_file(tmp_path, 0), rows)
-    assert len(Reader(page(tmp_path)).rows()) == 3
+    bare = Reader(page(tmp_path))
+    assert len(bare.rows()) == 3
+    assert bare.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
     log = JsonlLogger(tmp_path / "metrics.jsonl", 0)
     log.log(0, eval_metrics(rows))
     seen = Reader(page(tmp_path))

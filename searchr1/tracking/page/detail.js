@@ -27,7 +27,6 @@ class Detail {
       if (number !== this.asked) return;
       this.body = body;
       this.others = others.sort((a, b) => a.file.run - b.file.run || (a.file.mode < b.file.mode ? -1 : a.file.mode > b.file.mode ? 1 : 0) || a.file.step - b.file.step || a.replica - b.replica);
-      problem("");
       await this.draw();
       this.node.scrollTop = 0;
     } catch (error) {

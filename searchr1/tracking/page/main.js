@@ -74,6 +74,7 @@ class App {
       return;
     }
     if (round !== this.round) return;
+    problem(this.overview.problem);
     this.rows = rows;
     const sources = [...new Set(rows.map(row => row.source))].sort();
     $("source").replaceChildren(option("", "All data sources"), ...sources.map(name => option(name, short(name, 60))));
