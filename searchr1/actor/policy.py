@@ -26,8 +26,8 @@ from searchr1.algorithms.correction import CorrectionSettings, correction_weight
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
 from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
-from searchr1.algorithms.policy_losses import ClipSettings
 from searchr1.algorithms.sums import Sums
+from searchr1.config.check_algorithm import clip_settings
 from searchr1.config.schema import AlgorithmConfig, Config, MismatchCorrectionConfig
 from searchr1.device import Device
 
@@ -267,10 +267,8 @@ class Policy(ScoringModel, TrainedModel):
 
 def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
     """The loss that the `algorithm` section asks for."""
-    low = algorithm.ratio_clip_eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low
-    high = algorithm.ratio_clip_eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
     return LossConfig(
-        clip=ClipSettings(low, high, algorithm.clip_ratio_c, algorithm.sapo_tau_positive, algorithm.sapo_tau_negative),
+        clip=clip_settings(algorithm),
         loss_type=algorithm.loss_type,
         aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by config/check.py
         kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from searchr1.algorithms.lookup import find_function, is_dotted_path
+from searchr1.config.check_algorithm import algorithm_warnings, check_algorithm
 from searchr1.config.check_backend import check_backends
 from searchr1.config.check_evaluation import check_evaluation
 from searchr1.config.check_health import check_health
@@ -64,6 +65,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *_choices(config),
         *_sizes(config),
         *check_health(config.runner.health),
+        *check_algorithm(config.algorithm, config.critic.use_critic_model),
         *_placement(config, for_training),
         *_files(config, for_training),
         *(check_backends(config) if for_training else ()),
@@ -82,11 +84,7 @@ def warnings(config: Config) -> list[str]:
     fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
     if fused and importlib.util.find_spec("transformer_engine") is None:
         found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
-    adv_type = config.algorithm.adv_type
-    if config.algorithm.group_size == 1 and adv_type not in ("reinforce++", "gae") and not is_dotted_path(adv_type):
-        found.append(
-            "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
-        )
+    found += algorithm_warnings(config.algorithm)
     template = config.data.prompt_template
     if template == "asearcher" and not config.tools.access.enabled:
         found.append("tools.access.enabled: False, but data.prompt_template: asearcher tells the policy to read pages")
@@ -147,11 +145,6 @@ def _sizes(config: Config) -> Iterator[Problem]:
             f"{algorithm.n_minibatches} does not divide data.rollout_batch_size = {data.rollout_batch_size} "
             "(a mini-batch holds whole groups)",
         )
-    correction = algorithm.mismatch_correction
-    if not 0 <= correction.lower < correction.upper:
-        yield Problem("algorithm.mismatch_correction.upper", "must be more than lower, and lower 0 or more")
-    if correction.level is not None and not config.rollout.return_logprobs:
-        yield Problem("rollout.return_logprobs", "must be True: algorithm.mismatch_correction.level needs them")
     if not 0 <= config.tools.search.max_failure_rate <= 1:
         yield Problem("tools.search.max_failure_rate", "must be between 0 and 1")
     for name in ("sampling_params", "eval_sampling_params"):
@@ -162,6 +155,8 @@ def _sizes(config: Config) -> Iterator[Problem]:
             yield Problem("rollout.detokenize", f"must be True: algorithm.{name}.stop has stop strings")
         if sampling.do_sample and sampling.temperature <= 0:
             yield Problem(f"algorithm.{name}.temperature", "must be more than 0 (do_sample: False is greedy)")
+        if sampling.repetition_penalty <= 0:
+            yield Problem(f"algorithm.{name}.repetition_penalty", "must be more than 0; 1 is off")
         if not 0 < sampling.top_p <= 1:
             yield Problem(f"algorithm.{name}.top_p", "must be in (0, 1]")
 
@@ -260,18 +255,6 @@ def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
     if for_training:
         yield from _actor(config)
         yield from check_lora(config.actor)
-    if config.critic.use_critic_model != (config.algorithm.adv_type == "gae"):
-        yield Problem("critic.use_critic_model", "must be True for algorithm.adv_type: gae, and False for any other")
-    if config.algorithm.adv_type == "gae" and config.algorithm.advantage_mode == "turn":
-        yield Problem("algorithm.advantage_mode", "gae gives every token its own credit; use trajectory")
-    if not (0 < config.algorithm.gamma <= 1 and 0 <= config.algorithm.gae_lambda <= 1):
-        yield Problem("algorithm.gae_lambda", "gamma must be in (0, 1] and gae_lambda in [0, 1]")
-    if config.algorithm.kl_in == "reward" and not config.rollout.return_logprobs:
-        yield Problem("rollout.return_logprobs", "must be True: algorithm.kl_in: reward needs them")
-    if config.algorithm.max_refills < 0:
-        yield Problem("algorithm.max_refills", "must be 0 or more")
-    if for_training and not config.algorithm.recompute_logprobs and not config.rollout.return_logprobs:
-        yield Problem("rollout.return_logprobs", "must be True if algorithm.recompute_logprobs is False")
 
 
 def _response_limit(config: Config) -> int:

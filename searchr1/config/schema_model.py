@@ -49,8 +49,6 @@ class RolloutConfig:
     """`mp` or `ray`, for engines of more than one GPU."""
     detokenize: bool = True
     """Needed by stop strings."""
-    return_logprobs: bool = True
-    """Keep the sampled log-probabilities; they also measure the mismatch between engine and actor."""
     rollout_backend: str = "vllm"
     """`vllm`; a recipe that says `sglang` runs on vLLM too, with a warning."""
     vllm: VllmConfig = field(default_factory=VllmConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from searchr1.algorithms.advantages.grpo import grpo
@@ -28,9 +30,15 @@ def grpo_dynamic(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor
             f"algorithm.advantage_mode: '{settings.mode}' is not supported: a trajectory is trained as one sequence; "
             "use 'trajectory'"
         )
-    if tuple(settings.loss_scales) != LOSS_SCALES[: len(settings.loss_scales)]:
-        raise UserError(
-            f"algorithm.loss_scales: {list(settings.loss_scales)} must be the beginning of {list(LOSS_SCALES)}, "
-            "in that order"
-        )
+    check_loss_scales(settings.loss_scales)
     return grpo(inputs, settings)
+
+
+def check_loss_scales(names: Sequence[str]) -> None:
+    """Make sure that `algorithm.loss_scales` is one of RLinf's.
+
+    Raises:
+        UserError: it is not the beginning of `LOSS_SCALES`.
+    """
+    if tuple(names) != LOSS_SCALES[: len(names)]:
+        raise UserError(f"algorithm.loss_scales: {list(names)} must be the beginning of {list(LOSS_SCALES)}, in that order")

@@ -1,0 +1,105 @@
+"""What is wrong with the `algorithm` section across its keys, and what in it has no effect."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from searchr1.algorithms.lookup import is_dotted_path
+from searchr1.config.load import Problem
+from searchr1.config.schema import AlgorithmConfig, MismatchCorrectionConfig
+from searchr1.errors import UserError
+
+if TYPE_CHECKING:
+    from searchr1.algorithms.policy_losses import ClipSettings
+
+NO_FILTER_TOP_K = 100_000
+"""A `top_k` from here on keeps every token that has any probability to speak of."""
+
+
+def clip_settings(algorithm: AlgorithmConfig) -> ClipSettings:
+    """The limits of the ratio.
+
+    Raises:
+        UserError: one that makes no sense.
+    """
+    from searchr1.algorithms.policy_losses import ClipSettings  # brings torch
+
+    low = algorithm.ratio_clip_eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low
+    high = algorithm.ratio_clip_eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
+    return ClipSettings(low, high, algorithm.clip_ratio_c, algorithm.sapo_tau_positive, algorithm.sapo_tau_negative)
+
+
+def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[Problem]:
+    """Every problem. `with_critic` is `critic.use_critic_model`."""
+    for name in ("kl_beta", "llds_coef", "turn_reward_weight", "max_refills"):
+        if getattr(algorithm, name) < 0:
+            yield Problem(f"algorithm.{name}", f"must be 0 or more, found {getattr(algorithm, name)}")
+    if algorithm.early_stop_imp_ratio is not None and algorithm.early_stop_imp_ratio <= 1:
+        yield Problem("algorithm.early_stop_imp_ratio", "must be more than 1, which is what the ratio is without any change")
+    if not 0 < algorithm.gamma <= 1:
+        yield Problem("algorithm.gamma", f"must be more than 0 and at most 1, found {algorithm.gamma:g}")
+    if not 0 <= algorithm.gae_lambda <= 1:
+        yield Problem("algorithm.gae_lambda", f"must be between 0 and 1, found {algorithm.gae_lambda:g}")
+    try:
+        from searchr1.algorithms.advantages.grpo_dynamic import check_loss_scales
+
+        clip_settings(algorithm)
+        if algorithm.adv_type == "grpo_dynamic":
+            check_loss_scales(algorithm.loss_scales)
+    except UserError as error:
+        key, _, message = str(error).partition(": ")
+        # Where both limits are one key, that is the key to name.
+        given = algorithm.clip_ratio_low if key.endswith("_low") else algorithm.clip_ratio_high
+        shared = key in ("algorithm.clip_ratio_low", "algorithm.clip_ratio_high") and given is None
+        yield Problem("algorithm.ratio_clip_eps" if shared else key, message)
+    yield from _correction(algorithm.mismatch_correction)
+    if with_critic != (algorithm.adv_type == "gae"):
+        yield Problem("critic.use_critic_model", "must be True for algorithm.adv_type: gae, and False for any other")
+    if algorithm.adv_type == "gae" and algorithm.advantage_mode == "turn":
+        yield Problem("algorithm.advantage_mode", "gae gives every token its own credit; use trajectory")
+
+
+def _correction(correction: MismatchCorrectionConfig) -> Iterator[Problem]:
+    if not 0 <= correction.lower < correction.upper:
+        yield Problem("algorithm.mismatch_correction.upper", "must be more than lower, and lower 0 or more")
+    if not 0 <= correction.veto < 1:
+        yield Problem(
+            "algorithm.mismatch_correction.veto", f"must be 0 (off) or more and below 1, found {correction.veto:g}"
+        )
+
+
+def algorithm_warnings(algorithm: AlgorithmConfig) -> Iterator[str]:
+    """What will run, but perhaps not as meant."""
+    correction, sampling = algorithm.mismatch_correction, algorithm.sampling_params
+    adv_type = algorithm.adv_type
+    if algorithm.group_size == 1 and adv_type not in ("reinforce++", "gae") and not is_dotted_path(adv_type):
+        yield "algorithm.group_size: 1 gives every advantage 0 (but reinforce++'s); that is right for evaluation only"
+    if algorithm.kl_beta > 0 and algorithm.kl_in == "loss" and algorithm.kl_penalty_type in ("kl", "k1"):
+        yield (
+            f"algorithm.kl_penalty_type: {algorithm.kl_penalty_type} in the loss has a gradient of 0 on average; use "
+            "low_var_kl or k2, or algorithm.kl_in: reward"
+        )
+    on_policy = algorithm.recompute_logprobs and algorithm.n_minibatches == 1
+    if algorithm.llds_coef > 0 and on_policy:
+        yield "algorithm.llds_coef: is 0 at a step's first update; it needs n_minibatches of 2 or more"
+    if algorithm.loss_type == "gspo" and min(clip_settings(algorithm).low, clip_settings(algorithm).high) >= 0.1:
+        yield "algorithm.clip_ratio_high: gspo's ratio is a mean over a sequence and hardly ever 10% off; the paper has 4e-4"
+    if correction.level is not None and not algorithm.recompute_logprobs:
+        drops = correction.bound in ("mask", "reject") or correction.veto > 0
+        if not drops:
+            yield (
+                "algorithm.mismatch_correction: without effect, because with recompute_logprobs: False the ratio is the "
+                "weight; use bound: mask or reject, or veto"
+            )
+        if correction.normalize:
+            yield "algorithm.mismatch_correction.normalize: without effect with recompute_logprobs: False"
+    filtered = [f"top_p: {sampling.top_p:g}"] if sampling.top_p < 1 else []
+    filtered += [f"top_k: {sampling.top_k}"] if 0 < sampling.top_k < NO_FILTER_TOP_K else []
+    if sampling.repetition_penalty != 1:
+        filtered.append(f"repetition_penalty: {sampling.repetition_penalty:g}")
+    if filtered and sampling.do_sample:
+        yield (
+            f"algorithm.sampling_params: {', '.join(filtered)} changes the engine's log-probabilities and not the actor's; "
+            "mismatch/… measures by how much"
+        )
