@@ -70,9 +70,16 @@ class Ledger:
         return cls(path, file, finished - spoiled, spoiled, token_text)
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write attempts, those at one question next to each other; on disk when this returns, whatever kills us then."""
-        self._file.write(b"".join(_line(trajectory, self._token_text) for trajectory in trajectories))
-        self._file.flush()
+        """Write attempts, those at one question next to each other; a kill after this returns takes none of them.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        try:
+            self._file.write(b"".join(_line(trajectory, self._token_text) for trajectory in trajectories))
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: not writable ({error.strerror}); free some space") from error
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """Every row."""
@@ -82,9 +89,9 @@ class Ledger:
 
     def close(self) -> None:
         """Hand the file back."""
-        with contextlib.suppress(ValueError):  # closed before
+        with contextlib.suppress(ValueError, OSError):  # closed before; a full disk was told when it happened
             os.fsync(self._file.fileno())
-        self._file.close()
+            self._file.close()
 
     def __enter__(self) -> Ledger:
         return self

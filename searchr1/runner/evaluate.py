@@ -73,9 +73,9 @@ def run(config: Config) -> tuple[Results, Path]:
     try:
         answer_pending(config, device, tasks, questions)
     except UserError as error:
-        raise UserError(f"{error}\n{kept(tasks, folder)}") from error
+        raise UserError(f"{error}\n{kept(tasks, folder, config.runner.overwrite)}") from error
     except BaseException:
-        print(kept(tasks, folder), file=sys.stderr)
+        print(kept(tasks, folder, config.runner.overwrite), file=sys.stderr)
         raise
     finally:
         for task in tasks:
@@ -85,10 +85,11 @@ def run(config: Config) -> tuple[Results, Path]:
     return results, folder
 
 
-def kept(tasks: list[Task], folder: Path) -> str:
+def kept(tasks: list[Task], folder: Path, overwrite: bool) -> str:
     """What an evaluation that stops leaves, in a sentence."""
     done, total = sum(len(task.ledger.finished) for task in tasks), sum(len(task.samples) for task in tasks)
-    return f"{done} of {total} questions are finished and kept in {folder}; the same command goes on from there"
+    again = "the same command without runner.overwrite=True" if overwrite else "the same command"
+    return f"{done} of {total} questions are finished and kept in {folder}; {again} goes on from there"
 
 
 def answer_pending(config: Config, device: Device, tasks: list[Task], questions: Questions) -> None:

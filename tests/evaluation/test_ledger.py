@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -38,7 +39,7 @@ def test_cut_off_at_any_byte_every_whole_question_is_kept(tmp_path, make_traject
     data = eval_file(tmp_path / "whole", 0).read_bytes()
     per_question = len(data) // 3
     folder = tmp_path / "torn"
-    for cut in range(0, len(data) + 1, 7):
+    for cut in range(0, len(data) + 1, 31):
         with Ledger.open(folder, manifest(attempts=attempts), 3):
             eval_file(folder, 0).write_bytes(data[:cut])
         with Ledger.open(folder, manifest(attempts=attempts), 3) as ledger:
@@ -113,6 +114,17 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"runner\.output_dir"):
         Ledger.open(tmp_path / "file/eval", manifest(), 8)
+
+
+def test_a_full_disk_is_told(tmp_path, make_trajectory):
+    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+        ledger._file.close()
+        with open("/dev/full", "wb") as full:
+            ledger._file = full
+            with pytest.raises(UserError, match="No space left"):
+                ledger.append([make_trajectory()])
+            with contextlib.suppress(OSError):
+                full.close()
 
 
 def test_half_of_a_surrogate_pair_can_be_written_and_read(tmp_path, make_trajectory):
