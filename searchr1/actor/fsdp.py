@@ -158,7 +158,7 @@ class FsdpBackend(FsdpTraining, FsdpModel):
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None) -> FsdpBackend:
         """Join the process group and load the policy."""
-        init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
+        init_process_group(device, config.actor.megatron.distributed_timeout_minutes, config.actor.fsdp.cpu_offload)
         torch.manual_seed(config.actor.seed)
         path = config.actor.model.path or config.rollout.model.model_path
         model = load_model(

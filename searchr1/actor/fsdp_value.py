@@ -57,7 +57,7 @@ class FsdpValueBackend(FsdpTraining):
         from transformers import AutoModel
 
         actor = config.actor
-        init_process_group(device, actor.megatron.distributed_timeout_minutes)
+        init_process_group(device, actor.megatron.distributed_timeout_minutes, actor.fsdp.cpu_offload)
         torch.manual_seed(actor.seed)
         path = actor.model.path or config.rollout.model.model_path
         try:

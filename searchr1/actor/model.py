@@ -25,18 +25,27 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.b
 """fp16 needs loss scaling, which bf16 does not; recipes that say fp16 compute in bf16 here."""
 
 
-def init_process_group(device: Device, timeout_minutes: float = 30) -> None:
-    """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or be alone without them."""
+def init_process_group(device: Device, timeout_minutes: float = 30, host_tensors: bool = False) -> None:
+    """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or be alone without them.
+
+    Args:
+        device: where to compute.
+        timeout_minutes: of a collective.
+        host_tensors: tensors in host memory take part too (`actor.fsdp.cpu_offload`).
+    """
     from datetime import timedelta
 
     if dist.is_initialized():
         return
     timeout = timedelta(minutes=timeout_minutes)
+    backend = device.collective_backend
+    if host_tensors and device.is_cuda:
+        backend = f"cpu:gloo,cuda:{backend}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group(device.collective_backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         store = dist.FileStore(os.path.join(tempfile.mkdtemp(prefix="searchr1-"), "store"), 1)
-        dist.init_process_group(device.collective_backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
 
 
 def load_model(
@@ -100,7 +109,7 @@ def shard_model(
     mesh = init_device_mesh(device.torch_device().type, (dist.get_world_size(),))
     compute = COMPUTE_DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=device.is_cuda) if cpu_offload else OffloadPolicy()
     shard: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload}
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **shard)

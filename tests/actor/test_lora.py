@@ -206,6 +206,32 @@ def test_resuming_equals_never_having_stopped(base, tmp_path):
     assert resumed.backend.learning_rate == whole.backend.learning_rate
 
 
+def test_offloading_to_host_memory_changes_nothing(base):
+    config = make_config(base)
+    plain = Policy.start(config, CPU, ranks.STEPS)
+    config.actor.fsdp.cpu_offload = True
+    offloaded = Policy.start(config, CPU, ranks.STEPS)
+    expected, found = train(plain, [0, 1]), train(offloaded, [0, 1])
+    assert found["actor/grad_norm"] == expected["actor/grad_norm"]
+    merged = weights(plain)
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in weights(offloaded).items())
+
+
+def test_what_is_saved_in_the_background_is_the_state_of_that_moment(base, tmp_path):
+    whole, half = (Policy.start(make_config(base), CPU, ranks.STEPS) for _ in range(2))
+    train(whole, range(4))
+    train(half, range(2))
+    with new_checkpoint(tmp_path, 2) as folder:
+        half.save(folder / "actor", in_background=True)
+        train(half, [4])
+        half.finish_save()
+    resumed = Policy.start(make_config(base), CPU, ranks.STEPS)
+    resumed.load(tmp_path / "global_step_2/actor")
+    train(resumed, [2, 3])
+    expected = adapters(whole)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapters(resumed).items())
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_exports_equal_the_policy(tmp_path, tied):
     from peft import PeftModel

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -241,6 +242,26 @@ def test_two_ranks_of_either_backend_equal_a_plain_loop(start, tmp_path, more):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     for name, tensor in model.named_parameters():
         assert torch.allclose(tensor, weights[name], atol=1e-5), name
+
+
+def test_random_weights_on_megatron_are_those_of_a_plain_loop(start, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)  # the command's own
+    shape = AutoConfig.from_pretrained(start / "model")
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(start / "model" / name, tmp_path / "model")
+    shutil.copy(start / "rows.jsonl", tmp_path)
+    expected, weights = by_hand(tmp_path)
+    flags = flags_of(start, tmp_path / "out", "--backend", "megatron", "--tensor-parallel", "2")
+    flags[flags.index("--model")] = "--fresh"
+    losses = run_ranks(2, tmp_path / "losses.pt", [*flags, "--tokenizer", str(start / "model")])
+    assert losses == pytest.approx(expected, abs=1e-5)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name, tensor in model.named_parameters():
+        assert torch.allclose(tensor, weights[name], atol=1e-5), name
+    assert not (tmp_path / ".out.fresh").exists()
 
 
 def test_adapters_are_merged_into_the_output(start, tmp_path):
