@@ -37,6 +37,8 @@ def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[P
             yield Problem(f"algorithm.{name}", f"must be 0 or more, found {getattr(algorithm, name)}")
     if algorithm.early_stop_imp_ratio is not None and algorithm.early_stop_imp_ratio <= 1:
         yield Problem("algorithm.early_stop_imp_ratio", "must be more than 1, which is what the ratio is without any change")
+    if algorithm.max_refills > 0 and algorithm.group_size == 1:
+        yield Problem("algorithm.max_refills", "needs a group_size of 2 or more: one attempt alone has no spread")
     if not 0 < algorithm.gamma <= 1:
         yield Problem("algorithm.gamma", f"must be more than 0 and at most 1, found {algorithm.gamma:g}")
     if not 0 <= algorithm.gae_lambda <= 1:
@@ -79,6 +81,11 @@ def algorithm_warnings(algorithm: AlgorithmConfig) -> Iterator[str]:
         yield (
             f"algorithm.kl_penalty_type: {algorithm.kl_penalty_type} in the loss has a gradient of 0 on average; use "
             "low_var_kl or k2, or algorithm.kl_in: reward"
+        )
+    if algorithm.kl_beta > 0 and algorithm.kl_in == "reward" and adv_type in ("grpo", "grpo_dynamic"):
+        yield (
+            f"algorithm.kl_in: reward with adv_type: {adv_type}, which divides by the group's spread: attempts that earned "
+            "the same are told apart by their KL alone, at full strength; rloo, dr_grpo and reinforce++ do not do that"
         )
     on_policy = algorithm.recompute_logprobs and algorithm.n_minibatches == 1
     if algorithm.llds_coef > 0 and on_policy:

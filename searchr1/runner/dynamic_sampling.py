@@ -24,10 +24,13 @@ class Filled:
     refills: int = 0
     dropped: int = 0
     """Groups without spread that were replaced."""
+    asked: dict[str, float] = field(default_factory=dict)
+    """Metrics of all groups that were asked, before any was replaced: the batch's own look the same however the policy
+    does, because only groups with spread are in it. Empty if none may be replaced."""
 
     def metrics(self) -> dict[str, float]:
         """For the log."""
-        return {"rollout/refills": float(self.refills), "rollout/groups_replaced": float(self.dropped)}
+        return {"rollout/refills": float(self.refills), "rollout/groups_replaced": float(self.dropped)} | self.asked
 
 
 @dataclass(slots=True)
@@ -38,6 +41,14 @@ class _Pool:
     def add(self, trajectories: list[Trajectory]) -> None:
         for group in groups_of(trajectories):
             (self.useful if has_spread(group) else self.equal).append(group)
+
+    def metrics(self) -> dict[str, float]:
+        groups = self.useful + self.equal
+        rewards = [trajectory.reward for group in groups for trajectory in group]
+        return {
+            "rollout/asked_reward": sum(rewards) / len(rewards),
+            "rollout/asked_uniform_groups": len(self.equal) / len(groups),
+        }
 
 
 def collect_with_spread(next_batch: Callable[[], list[Sample]], collect: Collect, max_refills: int) -> Filled:
@@ -51,8 +62,9 @@ def collect_with_spread(next_batch: Callable[[], list[Sample]], collect: Collect
         more = collect(next_batch(), refills)
         pool.add(more.trajectories)
         batch = batch.followed_by(more)
+    asked = pool.metrics() if max_refills > 0 else {}
     if refills == 0:
-        return Filled(batch)
+        return Filled(batch, asked=asked)
     chosen = (pool.useful + pool.equal)[: len(samples)]
     kept_equal = max(0, len(samples) - len(pool.useful))
     # Two batches may have numbered different questions alike.
@@ -61,7 +73,7 @@ def collect_with_spread(next_batch: Callable[[], list[Sample]], collect: Collect
         for index, group in enumerate(chosen)
         for trajectory in group
     ]
-    return Filled(replace(batch, trajectories=renumbered), refills, len(pool.equal) - kept_equal)
+    return Filled(replace(batch, trajectories=renumbered), refills, len(pool.equal) - kept_equal, asked)
 
 
 def groups_of(trajectories: list[Trajectory]) -> list[list[Trajectory]]:

@@ -156,7 +156,14 @@ def fill(rounds, max_refills):
 def test_groups_without_spread_are_replaced_in_order():
     filled, asked = fill([[SPREAD, EQUAL, SPREAD], [EQUAL, EQUAL, EQUAL], [EQUAL, SPREAD, SPREAD]], 5)
     assert asked == [(3, 0), (3, 1), (3, 2)]
-    assert filled.metrics() == {"rollout/refills": 2.0, "rollout/groups_replaced": 5.0}
+    assert filled.metrics() == pytest.approx(
+        {
+            "rollout/refills": 2.0,
+            "rollout/groups_replaced": 5.0,
+            "rollout/asked_reward": (4 * 0.5 + 5) / 9,  # of everything that was asked
+            "rollout/asked_uniform_groups": 5 / 9,
+        }
+    )
     trajectories = filled.batch.trajectories
     assert [(t.sample.index, t.replica) for t in trajectories] == [(i, r) for i in range(3) for r in range(2)]
     assert [t.reward for t in trajectories] == [1.0, 0.0] * 3
