@@ -32,7 +32,7 @@ function webLink(address, text) {
 }
 
 const count = (number, one, many) => number + " " + (number === 1 ? one : many || one + "s");
-const duration = seconds => seconds < 1 ? Math.round(seconds * 1000) + " ms" : seconds.toFixed(1) + " s";
+const duration = seconds => seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + " ms" : seconds.toFixed(1) + " s";
 
 async function post(path, body, signal) {
   const headers = { "content-type": "application/json" };
@@ -169,7 +169,7 @@ class Answer {
 function passageNode({ title, text, url, score }) {
   const item = make("li"), head = make("div", "head"), name = title || (url ? url : "(no title)");
   head.append(webLink(url, name) || make("b", "", name));
-  if (typeof score === "number") head.append(make("span", "score", score.toFixed(3)));
+  if (typeof score === "number") head.append(make("span", "score", "score " + score.toFixed(2)));
   item.append(head, make("div", "passage", text));
   if (url) item.append(make("span", "where", url), button("Read the page", "link", () => openPage(url)));
   return item;

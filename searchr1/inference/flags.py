@@ -156,15 +156,16 @@ def _set_sampling(config: Config, args: argparse.Namespace) -> None:
 
 def _set_template(config: Config, args: argparse.Namespace) -> bool:
     """Choose the template. True if the run itself says how a question becomes its prompt."""
-    run = config.data.prompt_template if args.config else None
+    data = config.data
+    run = data.prompt_template if args.config and data.prompt_template != "none" else None
     if args.prompt_template:
-        config.data.prompt_template = args.prompt_template
-    elif config.data.prompt_template is None:
-        config.data.prompt_template = "searchr1"
+        data.prompt_template = args.prompt_template
+    elif args.config and run is None:
+        data.prompt_template = "searchr1"
         print(
             f"{args.config}: names no data.prompt_template (its rows carried whole prompts); a question is put into the "
             "template searchr1; --prompt_template takes another",
             file=sys.stderr,
         )
-    template_text(config.data.prompt_template)  # an unknown one is told now
-    return run is not None and run == config.data.prompt_template
+    template_text(data.prompt_template)  # an unknown one is told now
+    return run is not None and run == data.prompt_template

@@ -151,13 +151,14 @@ class Session:
             question.encode()
         except UnicodeEncodeError as error:
             raise UserError("the question holds half of a surrogate pair; it is no text") from error
+        question = question.strip()
         passages = None
         if wants_passages(self._prompt.template):
             result = await self._tools["search"].call([question])
             if result.error is not None:
                 raise UserError(f"the template {self._prompt.template} shows passages; the search failed: {result.error}")
             passages = result.body
-        text = render_prompt(None, question, self._tokenizer, self._prompt.template, self._prompt.chat, passages)
+        text = render_prompt(question, question, self._tokenizer, self._prompt.template, self._prompt.chat, passages)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         limit = min(self._prompt.max_tokens, self._settings.max_model_len - 1)
         if len(ids) > limit:
@@ -166,7 +167,7 @@ class Session:
                 "(data.max_prompt_length); shorten it"
             )
         # A number of its own: the same question twice is sampled twice, where sampling is on.
-        return Sample(f"question/{next(self._ids)}", 0, ids, question.strip(), [], "inference")
+        return Sample(f"question/{next(self._ids)}", 0, ids, question, [], "inference")
 
 
 def summarise(trajectory: Trajectory, settings: AgentSettings, seconds: float) -> Done:

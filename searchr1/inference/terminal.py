@@ -19,7 +19,6 @@ from searchr1.inference.events import (
     ToolCalled,
     ToolFailed,
     TurnStarted,
-    Waiting,
 )
 
 STYLES = {
@@ -75,8 +74,6 @@ class Terminal:
             case InvalidAction():
                 told = "; the model was told so" if event.text.strip() else ""
                 self._line("", f"neither a search nor an answer{told}", "yellow")
-            case Waiting():
-                self._line("", f"waiting for {event.before} other questions", "bright_black")
             case Done():
                 self._end()
                 if event.note:

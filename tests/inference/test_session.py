@@ -184,6 +184,12 @@ def test_a_template_with_passages_searches_first():
     assert "the search failed: down" in ask(session)[-1].message
 
 
+def test_without_a_template_the_question_is_the_prompt():
+    engine = ScriptedEngine({"q": [ANSWER]})
+    ask(make_session(None, engine=engine, template="none"), " Question: q\n")
+    assert "".join(map(chr, engine.asked[0])) == "Question: q"
+
+
 def test_pages_are_opened_by_the_model_too():
     finder = Finder(pages={"https://w.example/Ada": "The whole page."})
     events = ask(make_session({"q": ["<access> https://w.example/Ada </access>", ANSWER]}, finder))
