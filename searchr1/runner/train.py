@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from searchr1.actor.packing import sequence_length, split_balanced
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.config.check import require_valid
+from searchr1.config.check import require_valid, warnings
 from searchr1.config.layout import actor_layout
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
@@ -152,6 +153,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
     require_valid(config, for_training=True)
+    for text in warnings(config):
+        print(f"warning: {text}", file=sys.stderr)
     folder = train(config)
     print(f"done: {folder}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from searchr1.actor.batch_stats import count_denominators
 from searchr1.actor.packing import PackedBatch, pack, sequence_length, split_balanced
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.aggregation import Denominators, check_aggregation
+from searchr1.algorithms.correction import CorrectionSettings
 from searchr1.algorithms.entropy import logprobs_from_logits
 from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
-from searchr1.algorithms.policy_losses import ClipSettings
+from searchr1.algorithms.policy_losses import POLICY_LOSSES, ClipSettings
 from searchr1.algorithms.sums import Sums
 
 AGGREGATIONS = ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
@@ -83,10 +85,15 @@ def advantage_of(trajectory: Trajectory) -> float:
     return float(np.sin(trajectory.sample.index + 1))
 
 
-def loss_config(aggregation: str) -> LossConfig:
-    return LossConfig(
-        ClipSettings(0.2, 0.28, 3.0), aggregation=check_aggregation(aggregation), kl_beta=0.1, entropy_bonus=0.01
+def loss_config(aggregation: str, loss_type: str = "actor") -> LossConfig:
+    config = LossConfig(
+        ClipSettings(0.2, 0.28, 3.0), loss_type, check_aggregation(aggregation), kl_beta=0.1, entropy_bonus=0.01
     )
+    if loss_type == "actor":
+        return config
+    # Everything else that looks at whole sequences or turns.
+    correction = CorrectionSettings("sequence", "clip", 0.5, 2.0, veto=1e-4)
+    return replace(config, correction=correction, ratio_is_correction=True, llds_coef=0.1)
 
 
 def packed_logprobs(model: Qwen2ForCausalLM, batch: PackedBatch) -> tuple[Tensor, Tensor]:
@@ -104,6 +111,7 @@ def accumulate(
     max_tokens: int,
     aggregation: str,
     at_least: int = 1,
+    loss_type: str = "actor",
 ) -> tuple[dict[str, float], list[Tensor]]:
     """Backward over every rank's every micro-batch. Gradients add up as an all-reduce with a sum would."""
     model.zero_grad()
@@ -123,11 +131,12 @@ def accumulate(
                 loss_mask_T=batch.loss_mask_T,
                 segment_ids_T=batch.segment_ids_T,
                 denominators=denominators,
+                rollout_logprobs_T=batch.rollout_logprobs_T,
                 # An empty rank has nothing to pack references from.
                 ref_logprobs_T=batch.rollout_logprobs_T if batch.ref_logprobs_T is None else batch.ref_logprobs_T,
                 entropy_T=entropy_T,
             )
-            output = policy_gradient_loss(inputs, loss_config(aggregation))
+            output = policy_gradient_loss(inputs, loss_config(aggregation, loss_type))
             output.loss.backward()
             sums = sums + output.sums
     return loss_metrics(sums), gradients(model)
@@ -206,6 +215,7 @@ def test_packed_equals_padded(
     n_ranks=st.integers(1, 11),
     at_least=st.integers(1, 4),
     aggregation=st.sampled_from(AGGREGATIONS),
+    loss_type=st.sampled_from(sorted(POLICY_LOSSES)),
 )
 def test_micro_batches_and_ranks_change_nothing(
     model: Qwen2ForCausalLM,
@@ -214,11 +224,12 @@ def test_micro_batches_and_ranks_change_nothing(
     n_ranks: int,
     at_least: int,
     aggregation: str,
+    loss_type: str,
 ) -> None:
-    together, expected = accumulate(model, [trajectories], 4096, aggregation)
+    together, expected = accumulate(model, [trajectories], 4096, aggregation, loss_type=loss_type)
     split = split_balanced([sequence_length(trajectory) for trajectory in trajectories], n_ranks)
     ranks = [[trajectories[index] for index in members] for members in split]
-    apart, found = accumulate(model, ranks, max_tokens, aggregation, at_least)
+    apart, found = accumulate(model, ranks, max_tokens, aggregation, at_least, loss_type)
     assert apart.keys() == together.keys()
     for name, value in together.items():
         assert apart[name] == pytest.approx(value, abs=1e-10), name
