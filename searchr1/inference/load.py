@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from typing import Any
 
 from searchr1.agent.settings import AgentSettings
@@ -27,7 +28,7 @@ async def open_session(plan: Plan) -> Session:
     """
     config = plan.config
     finder = await open_finder(plan)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
+    quieten()
     device = Device.detect(config.cluster.device)
     os.environ.update(device.driver_env() | device.worker_env("rollout"))
 
@@ -64,6 +65,16 @@ async def open_session(plan: Plan) -> Session:
             "sampling": "greedy" if settings.sampling.temperature == 0 else f"temperature {settings.sampling.temperature:g}",
         },
     )
+
+
+def quieten() -> None:
+    """Before torch and vLLM are imported: threads that wait do not spin, standard output is left to answers, and what both
+    tell developers at every start stays off a person's screen (VLLM_LOGGING_LEVEL=INFO brings it back)."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
 
 
 async def open_finder(plan: Plan) -> Finder | None:
