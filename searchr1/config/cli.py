@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--eval", action="store_true", help="check it for `searchr1 eval` (found out by itself for *-eval.yaml)"
     )
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     for_training = not (args.eval or args.config.removesuffix(".yaml").endswith("-eval"))
     config = load_config(args.config, args.overrides)
     problems = check_config(config, for_training)

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -99,9 +100,9 @@ def run(args: argparse.Namespace) -> None:
         command("train", TRAIN_CONFIG, *overrides, env=env)
         steps = sorted((out / "train/checkpoints").glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
         model = out / "model"
-        if not model.exists():
-            kind = "mg2hf" if (steps[-1] / "actor/metadata.json").exists() else "fsdp2hf"
-            command("convert", kind, "--checkpoint", steps[-1] / "actor", "--output", model)
+        shutil.rmtree(model, ignore_errors=True)  # a run that went on has a newer checkpoint
+        kind = "mg2hf" if (steps[-1] / "actor/metadata.json").exists() else "fsdp2hf"
+        command("convert", kind, "--checkpoint", steps[-1] / "actor", "--output", model)
         command("eval", EVAL_CONFIG, "runner.overwrite=True", env=env)
         if args.checks:
             off = ["runner.experiment_name=eval-search-off", "tools.search.dummy_mode=True", "runner.overwrite=True"]

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.config.check import check_config
+from searchr1.config.cli import main as check_main
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config, unused_keys
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
@@ -191,3 +192,8 @@ def test_on_a_cpu_the_actor_gets_as_many_processes_as_one_copy_of_the_model_need
     assert "actor     2 processes on slots 0 1" in result.stdout
     assert "inference 1 process on slots 0" in result.stdout
     assert "megatron, tensor x pipeline x data parallel 2 x 1 x 1" in result.stdout
+
+
+def test_overrides_may_follow_the_flag(capsys, files):
+    assert check_main([str(CONFIGS / "tiny-cpu.yaml"), "--eval", *files]) == 0
+    assert "\nevaluation " in capsys.readouterr().out
