@@ -46,7 +46,9 @@ CHARTS = (
         "tokens, mean",
         (("with retrieved text", "rollout/response_length"), ("policy alone", "rollout/policy_tokens")),
     ),
-    Chart("Entropy", "nats per policy token", (("entropy", "actor/entropy"), ("sampled", "rollout/entropy"))),
+    Chart(
+        "Entropy", "nats per policy token", (("of the policy", "actor/entropy"), ("of sampled tokens", "rollout/entropy"))
+    ),
     Chart("KL to the reference model", "nats per policy token", (("KL", "actor/kl"),)),
     Chart(
         "Mismatch of engine and actor",
@@ -123,7 +125,7 @@ def evaluation_table(evaluations: Sequence[Row]) -> list[list[str]]:
         ("searches", "searches", "{:.2f}"),
         ("tokens", "response_length", "{:,.0f}"),
     )
-    table = [["data source", "questions", *(f"{label}, step {row['step']}" for label, _, _ in columns for row in both)]]
+    table = [["data source", "questions", *(f"{label}, step\u00a0{row['step']}" for label, _, _ in columns for row in both)]]
     for label, prefix in _prefixes(last).items():
         values = [_cell(row.get(f"{prefix}/{name}"), form) for _, name, form in columns for row in both]
         table.append([label, _cell(last.get(f"{prefix}/questions"), "{:,.0f}"), *values])
@@ -171,7 +173,8 @@ def compared_charts(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list
         for line, metric in (wanted, *chart.lines):
             lines = [(name, points_of(rows, metric)) for name, rows in zip(names, runs, strict=True)]
             if any(points for _, points in lines):
-                drawn.append(_chart(f"{chart.title}: {line}", chart.note, lines))
+                title = f"{chart.title}: {line}" if len(chart.lines) > 1 else chart.title
+                drawn.append(_chart(title, chart.note, lines))
                 break
     lines = [(name, points_of(rows, "time/step")) for name, rows in zip(names, runs, strict=True)]
     drawn.append(_chart("Time of a step", "seconds", lines))

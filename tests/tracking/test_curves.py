@@ -40,7 +40,7 @@ def test_the_table_compares_before_and_after():
         for step, match in ((0, 0.0), (4, 1.0), (9, 0.5))
     ]
     head, source, everything = evaluation_table(evaluations_of(rows))
-    assert head[:4] == ["data source", "questions", "exact match, step 0", "exact match, step 9"]
+    assert head[:4] == ["data source", "questions", "exact match, step\u00a00", "exact match, step\u00a09"]
     assert source[:4] == ["a/b", "15", "0.000", "0.500"]
     assert everything[:5] == ["all", "30", "0.000", "0.500", ""]
     assert len(evaluation_table(evaluations_of(rows[:1]))[0]) == 6

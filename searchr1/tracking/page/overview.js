@@ -22,7 +22,7 @@ function showSummaries(summaries, open) {
   $("summary").replaceChildren(...summaries.map(summary => {
     const part = make("div", "story " + (summary.tone === "good" ? "up" : summary.tone === "bad" ? "down" : ""));
     if (summary.run) part.append(make("p", "run", summary.run));
-    part.append(make("h2", "", summary.headline), make("p", "", summary.sentences.join(" ")));
+    part.append(make("h2", "", summary.headline), ...summary.sentences.map(sentence => make("p", "", sentence)));
     if (summary.example) part.append(exampleOf(summary.example, open));
     return part;
   }));
