@@ -55,7 +55,7 @@ ALGORITHMS = {
     "rloo": Algorithm("RLOO", "advantages", ("algorithm.adv_type=rloo",), reaches=0.8),
     "reinforce++": Algorithm("REINFORCE++", "advantages", ("algorithm.adv_type=reinforce++", *NO_GROUPS), reaches=0.8),
     "reinforce++_baseline": Algorithm(
-        "REINFORCE++ with group baseline", "advantages", ("algorithm.adv_type=reinforce++_baseline",)
+        "REINFORCE++ with baseline", "advantages", ("algorithm.adv_type=reinforce++_baseline",)
     ),
     "ppo": Algorithm(
         "PPO with a critic",
@@ -68,7 +68,7 @@ ALGORITHMS = {
     ),
     "gspo": Algorithm(
         "GSPO",
-        "losses and additions",
+        "losses",
         (
             "algorithm.loss_type=gspo", "algorithm.loss_agg_func=seq-mean-token-mean", "algorithm.clip_ratio_low=3.0e-04",
             "algorithm.clip_ratio_high=4.0e-04",
@@ -76,23 +76,23 @@ ALGORITHMS = {
     ),
     "cispo": Algorithm(
         "CISPO",
-        "losses and additions",
+        "losses",
         ("algorithm.loss_type=cispo", "algorithm.clip_ratio_low=1.0", "algorithm.clip_ratio_high=4.0"),
     ),
-    "sapo": Algorithm("SAPO", "losses and additions", ("algorithm.loss_type=sapo",)),
+    "sapo": Algorithm("SAPO", "losses", ("algorithm.loss_type=sapo",)),
     "dapo": Algorithm(
-        "DAPO: clip-higher and dynamic sampling",
-        "losses and additions",
+        "DAPO (dynamic sampling)",
+        "additions to GRPO",
         ("algorithm.clip_ratio_high=0.28", "algorithm.max_refills=2"),
     ),
-    "turn": Algorithm("GRPO with turn-level credit", "losses and additions", ("algorithm.advantage_mode=turn",)),
-    "llds": Algorithm("GRPO with LLDS", "losses and additions", ("algorithm.llds_coef=0.1",)),
+    "turn": Algorithm("turn-level credit", "additions to GRPO", ("algorithm.advantage_mode=turn",)),
+    "llds": Algorithm("LLDS", "additions to GRPO", ("algorithm.llds_coef=0.1",)),
     "kl_in_reward": Algorithm(
-        "GRPO with the KL in the reward",
-        "KL",
+        "KL in the reward",
+        "additions to GRPO",
         ("algorithm.kl_in=reward", "algorithm.kl_penalty_type=kl", "algorithm.kl_beta=0.001"),
     ),
-    "grpo_dynamic": Algorithm("grpo_dynamic", "KL", ("algorithm.adv_type=grpo_dynamic",)),
+    "grpo_dynamic": Algorithm("grpo_dynamic", "additions to GRPO", ("algorithm.adv_type=grpo_dynamic",)),
 }  # fmt: skip
 
 
@@ -106,15 +106,14 @@ Results = dict[str, dict[int, dict[str, Any]]]
 
 def table(results: Results, seeds: Sequence[int]) -> str:
     """Markdown: a row per algorithm, a column per seed."""
-    heads = ["algorithm", *(f"seed {seed}" for seed in seeds), "searches", f"sampled ≥ {GOOD} at step", "settings"]
+    heads = ["algorithm", *(f"seed {seed}" for seed in seeds), "searches", f"sampled ≥ {GOOD} at step"]
     lines = ["| " + " | ".join(heads) + " |", "|" + " --- |" * len(heads)]
     for name, by_seed in results.items():
         runs = list(by_seed.values())
         changes = [f"{by_seed[s]['before']:.3f} → {by_seed[s]['after']:.3f}" if s in by_seed else "" for s in seeds]
         searches = statistics.mean(found["searches_after"] for found in runs)
         reached = ", ".join(first_good_step(found["training"]) for found in runs)
-        settings = ", ".join(override.removeprefix("algorithm.") for override in ALGORITHMS[name].overrides)
-        cells = [ALGORITHMS[name].title, *changes, f"{searches:.2f}", reached, f"`{settings}`"]
+        cells = [ALGORITHMS[name].title, *changes, f"{searches:.2f}", reached]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
