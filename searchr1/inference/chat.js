@@ -34,12 +34,12 @@ function webLink(address, text) {
 const count = (number, one, many) => number + " " + (number === 1 ? one : many || one + "s");
 const duration = seconds => seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + " ms" : seconds.toFixed(1) + " s";
 
-async function post(path, body, signal) {
+async function request(path, options) {
   const headers = { "content-type": "application/json" };
   if ($("token").value) headers.authorization = "Bearer " + $("token").value;
   let answer;
   try {
-    answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal });
+    answer = await fetch(path, { ...options, headers });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new Error("The server cannot be reached. Is searchr1 serve-chat still running?");
@@ -51,6 +51,8 @@ async function post(path, body, signal) {
   }
   return answer;
 }
+
+const post = (path, body, signal) => request(path, { method: "POST", body: JSON.stringify(body), signal });
 
 async function* linesOf(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
@@ -244,20 +246,18 @@ function grow() {
 }
 
 async function showAbout() {
-  let about;
-  try { about = await (await fetch("/health")).json(); } catch {
-    $("about").textContent = "the server does not answer";
-    return;
-  }
-  const parts = [about.model, "search: " + about.search];
-  if (about.status !== "ok") parts.push("the engine has stopped");
-  $("about").textContent = parts.join(" · ");
-  $("about").title = Object.entries(about).map(([name, value]) => name + ": " + value).join("\n");
-  $("question").maxLength = about.question_characters;
+  try {
+    const about = await (await request("/about")).json();
+    const parts = [about.model, "search: " + about.search];
+    if (about.stopped) parts.push("the engine has stopped");
+    $("about").textContent = parts.join(" · ");
+    $("about").title = Object.entries(about).map(([name, value]) => name + ": " + value).join("\n");
+    $("question").maxLength = about.question_characters;
+  } catch (error) { $("about").textContent = error.message; }
 }
 
 $("composer").addEventListener("submit", event => { event.preventDefault(); submit(); });
-$("gate").addEventListener("submit", event => { event.preventDefault(); $("question").focus(); });
+$("gate").addEventListener("submit", event => { event.preventDefault(); showAbout(); $("question").focus(); });
 $("question").addEventListener("input", grow);
 $("question").addEventListener("keydown", event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

@@ -57,7 +57,7 @@ async def serve(
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     flags = parser("serve-chat", "Serve a web page that asks a trained model and shows how it searches.")
-    server = flags.add_argument_group("server")
+    server = flags.add_argument_group("server", f"A token that questions need is taken from {TOKEN_VARIABLE}.")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     server.add_argument("--port", type=int, default=8080, help="0 takes a free one (default 8080)")
     server.add_argument(

@@ -83,13 +83,19 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
     async def health() -> Response:
         """200 while questions can be answered, 503 once the engine has stopped."""
         stopped = session.stop_reason
-        about = session.about | {
-            "question_characters": limits.question_characters,
+        counts = {
+            "status": "ok" if stopped is None else "failed",
             "running": min(admission.inside, limits.running),
             "waiting": max(admission.inside - limits.running, 0),
         }
-        state = {"status": "ok"} if stopped is None else {"status": "failed", "detail": stopped}
-        return JSONResponse(state | about, 200 if stopped is None else 503)
+        return JSONResponse(counts, 200 if stopped is None else 503)
+
+    @app.get("/about")
+    async def about() -> Response:
+        """The model, its search and the limits."""
+        return JSONResponse(
+            session.about | {"question_characters": limits.question_characters, "stopped": session.stop_reason}
+        )
 
     @app.post("/ask")
     async def ask(asked: Question) -> Response:

@@ -197,6 +197,7 @@ def test_the_token_guards_questions_and_pages():
         async with http(app) as client:
             assert (await client.get("/health")).status_code == 200
             assert (await client.get("/")).status_code == 200
+            assert (await client.get("/about")).status_code == 401
             for path, body in (("/ask", {"question": "q"}), ("/page", {"url": "u"})):
                 assert (await client.post(path, json=body)).status_code == 401
                 wrong = await client.post(path, json=body, headers={"authorization": "Bearer ab"})
@@ -264,6 +265,7 @@ def test_a_dead_engine_shows_in_health_and_refuses_questions():
         async with http(app) as client:
             health = await client.get("/health")
             assert (health.status_code, health.json()["status"]) == (503, "failed")
+            assert "out of memory" in (await client.get("/about")).json()["stopped"]
             answer = await client.post("/ask", json={"question": "q"})
             assert answer.status_code == 503
             assert "out of memory; start searchr1 serve-chat again" in answer.json()["detail"]
