@@ -121,6 +121,10 @@ class Backend(ScoringBackend, TrainingBackend, Protocol):
         """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
         ...
 
+    def named_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices, full tensors under peft's names, one at a time; nothing where all weights are trained."""
+        ...
+
 
 class ValueBackend(TrainingBackend, Protocol):
     """A critic: a decoder with a scalar head that starts at 0."""

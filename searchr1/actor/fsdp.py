@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from searchr1.actor.backend import MicroBatchLoss, Resident, T
 from searchr1.actor.batch_stats import all_reduce_sums
 from searchr1.actor.checkpoint import SAVE_TIMEOUT_S, load_state, save_state
-from searchr1.actor.lora import LoraRecord, check_resume, full_weights, is_adapter
+from searchr1.actor.lora import LoraRecord, check_resume, full_adapters, full_weights, is_adapter
 from searchr1.actor.model import init_process_group, load_model, policy_logprobs
 from searchr1.actor.optimizer import build_optimizer, build_schedule, clip_gradients
 from searchr1.actor.packing import PackedBatch
@@ -184,6 +184,11 @@ class FsdpBackend(FsdpTraining, FsdpModel):
     ) -> None:
         """Add up gradients over batches and ranks."""
         self._backward(batches, lambda batch: loss(batch, policy_logprobs(self.model, batch, temperature, with_entropy)))
+
+    def named_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices alone, whole, under peft's names, here on every rank."""
+        for name, full in full_adapters(self.model):
+            yield name, full.to(dtype)
 
     def save(self, folder: Path, in_background: bool = False) -> None:
         """With LoRA the adapters alone, and what they belong to."""

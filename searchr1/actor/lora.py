@@ -110,6 +110,19 @@ def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield base_name(name), full
 
 
+@torch.no_grad()
+def full_adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All A and B under peft's names, in fp32; a collective, one tensor at a time."""
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            yield peft_name(name), _full(parameter)
+
+
+def peft_name(name: str) -> str:
+    """What an A or a B is called in the files that peft writes."""
+    return "base_model.model." + name.replace(f".{_ADAPTER}.weight", ".weight")
+
+
 def _full(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
 

@@ -119,6 +119,10 @@ class Policy(ScoringModel, TrainedModel):
         tensor may be an empty shell; every rank must go through all of them."""
         return self.backend.named_weights(dtype or COMPUTE_DTYPES[self._config.rollout.model.precision])
 
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices under peft's names, in the engine's precision; a collective."""
+        return self.backend.named_adapters(COMPUTE_DTYPES[self._config.rollout.model.precision])
+
     def train_step(
         self, trajectories: Sequence[Trajectory], advantages: Sequence[float | FloatArray], minibatch_ids: Sequence[int]
     ) -> dict[str, float]:

@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "actor.model.recompute_method": (None, "uniform", "block"),
     "actor.optim.optimizer": ("adam",),
     "actor.lora.base_precision": ("fp32", "compute"),
+    "actor.lora.weight_update": ("merged", "adapter"),
     "actor.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
     "critic.training_backend": (None, "fsdp", "megatron"),
     "critic.optim.optimizer": ("adam",),
@@ -254,7 +255,7 @@ def _actor(config: Config) -> Iterator[Problem]:
 def _unsupported(config: Config, for_training: bool) -> Iterator[Problem]:
     if for_training:
         yield from _actor(config)
-        yield from check_lora(config.actor)
+        yield from check_lora(config)
 
 
 def _response_limit(config: Config) -> int:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from searchr1.config.load import Problem
-from searchr1.config.schema_model import ActorConfig
+from searchr1.config.schema import Config
+
+MAX_ENGINE_RANK = 512
+"""Of an adapter that vLLM takes."""
 
 
-def check_lora(actor: ActorConfig) -> Iterator[Problem]:
+def check_lora(config: Config) -> Iterator[Problem]:
     """Adapters that cannot be, and a backend that has none."""
+    actor = config.actor
     if actor.lora.rank < 0:
         yield Problem("actor.lora.rank", f"must be 0 (off) or more, found {actor.lora.rank}")
     if actor.lora.rank <= 0:
@@ -30,3 +34,20 @@ def check_lora(actor: ActorConfig) -> Iterator[Problem]:
         yield Problem("actor.lora.target_modules", "is empty; name linear layers, for example [q_proj, v_proj]")
     if len(set(actor.lora.target_modules)) < len(actor.lora.target_modules):
         yield Problem("actor.lora.target_modules", "names a layer twice")
+    if actor.lora.weight_update == "adapter":
+        yield from _adapter_updates(config)
+
+
+def _adapter_updates(config: Config) -> Iterator[Problem]:
+    key, lora = "actor.lora.weight_update", config.actor.lora
+    if lora.rank > MAX_ENGINE_RANK:
+        yield Problem(key, f"the engine takes adapters of rank {MAX_ENGINE_RANK} at most, found {lora.rank}; use merged")
+    if "lm_head" in lora.target_modules:
+        yield Problem(key, "adapter is for projections of the layers; with lm_head in actor.lora.target_modules use merged")
+    path = config.actor.model.path
+    if path is not None and path != config.rollout.model.model_path:
+        yield Problem(
+            key,
+            f"with adapter the engine keeps rollout.model.model_path as its base, but actor.model.path is {path}; "
+            "make them the same, or use merged",
+        )

@@ -177,6 +177,8 @@ class LoraConfig:
     """0 only: dropped inputs would make the actor's log-probabilities differ from the engine's."""
     base_precision: str = "fp32"
     """Of the frozen weights: `fp32`, or `compute`, which holds them in `actor.model.precision`."""
+    weight_update: str = "merged"
+    """What the rollout engine gets: `merged` weights, or the `adapter` alone, beside the base model that it keeps."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from searchr1.actor.lora import LoraRecord, base_name, is_adapter, merge, peft_settings
+from searchr1.actor.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 from searchr1.actor.megatron.hf_folder import check_names
 from searchr1.actor.megatron.mapping import SliceReader
 from searchr1.convert.hf_reader import HfReader
@@ -19,7 +19,6 @@ from searchr1.convert.torch_dist import TorchDistFolder
 from searchr1.errors import UserError
 
 _PREFIX = "model."
-_PEFT_PREFIX = "base_model.model."
 _NAMED = ".default.weight"
 
 
@@ -112,7 +111,7 @@ def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_
     from peft import LoraConfig
     from transformers import AutoTokenizer
 
-    keys = {_PEFT_PREFIX + key.removeprefix(_PREFIX).replace(_NAMED, ".weight"): key for key in adapter_keys(folder)}
+    keys = {peft_name(key.removeprefix(_PREFIX)): key for key in adapter_keys(folder)}
     specs = [TensorSpec(name, folder.shape(key), folder.dtype(key)) for name, key in keys.items()]
     tokenizer = config_folder(hf_model, folder.folder)
     with new_folder(output, sum(spec.nbytes for spec in specs)) as target:

@@ -48,6 +48,9 @@ class Backend(Protocol):
     def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None:
         """Replaces the weights between two steps and empties the caches; from `first` to `last` nothing may run."""
 
+    def load_adapter(self, folder: str, version: int) -> None:
+        """Replaces the LoRA adapter between two steps and empties the caches."""
+
     def reset_prefix_cache(self) -> None:
         """Forgets cached prompts."""
 

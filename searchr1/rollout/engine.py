@@ -204,7 +204,10 @@ class Engine:
         _check_files(manifest)
 
         def load(backend: Backend) -> None:
-            backend.load_weights(manifest.files, manifest.version, manifest.first, manifest.last)
+            if manifest.adapter:
+                backend.load_adapter(manifest.directory, manifest.version)
+            else:
+                backend.load_weights(manifest.files, manifest.version, manifest.first, manifest.last)
             self._updating = not manifest.last
             if manifest.last:
                 self._weight_version = manifest.version

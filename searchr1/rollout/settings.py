@@ -41,6 +41,8 @@ class EngineSettings:
     pipeline_parallel_size: int = 1
     executor_backend: str | None = None
     """"mp" or "ray" for more than one process; None lets vLLM choose."""
+    adapter_rank: int = 0
+    """Above 0 the weight updates are LoRA adapters of this rank for the model as it was loaded."""
     load_format: LoadFormat = "auto"
     """"dummy" starts with random weights (the first update brings the real ones)."""
     detokenize: bool = True
@@ -54,7 +56,7 @@ class EngineSettings:
     @classmethod
     def from_config(cls, config: Config) -> EngineSettings:
         """The settings that a run's YAML asks for."""
-        rollout = config.rollout
+        rollout, lora = config.rollout, config.actor.lora
         return cls(
             max_model_len=config.runner.seq_length,
             dtype=_DTYPES[rollout.model.precision],
@@ -70,6 +72,7 @@ class EngineSettings:
             tensor_parallel_size=rollout.tensor_parallel_size,
             pipeline_parallel_size=rollout.pipeline_parallel_size,
             executor_backend=rollout.distributed_executor_backend,
+            adapter_rank=lora.rank if lora.weight_update == "adapter" else 0,
             detokenize=rollout.detokenize,
             # A request may wait for most of a step until the engine has room for it.
             request_timeout_s=config.runner.step_timeout_s,

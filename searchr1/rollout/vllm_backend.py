@@ -15,6 +15,9 @@ from searchr1.rollout.settings import EngineSettings
 
 # On a CPU large steps cost nothing but latency; prompts are short next to this.
 _CPU_BATCHED_TOKENS = 8192
+_ADAPTER = "policy"
+_ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""That vLLM's buffers can have; smaller adapters are padded."""
 
 
 class VllmBackend:
@@ -49,6 +52,8 @@ class VllmBackend:
         # vLLM appends random characters to request ids; these map ours to its own.
         self._internal_ids: dict[str, str] = {}
         self._listeners: dict[str, OnText] = {}
+        self._adapter: Any = None
+        self._decoded_at_end: set[str] = set()
 
     @property
     def has_work(self) -> bool:
@@ -70,6 +75,9 @@ class VllmBackend:
         self._submit(request_id, prompt_ids, _sampling_params(params, streams=on_text is not None))
         if on_text is not None:
             self._listeners[request_id] = on_text
+            # Detokenized for the listener only: what comes back is the text that it would be without one.
+            if not params.stop:
+                self._decoded_at_end.add(request_id)
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
         """Queues the scoring of given tokens; `Finished.prompt_logprobs` will hold one value per token.
@@ -112,6 +120,7 @@ class VllmBackend:
         partial = []
         for request_id in request_ids:
             self._listeners.pop(request_id, None)
+            self._decoded_at_end.discard(request_id)
             internal = self._internal_ids.pop(request_id, None)
             state = self._llm.output_processor.request_states.get(internal) if internal else None
             if internal is None or state is None:
@@ -151,6 +160,26 @@ class VllmBackend:
             if not done:
                 self._core.resume_scheduler()
 
+    def load_adapter(self, folder: str, version: int) -> None:
+        """Puts a LoRA adapter in the place of the one before. Running requests go on with the new one, caches recomputed.
+
+        Args:
+            folder: as peft writes it; it is not needed afterwards.
+            version: of the policy.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self._settle()
+        try:
+            # Always the same id, so that requests which run take the new one over.
+            if not self._llm.add_lora(LoRARequest(_ADAPTER, 1, folder, load_inplace=True)):
+                raise RuntimeError(f"vLLM did not take the adapter of version {version}")
+            self._adapter = LoRARequest(_ADAPTER, 1, folder)
+            self.reset_prefix_cache()
+            self._llm.set_weight_version(str(version))
+        finally:
+            self._core.resume_scheduler()
+
     def reset_prefix_cache(self) -> None:
         """Forgets all cached keys and values; running requests are prefilled again."""
         self._llm.reset_prefix_cache(reset_running_requests=True)
@@ -179,7 +208,7 @@ class VllmBackend:
     def _submit(self, request_id: str, prompt_ids: list[int], sampling: Any) -> None:
         from vllm.inputs.engine import tokens_input
 
-        internal = self._llm.add_request(request_id, tokens_input(prompt_ids), sampling)
+        internal = self._llm.add_request(request_id, tokens_input(prompt_ids), sampling, lora_request=self._adapter)
         self._internal_ids[request_id] = internal
         # Per-token strings of the log-probabilities are never read, and cost more than detokenizing itself.
         self._llm.output_processor.request_states[internal].logprobs_processor.tokenizer = None
@@ -189,6 +218,8 @@ class VllmBackend:
         self._listeners.pop(output.request_id, None)
         completion = output.outputs[0]
         token_ids = list(completion.token_ids)
+        text = "" if output.request_id in self._decoded_at_end else completion.text
+        self._decoded_at_end.discard(output.request_id)
         prompt_logprobs = None
         if output.prompt_logprobs is not None:
             # The first token has nothing before it, and no entry.
@@ -197,7 +228,7 @@ class VllmBackend:
             request_id=output.request_id,
             token_ids=token_ids,
             logprobs=list(completion.logprobs.logprobs) if completion.logprobs is not None else [],
-            text=completion.text or self._decode(token_ids),
+            text=text or self._decode(token_ids),
             finish_reason="length" if completion.finish_reason == "length" else "stop",
             prompt_tokens=len(output.prompt_token_ids or ()),
             cached_tokens=output.num_cached_tokens or 0,
@@ -230,6 +261,9 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
         "disable_log_stats": True,
         **device.engine_kwargs(settings.kv_cache_bytes, settings.enforce_eager),
     }
+    if settings.adapter_rank:
+        rank = next(rank for rank in _ADAPTER_RANKS if rank >= settings.adapter_rank)
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
     if settings.block_size is not None:
         arguments["block_size"] = settings.block_size
     if settings.executor_backend is not None and settings.tensor_parallel_size * settings.pipeline_parallel_size > 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -26,6 +28,8 @@ from searchr1.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
 DEFAULT_BUCKET_BYTES = 512 << 20
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""Peft's names of an adapter's files, and vLLM's."""
 _PREFIX = "searchr1-weights-"
 _LOCK = ".lock"
 # A folder this young may belong to a publisher that has not locked it yet.
@@ -57,6 +61,8 @@ class WeightManifest:
     first: bool = True
     last: bool = True
     """Weights may come in several parts (`publish_buckets`), from the first to the last."""
+    adapter: bool = False
+    """These are the matrices of a LoRA adapter; `directory` is the folder that peft would write."""
 
 
 def weight_directory(needed_bytes: int, fallback: Path) -> Path:
@@ -135,6 +141,30 @@ def publish_buckets(
             raise ValueError(f"publish_buckets needs {total_elements} elements and got {elements}")
 
 
+def publish_adapter(
+    named: Iterable[tuple[str, torch.Tensor]], version: int, directory: Path | str, settings: dict[str, Any]
+) -> WeightManifest:
+    """Writes a LoRA adapter as peft does, into a new folder under `directory`; it stays there until `release`.
+
+    Args:
+        named: peft's names and full tensors, on any device.
+        version: the optimizer step that produced them.
+        directory: usually `weight_directory(...)`.
+        settings: of the adapter, in peft's words.
+
+    Raises:
+        UserError: the folder cannot be written or is full.
+        ValueError: no tensors, or a name comes twice.
+    """
+    folder = _new_folder(Path(directory), version)
+    with _removed_on_failure(folder):
+        buckets = list(_buckets(named, 1 << 62))
+        _check_names([name for bucket in buckets for name in bucket])
+        path, tensors = _write(folder / ADAPTER_WEIGHTS, buckets[0])
+        (folder / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}))
+    return WeightManifest(version, str(folder), (path,), tensors, os.path.getsize(path), adapter=True)
+
+
 def same_buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[None]:
     """Goes through the tensors in the steps of `publish_buckets` without writing: what the trainer's other ranks do.
 
@@ -181,7 +211,10 @@ def _bucket_path(folder: Path, number: int) -> Path:
 
 
 def _write_bucket(folder: Path, number: int, bucket: dict[str, torch.Tensor]) -> tuple[str, tuple[TensorInfo, ...]]:
-    path = _bucket_path(folder, number)
+    return _write(_bucket_path(folder, number), bucket)
+
+
+def _write(path: Path, bucket: dict[str, torch.Tensor]) -> tuple[str, tuple[TensorInfo, ...]]:
     partial = path.with_suffix(".partial")
     save_file(bucket, str(partial))
     partial.rename(path)
@@ -240,7 +273,8 @@ def _lock(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> None:
-    for pattern in ("bucket-*.safetensors", "bucket-*.partial", _LOCK):
+    written = ("bucket-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+    for pattern in (*written, "*.partial", _LOCK):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # gone already, or someone keeps a file of their own there

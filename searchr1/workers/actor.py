@@ -66,6 +66,9 @@ class ActorWorker(Worker):
         """Write the first bucket of weights where the rollout group can map it. Rank 0 returns its manifest."""
         from searchr1.rollout.weights import DEFAULT_BUCKET_BYTES, publish_buckets, same_buckets, weight_directory
 
+        lora = self._config.actor.lora
+        if lora.rank and lora.weight_update == "adapter":
+            return self._publish_adapter(version)
         named, elements = self._policy.named_weights(), self._policy.backend.parameter_count
         self._policy.bring_back("weight")
         self._buckets: Iterator[Any]
@@ -75,6 +78,19 @@ class ActorWorker(Worker):
         else:  # gathering a tensor takes all ranks
             self._buckets = same_buckets(named)
         return next(self._buckets)
+
+    def _publish_adapter(self, version: int) -> Any:
+        """LoRA's matrices alone, all at once."""
+        from searchr1.actor.lora import peft_settings
+        from searchr1.rollout.weights import publish_adapter, weight_directory
+
+        self._policy.bring_back("weight")
+        named, lora = list(self._policy.named_adapters()), self._config.actor.lora
+        if self._rank != 0:
+            return None
+        size = sum(tensor.nbytes for _, tensor in named)
+        root = weight_directory(size, Path(self._config.runner.output_dir) / "weights")
+        return publish_adapter(named, version, root, peft_settings(lora.rank, lora.alpha, lora.target_modules))
 
     @reported
     async def next_bucket(self) -> Any:

@@ -326,6 +326,23 @@ def test_layers_that_can_have_no_adapter_are_named(base, targets, message):
         Policy.start(make_config(base, target_modules=targets), CPU)
 
 
+def test_an_engine_that_gets_adapters_must_have_the_actors_base(base):
+    config = make_config(base, weight_update="adapter")
+    config.actor.model.path = "/another"
+    found = {problem.key: problem.message for problem in check_config(config, for_training=True)}
+    assert "rollout.model.model_path" in found["actor.lora.weight_update"]
+
+
+def test_adapters_for_the_engine_are_named_as_peft_names_them(base):
+    policy = Policy.start(make_config(base), CPU, ranks.STEPS)
+    train(policy, [0, 1])
+    found = dict(policy.named_adapters())
+    peft = plain_peft(base, make_config(base), {})
+    assert found.keys() == {n.replace(".default.weight", ".weight") for n, _ in peft.named_parameters() if is_adapter(n)}
+    kept = adapters(policy)
+    assert all(torch.equal(found[f"base_model.model.{n.replace('.default', '')}"], tensor) for n, tensor in kept.items())
+
+
 def test_an_untied_output_layer_can_have_one(tmp_path):
     folder = str(ranks.make_model("qwen2", False, tmp_path, num_hidden_layers=1))
     policy = Policy.start(make_config(folder, target_modules=["lm_head"]), CPU, ranks.STEPS)
@@ -345,11 +362,14 @@ def test_an_untied_output_layer_can_have_one(tmp_path):
         ({"target_modules": []}, "fsdp", "actor.lora.target_modules"),
         ({"target_modules": ["q_proj", "q_proj"]}, "fsdp", "actor.lora.target_modules"),
         ({"base_precision": "int8"}, "fsdp", "actor.lora.base_precision"),
+        ({"weight_update": "none"}, "fsdp", "actor.lora.weight_update"),
+        ({"weight_update": "adapter", "target_modules": ["q_proj", "lm_head"]}, "fsdp", "actor.lora.weight_update"),
+        ({"weight_update": "adapter", "rank": 1024}, "fsdp", "actor.lora.weight_update"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(base, changes, backend, key):
     config = make_config(base, **changes)
     config.actor.training_backend = backend
     assert key in [problem.key for problem in check_config(config, for_training=True)]
-    fine = copy.deepcopy(make_config(base))
+    fine = copy.deepcopy(make_config(base, weight_update="adapter"))
     assert not [problem for problem in check_config(fine, for_training=True) if problem.key.startswith("actor.")]

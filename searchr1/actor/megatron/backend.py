@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from searchr1.actor.backend import MicroBatchLoss
@@ -29,6 +30,10 @@ class MegatronBackend(MegatronTraining):
         self._forward_backward(
             batches, lambda batch, logits_PV: loss(batch, self._logprobs(batch, logits_PV, temperature, with_entropy))
         )
+
+    def named_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """None: all weights are trained (config/check_lora.py)."""
+        return iter(())
 
     def _logprobs(self, batch: PackedBatch, logits_PV: Tensor, temperature: float, with_entropy: bool) -> TokenLogprobs:
         first = self._tensor_group.rank() * logits_PV.shape[1]
