@@ -53,6 +53,8 @@ class Layout:
     lora_rank: int = 0
     """FSDP: above 0 only adapters of this rank are trained."""
     lora_targets: tuple[str, ...] = ()
+    adapter_updates: bool = False
+    """The engine gets adapters instead of merged weights."""
     base_bytes: int = 4
     """FSDP: of a number of the weights as they are held; 4 unless they are frozen."""
     critic: Layout | None = None
@@ -208,6 +210,7 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str
         reference=config.algorithm.kl_beta > 0 and bool(set(inference) & set(slots)),
         reference_gpus=len(inference),
         lora_rank=actor.lora.rank,
+        adapter_updates=bool(actor.lora.rank) and actor.lora.weight_update == "adapter",
         lora_targets=tuple(actor.lora.target_modules) if actor.lora.rank else (),
         base_bytes=PRECISION_BYTES[model.precision] if actor.lora.rank and actor.lora.base_precision == "compute" else 4,
         critic=critic,

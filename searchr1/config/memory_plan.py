@@ -222,8 +222,14 @@ def _other_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
     lines.append(Line("rollout engine", engine if layout.shared else 0, text, PHASES[:2]))
     # FSDP gathers in fp32 and casts; Megatron gathers the parts of a layer, then joins them.
     full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes * (2 if layout.tp > 1 else 1)
-    text = f"the embedding whole, {full} B x {model.embedding:,}; the buckets lie in host memory"
-    lines.append(Line("weight update", full * model.embedding, text, PHASES[1:2]))
+    size, text = (
+        full * model.embedding,
+        f"the embedding whole, {full} B x {model.embedding:,}; the buckets lie in host memory",
+    )
+    if layout.adapter_updates:
+        whole = shard_adapters(model, layout.lora_rank, layout.lora_targets, 1)
+        size, text = full * whole, f"all adapters whole, {full} B x {whole:,}"
+    lines.append(Line("weight update", size, text, PHASES[1:2]))
     processes = 1 + layout.reference + (layout.critic is not None)
     lines.append(Line("contexts", CONTEXT_BYTES * processes, f"assumed: 1 GiB x {processes} process(es) beside the engine"))
     if layout.shared:
