@@ -9,6 +9,7 @@ import ipaddress
 import json
 import re
 import socket
+import socketserver
 import sys
 import threading
 import urllib.parse
@@ -113,8 +114,8 @@ class Handler(BaseHTTPRequestHandler):
         if not self.server.allows(self.headers.get("host", "")):
             # Another site's name that was pointed at this machine must not read the run.
             return self._json({"problem": "unknown host name; start searchr1 watch with --allow-host NAME"}, 403)
-        url = urllib.parse.urlsplit(self.path)
         try:
+            url = urllib.parse.urlsplit(self.path)
             query = dict(urllib.parse.parse_qsl(url.query))
             if url.path == "/":
                 overview = self.server.watched.overview()
@@ -132,6 +133,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self._json(self.server.watched.same(query.get("id", "")))
         except UserError as error:
             return self._json({"problem": str(error)}, 409)
+        except ValueError:
+            pass  # an address that is none
         self._json({"problem": "no such page"}, 404)
 
     def _json(self, value: Any, status: int = 200) -> None:
@@ -172,6 +175,11 @@ class WatchServer(ThreadingHTTPServer):
         super().__init__(address, Handler)
         self.watched = watched
         self._names = {"localhost", address[0].lower(), *(name.lower() for name in names)}
+
+    def server_bind(self) -> None:
+        """As a plain TCP server does: without asking the network for this machine's name, which can take long."""
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away in the middle of an answer is no error."""

@@ -13,6 +13,7 @@ import pytest
 
 from searchr1.runner.demo import ROOT, retrieval_server
 from searchr1.tracking.loggers import read_metrics
+from searchr1.tracking.run_files import read_rows
 
 NO_EVAL = ("runner.val_check_interval=-1", "runner.val_before_train=False")
 
@@ -30,7 +31,9 @@ def test_demo_with_two_steps_ends_with_a_model_a_table_and_a_page(tmp_path):
     assert (tmp_path / "demo/model/model.safetensors").is_file()
     assert (tmp_path / "demo/eval/eval.json").is_file()
     page = (tmp_path / "demo/train/report.html").read_text()
-    assert "<svg" in page
+    assert '"title":"Reward"' in page
+    turns = [turn for row in read_rows(tmp_path / "demo/train/trajectories/eval_step_0.jsonl") for turn in row["turns"]]
+    assert all(sum(turn["token_chars"]) == len(turn["policy_text"]) for turn in turns), "every sampled token is in the log"
     rows = read_metrics(tmp_path / "demo/train/metrics.jsonl")
     steps = [row for row in rows if "reward/mean" in row]
     assert [row["step"] for row in steps] == [1, 2]

@@ -101,6 +101,7 @@ def test_a_step_is_given_on_demand(server):
         ("/api/bodies?file=0-eval-4&from=-1&count=5", 409, "from is no number"),
         ("/../../../etc/passwd", 404, "no such page"),
         ("/api", 404, "no such page"),
+        ("//[/api/overview", 404, "no such page"),
     ],
 )
 def test_what_is_not_there_is_told(server, path, status, problem):
