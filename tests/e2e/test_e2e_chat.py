@@ -64,10 +64,12 @@ async def talk(url, questions):
         return [events[-1]["answer"] for events in answers]
 
 
-@pytest.mark.timeout(400)
-def test_the_served_model_and_infer_answer_the_same(demo, address, tmp_path):
-    rows = [row for _, row in read_rows(demo.path / "world" / "test.jsonl")][:6]
-    questions = [row["question"] for row in rows]
+def questions_of(demo):
+    return [row["question"] for _, row in read_rows(demo.path / "world" / "test.jsonl")][:6]
+
+
+def served(demo, address, tmp_path):
+    """What a server answers, and how it ends."""
     command = [sys.executable, "-m", "searchr1.cli"]
     words = ["serve-chat", *MODEL, "--retriever-url", address, "--port", "0", "--save-address-to", str(tmp_path / "address")]
     server = subprocess.Popen([*command, *words])
@@ -77,21 +79,39 @@ def test_the_served_model_and_infer_answer_the_same(demo, address, tmp_path):
             assert server.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        answers = asyncio.run(talk(f"http://{(tmp_path / 'address').read_text()}", questions))
+        answers = asyncio.run(talk(f"http://{(tmp_path / 'address').read_text()}", questions_of(demo)))
         server.send_signal(signal.SIGTERM)
         assert server.wait(60) == 0
     finally:
         server.kill()
         server.wait()
+    return answers
+
+
+@pytest.mark.timeout(400)
+def test_a_served_model_answers_several_people_at_once(demo, address, tmp_path):
+    assert len(served(demo, address, tmp_path)) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_infer_answers_as_the_server_does(demo, address, tmp_path):
+    answers = served(demo, address, tmp_path)
     words = ["infer", *MODEL, "--retriever-url", f"http://{address}", "--prompt", "-", "--json"]
-    result = subprocess.run([*command, *words], input="\n".join(questions), capture_output=True, text=True, timeout=180)
+    result = subprocess.run(
+        [sys.executable, "-m", "searchr1.cli", *words],
+        input="\n".join(questions_of(demo)),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == answers
 
 
 @pytest.mark.slow
 def test_the_terminal_chat_answers_a_pipe(demo, address):
-    rows = [row for _, row in read_rows(demo.path / "world" / "test.jsonl")][:1]
+    question = questions_of(demo)[0]
     words = ["chat", *MODEL, "--retriever-url", address]
     process = subprocess.Popen(
         [sys.executable, "-m", "searchr1.cli", *words],
@@ -103,7 +123,7 @@ def test_the_terminal_chat_answers_a_pipe(demo, address):
         env=os.environ | {"PYTHONUNBUFFERED": "1"},
     )
     try:
-        process.stdin.write("/model\n" + rows[0]["question"] + "\n/nonsense\n/history\n/quit\n")
+        process.stdin.write("/model\n" + question + "\n/nonsense\n/history\n/quit\n")
         process.stdin.flush()
         output, _ = process.communicate(timeout=180)
     finally:
@@ -111,5 +131,5 @@ def test_the_terminal_chat_answers_a_pipe(demo, address):
     assert process.returncode == 0, output
     assert "tokens/s" in output
     assert "no command /nonsense" in output
-    assert output.count(rows[0]["question"]) == 2
+    assert output.count(question) == 2
     assert "\x1b" not in output
