@@ -35,16 +35,15 @@ class Ledger:
         """Numbers of the questions that are to be asked again because a tool failed."""
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest, questions: int, token_text: TokenText | None = None) -> Ledger:
+    def open(cls, folder: Path, manifest: Manifest, token_text: TokenText | None = None) -> Ledger:
         """Begin, or go on with what the folder holds; a line that a kill cut short is taken off.
 
-        In an evaluation that was stopped, questions during which a tool call failed count as not finished: a server that
-        dies takes some questions down with it before the evaluation stops.
+        Questions during which a tool call failed count as not finished: a server that dies takes some questions down with it
+        before the evaluation stops, or all that were left if that is soon.
 
         Args:
             folder: of one method.
             manifest: what the answers depend on.
-            questions: how many there are.
             token_text: if given, the tokens' log-probabilities are written too.
 
         Raises:
@@ -66,8 +65,7 @@ class Ledger:
         except BaseException:
             file.close()
             raise
-        spoiled = failed if len(finished) < questions else set()
-        return cls(path, file, finished - spoiled, spoiled, token_text)
+        return cls(path, file, finished - failed, failed, token_text)
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
         """Write attempts, those at one question next to each other; a kill after this returns takes none of them.

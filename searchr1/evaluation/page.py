@@ -69,7 +69,8 @@ def _table(table: Table) -> str:
         for number, row in enumerate(table.rows)
     )
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
-    return f'<h2>{escape(table.title)}</h2><div class="table"><table>{head}{rows}</table></div>{note}'
+    warning = f'<p class="note"><b class="bad">{escape(table.warning)}</b></p>' if table.warning else ""
+    return f'<h2>{escape(table.title)}</h2><div class="table"><table>{head}{rows}</table></div>{warning}{note}'
 
 
 def _settings(results: Results) -> str:

@@ -32,6 +32,8 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     note: str = ""
+    warning: str = ""
+    """What a reader must know before believing the numbers."""
     ours: set[int] = field(default_factory=set)
     """Rows to be marked."""
 
@@ -66,7 +68,9 @@ def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
         f"{attempts}95 % intervals by bootstrap over questions. Searches, turns and tokens (retrieved ones included) are "
         "per attempt; invalid is a share of turns, truncated and failed are shares of attempts, tool failures one of calls."
     )
-    return Table(title[0].upper() + title[1:], head, rows, note)
+    failed = summary.overall.facts["tool_failure_rate"]
+    warning = f"{percent(failed)} of the tool calls failed. The same command asks those questions again." if failed else ""
+    return Table(title[0].upper() + title[1:], head, rows, note, warning)
 
 
 def comparison(model: str, summaries: Mapping[str, Summary], published: Sequence[Published]) -> Table:
@@ -91,7 +95,7 @@ def comparison(model: str, summaries: Mapping[str, Summary], published: Sequence
             sources = dict.fromkeys(row.source for row in published)
             which = "the seven sets" if len(known) == len(LABELS) else "those of the seven sets that were evaluated"
             note = f"Published averages are over {which}. Sources: {'; '.join(sources)}."
-    return Table("Exact match", ["", *(label(name) for name in names), "average"], rows, note, ours)
+    return Table("Exact match", ["", *(label(name) for name in names), "average"], rows, note, ours=ours)
 
 
 def score(value: float) -> str:
@@ -120,7 +124,8 @@ def plain(table: Table) -> str:
     lines = [table.title]
     for line in (table.head, *table.rows):
         lines.append("  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))]))
-    return "\n".join([line.rstrip() for line in lines] + ([table.note] if table.note else []))
+    warning = [f"WARNING: {table.warning}"] if table.warning else []
+    return "\n".join([*(line.rstrip() for line in lines), *warning, *([table.note] if table.note else [])])
 
 
 def markdown(table: Table) -> str:
@@ -131,7 +136,8 @@ def markdown(table: Table) -> str:
     for number, row in enumerate(table.rows):
         cells = [f"**{_cell(row[0])}**" if number in table.ours else _cell(row[0]), *map(_cell, row[1:])]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "", *([_cell(table.note), ""] if table.note else [])])
+    warning = [f"**{_cell(table.warning)}**", ""] if table.warning else []
+    return "\n".join([*lines, "", *warning, *([_cell(table.note), ""] if table.note else [])])
 
 
 def _cell(text: str) -> str:

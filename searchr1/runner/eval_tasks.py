@@ -130,7 +130,7 @@ def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]
         if not method.searches and not method.retrieves:
             samples = _with_prompts(config, method, questions, samples, None)
         made_with = manifest(config, method, settings, samples)
-        ledger = Ledger.open(folder / name, made_with, len(samples), token_text)
+        ledger = Ledger.open(folder / name, made_with, token_text)
         tasks.append(Task(method, folder / name, settings, samples, ledger))
     return tasks
 

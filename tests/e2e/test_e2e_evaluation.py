@@ -100,6 +100,7 @@ def test_all_methods_in_one_run_and_a_server_that_dies_in_the_middle(demo, tmp_p
         "runner.seq_length=800",
         "runner.experiment_name=eval-methods",
         "tools.search.timeout_s=2",
+        "tools.search.max_failure_rate=0.05",
     )
     folder = demo.path / "eval-methods"
     with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as address:
@@ -116,10 +117,12 @@ def test_all_methods_in_one_run_and_a_server_that_dies_in_the_middle(demo, tmp_p
     assert "Traceback" not in message
     with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as address:
         output = finish(start(demo.path, address, *common))
+    assert "questions whose tool calls failed are asked again" in output
     found = json.loads((folder / "results.json").read_text())["methods"]
     assert list(found) == ["direct", "cot", "rag", "search"]
     assert all(one["all"]["questions"] == 160 for one in found.values())
     assert all(found[name]["all"]["facts"]["turns"] == 1 for name in ("direct", "cot", "rag"))
+    assert found["search"]["all"]["facts"]["tool_failure_rate"] == 0
     assert found["search"]["all"]["scores"]["exact_match"]["mean"] > 0.2
     assert "search loop" in (folder / "results.html").read_text()
     assert json.loads((folder / "eval.json").read_text())["val/questions"] == 160

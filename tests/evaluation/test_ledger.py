@@ -19,13 +19,13 @@ def manifest(**changes):
 
 
 def test_what_was_finished_is_there_again(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         assert ledger.finished == set()
         ledger.append([make_trajectory(3), make_trajectory(1)])
         ledger.append([make_trajectory(7, right=False)])
         # Before it is closed: a kill takes no row.
         assert eval_file(tmp_path, 0).read_bytes().count(b"\n") == 3
-    with Ledger.open(tmp_path, manifest(), 8) as again:
+    with Ledger.open(tmp_path, manifest()) as again:
         assert again.finished == {1, 3, 7}
         again.append([make_trajectory(2)])
         assert [row["number"] for row in again.rows()] == [3, 1, 7, 2]
@@ -34,44 +34,44 @@ def test_what_was_finished_is_there_again(tmp_path, make_trajectory):
 @pytest.mark.parametrize("attempts", [1, 2])
 def test_cut_off_at_any_byte_every_whole_question_is_kept(tmp_path, make_trajectory, attempts):
     rows = [make_trajectory(i, replica=r, answer="Zoë") for i in range(3) for r in range(attempts)]
-    with Ledger.open(tmp_path / "whole", manifest(attempts=attempts), 3) as ledger:
+    with Ledger.open(tmp_path / "whole", manifest(attempts=attempts)) as ledger:
         ledger.append(rows)
     data = eval_file(tmp_path / "whole", 0).read_bytes()
     per_question = len(data) // 3
     folder = tmp_path / "torn"
     for cut in range(0, len(data) + 1, 31):
-        with Ledger.open(folder, manifest(attempts=attempts), 3):
+        with Ledger.open(folder, manifest(attempts=attempts)):
             eval_file(folder, 0).write_bytes(data[:cut])
-        with Ledger.open(folder, manifest(attempts=attempts), 3) as ledger:
+        with Ledger.open(folder, manifest(attempts=attempts)) as ledger:
             assert ledger.finished == set(range(cut // per_question)), cut
             ledger.append([row for row in rows if row.sample.index not in ledger.finished])
         assert eval_file(folder, 0).read_bytes() == data, cut
 
 
 def test_a_hole_that_a_power_cut_leaves_at_the_end_is_cut_off(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory(0)])
     with eval_file(tmp_path, 0).open("ab") as file:
         file.write(b"\0" * 40 + b"\n")
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         assert ledger.finished == {0}
         assert len(list(ledger.rows())) == 1
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory(0)])
     path = eval_file(tmp_path, 0)
     path.write_bytes(path.read_bytes() + b'{"number": 1}\n' + path.read_bytes())
     with pytest.raises(UserError, match=rf"{path}:2: not a logged answer"):
-        Ledger.open(tmp_path, manifest(), 8)
+        Ledger.open(tmp_path, manifest())
 
 
 def test_answers_of_another_model_are_not_gone_on_with(tmp_path):
-    Ledger.open(tmp_path, manifest(), 8).close()
+    Ledger.open(tmp_path, manifest()).close()
     changed = manifest(model="xyz", sampling={"temperature": 1.0, "stop": ["</answer>"]})
     with pytest.raises(UserError, match="cannot go on with") as error:
-        Ledger.open(tmp_path, changed, 8)
+        Ledger.open(tmp_path, changed)
     assert "runner.overwrite=True" in str(error.value)
     assert "model was 'abc', is 'xyz'" in str(error.value)
     assert "sampling.temperature was 0.0, is 1.0" in str(error.value)
@@ -79,45 +79,43 @@ def test_answers_of_another_model_are_not_gone_on_with(tmp_path):
 
 
 def test_rows_without_their_manifest_and_an_unreadable_one_are_refused(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory()])
     (tmp_path / MANIFEST).write_text("{")
     with pytest.raises(UserError, match="not readable"):
-        Ledger.open(tmp_path, manifest(), 8)
+        Ledger.open(tmp_path, manifest())
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(UserError, match="not what they were made with"):
-        Ledger.open(tmp_path, manifest(), 8)
+        Ledger.open(tmp_path, manifest())
 
 
 def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
-    with Ledger.open(tmp_path, manifest(), 8):
+    with Ledger.open(tmp_path, manifest()):
         with pytest.raises(UserError, match="another evaluation is writing"):
-            Ledger.open(tmp_path, manifest(), 8)
-    Ledger.open(tmp_path, manifest(), 8).close()
+            Ledger.open(tmp_path, manifest())
+    Ledger.open(tmp_path, manifest()).close()
 
 
-def test_questions_that_a_failed_tool_spoiled_are_asked_again_unless_all_is_finished(tmp_path, make_trajectory):
+def test_questions_that_a_failed_tool_spoiled_are_asked_again(tmp_path, make_trajectory):
     spoiled, broken = make_trajectory(1), make_trajectory(2, stop="error")
     spoiled.turns[0].tool_error = "no answer"
-    with Ledger.open(tmp_path, manifest(), 4) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory(0), spoiled, broken])
-    with Ledger.open(tmp_path, manifest(), 3) as ledger:
-        assert (ledger.finished, ledger.spoiled) == ({0, 1, 2}, set())
-    with Ledger.open(tmp_path, manifest(), 4) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         assert (ledger.finished, ledger.spoiled) == ({0}, {1, 2})
         ledger.append([make_trajectory(1)])
-    with Ledger.open(tmp_path, manifest(), 4) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         assert (ledger.finished, ledger.spoiled) == ({0, 1}, {2})
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"runner\.output_dir"):
-        Ledger.open(tmp_path / "file/eval", manifest(), 8)
+        Ledger.open(tmp_path / "file/eval", manifest())
 
 
 def test_a_full_disk_is_told(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger._file.close()
         with open("/dev/full", "wb") as full:
             ledger._file = full
@@ -128,15 +126,15 @@ def test_a_full_disk_is_told(tmp_path, make_trajectory):
 
 
 def test_half_of_a_surrogate_pair_can_be_written_and_read(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory(0, answer="\ud800 x")])
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         assert ledger.finished == {0}
         score_rows(ledger.rows(), 1, "here")
 
 
 def test_an_attempt_that_was_written_twice_counts_once_the_last_time(tmp_path, make_trajectory):
-    with Ledger.open(tmp_path, manifest(), 8) as ledger:
+    with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory(0, right=False), make_trajectory(1), make_trajectory(0)])
         attempts, _ = score_rows(ledger.rows(), 2, "here")
     assert [attempt.exact_match for attempt in attempts] == [1, 1]

@@ -134,6 +134,17 @@ def test_text_of_models_and_files_stays_text_in_the_page(make_results, make_traj
     assert "default-src 'none'" in text
 
 
+def test_failed_tool_calls_are_warned_of_everywhere(make_trajectory):
+    lost = make_trajectory(1)
+    lost.turns[0].tool_error = "no answer"
+    results = Results("m", 3.0, {"search": method_result(rows_of([make_trajectory(0), lost]), 2, "x", "greedy", 0)})
+    words = "50.0% of the tool calls failed. The same command asks those questions again."
+    table = results.tables()[-1]
+    assert f"WARNING: {words}" in results.text()
+    assert f"**{words}**" in markdown(table)
+    assert f'<b class="bad">{words}</b>' in page(results)
+
+
 def test_hostile_text_stays_in_its_cell_of_a_markdown_table(make_results):
     table = make_results(sources=(HOSTILE,), model=HOSTILE).tables()[0]
     lines = markdown(table).splitlines()
