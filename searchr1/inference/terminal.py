@@ -48,6 +48,11 @@ def printable(text: str) -> str:
     return _CONTROL.sub("", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
 
 
+def _indented(text: str) -> str:
+    """Further lines begin below the first, behind the label."""
+    return re.sub(r"\n(?=[^\n])", "\n" + " " * LABEL_WIDTH, printable(text))
+
+
 class Terminal:
     """Writes one question's events, as they come."""
 
@@ -93,8 +98,7 @@ class Terminal:
             self._end()
             self._label(LABELS[block])
             self._block = block
-        body = re.sub(r"\n(?=[^\n])", "\n" + " " * LABEL_WIDTH, printable(text))
-        self._console.print(Styled(body, STYLES[block]), end="", soft_wrap=True)
+        self._console.print(Styled(_indented(text), STYLES[block]), end="", soft_wrap=True)
 
     def _found(self, event: Found) -> None:
         count = sum(map(len, event.results))
@@ -112,7 +116,7 @@ class Terminal:
     def _line(self, label: str, text: str, style: str) -> None:
         self._end()
         self._label(label)
-        self._console.print(Styled(printable(text), style), soft_wrap=True)
+        self._console.print(Styled(_indented(text), style), soft_wrap=True)
         self._at_start = True
 
     def _label(self, label: str) -> None:
