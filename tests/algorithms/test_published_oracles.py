@@ -93,6 +93,24 @@ def test_rlinf_advantages(adv_type: str, seed: int) -> None:
     exactly(compute_advantages(inputs, AdvantageSettings(adv_type)), expected[0])
 
 
+def test_rlinf_loss_scales_are_one_for_trajectories_that_are_one_sequence() -> None:
+    """Which is why `grpo_dynamic` with any of them is plain GRPO here."""
+    theirs = lift("rlinf", "algorithms/loss_scales.py", "group_scale", "agent_scale", "turn_scale")
+    batch = make_batch(0)
+    rows: dict[str, Any] = {
+        "idx_to_traj": list(range(ROWS)),
+        "extra:idx_to_sub_traj": torch.zeros(ROWS, dtype=torch.long),
+        "response_mask": batch["mask"],
+        "advantages": batch["advantages"].clone(),
+        "loss_scales": torch.ones(ROWS, LENGTH, dtype=torch.float64),
+    }
+    context = {"folding_scale": [], "actor_global_batch_size": ROWS}
+    for scale in (theirs.group_scale, theirs.agent_scale, theirs.turn_scale):
+        rows = scale(context, rows)
+    assert bool((rows["loss_scales"] == 1).all())
+    assert torch.equal(rows["advantages"], batch["advantages"])
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_rlinf_reinforce_plus_plus(seed: int) -> None:
     """Theirs works in fp32 and divides by the deviation with n where ours has n - 1."""
