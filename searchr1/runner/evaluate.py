@@ -69,6 +69,7 @@ def run(config: Config) -> tuple[Results, Path]:
     print(f"questions: {questions.described}", flush=True)
     folder = open_folder(config)
     tasks = open_tasks(config, folder, questions)
+    print(f"attempts: {sampling_note(tasks[0].settings, config.algorithm.group_size)}", flush=True)
     save_config(config, folder / "config.yaml")
     try:
         answer_pending(config, device, tasks, questions)
