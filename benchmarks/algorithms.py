@@ -130,8 +130,8 @@ def curves(results: Results) -> str:
     for name, by_seed in results.items():
         points = mean_curve([by_seed[seed] for seed in common], "training")
         panels.setdefault(ALGORITHMS[name].panel, []).append(Series(ALGORITHMS[name].title, points))
-    seeds = ", ".join(map(str, common))
-    return drawing([Chart(f"Sampled exact match: {panel} (seeds {seeds})", lines) for panel, lines in panels.items()], 2)
+    seeds = f"seed{'s' * (len(common) > 1)} {', '.join(map(str, common))}"
+    return drawing([Chart(f"Sampled exact match: {panel} ({seeds})", lines) for panel, lines in panels.items()], 2)
 
 
 def main() -> int:
