@@ -6,6 +6,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 ./install.sh || exit
 . "${VENV:-.venv}/bin/activate"
 . ./env.sh
+# verl's formulas are compared with ours. Of its wheel only files are read, so it stays beside the environment.
+oracles=$VIRTUAL_ENV/oracles
+if [ ! -e "$oracles/verl-0.9.1.dist-info" ]; then
+  python -m pip install -q --disable-pip-version-check --no-deps --target "$oracles" verl==0.9.1 \
+    || echo "test.sh: verl could not be installed: its comparisons will be skipped" >&2
+fi
 ruff check . && ruff format --check . && mypy || exit
 
 # vLLM's engine and the actor each want a process of their own, as they have in a run.

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from training_runs import NO_EVAL, kill_listener, wait_for_step
 
 from searchr1.runner.demo import ROOT, retrieval_server
 from searchr1.tracking.loggers import read_metrics
 from searchr1.tracking.run_files import read_rows
-
-NO_EVAL = ("runner.val_check_interval=-1", "runner.val_before_train=False")
 
 
 @pytest.mark.timeout(400)
@@ -146,19 +143,3 @@ def test_a_megatron_run_goes_on_in_another_layout_and_converts(demo, address):
         timeout=200,
     )
     assert converted.returncode == 0, converted.stderr[-3000:]
-
-
-def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], timeout: float = 200) -> None:
-    deadline = time.monotonic() + timeout
-    while not (metrics.exists() and any(row["step"] >= step for row in read_metrics(metrics))):
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < deadline, "the run is too slow"
-        time.sleep(0.1)
-
-
-def kill_listener(port: int) -> None:
-    import psutil
-
-    for connection in psutil.net_connections("tcp"):
-        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
-            os.kill(connection.pid, signal.SIGKILL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from test_e2e_training import NO_EVAL, wait_for_step
+from training_runs import NO_EVAL, wait_for_step
 
 from searchr1.tracking.loggers import read_metrics
 
