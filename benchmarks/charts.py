@@ -45,7 +45,7 @@ def drawing(charts: Sequence[Chart], columns: int) -> str:
         parts.append(f'<text class="title" x="{left}" y="{top + 12}">{html.escape(chart.title)}</text>')
         figure = line_chart(chart.title, chart.series)
         plot = figure[figure.index("<svg ") + 5 : figure.index("</svg>")]
-        parts.append(f'<svg x="{left}" y="{top + HEAD}" width="{WIDTH}" height="{HEIGHT}" {plot}</svg>')
+        parts.append(f'<svg x="{left}" y="{top + HEAD}" width="{WIDTH}" height="{HEIGHT}" overflow="visible" {plot}</svg>')
         for index, line in enumerate(chart.series):
             x = left + index % beside * LEGEND_COLUMN + 8
             y = top + HEAD + HEIGHT + index // beside * LEGEND_LINE + 8

@@ -76,13 +76,6 @@ EXPERIMENTS = {
         "sequence": Arm("4 steps old, sequences outside .5 to 2 masked", SEQUENCE, STALE),
         "engine": Arm("4 steps old, engine's log-probabilities as old", ENGINE, STALE),
     },
-    "stale-fast": {
-        "fresh": Arm("newest weights", FAST),
-        "none": Arm("4 steps old, no correction", FAST, STALE),
-        "token": Arm("4 steps old, token weights cut at 2", (*FAST, *TOKEN), STALE),
-        "sequence": Arm("4 steps old, sequences outside .5 to 2 masked", (*FAST, *SEQUENCE), STALE),
-        "engine": Arm("4 steps old, engine's log-probabilities as old", (*FAST, *ENGINE), STALE),
-    },
     "bf16": {
         "fp32": Arm("engine in fp32", FAST),
         "none": Arm("bf16, no correction", BF16),
