@@ -10,7 +10,7 @@ from dataclasses import dataclass
 Points = list[tuple[float, float]]
 
 WIDTH, HEIGHT = 420.0, 220.0
-LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 10.0, 24.0
 SMOOTHED_FROM = 80
 """A line with at least so many points is drawn faintly, with its moving mean on top."""
 MOST_MARKS = 120

@@ -46,7 +46,7 @@ def test_ticks_by_hand():
 def test_a_line_goes_where_its_values_are():
     drawn = line_chart("Reward", [Series("mean", [(0.0, 0.0), (10.0, 1.0)])])
     (path,) = re.findall(r'<polyline class="line c0" points="([^"]*)"', drawn)
-    assert path == f"46.0,{HEIGHT - 24} {WIDTH - 10},10.0"
+    assert path == f"52.0,{HEIGHT - 24} {WIDTH - 10},10.0"
     assert "<title>mean, step 10: 1</title>" in drawn
     assert "mean 1</span>" in drawn
 

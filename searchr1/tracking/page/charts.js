@@ -1,6 +1,6 @@
 // Lines over steps and stacked areas, drawn as SVG, with the values under the pointer.
 
-const WIDTH = 420, HEIGHT = 210, LEFT = 46, RIGHT = 10, TOP = 10, BOTTOM = 24;
+const WIDTH = 420, HEIGHT = 210, LEFT = 52, RIGHT = 10, TOP = 10, BOTTOM = 24;
 const SMOOTHED_FROM = 80;  // a line with at least so many points is drawn faintly, with its moving mean on top
 
 function svg(tag, attributes, text) {
