@@ -53,7 +53,7 @@ def stream(
         timeout_s: how long it may take until the next question is finished.
 
     Raises:
-        UserError, WorkerError: a group failed, or stood still; what had been finished was handed over.
+        UserError, WorkerError: a group failed, or stood still; after a UserError what had been finished was handed over.
     """
     channel = groups.channel
     ranks = groups.rollout.size
@@ -63,7 +63,7 @@ def stream(
     reward = groups.reward.call("score")
     inbox = _Inbox(groups, receive, timeout_s)
     try:
-        inbox.empty_until(rollout)
+        inbox.empty_until(rollout, scoring=reward)
         reports: list[RolloutReport] = rollout.wait(timeout_s)
     except UserError:
         inbox.empty_after(reward)
@@ -90,14 +90,20 @@ class _Inbox:
         self._last = time.monotonic()
         self.received = 0
 
-    def empty_until(self, call: Call) -> None:
+    def empty_until(self, call: Call, scoring: Call | None = None) -> None:
         """Hand over what comes until the call is done.
 
+        Args:
+            call: to wait for.
+            scoring: a call that has not been told to end yet: if it does, it has failed, and nothing would ever come.
+
         Raises:
-            UserError: nothing came for too long.
+            UserError, WorkerError: nothing came for too long, or the scoring failed.
         """
         while not call.done:
             self._take()
+            if scoring is not None and scoring.done:
+                scoring.wait(self._timeout_s)
             if time.monotonic() - self._last > self._timeout_s:
                 raise UserError(
                     f"no question was finished for {self._timeout_s:.0f} s (runner.step_timeout_s); raise it if one attempt "

@@ -204,15 +204,23 @@ class FakeCall:
         return self.result
 
 
+class FakeScoring(FakeCall):
+    """Goes on until it is told to end, or fails at once."""
+
+    @property
+    def done(self):
+        return super().done if self.channel.queues[channels.ROLLOUTS] else isinstance(self.result, Exception)
+
+
 class FakeGroups:
     """A rollout group of two ranks that answers all or fails; the last chunk leaves the reward group late."""
 
     size = 2
 
-    def __init__(self, chunks, late, result):
+    def __init__(self, chunks, late, result, scored=(1, 1)):
         self.channel = FakeChannel()
         self.rollout = self.reward = self
-        self.calls = {"rollout": FakeCall(self.channel, chunks, result), "score": FakeCall(self.channel, late, [1, 1])}
+        self.calls = {"rollout": FakeCall(self.channel, chunks, result), "score": FakeScoring(self.channel, late, scored)}
 
     def call(self, name, *arguments):
         return self.calls[name]
@@ -253,6 +261,13 @@ def test_what_was_finished_before_a_failure_is_handed_over():
     seen, error = run_stream(groups, 5)
     assert seen == [0, 1]
     assert str(error) == "the server died"
+
+
+def test_a_reward_that_fails_is_told_while_questions_are_still_answered():
+    groups = FakeGroups([chunk(0)], [], None, UserError("the judge gives no verdict"))
+    seen, error = run_stream(groups, 5)
+    assert seen == [0]
+    assert str(error) == "the judge gives no verdict"
 
 
 def test_answers_that_are_missing_are_noticed():
