@@ -40,6 +40,8 @@ def check(row, question_mark=True):
             ["Ann", "Anna"],
         ),  # MuSiQue
         ({"Question": "who?", "Answer": "Ann"}, "train_7", ["Ann"]),  # Bamboogle
+        ({"question": "who?", "golden_answers": '["Ann", "Anna"]'}, "train_7", ["Ann", "Anna"]),  # a column of a csv
+        ({"question": "who?", "answer": "[REC]"}, "train_7", ["[REC]"]),
         ({"id": "a", "question": "who?", "answers": {"text": ["Ann"], "answer_start": [3]}}, "a", ["Ann"]),  # SQuAD
         ({"prompt": "who?", "solutions": ["Ann"]}, "train_7", ["Ann"]),  # RLinf
         (
@@ -89,6 +91,7 @@ def test_own_reward_and_passages_come_along():
         (QUESTION | {"answer": True}, "answer holds True"),
         (QUESTION | {"answer": float("nan")}, "answer holds nan"),
         (QUESTION | {"possible_answers": '["Ann"'}, "possible_answers is not valid JSON"),
+        (QUESTION | {"golden_answers": "['Ann', 'Anna']"}, "golden_answers is not valid JSON.*write several answers as"),
         (QUESTION | {"answer": "Ann", "answerable": False}, "not answerable"),
         (QUESTION | {"answer": "Ann", "id": " "}, "id is empty"),
         (QUESTION | {"answer": "Ann", "id": 1.5}, "id is a float"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ ID_KEYS = ("id", "_id", "question_id", "QuestionId", "qid")
 ALIAS_KEYS = ("value", "Value", "aliases", "Aliases", "target", "text")
 """Where an answer that is an object keeps its texts (TriviaQA, Search-R1, SQuAD)."""
 QUESTION_MARKS = ("?", "？")
+_LIST_AS_TEXT = re.compile(r"\s*\[\s*['\"].*\]\s*", re.DOTALL)
+"""A cell of a table that was made from a list: as an answer it would never match."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +114,11 @@ def _answers(row: dict[str, Any]) -> list[str]:
 
 
 def _texts(name: str, value: object) -> list[str]:
-    if name == "possible_answers" and isinstance(value, str):
+    if isinstance(value, str) and (name == "possible_answers" or _LIST_AS_TEXT.fullmatch(value)):
         try:
-            value = json.loads(value)  # PopQA: a list, written as JSON in a column of text
+            value = json.loads(value)  # a column of text, as PopQA's and those of csv files
         except ValueError as error:
-            raise UserError(f"possible_answers is not valid JSON ({error})") from error
+            raise UserError(f'{name} is not valid JSON ({error}); write several answers as ["one", "two"]') from error
     if isinstance(value, dict):
         return [text for key in ALIAS_KEYS for text in _texts(f"{name}.{key}", value.get(key))]
     values = value if isinstance(value, list) else [value] if value is not None else []
