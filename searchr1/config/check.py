@@ -62,7 +62,7 @@ def require_valid(config: Config, for_training: bool) -> None:
 
 def check_config(config: Config, for_training: bool) -> list[Problem]:
     """Every problem across keys and with files."""
-    return [
+    found = [
         *_choices(config),
         *_sizes(config),
         *check_health(config.runner.health),
@@ -75,6 +75,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *check_reward(config.reward, _response_limit(config)),
         *_code(config),
     ]
+    return list(dict.fromkeys(found))  # a placement is looked at by several
 
 
 def warnings(config: Config) -> list[str]:
@@ -86,6 +87,13 @@ def warnings(config: Config) -> list[str]:
     if fused and importlib.util.find_spec("transformer_engine") is None:
         found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
     found += algorithm_warnings(config.algorithm)
+    if config.actor.lora.weight_update == "adapter" and config.actor.lora.rank == 0:
+        found.append("actor.lora.weight_update: adapter has no effect with actor.lora.rank: 0, which trains all weights")
+    critic, steps = config.critic, config.runner.max_steps
+    if critic.use_critic_model and 0 <= steps <= critic.warmup_steps:
+        found.append(
+            f"critic.warmup_steps: {critic.warmup_steps}, with runner.max_steps: {steps}, trains the critic and never the policy"
+        )
     template = config.data.prompt_template
     if template == "asearcher" and not config.tools.access.enabled:
         found.append("tools.access.enabled: False, but data.prompt_template: asearcher tells the policy to read pages")
@@ -166,6 +174,7 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
     try:
         device = Device.detect(config.cluster.device)
         groups = ["rollout", "reward", *(["actor"] if for_training else [])]
+        groups += ["inference"] if for_training and config.algorithm.kl_beta > 0 else []
         for component in groups:
             group_ranks(config, component, device)
         rollout = len(group_ranks(config, "rollout", device))

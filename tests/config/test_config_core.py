@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1.config.check import check_config
+from searchr1.config.check import check_config, warnings
 from searchr1.config.cli import main as check_main
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config, unused_keys
 from searchr1.config.schema import Config
@@ -105,12 +105,36 @@ def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
         ("data.prompt_template=/nowhere/own.txt", "data.prompt_template"),
         ("algorithm.group_size=0", "algorithm.group_size"),
         ("critic.use_critic_model=True", "critic.use_critic_model"),
+        ("cluster.component_placement.inference=99", "cluster.component_placement.inference"),
         ("algorithm.kl_beta=null", "algorithm.kl_beta"),
     ],
 )
 def test_each_bad_value_is_told_with_its_key(files, override, key):
     found = problems(CONFIGS / "tiny-cpu.yaml", *files, override)
     assert any(name.startswith(key) for name in found), found
+
+
+def test_one_mistake_is_told_once(files):
+    config = load_config(
+        CONFIGS / "tiny-cpu.yaml",
+        [*files, "actor.training_backend=megatron", "cluster.component_placement.actor=99"],
+    )
+    assert [problem.key for problem in check_config(config, True)] == ["cluster.component_placement.actor"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["actor.lora.weight_update=adapter"], "actor.lora.weight_update"),
+        (["actor.lora.weight_update=adapter", "actor.lora.rank=4"], None),
+        (["critic.use_critic_model=True", "algorithm.adv_type=gae", "critic.warmup_steps=3", "runner.max_steps=3"],
+         "critic.warmup_steps"),
+        (["critic.use_critic_model=True", "algorithm.adv_type=gae", "critic.warmup_steps=3", "runner.max_steps=4"], None),
+    ],
+)  # fmt: skip
+def test_what_trains_nothing_is_warned_of(files, overrides, key):
+    found = warnings(load_config(CONFIGS / "tiny-cpu.yaml", [*files, *overrides]))
+    assert [text.partition(":")[0] for text in found] == ([key] if key else [])
 
 
 @pytest.mark.parametrize(
