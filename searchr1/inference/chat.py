@@ -42,6 +42,9 @@ class Chat:
                 line = input("\n> " if interactive else "")
             except EOFError:
                 break
+            except UnicodeDecodeError:
+                self._say("that line is no text in UTF-8", "yellow")
+                continue
             except KeyboardInterrupt:
                 self._say("\n(/quit or Ctrl-D to leave)", "bright_black")
                 continue
@@ -87,7 +90,8 @@ def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     from searchr1.inference.load import open_session
 
-    args = parser("chat", "Ask a trained model that searches, question by question, in the terminal.").parse_args(argv)
+    flags = parser("chat", "Ask a trained model that searches, question by question, in the terminal.")
+    args = flags.parse_intermixed_args(argv)
     chosen = plan(args)
     with suppress(ImportError):  # line editing and arrow keys, where Python has them
         import readline  # noqa: F401

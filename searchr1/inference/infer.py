@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections import deque
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,14 @@ def read_questions(prompts: list[str], file: Path | None) -> list[str]:
     """
     questions: list[str] = []
     for prompt in prompts:
-        questions += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
+        try:
+            questions += sys.stdin.read().split("\n") if prompt == "-" else [prompt]
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt -: the input is no text ({error})") from error
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
+            # Not splitlines: a row of JSON may hold other line separators of Unicode.
+            lines = file.read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--prompt_file {file}: not readable ({error})") from error
         questions += [_question(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -85,8 +90,8 @@ def answer_line(last: Event | None) -> str:
     return "No answer."
 
 
-async def run(session: Session, questions: list[str], *, as_rows: bool, full: bool) -> bool:
-    """Answer all questions, several at once. One is shown as it happens, more are shown in their order, each when it is
+async def run(session: Session, questions: list[str], *, as_rows: bool, full: bool, at_once: int = 64) -> bool:
+    """Answer all questions, `at_once` at a time. One is shown as it happens, more are shown in their order, each when it is
     done. Returns whether all came to an end without an error."""
     console = Console(highlight=False, markup=False, emoji=False)
     if len(questions) == 1 and not as_rows:
@@ -96,11 +101,18 @@ async def run(session: Session, questions: list[str], *, as_rows: bool, full: bo
                 terminal.show(last := event)
         print(f"\n{answer_line(last)}", flush=True)
         return isinstance(last, Done)
-    tasks = [asyncio.create_task(collect(session, question)) for question in questions]
+    slots = asyncio.Semaphore(at_once)
+
+    async def in_turn(question: str) -> list[Event]:
+        async with slots:
+            return await collect(session, question)
+
+    tasks = deque(asyncio.create_task(in_turn(question)) for question in questions)
     good = True
     try:
-        for question, task in zip(questions, tasks, strict=True):
-            events_of_one = await task
+        for question in questions:
+            events_of_one = await tasks[0]
+            tasks.popleft()  # what was printed need not be kept
             last = events_of_one[-1] if events_of_one else None
             good = good and isinstance(last, Done)
             if as_rows:
@@ -124,7 +136,9 @@ async def load_and_run(chosen: Plan, questions: list[str], *, as_rows: bool, ful
 
     session = await open_session(chosen)
     try:
-        return await run(session, questions, as_rows=as_rows, full=full)
+        # As many again as the engine takes at once: some wait for a search, and none waits so long that it is given up.
+        at_once = 2 * chosen.config.rollout.max_running_requests
+        return await run(session, questions, as_rows=as_rows, full=full, at_once=at_once)
     finally:
         await session.aclose()
 
@@ -138,6 +152,6 @@ def main(argv: list[str]) -> int:
     flags.add_argument("--prompt_file", "--prompt-file", type=Path, help="a question a line, or .jsonl rows with a question")
     flags.add_argument("--json", action="store_true", help="one JSON object per question, with every turn")
     flags.add_argument("--full", action="store_true", help="print everything the model was given to read")
-    args = flags.parse_args(argv)
+    args = flags.parse_intermixed_args(argv)
     questions = read_questions(args.prompt, args.prompt_file)
     return 0 if asyncio.run(load_and_run(plan(args), questions, as_rows=args.json, full=args.full)) else 1

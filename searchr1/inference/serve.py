@@ -63,6 +63,7 @@ def main(argv: list[str]) -> int:
     server.add_argument(
         "--allowed-host",
         "--allowed_host",
+        "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
@@ -81,7 +82,7 @@ def main(argv: list[str]) -> int:
     server.add_argument(
         "--answer_timeout_s", "--answer-timeout-s", type=float, default=limits.answer_timeout_s, help="of one answer"
     )
-    args = flags.parse_args(argv)
+    args = flags.parse_intermixed_args(argv)
     if min(args.max_question_characters, args.max_running, args.answer_timeout_s) <= 0 or args.max_waiting < 0:
         raise UserError(
             "--max_question_characters, --max_running and --answer_timeout_s must be above 0, --max_waiting at least 0"

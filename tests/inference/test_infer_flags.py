@@ -7,7 +7,7 @@ import io
 import json
 
 import pytest
-from scripted_session import ADA, ANSWER, SEARCH, Finder, make_session
+from scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.config.load import load_config, save_config
@@ -142,9 +142,12 @@ def test_an_online_engine_wants_its_key(monkeypatch):
 def test_questions_come_from_flags_input_and_files(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\n two \n"))
     (tmp_path / "q.txt").write_text("three\n\n")
-    (tmp_path / "q.jsonl").write_text('{"question": "four"}\n')
+    (tmp_path / "q.jsonl").write_text('{"question": "four"}\n{"question": "fi\u2028ve"}\r\n', encoding="utf-8")
     assert read_questions(["zero", "-"], tmp_path / "q.txt") == ["zero", "one", "two", "three"]
-    assert read_questions([], tmp_path / "q.jsonl") == ["four"]
+    assert read_questions([], tmp_path / "q.jsonl") == ["four", "fi\u2028ve"]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="--prompt -: the input is no text"):
+        read_questions(["-"], None)
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"q": 1}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl:2"):
         read_questions([], tmp_path / "bad.jsonl")
@@ -174,6 +177,22 @@ def test_several_questions_become_rows_in_their_order(capsys):
     assert rows[1]["turns"][0]["queries"] == ["first program"]
     assert rows[1]["turns"][0]["policy_text"] == SEARCH
     assert "too long" in rows[2]["error"]
+
+
+def test_many_questions_take_turns(capsys):
+    engine = ScriptedEngine({f"{i}": [ANSWER] for i in range(12)}, delay=0.001)
+    session = make_session(None, engine=engine)
+    assert asyncio.run(run(session, [str(i) for i in range(12)], as_rows=True, full=False, at_once=3))
+    assert engine.most == 3
+    assert [json.loads(line)["question"] for line in capsys.readouterr().out.splitlines()] == [str(i) for i in range(12)]
+
+
+def test_overrides_may_stand_anywhere(monkeypatch):
+    seen = []
+    monkeypatch.setattr("searchr1.inference.infer.load_and_run", lambda chosen, questions, **_: seen.append(chosen))
+    monkeypatch.setattr("asyncio.run", lambda _: True)
+    assert main(["agentloop.max_turns=7", "--model_path", MODEL, "tools.search.topk=9", "--prompt", "q"]) == 0
+    assert (seen[0].config.agentloop.max_turns, seen[0].config.tools.search.topk) == (7, 9)
 
 
 def test_what_models_and_pages_write_cannot_steer_a_terminal(capsys):
