@@ -39,7 +39,7 @@ class Gate:
         if not self._is_ours(host):
             # A page elsewhere may have pointed its own name at this machine.
             await refuse(send, 421, f"this server is not called {host[:100]!r}; start it with --allowed-host NAME")
-        elif origin is not None and urlsplit(origin.decode("latin-1")).netloc.lower() != host.lower():
+        elif origin is not None and not _is_from(origin.decode("latin-1"), host):
             await refuse(send, 403, "this request came from a page of another site")
         elif self._expected and scope["path"] not in OPEN_PATHS and not self._has_token(headers):
             await refuse(send, 401, "this server wants its token: Authorization: Bearer ...")
@@ -64,6 +64,13 @@ class Gate:
 
     def _has_token(self, headers: dict[bytes, bytes]) -> bool:
         return hmac.compare_digest(headers.get(b"authorization", b""), self._expected or b"")
+
+
+def _is_from(origin: str, host: str) -> bool:
+    try:
+        return urlsplit(origin).netloc.lower() == host.lower()
+    except ValueError:
+        return False
 
 
 def _limited(receive: Receive) -> Receive:
