@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from searchr1.agent.trajectory import ActionKind
 
@@ -118,6 +118,13 @@ def truncate_ids(body_ids: list[int], limit: int, side: TruncateSide) -> list[in
         return body_ids[-limit:]
     tail = limit // 2
     return body_ids[: limit - tail] + (body_ids[-tail:] if tail else [])
+
+
+def truncate_text(text: str, tokenizer: Any, limit: int, side: TruncateSide) -> str:
+    """A text of at most `limit` tokens; one that has no more is left as it is."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    kept = truncate_ids(ids, limit, side)
+    return text if len(kept) == len(ids) else str(tokenizer.decode(kept))
 
 
 def last_answer(policy_text: str) -> str | None:

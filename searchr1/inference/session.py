@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from searchr1.agent.loop import GenerateFn
-from searchr1.agent.protocol import last_answer
+from searchr1.agent.protocol import last_answer, truncate_text
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import Finder, Tool
 from searchr1.agent.trajectory import Sample, Trajectory
@@ -151,13 +151,17 @@ class Session:
             question.encode()
         except UnicodeEncodeError as error:
             raise UserError("the question holds half of a surrogate pair; it is no text") from error
+        # A number of its own: the same question twice is sampled twice, where sampling is on. Taken before any search, so
+        # that the order in which questions come decides.
+        number = next(self._ids)
         question = question.strip()
         passages = None
         if wants_passages(self._prompt.template):
             result = await self._tools["search"].call([question])
             if result.error is not None:
                 raise UserError(f"the template {self._prompt.template} shows passages; the search failed: {result.error}")
-            passages = result.body
+            settings = self._settings
+            passages = truncate_text(result.body, self._tokenizer, settings.max_tool_response_length, settings.truncate_side)
         text = render_prompt(question, question, self._tokenizer, self._prompt.template, self._prompt.chat, passages)
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         limit = min(self._prompt.max_tokens, self._settings.max_model_len - 1)
@@ -166,8 +170,7 @@ class Session:
                 f"the question is too long: {len(ids)} tokens with its instruction, and {limit} fit "
                 "(data.max_prompt_length); shorten it"
             )
-        # A number of its own: the same question twice is sampled twice, where sampling is on.
-        return Sample(f"question/{next(self._ids)}", 0, ids, question, [], "inference")
+        return Sample(f"question/{number}", 0, ids, question, [], "inference")
 
 
 def summarise(trajectory: Trajectory, settings: AgentSettings, seconds: float) -> Done:

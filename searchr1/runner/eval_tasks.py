@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from searchr1.agent.protocol import truncate_ids
+from searchr1.agent.protocol import truncate_text
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
 from searchr1.config.schema import Config, DataConfig
@@ -146,11 +146,8 @@ def add_passages(config: Config, task: Task, questions: Questions) -> list[Sampl
         style = task.settings.information_style
         passages = retrieve_passages(config, style, [sample.question for sample in pending], bar.advance)
     tokenizer, settings = questions.tokenizer, task.settings
-    cut = []
-    for text in passages:
-        ids = tokenizer.encode(text, add_special_tokens=False)
-        kept = truncate_ids(ids, settings.max_tool_response_length, settings.truncate_side)
-        cut.append(text if len(kept) == len(ids) else tokenizer.decode(kept))
+    limit, side = settings.max_tool_response_length, settings.truncate_side
+    cut = [truncate_text(text, tokenizer, limit, side) for text in passages]
     return _with_prompts(config, task.method, questions, pending, cut)
 
 

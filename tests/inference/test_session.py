@@ -180,6 +180,9 @@ def test_a_template_with_passages_searches_first():
     assert ask(session)[-1].answer == "Ada Lovelace"
     assert finder.queries == [["q"]]
     assert 'Doc 1(Title: "Ada Lovelace")' in "".join(map(chr, engine.asked[0]))
+    ask(make_session(None, finder, engine=engine, template="rag", max_tool_response_length=12))
+    assert "Doc 1(Title:" in "".join(map(chr, engine.asked[1]))
+    assert "Lovelace" not in "".join(map(chr, engine.asked[1]))
     finder.error = "down"
     assert "the search failed: down" in ask(session)[-1].message
 
