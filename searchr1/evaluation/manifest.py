@@ -42,6 +42,9 @@ def manifest(config: Config, method: Method, settings: AgentSettings, samples: S
             "generate_fn": config.agentloop.generate_fn,
             "dummy_mode": search.dummy_mode,
         }
+    if method.retrieves:
+        # Prompts of other methods tell it by themselves.
+        found["apply_chat_template"] = config.data.apply_chat_template
     if method.searches or method.retrieves:
         found["passages"] = {
             "topk": search.topk,

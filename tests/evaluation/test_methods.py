@@ -130,6 +130,7 @@ def test_what_changes_answers_changes_the_manifest_and_nothing_else_does():
     assert of(config(), given=longer) != base
     # The passages of RAG are fetched anew, and need not be the same.
     assert of(config(), "rag", longer) == of(config(), "rag")
+    assert of(config(data__apply_chat_template=not Config().data.apply_chat_template), "rag") != of(config(), "rag")
     assert "passages" not in of(config(), "direct")
 
 
