@@ -39,16 +39,30 @@ class Watched:
     """The runs behind the page. Safe for threads."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
+        """`folders`: of runs, or of several runs each; they need not exist yet."""
         self._lock = threading.Lock()
-        self._runs = [WatchedRun(folder, name) for folder, name in zip(folders, names_of(folders), strict=True)]
+        self._folders = list(folders)
+        self._runs: list[WatchedRun] = []
         self._overview: dict[str, Any] = {}
+        self._look()
         for run in self._runs:
             run.refresh()
+
+    def _look(self) -> bool:
+        """Look for the runs: an evaluation makes a folder per method when it starts. Returns whether they are others."""
+        found = [run for folder in self._folders for run in _watched_in(folder)]
+        if found == [run.folder for run in self._runs]:
+            return False
+        known = {run.folder: run for run in self._runs}
+        self._runs = [known.get(folder) or WatchedRun(folder, "") for folder in found]
+        for run, name in zip(self._runs, names_of(found), strict=True):
+            run.name = name
+        return True
 
     def overview(self) -> dict[str, Any]:
         """What the page shows at once; `version` changes with it."""
         with self._lock:
-            changed = [run.refresh() for run in self._runs]
+            changed = [self._look(), *(run.refresh() for run in self._runs)]
             problem = " ".join(run.problem for run in self._runs if run.problem)
             if any(changed) or not self._overview or self._overview["problem"] != problem:
                 self._overview = self._describe(problem)
@@ -116,7 +130,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._json({"problem": "unknown host name; start searchr1 watch with --allow-host NAME"}, 403)
         try:
             url = urllib.parse.urlsplit(self.path)
-            query = dict(urllib.parse.parse_qsl(url.query))
+        except ValueError:  # an address that is none
+            return self._json({"problem": "no such page"}, 404)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        try:
             if url.path == "/":
                 overview = self.server.watched.overview()
                 page = "".join(page_parts(escape(overview["title"]), overview))
@@ -133,8 +150,6 @@ class Handler(BaseHTTPRequestHandler):
                 return self._json(self.server.watched.same(query.get("id", "")))
         except UserError as error:
             return self._json({"problem": str(error)}, 409)
-        except ValueError:
-            pass  # an address that is none
         self._json({"problem": "no such page"}, 404)
 
     def _json(self, value: Any, status: int = 200) -> None:
@@ -234,12 +249,17 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0 takes a free one")
     parser.add_argument(
-        "--allow-host", action="append", default=[], metavar="NAME", help="name by which browsers may reach the server"
+        "--allow-host",
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which browsers may reach the server",
     )
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port}: give 0 to 65535")
-    watched = Watched([run for folder in args.run_dirs for run in _watched_in(folder)])
+    watched = Watched(args.run_dirs)
     try:
         server = WatchServer((args.host, args.port), watched, args.allow_host)
     except OSError as error:

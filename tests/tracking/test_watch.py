@@ -163,6 +163,21 @@ def test_a_run_that_does_not_exist_yet(tmp_path, make_trajectory):
     assert overview["files"][0]["key"] == "0-train-1"
 
 
+def test_an_evaluation_that_begins_later_is_found_below_its_folder(tmp_path, make_trajectory):
+    folder = tmp_path / "compared"
+    watched = Watched([folder])
+    assert watched.overview()["files"] == []
+    for method in ("direct", "search"):
+        run_of_one = folder / method
+        run_of_one.mkdir(parents=True)
+        remove_later(run_of_one, 0)
+        write_trajectories(eval_file(run_of_one, 0), [make_trajectory()])
+    overview = watched.overview()
+    assert overview["runs"] == ["direct", "search"]
+    assert [file["key"] for file in overview["files"]] == ["0-eval-0", "1-eval-0"]
+    assert overview["problem"] == ""
+
+
 def test_mistakes_are_told(tmp_path, server):
     with pytest.raises(UserError, match="--port 70000"):
         main([str(tmp_path), "--port", "70000"])
