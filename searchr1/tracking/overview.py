@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, st
         views: the runs; with more than one, they are compared.
         body_of: the first trajectory of a run's file with some id.
     """
+    views = [replace(view, first=_latest(view.first), last=_latest(view.last)) for view in views]
     one = views[0] if len(views) == 1 else None
     names = [view.name for view in views]
     metrics = [_metrics(view) for view in views]
@@ -77,6 +78,12 @@ def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, st
         "leftOut": "",
         "problem": "",
     }
+
+
+def _latest(briefs: Briefs) -> Briefs:
+    """The last of each attempt: an evaluation asks questions again whose tool calls failed, and keeps what it had."""
+    parts = [COLUMNS.index(name) for name in ("id", "question", "replica")]
+    return list({tuple(told[part] for part in parts): told for told in briefs}.values())
 
 
 def _metrics(view: RunView) -> list[Row]:

@@ -134,6 +134,8 @@ def _by_source(start: Row, end: Row) -> list[str]:
     if len(changes) <= MOST_SOURCES:
         return [f"By data source: {', '.join(text for _, text in changes)}."]
     ordered = sorted(changes)
+    if not start:
+        return [f"Of {len(changes)} data sources, {ordered[-1][1]} is the best, {ordered[0][1]} the worst."]
     return [f"Of {len(changes)} data sources, {ordered[-1][1]} gained most, {ordered[0][1]} least."]
 
 

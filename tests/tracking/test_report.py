@@ -231,6 +231,11 @@ def test_an_evaluation_alone_with_and_without_metrics(tmp_path, make_trajectory)
     bare = Reader(page(tmp_path))
     assert len(bare.rows()) == 3
     assert bare.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
+    # Of a question that was asked again the last attempt counts.
+    write_trajectories(eval_file(tmp_path, 0), [make_trajectory(0, right=False), *rows])
+    again = Reader(page(tmp_path))
+    assert again.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
+    write_trajectories(eval_file(tmp_path, 0), rows)
     log = JsonlLogger(tmp_path / "metrics.jsonl", 0)
     log.log(0, eval_metrics(rows))
     seen = Reader(page(tmp_path))

@@ -69,6 +69,9 @@ def test_data_sources_are_told_each_or_by_their_extremes():
     after = [(f"s{i}", 0.1 * i) for i in range(9)]
     found = summarise([evaluation(0, 0.1, sources=many), evaluation(1, 0.9, sources=after)], [], [])
     assert "Of 9 data sources, s8 10% → 80% with 2.00 searches gained most, s0 10% → 0%" in found.sentences[-1]
+    found = summarise([evaluation(1, 0.9, sources=after)], [], [])
+    told = "Of 9 data sources, s8 80% with 2.00 searches is the best, s0 0% with 2.00 searches the worst."
+    assert found.sentences[-1] == told
 
 
 def test_one_evaluation_training_alone_and_nothing():
