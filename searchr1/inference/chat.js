@@ -211,22 +211,24 @@ async function ask(question) {
   setRunning(controller);
   status("sent …", true);
   toBottom();
+  let follow = true;  // until somebody reads further up
   try {
     const response = await post("/ask", { question }, controller.signal);
     for await (const line of linesOf(response.body)) {
-      const follow = atBottom();
+      follow = atBottom();
       answer.handle(JSON.parse(line));
       if (follow) toBottom();
     }
     if (!answer.ended) throw new Error("The connection ended before the answer was complete.");
   } catch (error) {
+    follow = atBottom();
     if (error.name === "AbortError") answer.stopped();
     else answer.on_error({ message: error.message });
   } finally {
     setRunning(null);
     status("", false);
-    toBottom();
-    $("question").focus();
+    if (follow) toBottom();
+    $("question").focus({ preventScroll: true });
     showAbout();
   }
 }

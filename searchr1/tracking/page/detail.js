@@ -119,8 +119,12 @@ class Detail {
     beside.id = "beside";
     beside.setAttribute("aria-pressed", String(this.beside));
     beside.disabled = this.others.length < 2;
-    const link = button("switch", "Copy link", () => {
-      navigator.clipboard.writeText(location.href).then(() => { link.textContent = "Copied"; }, () => { link.textContent = "Copy it from the address bar"; });
+    const link = button("switch", "Copy link", async () => {
+      // Browsers have no clipboard for pages that came over the network without TLS.
+      try {
+        await navigator.clipboard.writeText(location.href);
+        link.textContent = "Copied";
+      } catch { link.textContent = "Copy it from the address bar"; }
     });
     box.append(shade, beside, link);
     return box;
