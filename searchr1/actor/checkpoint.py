@@ -187,9 +187,14 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     """Read what `save_state` wrote into a model of the same shape; a collective.
 
     Raises:
-        UserError: damaged, or of another model.
+        UserError: damaged, of another model, or of the other backend.
     """
     verify_checkpoint(folder.parent)
+    if (folder / "metadata.json").is_file():  # Megatron's; ours is called .metadata
+        raise UserError(
+            f"{folder} was written by training_backend: megatron; resume with the backend that wrote it, or convert it "
+            "(searchr1 convert) and start from the model"
+        )
     state = _trained_state(model, optimizer)
     try:
         dcp.load(state, checkpoint_id=folder)

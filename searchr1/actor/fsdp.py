@@ -115,12 +115,14 @@ class FsdpTraining:
         return float(self.schedule.get_last_lr()[0])
 
     def resident(self, kind: Resident) -> Iterator[Tensor]:
-        """This rank's shards; gradients do not outlive a step."""
+        """This rank's shards, unless `actor.fsdp.cpu_offload` has them in host memory; gradients do not outlive a step."""
+        found: list[Tensor] = []
         if kind == "weight":
-            yield from map(_local, self.model.parameters())
+            found = list(self.model.parameters())
         elif kind == "optimizer":
-            for state in self.optimizer.state.values():
-                yield from (_local(value) for value in state.values() if isinstance(value, Tensor) and value.numel() > 1)
+            moments = (value for state in self.optimizer.state.values() for value in state.values())
+            found = [value for value in moments if isinstance(value, Tensor) and value.numel() > 1]
+        yield from (tensor for tensor in map(_local, found) if tensor.device.type == self.device.type)
 
     def save(self, folder: Path, in_background: bool = False) -> None:
         """Write what is trained, optimizer, schedule and random state into `folder` (checkpoint.py)."""

@@ -65,6 +65,11 @@ class RunFolder:
             return 0
         assert groups.actor is not None
         state = json.loads((self.resume_from / RUNNER_STATE).read_text())
+        if groups.critic is not None and not (self.resume_from / "critic").is_dir():
+            raise UserError(
+                f"runner.resume_dir: {self.resume_from} was written without a critic; resume with the algorithm that wrote "
+                "it, or convert it (searchr1 convert) and start from the model"
+            )
         groups.actor.call("load", self.resume_from / "actor").wait(SAVE_TIMEOUT_S)
         if groups.critic is not None:
             groups.critic.call("load", self.resume_from / "critic").wait(SAVE_TIMEOUT_S)

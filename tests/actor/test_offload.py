@@ -6,6 +6,7 @@ import policy_ranks as ranks
 import pytest
 import torch
 
+from searchr1.actor.fsdp import FsdpTraining
 from searchr1.actor.offload import Offload
 
 
@@ -36,6 +37,17 @@ def test_what_is_not_kept_comes_back_as_zeros():
     offload.out()
     offload.back()
     assert torch.equal(gradients, torch.zeros(5))
+
+
+def test_what_fsdp_keeps_in_host_memory_anyway_is_not_copied_there():
+    backend = FsdpTraining.__new__(FsdpTraining)
+    backend.model = torch.nn.Linear(3, 3)
+    backend.optimizer = torch.optim.AdamW(backend.model.parameters())
+    backend.model(torch.ones(3)).sum().backward()
+    backend.optimizer.step()
+    for device, counts in (("cpu", [2, 4]), ("cuda", [0, 0])):
+        backend.device = torch.device(device)
+        assert [len(list(backend.resident(kind))) for kind in ("weight", "optimizer")] == counts
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from searchr1.actor.checkpoint import load_state
 from searchr1.actor.optimizer import build_schedule, resume_schedule
 from searchr1.config.schema_model import LrSchedConfig
+from searchr1.errors import UserError
 
 
 def make(rate):
@@ -50,3 +52,12 @@ def test_going_on_with_the_same_rate_changes_nothing():
     assert resumed[2].get_last_lr() == whole[2].get_last_lr()
     assert resumed[1].param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]
     assert advance(*resumed) == pytest.approx(advance(*whole))
+
+
+def test_a_checkpoint_of_the_other_backend_is_told(tmp_path):
+    (tmp_path / "critic").mkdir()
+    (tmp_path / "critic/metadata.json").write_text("{}")
+    (tmp_path / "sizes.json").write_text('{"critic/metadata.json": 2}')
+    _, optimizer, schedule = make(1.0)
+    with pytest.raises(UserError, match="was written by training_backend: megatron"):
+        load_state(tmp_path / "critic", torch.nn.Linear(2, 2), optimizer, schedule)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -54,6 +55,14 @@ def test_used_folder_is_refused_unless_asked_for(tmp_path):
 def test_resuming_from_a_folder_that_is_no_checkpoint_is_told(tmp_path):
     with pytest.raises(UserError, match=r"runner\.resume_dir"):
         RunFolder.open(config(tmp_path, resume_dir=str(tmp_path)))
+
+
+def test_resuming_with_a_critic_that_was_never_saved_is_told(tmp_path):
+    (tmp_path / "actor").mkdir()
+    (tmp_path / "runner.json").write_text('{"step": 2, "loader": {}}')
+    folder = RunFolder.open(config(tmp_path, resume_dir=str(tmp_path)))
+    with pytest.raises(UserError, match=r"runner\.resume_dir: .* was written without a critic"):
+        folder.resume(SimpleNamespace(actor=object(), critic=object()), loader=None)
 
 
 def test_output_that_cannot_be_written_is_told(tmp_path):
