@@ -111,9 +111,8 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
             )
         if session.stop_reason is not None:
             return problem(503, f"{session.stop_reason}; start searchr1 serve-chat again")
-        if admission.full:
-            return problem(503, "too many questions are waiting; try again soon", {"retry-after": str(RETRY_AFTER_S)})
-        return EventStream(session.ask(question), admission, limits.answer_timeout_s)
+        busy = problem(503, "too many questions are waiting; try again soon", {"retry-after": str(RETRY_AFTER_S)})
+        return EventStream(session.ask(question), admission, limits.answer_timeout_s, busy)
 
     @app.post("/page")
     async def read_page(wanted: Address) -> Response:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -20,7 +20,8 @@ class Admission:
     """How many questions are answered at once, and how many may wait."""
 
     def __init__(self, running: int, waiting: int) -> None:
-        self._free = asyncio.Semaphore(running)
+        self.turn = asyncio.Semaphore(running)
+        """Held by the questions that are answered."""
         self._most = running + waiting
         self._running = running
         self._inside = 0
@@ -40,13 +41,12 @@ class Admission:
         """How many answers have to end before the next question gets its place."""
         return max(self._inside - self._running + 1, 0)
 
-    @asynccontextmanager
-    async def enter(self) -> AsyncIterator[None]:
-        """Wait for a place and hold it."""
+    @contextmanager
+    def seat(self) -> Iterator[None]:
+        """Count as one that is answered or waits. To be taken with no await after `full` was asked."""
         self._inside += 1
         try:
-            async with self._free:
-                yield
+            yield
         finally:
             self._inside -= 1
 
@@ -56,8 +56,17 @@ class EventStream(Response):
 
     media_type = "application/x-ndjson"
 
-    def __init__(self, events: AsyncGenerator[Event, None], admission: Admission, timeout_s: float) -> None:
-        """`timeout_s`: of the whole answer, its place in the queue not counted."""
+    def __init__(
+        self, events: AsyncGenerator[Event, None], admission: Admission, timeout_s: float, refusal: Response
+    ) -> None:
+        """Nothing runs until it is called.
+
+        Args:
+            events: of the answer.
+            admission: of the server.
+            timeout_s: of the whole answer, its place in the queue not counted.
+            refusal: is sent instead where no more may wait.
+        """
         self.status_code = 200
         self.background = None
         self.body = b""
@@ -66,10 +75,20 @@ class EventStream(Response):
         self._events = events
         self._admission = admission
         self._timeout_s = timeout_s
+        self._refusal = refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until the client is gone."""
-        sending = asyncio.create_task(self._send_all(send))
+        if self._admission.full:
+            await self._events.aclose()
+            await self._refusal(scope, receive, send)
+            return
+        before = self._admission.before_next
+        with self._admission.seat():
+            await self._answer(receive, send, before)
+
+    async def _answer(self, receive: Receive, send: Send, before: int) -> None:
+        sending = asyncio.create_task(self._send_all(send, before))
         gone = asyncio.create_task(_until_gone(receive))
         try:
             await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -81,18 +100,23 @@ class EventStream(Response):
         if isinstance(results[0], Exception) and not isinstance(results[0], OSError):
             raise results[0]
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, before: int) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        if before := self._admission.before_next:
+        if before:
             await _send_line(send, Waiting(before))
+        last: Event | None = None
         try:
-            async with _heart(send), self._admission.enter(), asyncio.timeout(self._timeout_s):
+            async with _heart(send), self._admission.turn, asyncio.timeout(self._timeout_s):
                 async with aclosing(self._events) as events:
                     async for event in events:
                         await _send_line(send, event)
         except TimeoutError:
-            await _send_line(send, Failed(f"the answer took longer than {self._timeout_s:g} s (--answer_timeout_s)"))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = Failed(f"the answer took longer than {self._timeout_s:g} s (--answer_timeout_s)")
+        with suppress(TimeoutError):  # a client that does not read keeps its place no longer
+            async with asyncio.timeout(HEARTBEAT_S):
+                if last is not None:
+                    await _send_line(send, last)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send_line(send: Send, event: Event) -> None:

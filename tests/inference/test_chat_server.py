@@ -63,6 +63,14 @@ class Client:
                 await asyncio.sleep(0.002)
 
 
+class Stuck(Client):
+    """It reads nothing but the status."""
+
+    async def _send(self, message):
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()
+
+
 def play(scene, session=None, token=None, hosts=(), **limits):
     async def run():
         async with asyncio.timeout(40):
@@ -129,6 +137,30 @@ def test_questions_wait_for_their_turn_and_too_many_are_refused():
             assert (await client.get("/health")).json()["running"] == 0
 
     play(scene, make_session(SCRIPT, engine=engine), running=1, waiting=1)
+
+
+def test_questions_that_come_together_pass_no_limit():
+    engine = ScriptedEngine(SCRIPT, delay=0.003)
+
+    async def scene(app):
+        clients = [Client(app, "q") for _ in range(20)]
+        await asyncio.gather(*(client.task for client in clients))
+        assert sorted(client.status for client in clients) == [200] * 3 + [503] * 17
+        assert engine.most == 1
+
+    play(scene, make_session(SCRIPT, engine=engine), running=1, waiting=2)
+
+
+def test_a_client_that_does_not_read_loses_its_place(monkeypatch):
+    monkeypatch.setattr("searchr1.inference.stream.HEARTBEAT_S", 0.05)
+
+    async def scene(app):
+        client = Stuck(app, "q")
+        await client.task
+        async with http(app) as other:
+            assert (await other.get("/health")).json()["running"] == 0
+
+    play(scene, make_session(SCRIPT), answer_timeout_s=0.05)
 
 
 def test_leaving_the_queue_frees_the_place():
