@@ -40,7 +40,9 @@ class Gate:
             # A page elsewhere may have pointed its own name at this machine.
             await refuse(send, 421, f"this server is not called {host[:100]!r}; start it with --allowed-host NAME")
         elif origin is not None and not _is_from(origin.decode("latin-1"), host):
-            await refuse(send, 403, "this request came from a page of another site")
+            await refuse(
+                send, 403, f"this request came from a page of another site than {host[:100]}; a proxy must pass its Host on"
+            )
         elif self._expected and scope["path"] not in OPEN_PATHS and not self._has_token(headers):
             await refuse(send, 401, "this server wants its token: Authorization: Bearer ...")
         elif length.isdigit() and int(length) > MAX_BODY_BYTES:
