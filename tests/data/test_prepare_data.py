@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -324,11 +325,15 @@ def test_the_command_is_known_and_tells_mistakes_without_a_traceback(tmp_path, c
 
 def test_the_scripts_that_search_r1s_users_know(hub, tmp_path):
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    words = ["bash", SCRIPTS / "data_process.sh", tmp_path, "--local", hub]
-    result = subprocess.run(words, env=env, capture_output=True, text=True, timeout=120)
+    sets = shutil.copytree(hub, tmp_path / "sets")
+    with (sets / "nq/train.jsonl").open("a") as train:
+        train.write(json.dumps(flashrag_row("nq", "test", 0) | {"id": "also_in_test"}) + "\n")
+    words = ["bash", SCRIPTS / "data_process.sh", "--local", sets, "--drop-overlap"]
+    result = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    assert len(rows_of(tmp_path / "train.parquet")) == 8
-    assert len(rows_of(tmp_path / "test.parquet")) == 28
+    out = tmp_path / "data/nq_hotpotqa_train"
+    assert len(rows_of(out / "train.parquet")) == 8  # the ninth is a question of the evaluation
+    assert len(rows_of(out / "test.parquet")) == 28
 
 
 @pytest.mark.parametrize(("name", "sign"), [("nq", "what you know"), ("nq_search", "<search>"), ("nq_rag", "Doc 1")])

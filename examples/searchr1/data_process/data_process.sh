@@ -5,7 +5,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../../.." && pwd)
 . "$root/env.sh"
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$root/.venv/bin/activate" ]; then . "$root/.venv/bin/activate"; fi
-local_dir=${1:-data/nq_hotpotqa_train}
-shift || true
-python "$here/qa_search_train_merge.py" --local_dir "$local_dir" "$@"
+local_dir=data/nq_hotpotqa_train
+if [ $# -gt 0 ] && [ "${1#-}" = "$1" ]; then local_dir=$1 && shift; fi
+# Evaluation first: training questions are looked for in it (--drop-overlap).
 python "$here/qa_search_test_merge.py" --local_dir "$local_dir" "$@"
+python "$here/qa_search_train_merge.py" --local_dir "$local_dir" "$@"
