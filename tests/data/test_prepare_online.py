@@ -110,7 +110,12 @@ def test_passages_are_put_into_the_prompt_and_not_searched_twice(retriever, tmp_
     with pytest.raises(UserError, match=r"--search: .*400: broken.* 4 questions are done"):
         main([*words, "--template", "rag"])
     assert [path.name for path in (tmp_path / "o").iterdir()] == [NOTES]
-    with (tmp_path / "o" / NOTES).open("a") as notes:
+    with (tmp_path / "o" / NOTES).open("a+") as notes:
+        notes.seek(0)
+        kept = [json.loads(line) for line in notes]
+        last = flashrag_row("nq", "train", 6)["question"] + "?"
+        for other in ({"servers": ["another"]}, {"topk": 9}):
+            notes.write(json.dumps(kept[0] | {"question": last, "passages": "of another search"} | other) + "\n")
         notes.write('{"question": "cut o')
     broken_at.clear()
     main([*words, "--template", "rag"])

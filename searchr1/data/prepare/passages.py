@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from searchr1.agent.protocol import Document, render_body
 from searchr1.errors import UserError
@@ -26,13 +27,15 @@ def search_passages(
         questions: what is searched for, word for word.
         addresses: of retrieval servers, `host:port`.
         topk: passages per question.
-        notes: a file that keeps what was found, for a repeated run; the caller deletes it when it is done.
+        notes: a file that keeps what was found, for a repeated run that asks the same servers for as much; the caller
+            deletes it when it is done.
         tell: told the share that is done.
 
     Raises:
         UserError: no server answers, or the notes cannot be written.
     """
-    found = _read_notes(notes, topk)
+    asked: dict[str, Any] = {"topk": topk, "servers": list(addresses)}
+    found = _read_notes(notes, asked)
     wanted = [question for question in dict.fromkeys(questions) if question not in found]
     calls = [wanted[start : start + QUESTIONS_PER_CALL] for start in range(0, len(wanted), QUESTIONS_PER_CALL)]
     try:
@@ -42,7 +45,7 @@ def search_passages(
             def keep(call: Sequence[str], results: Sequence[str]) -> None:
                 for question, passages in zip(call, results, strict=True):
                     found[question] = passages
-                    file.write(json.dumps({"question": question, "topk": topk, "passages": passages}) + "\n")
+                    file.write(json.dumps({"question": question, **asked, "passages": passages}) + "\n")
                 file.flush()
                 tell(1 - sum(question not in found for question in wanted) / max(len(wanted), 1))
 
@@ -57,7 +60,7 @@ def search_passages(
     return found
 
 
-def _read_notes(notes: Path, topk: int) -> dict[str, str]:
+def _read_notes(notes: Path, asked: dict[str, Any]) -> dict[str, str]:
     found: dict[str, str] = {}
     if not notes.is_file():
         return found
@@ -71,7 +74,7 @@ def _read_notes(notes: Path, topk: int) -> dict[str, str]:
             if not line.endswith(b"\n"):
                 break
             whole += len(line)
-            if row["topk"] == topk:
+            if all(row.get(name) == value for name, value in asked.items()):
                 found[row["question"]] = row["passages"]
         os.truncate(notes, whole)
     return found
