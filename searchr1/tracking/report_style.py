@@ -2,11 +2,11 @@
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ground: #f6f7f9; --ink: #1c2430; --soft: #5d6b7e; --rule: #e1e6ed;
-  --policy: #eef4ff; --tool: #f3f4f6; --good: #14804a; --bad: #bc2c1a;
+  --good: #14804a; --bad: #bc2c1a;
   --c0: #2f6fde; --c1: #e0752d; --c2: #24945b; --c3: #8e4ec6; --c4: #c2417f; --c5: #7a8798; --c6: #b59410; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #1a2029; --ground: #11151b; --ink: #dfe6ef; --soft: #93a1b4; --rule: #2b3441;
-    --policy: #182742; --tool: #20262f; --good: #4cc38a; --bad: #ff8b7a;
+    --good: #4cc38a; --bad: #ff8b7a;
     --c0: #6ba1ff; --c1: #f79a5a; --c2: #4cc38a; --c3: #bf8af0; --c4: #f07fb4; --c5: #9aa7b8; --c6: #dcc04c; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--ground); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
@@ -15,7 +15,7 @@ h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; }
 h2 { font-size: 18px; margin: 40px 0 12px; }
 h1 + p, h2 + p { color: var(--soft); margin: 2px 0 14px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 12px; margin-top: 18px; }
-.tile, figure, .card, .table { background: var(--paper); border: 1px solid var(--rule); border-radius: 10px; }
+.tile, figure, .table { background: var(--paper); border: 1px solid var(--rule); border-radius: 10px; }
 .tile { padding: 12px 14px; }
 .tile span { color: var(--soft); font-size: 13px; display: block; }
 .tile b { font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
@@ -36,22 +36,11 @@ svg text { font: 10.5px system-ui, sans-serif; fill: var(--soft); }
 .raw { opacity: .3; stroke-width: 1; }
 .area { fill: var(--c); opacity: .8; }
 .dot { fill: var(--c); }
-.hit { fill: transparent; }
-.hit:hover { fill: var(--c); }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; color: var(--soft); }
 .key::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 2px; margin-right: 6px;
   background: var(--c); }
 .c0, .k0 { --c: var(--c0); } .c1, .k1 { --c: var(--c1); } .c2, .k2 { --c: var(--c2); } .c3, .k3 { --c: var(--c3); }
 .c4, .k4 { --c: var(--c4); } .c5, .k5 { --c: var(--c5); } .c6, .k6 { --c: var(--c6); }
-.card { margin: 8px 0; }
-summary { cursor: pointer; padding: 9px 14px; overflow-wrap: anywhere; }
-summary small, .meta { color: var(--soft); font-size: 12.5px; }
-.inside { padding: 0 14px 12px; }
-.meta { margin: 0 0 8px; overflow-wrap: anywhere; }
-pre { margin: 3px 0 0; padding: 8px 11px; border-radius: 7px; white-space: pre-wrap; overflow-wrap: anywhere;
-  font: 13px/1.5 ui-monospace, monospace; max-height: 26em; overflow-y: auto; }
-.policy { background: var(--policy); border-left: 3px solid var(--c0); }
-.tool { background: var(--tool); border-left: 3px solid var(--c5); }
 .turn { margin-top: 8px; font-size: 12px; color: var(--soft); }
 .good { color: var(--good); } .bad { color: var(--bad); }
 """
