@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,8 @@ def _set_sampling(config: Config, args: argparse.Namespace) -> None:
     """Greedy as in evaluation, unless a temperature is given."""
     algorithm = config.algorithm
     if args.temperature is not None:
-        if args.temperature < 0:
-            raise UserError(f"--temperature {args.temperature:g}: must be 0 or more")
+        if not 0 <= args.temperature < math.inf:
+            raise UserError(f"--temperature {args.temperature:g}: must be a number from 0 on")
         base: SamplingParams = algorithm.eval_sampling_params or algorithm.sampling_params
         base.do_sample, base.temperature = args.temperature > 0, args.temperature or 1.0
         algorithm.eval_sampling_params = base

@@ -84,6 +84,7 @@ def test_flags_and_overrides_go_on_top():
         (["--snippet_only"], "need --engine"),
         (["--topk", "0"], "--topk 0"),
         (["--temperature", "-1"], "--temperature -1"),
+        (["--temperature", "nan"], "--temperature nan"),
         (["--prompt_template", "nonsense"], "'nonsense' is not known"),
         (["--config", "none.yaml"], "none.yaml: no such file"),
         (["agentloop.max_turn=3"], "did you mean agentloop.max_turns"),
