@@ -55,7 +55,7 @@ async def nq_alone(request):
 
 def test_the_hubs_files_are_cached_and_a_missing_one_is_told(tmp_path):
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    env |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
+    env |= {"HF_HOME": str(tmp_path / "snapshots/home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
 
     def prepare(out, *flags, **more):
         words = [sys.executable, "-m", "searchr1.cli", "prepare-data", "--out", tmp_path / out, "--split", "test", *flags]

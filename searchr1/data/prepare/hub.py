@@ -40,9 +40,7 @@ def fetch(name: str, revision: str | None = None) -> tuple[Path, str]:
             f"{REPOSITORY} {name}: the download failed ({_reason(error)}). Check the connection and the free space, then "
             "run this again: it goes on where it stopped"
         ) from error
-    parts = path.parts
-    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else "unknown"
-    return path, commit
+    return path, path.parents[len(Path(name).parts) - 1].name  # …/snapshots/COMMIT/name
 
 
 def _reason(error: BaseException) -> str:
