@@ -92,7 +92,7 @@ def warnings(config: Config) -> list[str]:
     critic, steps = config.critic, config.runner.max_steps
     if critic.use_critic_model and 0 <= steps <= critic.warmup_steps:
         found.append(
-            f"critic.warmup_steps: {critic.warmup_steps} trains the critic alone; runner.max_steps: {steps} is not more"
+            f"critic.warmup_steps: {critic.warmup_steps} is all of runner.max_steps: {steps}, so the policy is never trained"
         )
     template = config.data.prompt_template
     if template == "asearcher" and not config.tools.access.enabled:
