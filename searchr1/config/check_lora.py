@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
+from searchr1.config.schema_model import LoraConfig
 
 MAX_ENGINE_RANK = 512
 """Of an adapter that vLLM takes."""
@@ -51,3 +53,8 @@ def _adapter_updates(config: Config) -> Iterator[Problem]:
             f"with adapter the engine keeps rollout.model.model_path as its base, but actor.model.path is {path}; "
             "make them the same, or use merged",
         )
+
+
+def without_adapters(config: Config) -> Config:
+    """The run as an engine sees it that nobody trains: the model's folder has everything, no adapter will come."""
+    return replace(config, actor=replace(config.actor, lora=LoraConfig()))

@@ -10,6 +10,7 @@ from typing import Any
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
+from searchr1.config.check_lora import without_adapters
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -44,7 +45,7 @@ async def open_session(plan: Plan) -> Session:
     fit_to_model(config, plan.auto_length)
     print(f"loading {path}", file=sys.stderr, flush=True)
     try:
-        engine = await Engine.start(path, device, EngineSettings.from_config(config))
+        engine = await Engine.start(path, device, EngineSettings.from_config(without_adapters(config)))
     except EngineError as error:
         raise UserError(f"--model_path {path}: cannot be loaded ({error})") from error
     settings = AgentSettings.from_config(config, "eval")

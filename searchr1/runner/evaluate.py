@@ -9,6 +9,7 @@ from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid
+from searchr1.config.check_lora import without_adapters
 from searchr1.config.load import load_config, save_config
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
@@ -63,7 +64,7 @@ def run(config: Config) -> tuple[Results, Path]:
     Raises:
         UserError: something the user can put right; what was finished is kept, and the same call goes on from there.
     """
-    config = with_judge(config)
+    config = without_adapters(with_judge(config))
     device = Device.detect(config.cluster.device)
     questions = load_questions(config)
     print(f"questions: {questions.described}", flush=True)

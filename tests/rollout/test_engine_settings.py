@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from searchr1.agent.settings import GenerateParams
+from searchr1.config.check_lora import without_adapters
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.rollout.settings import EngineSettings
@@ -84,3 +85,11 @@ def test_sampling_parameters() -> None:
     assert sampling.logprobs == 0
     assert not _sampling_params(GenerateParams(max_new_tokens=7)).detokenize
     assert _sampling_params(GenerateParams(max_new_tokens=7, top_k=5)).top_k == 5
+
+
+def test_only_a_run_that_trains_adapters_makes_room_for_them() -> None:
+    config = Config()
+    config.actor.lora.rank, config.actor.lora.weight_update = 16, "adapter"
+    assert EngineSettings.from_config(config).adapter_rank == 16
+    assert EngineSettings.from_config(without_adapters(config)).adapter_rank == 0
+    assert config.actor.lora.rank == 16
