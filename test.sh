@@ -6,10 +6,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 ./install.sh || exit
 . "${VENV:-.venv}/bin/activate"
 . ./env.sh
-# verl's formulas are compared with ours. Of its wheel only files are read, so it stays beside the environment.
+# verl's formulas are compared with ours. Of its wheel only files are read, so it stays beside the environment, and without
+# the packages `tests` and `scripts` that come with it and would hide ours.
 oracles=$VIRTUAL_ENV/oracles
 if [ ! -e "$oracles/verl-0.9.1.dist-info" ]; then
   python -m pip install -q --disable-pip-version-check --no-deps --target "$oracles" verl==0.9.1 \
+    && rm -rf "$oracles/tests" "$oracles/scripts" \
     || echo "test.sh: verl could not be installed: its comparisons will be skipped" >&2
 fi
 ruff check . && ruff format --check . && mypy || exit
