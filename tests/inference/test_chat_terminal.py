@@ -58,7 +58,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys):
             return await super().generate(prompt_ids, params, timeout_s, on_text)
 
     engine = Interrupted({"long": ["<think> " + "on and on " * 5000], "q": [ANSWER]}, delay=0.001)
-    out = converse(monkeypatch, capsys, make_session(None, engine=engine), "long", "q")
+    # Whoever runs the tests in the background may have had SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        out = converse(monkeypatch, capsys, make_session(None, engine=engine), "long", "q")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (engine.aborted, engine.running) == (1, 0)
     assert "stopped" in out
     assert out.index("stopped") < out.index("answer   Ada Lovelace")
