@@ -277,6 +277,7 @@ def test_exports_that_cannot_be_are_refused(base, tmp_path):
         fsdp2hf(whole, tmp_path / "adapter", adapter=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(base, tmp_path):
     job = {"name": "lora", "backend": "fsdp", "model": base, "lora": {"rank": 4, "alpha": 6.0, "target_modules": TARGETS}}
     [one] = ranks.run(1, [job], tmp_path / "one")["lora"]

@@ -245,6 +245,7 @@ def test_kept_activations_with_gradient_checkpointing(name):
     assert again == pytest.approx(Saved(alone).forward(alone, batch), rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peak_of_a_training_step(process_group, checkpointing):
     from torch.distributed._tools.mem_tracker import MemTracker

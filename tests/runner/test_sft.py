@@ -99,6 +99,8 @@ def test_a_batch_larger_than_the_data_reaches_into_the_next_epoch(tokenizer, tmp
     assert len(next(batches(rows, 30, seed=0))) == 10
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
     rows = [{"prompt": f"Question: {i}?\n", "response": " Silver Harbor"} for i in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -106,7 +108,7 @@ def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
     words = [sys.executable, "-m", "searchr1.cli", "sft", "--fresh", str(ROOT / "examples/demo/fresh_model"), "--tokenizer"]
     words += [str(tmp_path / "tokenizer"), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "out")]
     words += ["--lr", "3e-3", "--tokens-per-batch", "200", "--max-steps", "40", "--device", "cpu"]
-    result = subprocess.run(words, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(words, capture_output=True, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-2000:]
     losses = [float(found) for found in re.findall(r"loss ([\d.]+)", result.stdout)]
     assert losses[-1] < losses[0]
@@ -117,7 +119,7 @@ def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
     ids = found("Question: 7?\n", return_tensors="pt")["input_ids"]
     answer = model.generate(ids, max_new_tokens=3, do_sample=False)[0, ids.shape[1] :]
     assert found.decode(answer) == " Silver Harbor<|im_end|>"
-    again = subprocess.run(words, capture_output=True, text=True, timeout=100)
+    again = subprocess.run(words, capture_output=True, text=True, timeout=200)
     assert again.returncode == 2
     assert "not empty" in again.stderr
 
@@ -223,6 +225,7 @@ def by_hand(start):
     return losses, dict(model.named_parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -244,6 +247,7 @@ def test_two_ranks_of_either_backend_equal_a_plain_loop(start, tmp_path, more):
         assert torch.allclose(tensor, weights[name], atol=1e-5), name
 
 
+@pytest.mark.slow
 def test_random_weights_on_megatron_are_those_of_a_plain_loop(start, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
