@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from searchr1.agent.protocol import InformationStyle, frame, parse_action, truncate_ids
+from searchr1.agent.calls import cut_turn, read_call
+from searchr1.agent.protocol import InformationStyle, frame, truncate_block, truncate_ids
 from searchr1.agent.settings import AgentSettings, Engine, Generation
 from searchr1.agent.tools import Tool, ToolResult
 from searchr1.agent.trajectory import Sample, StopReason, Trajectory, Turn
@@ -77,11 +78,11 @@ async def run_trajectory(
             min_new_tokens=min(settings.sampling.min_new_tokens, limit),
             seed=_turn_seed(seed, sample.id, replica, len(turns)),
         )
-        generation = await engine.generate(response.all_ids, params)
+        generation = cut_turn(await engine.generate(response.all_ids, params), settings.toolcall_parser, tokenizer)
         # The oldest weights that took part: an update may fall between two turns.
         version = generation.weight_version if version is None else min(version, generation.weight_version)
         response.append_sampled(generation)
-        action = parse_action(generation.text)
+        action = read_call(generation.text, settings.toolcall_parser)
         turn = Turn(generation.text, action.kind, policy_tokens=len(generation.token_ids))
         turns.append(turn)
         if action.kind == "answer":
@@ -100,9 +101,14 @@ async def run_trajectory(
             if out_of_tokens:
                 stop = "length"
                 break
-            if generation.token_ids and generation.token_ids[-1] in fixed.end_ids:
-                stop = "eos"
+            ended = bool(generation.token_ids) and generation.token_ids[-1] in fixed.end_ids
+            if settings.no_call_ends or (ended and settings.end_token_ends):
+                stop = "length" if generation.finish_reason == "length" else "eos"
                 break
+            if ended:
+                response.take_back_last()
+                turn.policy_tokens -= 1
+                turn.policy_text = turn.policy_text.removesuffix(tokenizer.decode(generation.token_ids[-1:]))
             text_ids = fixed.invalid_ids
             turn.tool_text = settings.invalid_action_message
         else:
@@ -162,6 +168,11 @@ class _Response:
 
     def append_sampled(self, generation: Generation) -> None:
         self._append(generation.token_ids, True, generation.logprobs)
+
+    def take_back_last(self) -> None:
+        """Forget the last token."""
+        self.all_ids = self.all_ids[:-1]
+        del self.ids[-1], self.mask[-1], self.logprobs[-1]
 
     def append_environment(self, ids: list[int]) -> bool:
         """Add what the policy only reads; False (and nothing added) if no sampled token would fit after it."""
@@ -223,16 +234,20 @@ async def _call_tool(turn: Turn, tool: Tool, tokenizer: Any, fixed: _Fixed, sett
         result = ToolResult("The tool did not answer in time.", f"no answer within {settings.tool_timeout_s:g} s")
     turn.tool_seconds = time.perf_counter() - started
     turn.tool_error = result.error
-    if len(result.body) > LONG_TEXT:
-        encoded = await asyncio.to_thread(_encode, tokenizer, result.body)
+    whole = settings.tool_text_tokens == "whole"
+    text = fixed.before + result.body + fixed.after if whole else result.body
+    if len(text) > LONG_TEXT:
+        encoded = await asyncio.to_thread(_encode, tokenizer, text)
     else:
-        encoded = _encode(tokenizer, result.body)
+        encoded = _encode(tokenizer, text)
+    kept = [token for token in encoded if token not in fixed.control_ids]
+    limit, side = settings.max_tool_response_length, settings.truncate_side
+    if whole:
+        ids = truncate_block(kept, fixed.before_ids, fixed.after_ids, limit, side)
+        turn.tool_text = text if ids == encoded else tokenizer.decode(ids)
+        return ids
     # The body is tokenized and cut between its tags, so they always stay, and look the same whether it was cut or not.
-    body_ids = truncate_ids(
-        [token for token in encoded if token not in fixed.control_ids],
-        settings.max_tool_response_length,
-        settings.truncate_side,
-    )
+    body_ids = truncate_ids(kept, limit, side)
     body = result.body if len(body_ids) == len(encoded) else tokenizer.decode(body_ids)
     turn.tool_text = fixed.before + body + fixed.after
     return fixed.before_ids + body_ids + fixed.after_ids

@@ -12,6 +12,7 @@ from searchr1.agent.trajectory import ActionKind
 TAGS = ("think", "search", "information", "answer", "access")
 InformationStyle = Literal["searchr1", "rlinf"]
 TruncateSide = Literal["right", "left", "middle"]
+ToolcallParser = Literal["tags", "searchr1", "searchr1-qwen"]
 
 NO_RESULTS = "No search results are found."
 RLINF_DOCUMENT_CHARACTERS = 5_000
@@ -32,6 +33,8 @@ class Document:
     id: str = ""
     url: str = ""
     score: float | None = None
+    contents: str = ""
+    """Title and text as the server sent them; empty if they did not come in one piece."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +77,19 @@ def neutralise(text: str) -> str:
     return _CHAT.sub("‹", _OURS.sub("‹", text))
 
 
-def render_body(results: Sequence[Sequence[Document]], style: InformationStyle) -> str:
-    """What stands between the information tags; results of several queries follow each other."""
+def render_body(
+    results: Sequence[Sequence[Document]], style: InformationStyle, no_results_message: str | None = None
+) -> str:
+    """What stands between the information tags; results of several queries follow each other.
+
+    `no_results_message` stands there if nothing was found; None is the usual one.
+    """
     documents = [document for found in results for document in found]
     if not documents:
-        return NO_RESULTS
+        return NO_RESULTS if no_results_message is None else no_results_message
     if style == "rlinf":
-        return "\n".join(
-            f"[Doc {i}]({neutralise(d.url)}):\n{neutralise(_titled(d)[:RLINF_DOCUMENT_CHARACTERS])}\n"
+        return "\n\n".join(
+            f"[Doc {i}]({neutralise(d.url)}):\n{neutralise(_contents(d)[:RLINF_DOCUMENT_CHARACTERS])}"
             for i, d in enumerate(documents, start=1)
         )
     return "\n".join(
@@ -89,8 +97,9 @@ def render_body(results: Sequence[Sequence[Document]], style: InformationStyle) 
     )
 
 
-def _titled(document: Document) -> str:
-    return f"{document.title}\n{document.text}" if document.title else document.text
+def _contents(document: Document) -> str:
+    """A document in one piece, as retrieval servers send it."""
+    return document.contents or (f'"{document.title}"\n{document.text}' if document.title else document.text)
 
 
 def frame(style: InformationStyle) -> tuple[str, str]:
@@ -118,6 +127,23 @@ def truncate_ids(body_ids: list[int], limit: int, side: TruncateSide) -> list[in
         return body_ids[-limit:]
     tail = limit // 2
     return body_ids[: limit - tail] + (body_ids[-tail:] if tail else [])
+
+
+def truncate_block(
+    block_ids: list[int], before_ids: list[int], after_ids: list[int], limit: int, side: TruncateSide
+) -> list[int]:
+    """A tool text that was tokenized as one string, with at most `limit` tokens beside those of its tags.
+
+    Up to the cut the tokens are the block's own; a tag next to the cut is tokenized by itself.
+    """
+    size = len(block_ids)
+    if size <= len(before_ids) + limit + len(after_ids):
+        return block_ids
+    tail = {"right": 0, "left": limit, "middle": limit // 2}[side]
+    head = limit - tail
+    start = block_ids[: len(before_ids) + head] if head else before_ids
+    end = block_ids[size - len(after_ids) - tail :] if tail else after_ids
+    return start + end
 
 
 def truncate_text(text: str, tokenizer: Any, limit: int, side: TruncateSide) -> str:

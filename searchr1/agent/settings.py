@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from searchr1.agent.protocol import InformationStyle, TruncateSide
+from searchr1.agent.protocol import InformationStyle, ToolcallParser, TruncateSide
 from searchr1.agent.trajectory import Mode
 
 if TYPE_CHECKING:
     from searchr1.config.schema import Config
 
+ToolTextTokens = Literal["parts", "whole"]
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -72,6 +73,15 @@ class AgentSettings:
     truncate_side: TruncateSide = "right"
     information_style: InformationStyle = "searchr1"
     invalid_action_message: str = ""
+    toolcall_parser: ToolcallParser = "tags"
+    no_call_ends: bool = False
+    """A turn without a tool call ends the rollout."""
+    end_token_ends: bool = True
+    """A turn that calls nothing and ends with an end token ends the rollout."""
+    no_results_message: str | None = None
+    """What a search shows that found nothing; None is the usual text."""
+    tool_text_tokens: ToolTextTokens = "parts"
+    """Whether tags and body are tokenized apart, or the tool text as one string."""
     tool_timeout_s: float = 60.0
     """A tool that keeps no deadline of its own is given up after this."""
 
@@ -102,5 +112,10 @@ class AgentSettings:
             truncate_side=agent.tool_response_truncate_side,  # type: ignore[arg-type]  # checked by config/check.py
             information_style=agent.information_style,  # type: ignore[arg-type]
             invalid_action_message=agent.invalid_action_message,
+            toolcall_parser=agent.toolcall_parser,  # type: ignore[arg-type]
+            no_call_ends=agent.no_call_ends,
+            end_token_ends=agent.end_token_ends,
+            no_results_message=agent.no_results_message,
+            tool_text_tokens=agent.tool_text_tokens,  # type: ignore[arg-type]
             tool_timeout_s=2 * config.tools.search.timeout_s,
         )

@@ -94,10 +94,13 @@ class FailureMonitor:
 class SearchTool:
     """Passages for queries."""
 
-    def __init__(self, client: Finder, style: InformationStyle, monitor: FailureMonitor) -> None:
+    def __init__(
+        self, client: Finder, style: InformationStyle, monitor: FailureMonitor, no_results_message: str | None = None
+    ) -> None:
         self._client = client
         self._style = style
         self._monitor = monitor
+        self._no_results_message = no_results_message
 
     async def call(self, arguments: Sequence[str]) -> ToolResult:
         """Search all queries of one turn in one request."""
@@ -107,8 +110,8 @@ class SearchTool:
             self._monitor.record(True, str(error))
             return ToolResult("The search engine did not answer. Try again or answer without it.", str(error))
         self._monitor.record(False)
-        documents = [[Document(d.title, d.text, d.id, d.url or "", d.score) for d in found] for found in results]
-        return ToolResult(render_body(documents, self._style), found=documents)
+        documents = [[as_document(found) for found in query] for query in results]
+        return ToolResult(render_body(documents, self._style, self._no_results_message), found=documents)
 
     @property
     def stats(self) -> ClientStats:
@@ -145,15 +148,20 @@ class AccessTool:
 class DummySearchTool:
     """`tools.search.dummy_mode`: every search finds nothing, without a server."""
 
-    def __init__(self, style: InformationStyle) -> None:
-        self._style = style
+    def __init__(self, style: InformationStyle, no_results_message: str | None = None) -> None:
+        self._body = render_body([], style, no_results_message)
 
     async def call(self, arguments: Sequence[str]) -> ToolResult:
-        """Nothing, for each query."""
-        return ToolResult(render_body([[] for _ in arguments], self._style))
+        """Find nothing."""
+        return ToolResult(self._body)
 
     async def aclose(self) -> None:
         """Nothing to close."""
+
+
+def as_document(found: RetrievedDocument) -> Document:
+    """A passage as the agent shows it."""
+    return Document(found.title, found.text, found.id, found.url or "", found.score, found.contents)
 
 
 def client_stats(tools: Mapping[str, Tool]) -> ClientStats:
@@ -173,11 +181,11 @@ def show_page(contents: str | None) -> str:
     return "\n\n".join(f">>>> Page {number} >>>>\n\n{chunk}" for number, chunk in enumerate(chunks, start=1))
 
 
-def build_tools(config: ToolsConfig, style: InformationStyle) -> dict[str, Tool]:
+def build_tools(config: ToolsConfig, style: InformationStyle, no_results_message: str | None = None) -> dict[str, Tool]:
     """The tools of a run by the action that calls them."""
     search = config.search
     if search.dummy_mode:
-        return {"search": DummySearchTool(style)}
+        return {"search": DummySearchTool(style, no_results_message)}
     addresses = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
     client = SearchClient(
         [str(address) for address in addresses],
@@ -187,7 +195,7 @@ def build_tools(config: ToolsConfig, style: InformationStyle) -> dict[str, Tool]
         token=os.environ.get(TOKEN_VARIABLE),
     )
     monitor = FailureMonitor(search.max_failure_rate, f"tools.search.server_addr {', '.join(map(str, addresses))}")
-    tools: dict[str, Tool] = {"search": SearchTool(client, style, monitor)}
+    tools: dict[str, Tool] = {"search": SearchTool(client, style, monitor, no_results_message)}
     if config.access.enabled:
         tools["access"] = AccessTool(client, monitor)
     return tools

@@ -35,6 +35,8 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "algorithm.advantage_mode": ("trajectory", "turn"),
     "agentloop.tool_response_truncate_side": ("right", "left", "middle"),
     "agentloop.information_style": ("searchr1", "rlinf"),
+    "agentloop.toolcall_parser": ("tags", "searchr1", "searchr1-qwen"),
+    "agentloop.tool_text_tokens": ("parts", "whole"),
     "actor.training_backend": ("fsdp", "megatron"),
     "actor.model.recompute_granularity": (None, "full", "selective"),
     "actor.model.recompute_method": (None, "uniform", "block"),
@@ -137,6 +139,10 @@ def _sizes(config: Config) -> Iterator[Problem]:
         yield Problem("runner.logger.trajectories_per_step", "must be 0 or more, or null for all")
     if config.agentloop.max_turns < 0:
         yield Problem("agentloop.max_turns", "must be 0 or more")
+    if config.tools.access.enabled and config.agentloop.toolcall_parser != "tags":
+        yield Problem(
+            "agentloop.toolcall_parser", f"{config.agentloop.toolcall_parser} reads no <access>; take tags for tools.access"
+        )
     if data.max_prompt_length >= runner.seq_length:
         yield Problem(
             "data.max_prompt_length",

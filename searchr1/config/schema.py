@@ -32,7 +32,6 @@ UNUSED_KEYS = (
     "algorithm.importance_sampling_*",
     "agentloop.is_dynamic_rollout_batch",
     "agentloop.print_outputs",
-    "agentloop.toolcall_parser",
     "agentloop.extra_config.*",
     "cluster.component_placement.agentloop",
     "critic.*",
@@ -290,7 +289,17 @@ class AgentLoopConfig:
         "\nThat was no valid action. To search, put the query between <search> and </search>. "
         "To answer, put the answer between <answer> and </answer>.\n"
     )
-    """Told to the policy after a turn that neither calls a tool nor answers."""
+    """Shown to the policy after a turn that neither calls a tool nor answers."""
+    toolcall_parser: str = "tags"
+    """How calls are read: `tags` (all of one kind), `searchr1` (Search-R1's one search) or `searchr1-qwen` (RLinf's)."""
+    no_call_ends: bool = False
+    """A turn without a tool call ends the rollout, as in RLinf."""
+    end_token_ends: bool = True
+    """A turn that calls nothing and ends with an end token ends the rollout; False drops the token and shows the message."""
+    no_results_message: str | None = None
+    """Shown where a search found nothing; null is `No search results are found.`, Search-R1 shows the empty text."""
+    tool_text_tokens: str = "parts"
+    """How a tool text is tokenized: `parts` (tags and body apart) or `whole` (as one string, as Search-R1 and RLinf)."""
     generate_fn: str | None = None
     """Dotted path of an async function in place of `searchr1.agent.loop.run_trajectory`."""
 

@@ -41,7 +41,7 @@ def manifest(config: Config, method: Method, settings: AgentSettings, samples: S
             "invalid_action_message": settings.invalid_action_message,
             "generate_fn": config.agentloop.generate_fn,
             "dummy_mode": search.dummy_mode,
-        }
+        } | _changed(settings, "toolcall_parser", "no_call_ends", "end_token_ends", "tool_text_tokens")
     if method.retrieves:
         # Prompts of other methods tell it by themselves.
         found["apply_chat_template"] = config.data.apply_chat_template
@@ -51,8 +51,14 @@ def manifest(config: Config, method: Method, settings: AgentSettings, samples: S
             "max_tool_response_length": settings.max_tool_response_length,
             "truncate_side": settings.truncate_side,
             "information_style": settings.information_style,
-        }
+        } | _changed(settings, "no_results_message")
     return found
+
+
+def _changed(settings: AgentSettings, *names: str) -> Manifest:
+    """The settings that are not at their defaults: manifests from before these settings existed stay what they were."""
+    defaults = {field.name: field.default for field in dataclasses.fields(settings)}
+    return {name: value for name in names if (value := getattr(settings, name)) != defaults[name]}
 
 
 def questions_hash(samples: Sequence[Sample], with_prompts: bool) -> str:

@@ -59,6 +59,7 @@ def agent_settings(config: Config, method: Method) -> AgentSettings:
         max_turns=0,
         force_final_turn=True,
         max_new_tokens_per_turn=None,
+        toolcall_parser="tags",
         sampling=replace(settings.sampling, stop=stops),
     )
 

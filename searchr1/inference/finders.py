@@ -66,8 +66,9 @@ class OnlineFinder:
 
 
 def _passage(document: dict[str, object], score: float) -> RetrievedDocument:
-    title, text = split_contents(str(document["contents"]))
-    return RetrievedDocument(str(document.get("id", "")), title, text, str(document.get("url") or ""), score)
+    contents = str(document["contents"])
+    title, text = split_contents(contents)
+    return RetrievedDocument(str(document.get("id", "")), title, text, str(document.get("url") or ""), score, contents)
 
 
 def server_finder(search: SearchToolConfig) -> Finder:

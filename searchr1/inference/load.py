@@ -116,11 +116,12 @@ def goes_on_without(problem: str) -> bool:
 
 def build_tools(config: Config, finder: Finder | None) -> dict[str, Tool]:
     """The tools of the run; failures are told to the model and to the person, and end nothing."""
-    style = AgentSettings.from_config(config, "eval").information_style
+    settings = AgentSettings.from_config(config, "eval")
+    style, no_results_message = settings.information_style, settings.no_results_message
     if finder is None:
-        return {"search": DummySearchTool(style)}
+        return {"search": DummySearchTool(style, no_results_message)}
     monitor = FailureMonitor(1.0, "search")
-    tools: dict[str, Tool] = {"search": SearchTool(finder, style, monitor)}
+    tools: dict[str, Tool] = {"search": SearchTool(finder, style, monitor, no_results_message)}
     if config.tools.access.enabled:
         tools["access"] = AccessTool(finder, monitor)
     return tools

@@ -198,6 +198,9 @@ def explain_stop(trajectory: Trajectory, settings: AgentSettings) -> str:
         last = ", and the model did not answer in the one after them" if trajectory.forced_final else ""
         return f"all {settings.max_turns} turns with search are used{last} (agentloop.max_turns)"
     if trajectory.stop == "length":
+        per_turn = settings.max_new_tokens_per_turn
+        if per_turn is not None and trajectory.turns and trajectory.turns[-1].policy_tokens >= per_turn:
+            return f"the last turn used all of its {per_turn} tokens (agentloop.max_new_tokens_per_turn)"
         left = settings.max_model_len - len(trajectory.sample.prompt_ids)
         if settings.sampling.max_new_tokens < left:
             limit = settings.sampling.max_new_tokens

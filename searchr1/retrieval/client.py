@@ -210,13 +210,15 @@ def _page(item: dict[str, Any] | None) -> Page | None:
 def _document(item: dict[str, Any]) -> RetrievedDocument:
     """From `{"document": …, "score": …}` or a bare document, as different servers answer."""
     document = item.get("document", item)
-    title, text = split_contents(str(document.get("contents", "")))
+    contents = str(document.get("contents", ""))
+    title, text = split_contents(contents)
     return RetrievedDocument(
         id=str(document.get("id", "")),
         title=str(document.get("title") or title),
         text=text,
         url=document.get("url"),
         score=item.get("score"),
+        contents=contents,
     )
 
 

@@ -14,6 +14,8 @@ class RetrievedDocument:
     text: str
     url: str | None = None
     score: float | None = None
+    contents: str = ""
+    """Title and text as they came."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 
 from searchr1.agent.protocol import Document, InformationStyle, render_body
+from searchr1.agent.tools import as_document
 from searchr1.config.schema import Config, SearchToolConfig
 from searchr1.errors import UserError
 from searchr1.retrieval.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
@@ -39,7 +40,7 @@ def retrieve_passages(
         UserError: the server does not answer.
     """
     found = asyncio.run(_search(config.tools.search, questions, progress))
-    return [render_body([documents], style) for documents in found]
+    return [render_body([documents], style, config.agentloop.no_results_message) for documents in found]
 
 
 async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Callable[[int], None]) -> list[list[Document]]:
@@ -60,7 +61,7 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
         async with slots:
             answers = await client.search(part)
         for place, found in enumerate(answers, start=start):
-            results[place] = [Document(d.title, d.text, d.id, d.url or "", d.score) for d in found]
+            results[place] = [as_document(document) for document in found]
         progress(len(part))
 
     try:

@@ -62,7 +62,8 @@ class RolloutWorker(Worker):
             "train": AgentSettings.from_config(config, "train"),
             "eval": AgentSettings.from_config(config, "eval"),
         }
-        self._tools = build_tools(config.tools, self._settings["train"].information_style)
+        settings = self._settings["train"]
+        self._tools = build_tools(config.tools, settings.information_style, settings.no_results_message)
         self._run = resolve_generate_fn(config.agentloop.generate_fn)
         self._engine = await Engine.start(config.rollout.model.model_path, self._device, EngineSettings.from_config(config))
 

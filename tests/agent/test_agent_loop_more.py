@@ -14,7 +14,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from searchr1.agent.loop import resolve_generate_fn, run_group, run_trajectory
-from searchr1.agent.protocol import parse_action
+from searchr1.agent.protocol import frame, parse_action
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import ToolResult
 from searchr1.agent.trajectory import Sample
@@ -25,6 +25,7 @@ from searchr1.rewards.scorer import score_trajectory
 TOKENIZER = Path(__file__).parents[2] / "examples/demo/cold_start"
 SEARCH = "<search> q</search>"
 ANSWER = "<answer> Paris</answer>"
+SEARCH_TURN = Generation([5], [-1.0], SEARCH, "stop", 1)
 
 
 class Engine:
@@ -171,6 +172,60 @@ def test_tool_tokens_do_not_depend_on_being_cut(tokenizer):
         assert tool_ids(limit) == whole[: 3 + limit] + whole[-3:]
 
 
+def end_token_turn(tokenizer, text="I am done"):
+    ids = tokenizer.encode(text + "<|im_end|>", add_special_tokens=False)
+    return Generation(ids, [-1.0] * len(ids), text + "<|im_end|>", "stop", 1)
+
+
+def test_no_call_ends():
+    t = run("just talk", ANSWER, no_call_ends=True)
+    assert (t.stop, len(t.turns), t.invalid_actions, t.turns[0].tool_text) == ("eos", 1, 1, "")
+    assert run(SEARCH, ANSWER, no_call_ends=True).stop == "answer"
+    assert run("x" * 50, ANSWER, no_call_ends=True, max_new_tokens_per_turn=9).stop == "length"
+
+
+def test_an_end_token_that_ends_nothing_is_taken_off(tokenizer):
+    turn = end_token_turn(tokenizer)
+    t = run(turn, Generation([5], [-2.0], ANSWER, "stop", 1), tokenizer=tokenizer, end_token_ends=False)
+    message = tokenizer.encode("\nNo.\n", add_special_tokens=False)
+    assert t.response_ids.tolist() == turn.token_ids[:-1] + message + [5]
+    assert t.loss_mask.tolist() == [True] * (len(turn.token_ids) - 1) + [False] * len(message) + [True]
+    assert t.rollout_logprobs.tolist() == [-1.0] * (len(turn.token_ids) - 1) + [0.0] * len(message) + [-2.0]
+    assert (t.turns[0].policy_text, t.turns[0].tool_text, t.stop) == ("I am done", "\nNo.\n", "answer")
+    assert t.turns[0].policy_tokens == len(turn.token_ids) - 1
+    # It stays where nothing follows: in the last turn, and where calls are all that goes on.
+    assert run(turn, tokenizer=tokenizer, end_token_ends=False, max_turns=0).response_ids.tolist() == turn.token_ids
+    stopped = run(turn, tokenizer=tokenizer, end_token_ends=False, no_call_ends=True)
+    assert (stopped.response_ids.tolist(), stopped.stop) == (turn.token_ids, "eos")
+
+
+@pytest.mark.parametrize("style", ["searchr1", "rlinf"])
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+@pytest.mark.parametrize("limit", [1, 2, 7, 500])
+@pytest.mark.parametrize("body", ["the city of Paris. It is", "  über 東京\n\n", ">a", ""])
+def test_a_block_tokenized_as_one_string_keeps_its_tags(tokenizer, style, side, limit, body):
+    before, after = frame(style)
+    t = run(
+        SEARCH_TURN, tool=Tool(body), tokenizer=tokenizer, tool_text_tokens="whole", information_style=style,
+        max_tool_response_length=limit, truncate_side=side,
+    )  # fmt: skip
+    ids = t.response_ids[~t.loss_mask].tolist()
+    whole = tokenizer.encode(before + body + after, add_special_tokens=False)
+    tags = sum(len(tokenizer.encode(text, add_special_tokens=False)) for text in (before, after))
+    assert len(ids) <= tags + limit or ids == whole
+    if len(whole) <= tags + limit:
+        assert ids == whole
+    elif side == "right":
+        assert ids[: len(ids) - len(tokenizer.encode(after))] == whole[: len(ids) - len(tokenizer.encode(after))]
+    elif side == "left":
+        kept = len(ids) - len(tokenizer.encode(before))
+        assert ids[-kept:] == whole[-kept:]
+    text = tokenizer.decode(ids)
+    assert text == t.turns[0].tool_text
+    assert text.startswith(before)
+    assert text.endswith(after)
+
+
 pieces = st.sampled_from(
     [
         SEARCH,
@@ -200,8 +255,9 @@ bodies = st.lists(st.one_of(pieces, st.text(max_size=8)), max_size=6).map("".joi
     side=st.sampled_from(["left", "right", "middle"]),
     style=st.sampled_from(["searchr1", "rlinf"]),
     final=st.booleans(),
+    whole=st.booleans(),
 )
-def test_invariants(lines, body, room, max_turns, limit, per_turn, side, style, final):
+def test_invariants(lines, body, room, max_turns, limit, per_turn, side, style, final, whole):
     engine = Engine(*lines)
     t = asyncio.run(
         run_trajectory(
@@ -217,6 +273,7 @@ def test_invariants(lines, body, room, max_turns, limit, per_turn, side, style, 
                 max_new_tokens_per_turn=per_turn,
                 truncate_side=side,
                 information_style=style,
+                tool_text_tokens="whole" if whole else "parts",
             ),
         )
     )

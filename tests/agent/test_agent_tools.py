@@ -50,21 +50,31 @@ def test_searchr1_style_numbers_the_documents_of_all_queries():
     assert result.error is None
 
 
-def test_rlinf_style():
-    text = render_information([[Document("A", "one", url="u/1"), Document("", "two", url="u/2")]], "rlinf")
-    expected = "\n\n<information>\n[Doc 1](u/1):\nA\none\n\n[Doc 2](u/2):\ntwo\n\n</information>\n<think>\n"
-    assert text == expected
+def test_rlinf_style_shows_contents_as_they_came():
+    # RLinf joins "[Doc k](url):\n" + contents[:5000] with blank lines; nothing follows the last.
+    documents = [
+        Document("A", "one", url="u/1", contents='"A"\none '),
+        Document("B", "two", url="u/2", contents="B\n two"),
+        Document("C", "three"),
+    ]
+    expected = (
+        '\n\n<information>\n[Doc 1](u/1):\n"A"\none \n\n[Doc 2](u/2):\nB\n two\n\n[Doc 3]():\n"C"\nthree'
+        "\n</information>\n<think>\n"
+    )
+    assert render_information([documents], "rlinf") == expected
 
 
 def test_rlinf_style_cuts_long_documents():
-    body = render_body([[Document("", "x" * 6000, url="u")]], "rlinf")
-    assert body.count("x") == 5000
+    body = render_body([[Document("t", "", url="u", contents='"t"\n' + "x" * 6000)]], "rlinf")
+    assert body.count("x") == 5000 - 4  # the title's line counts
 
 
 @pytest.mark.parametrize("style", ["searchr1", "rlinf"])
 @pytest.mark.parametrize("results", [[], [[]], [[], []]])
 def test_nothing_found(style, results):
     assert render_body(results, style) == NO_RESULTS
+    assert render_body(results, style, "") == ""
+    assert render_body(results, style, "Nothing.") == "Nothing."
 
 
 fields = st.lists(

@@ -20,7 +20,7 @@ CALL = "<think>a</think>\n<search>q</search>"
 RIGHT, WRONG = "<think>b</think>\n<answer>Paris</answer>", "<think>b</think><answer>Rome</answer>"
 FOUND = '\n\n<information>Doc 1(Title: "France") Its capital is Paris.</information>\n\n'
 NOTHING = '\n\n<information>Doc 1(Title: "Tea") A drink.</information>\n\n'
-RLINF = "\n\n<information>\n[Doc 1](u):\nTea\n\n</information>\n<think>\n"
+RLINF = "\n\n<information>\n[Doc 1](u):\nTea\n</information>\n<think>\n"
 
 
 def format_reward(t, **values):
