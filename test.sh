@@ -16,10 +16,14 @@ if [ ! -e "$oracles/verl-0.9.1.dist-info" ]; then
 fi
 ruff check . && ruff format --check . && mypy || exit
 
-# vLLM's engine and the actor each want a process of their own, as they have in a run.
+# vLLM's engine and the actor each want a process of their own, as they have in a run. Each part runs in two processes
+# (tests/conftest.py: which tests share one); -n 0 runs in one.
 failed=0
-python -m pytest -q --ignore=tests/rollout "$@"
-code=$?; [ $code = 0 ] || [ $code = 5 ] || failed=$code
-python -m pytest -q tests/rollout "$@"
-code=$?; [ $code = 0 ] || [ $code = 5 ] || failed=$code
+part() {
+  python -m pytest -q -n 2 --no-loadscope-reorder "$@"
+  local code=$?
+  [ $code = 0 ] || [ $code = 5 ] || failed=$code
+}
+part tests/rollout "$@"
+part --ignore=tests/rollout "$@"
 exit $failed

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Where test.sh puts what is only compared with; last, so that it hides nothing.
@@ -13,3 +16,33 @@ sys.path.append(str(Path(sys.prefix) / "oracles"))
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("searchr1", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("searchr1")
+
+# Test processes that run beside each other share the cores. Before torch is imported; what tests start inherits it.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+
+
+TRAINING_RUNS = "tests/e2e"
+
+
+def unit(nodeid: str) -> str:
+    """What a test runs in one process with: its file, or all training runs."""
+    return TRAINING_RUNS if nodeid.startswith(TRAINING_RUNS + "/") else nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the training runs, which take longest."""
+    items.sort(key=lambda item: unit(item.nodeid) != TRAINING_RUNS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, for what they share, and all training runs, each of which uses all cores."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit(nodeid)
+
+    return Units(config, log)

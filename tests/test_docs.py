@@ -23,7 +23,7 @@ from searchr1.config.schema import ALIASES
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     str(page.relative_to(ROOT))
-    for pattern in ("README*.rst", "docs/**/*.md", "docs/**/*.rst", "examples/**/README*")
+    for pattern in ("README*.rst", "CONTRIBUTING.md", "docs/**/*.md", "docs/**/*.rst", "examples/**/README*")
     for page in ROOT.glob(pattern)
 )
 TRANSLATED = [("README.rst", "README.zh.rst")] + [

@@ -9,7 +9,7 @@ from typing import Any
 from searchr1.errors import UserError
 from searchr1.tracking.loggers import METRICS_FILE
 from searchr1.tracking.overview import RunView, ends_of
-from searchr1.tracking.run_files import LoggedFile, Row, brief, logged_files, parse_row
+from searchr1.tracking.run_files import LoggedFile, Row, brief, logged_files, parse_row, read_json
 
 Stamp = tuple[int, int, int]
 TAIL = 200
@@ -77,7 +77,7 @@ class GrowingMetrics:
         if not line.strip():
             return
         try:
-            row: Any = json.loads(line, parse_constant=lambda _: None)
+            row: Any = read_json(line)
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):

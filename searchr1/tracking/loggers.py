@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from searchr1.errors import UserError
+from searchr1.tracking.run_files import read_json
 
 METRICS_FILE = "metrics.jsonl"
 EXTRAS = {"tensorboard": "train", "wandb": "wandb", "swanlab": "swanlab"}
@@ -153,7 +154,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = read_json(line)
         except ValueError as error:
             if number == len(lines):
                 break

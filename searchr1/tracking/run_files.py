@@ -51,6 +51,15 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in enumerate(content.split(b"\n")[:-1], start=1) if line.strip()]
 
 
+def read_json(line: bytes | str) -> Any:
+    """Read a line of JSON; NaN and numbers beyond every float, which JavaScript does not read, become None.
+
+    Raises:
+        ValueError: not JSON.
+    """
+    return json.loads(line, parse_constant=lambda _: None, parse_float=lambda text: _number(float(text)), parse_int=_integer)
+
+
 def parse_row(path: Path, number: int, line: bytes) -> Row:
     """One line as a trajectory.
 
@@ -58,7 +67,7 @@ def parse_row(path: Path, number: int, line: bytes) -> Row:
         UserError: it is not one of ours.
     """
     try:
-        row = json.loads(line, parse_constant=lambda _: None)  # NaN, which JavaScript does not read
+        row = read_json(line)
     except ValueError as error:
         raise UserError(f"{path}:{number}: not valid JSON ({error}); remove the file or the line") from error
     if (
@@ -85,7 +94,8 @@ def brief(row: Row) -> list[Any]:
     turns = row["turns"]
     parts = row.get("reward_parts")
     match = parts.get("exact_match", row.get("reward")) if isinstance(parts, dict) else row.get("reward")
-    surprises = [value for turn in turns for value in _list(turn.get("token_surprise")) if isinstance(value, int | float)]
+    values = [_number(value) for turn in turns for value in _list(turn.get("token_surprise"))]
+    surprises = [value for value in values if value is not None]
     return [
         _text(row.get("id")),
         _whole(row.get("replica")),
@@ -101,7 +111,7 @@ def brief(row: Row) -> list[Any]:
         sum(turn.get("action") == "invalid" for turn in turns),
         sum(turn.get("tool_error") is not None for turn in turns),
         _whole(row.get("response_length")),
-        round(sum(surprises) / len(surprises)) if surprises else None,
+        round(math.fsum(value / len(surprises) for value in surprises)) if surprises else None,
     ]
 
 
@@ -142,9 +152,17 @@ def _text(value: object) -> str:
 
 
 def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond every float
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _integer(text: str) -> int | None:
+    return None if _number(int(text)) is None else int(text)
 
 
 def _whole(value: object) -> int:

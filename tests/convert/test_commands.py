@@ -189,7 +189,7 @@ def test_memory_is_that_of_the_largest_tensor_not_of_the_model(tmp_path):
         assert steps[step]["peak_mib"] - steps[step]["imports_mib"] < 500, steps
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_3b_model_is_converted_in_less_than_2_gib(tmp_path):
     steps = benchmark("3b", tmp_path)["steps"]
     assert max(steps[step]["peak_mib"] for step in ("hf2mg", "mg2hf")) < 2048, steps

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from searchr1.data.dataset import read_rows
-from searchr1.runner.demo import COLD_START
+from searchr1.runner.demo import COLD_START, retrieval_server
 
 MODEL = ("--model_path", str(COLD_START), "--prompt_template", "demo", "--max_turns", "3")
 
@@ -68,8 +68,15 @@ def questions_of(demo):
     return [row["question"] for _, row in read_rows(demo.path / "world" / "test.jsonl")][:6]
 
 
-def served(demo, address, tmp_path):
-    """What a server answers, and how it ends."""
+@pytest.fixture(scope="module")
+def served(demo, tmp_path_factory):
+    """What a server answered, which then ended well."""
+    folder = tmp_path_factory.mktemp("chat")
+    with retrieval_server(demo.path / "world", folder / "retrieval.log") as address:
+        return served_answers(demo, address, folder)
+
+
+def served_answers(demo, address, tmp_path):
     command = [sys.executable, "-m", "searchr1.cli"]
     words = ["serve-chat", *MODEL, "--retriever-url", address, "--port", "0", "--save-address-to", str(tmp_path / "address")]
     server = subprocess.Popen([*command, *words])
@@ -89,14 +96,13 @@ def served(demo, address, tmp_path):
 
 
 @pytest.mark.timeout(400)
-def test_a_served_model_answers_several_people_at_once(demo, address, tmp_path):
-    assert len(served(demo, address, tmp_path)) == 6
+def test_a_served_model_answers_several_people_at_once(served):
+    assert len(served) == 6
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_infer_answers_as_the_server_does(demo, address, tmp_path):
-    answers = served(demo, address, tmp_path)
+def test_infer_answers_as_the_server_does(demo, address, served):
     words = ["infer", *MODEL, "--retriever-url", f"http://{address}", "--prompt", "-", "--json"]
     result = subprocess.run(
         [sys.executable, "-m", "searchr1.cli", *words],
@@ -106,7 +112,7 @@ def test_infer_answers_as_the_server_does(demo, address, tmp_path):
         timeout=180,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == answers
+    assert [json.loads(line)["answer"] for line in result.stdout.splitlines()] == served
 
 
 @pytest.mark.slow

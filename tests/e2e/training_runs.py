@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -27,3 +29,14 @@ def kill_listener(port: int) -> None:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
             os.kill(connection.pid, signal.SIGKILL)
+
+
+def as_after(step: int, run: Path, folder: Path) -> None:
+    """Copy a run that saved every step or this one, as it was after `step`."""
+    shutil.copytree(run, folder)
+    for checkpoint in (folder / "checkpoints").glob("global_step_*"):
+        if int(checkpoint.name.rpartition("_")[2]) > step:
+            shutil.rmtree(checkpoint)
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))

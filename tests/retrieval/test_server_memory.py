@@ -15,7 +15,7 @@ PASSAGES = 1_000_000
 GIB = 1 << 30
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_million_passages_and_pages_fit_in_a_gibibyte_beyond_the_index(tmp_path):
     rng = random.Random(0)

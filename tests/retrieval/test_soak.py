@@ -19,7 +19,7 @@ SECONDS = float(os.environ.get("SEARCHR1_SOAK_SECONDS", "600"))
 CLIENTS = 64
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(SECONDS + 120)
 def test_memory_stays_flat_under_full_load(tmp_path):
     rng = random.Random(0)

@@ -141,3 +141,9 @@ def test_metrics_file_is_always_written(tmp_path):
     logger.log(1, {"a": 1.0})
     logger.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0}
+
+
+@pytest.mark.parametrize("value", ["1e999", "NaN", "-Infinity", "1" + "0" * 400])
+def test_a_number_beyond_every_float_counts_as_absent(tmp_path, value):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1, "reward/mean": {value}, "rollout/searches": 2.5}}\n')
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "reward/mean": None, "rollout/searches": 2.5}]

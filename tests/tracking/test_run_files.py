@@ -102,6 +102,21 @@ def test_a_row_with_other_types_in_it_is_still_told(row, turn):
     json.dumps(found, allow_nan=False)
 
 
+@pytest.mark.parametrize("surprise", ["1e999", "-1e999", "Infinity", "NaN", "1" + "0" * 400, "true", '"x"'])
+def test_a_number_beyond_every_float_counts_as_absent(tmp_path, surprise):
+    path = tmp_path / "step_1.jsonl"
+    path.write_text(
+        f'{{"reward": {surprise}, "searches": {surprise}, "turns": [{{"token_surprise": [{surprise}, 4, 6]}}]}}\n'
+    )
+    (row,) = read_rows(path)
+    assert (told(row)["reward"], told(row)["searches"], told(row)["surprise"]) == (None, 0, 5)
+    json.dumps(told(row), allow_nan=False)
+
+
+def test_the_mean_of_large_numbers_does_not_overflow():
+    assert told({"turns": [{"token_surprise": [1.5e308, 1.5e308]}]})["surprise"] == pytest.approx(1.5e308)
+
+
 def test_evenly():
     assert evenly(range(10), 4) == [0, 2, 5, 7]
     assert evenly(range(3), 4) == [0, 1, 2]
