@@ -65,19 +65,40 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if problems:
         raise ConfigError(str(path), problems)
     config.vars["unused_keys"] = sorted(_unused(values, Config, ""))
+    config.vars["given_keys"] = sorted(leaves(values))
     return config
+
+
+def build_config(values: dict[str, Any]) -> tuple[Config, list[Problem]]:
+    """Build a configuration from plain values; what they leave out has its default. Returns every problem beside it."""
+    problems: list[Problem] = []
+    return _build(Config, values, "", problems), problems
+
+
+def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested values into `{dotted key: value}`; an empty section is a leaf."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return found
 
 
 def save_config(config: Config, path: Path) -> None:
     """Write the whole tree, defaults included; `load_config` reads it back."""
     values = dataclasses.asdict(config)
-    values["vars"].pop("unused_keys", None)
+    for noted in ("unused_keys", "given_keys"):
+        values["vars"].pop(noted, None)
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
 
 
 def unused_keys(config: Config) -> list[str]:
     """Keys of the YAML that were accepted without effect."""
     return list(config.vars.get("unused_keys", []))
+
+
+def given_keys(config: Config) -> set[str]:
+    """Keys that the YAML and the overrides set, as they are called in the schema; the others have their defaults."""
+    return set(config.vars.get("given_keys", []))
 
 
 def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:

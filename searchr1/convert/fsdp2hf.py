@@ -52,7 +52,7 @@ def fsdp2hf(
         config = config_folder(hf_model, actor)
         if record is not None:
             return _merge(folder, record, config, hf_model, output, options or Options())
-        return write_folder(FsdpSource(folder, expected_shapes(config)), config, output, options or Options())
+        return write_folder(FsdpSource(folder, expected_shapes(config)), config, actor, output, options or Options())
 
 
 def _merge(
@@ -62,7 +62,7 @@ def _merge(
     check_base(record, base, "--hf-model")
     with HfReader.open(weight_folder(base)) as reader:
         source = LoraSource(folder, record, reader, expected_shapes(config), options.dtype)
-        return write_folder(source, config, output, options)
+        return write_folder(source, config, folder.folder, output, options)
 
 
 class FsdpSource:

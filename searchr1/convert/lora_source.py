@@ -14,6 +14,7 @@ from searchr1.actor.megatron.mapping import SliceReader
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
 from searchr1.convert.output import new_folder
+from searchr1.convert.run_settings import carry_settings
 from searchr1.convert.safetensors_file import SafetensorsWriter, TensorSpec
 from searchr1.convert.torch_dist import TorchDistFolder
 from searchr1.errors import UserError
@@ -124,4 +125,5 @@ def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_
         config.save_pretrained(str(target))
         if (tokenizer / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(tokenizer).save_pretrained(target)
-    return [f"{len(specs)} adapter matrices of rank {record.rank} for {base} -> {output}"]
+        settings_line = carry_settings(folder.folder, target)
+    return [f"{len(specs)} adapter matrices of rank {record.rank} for {base} -> {output}", settings_line]

@@ -30,4 +30,4 @@ def mg2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options:
     with closing(TorchDistFolder(actor)) as folder:
         config = config_folder(hf_model, actor)
         arch, _ = read_architecture(config)
-        return write_folder(MegatronSource(folder, arch), config, output, options or Options())
+        return write_folder(MegatronSource(folder, arch), config, actor, output, options or Options())

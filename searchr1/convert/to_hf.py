@@ -17,6 +17,7 @@ from searchr1.convert.hf_writer import SHARD_BYTES, copy_hf_files, stream_weight
 from searchr1.convert.megatron_source import MegatronSource
 from searchr1.convert.output import new_folder
 from searchr1.convert.progress import progress_bar
+from searchr1.convert.run_settings import carry_settings
 from searchr1.convert.safetensors_file import TensorSpec
 from searchr1.convert.verify import SMALL_BYTES, compare, compare_logits
 
@@ -45,12 +46,13 @@ class Options:
     verify_logits: bool = False
 
 
-def write_folder(source: HfSource, config: Path, output: Path, options: Options) -> list[str]:
+def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path, options: Options) -> list[str]:
     """Write `output` and compare it. Returns what to tell the user, line by line.
 
     Args:
         source: where the tensors come from.
         config: the folder whose configuration and tokenizer are copied.
+        checkpoint: the actor's folder; what the model was trained with is looked for there and in its run.
         output: must not exist, or be empty.
         options: precision, sizes, comparisons.
 
@@ -66,12 +68,13 @@ def write_folder(source: HfSource, config: Path, output: Path, options: Options)
             sizes = {spec.name: spec.nbytes for spec in specs}
             stream_weights(specs, _told(source.tensors(), sizes, advance), folder, options.shard_bytes)
         copy_hf_files(config, folder, main_dtype(specs))
+        settings_line = carry_settings(checkpoint, folder)
         if options.verify:
             with HfReader.open(folder) as written:
                 lines.append(compare(source.pairs(written.read), sum(spec.nbytes for spec in stored), options.dtype))
         if isinstance(source, MegatronSource) and (options.verify_logits or (options.verify and total <= SMALL_BYTES)):
             lines.append(compare_logits(source, config, folder, options.dtype))
-    return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines]
+    return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines, settings_line]
 
 
 def _told(

@@ -69,6 +69,10 @@ def template_text(name: str | None) -> str | None:
         return TEMPLATES[name or "none"]
     if name.endswith(".txt"):
         return _own_template(name)
+    if Path(name).name == "searchr1.json":
+        from searchr1.config.model_settings import own_template
+
+        return own_template(Path(name))
     raise UserError(
         f"data.prompt_template: {name!r} is not known; use one of {', '.join(TEMPLATES)}, or a .txt file of your own with "
         "{question} in it"

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from searchr1.config.model_settings import FILE
+
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 _WHOLE_BYTES = 32 << 20
 """Files up to this size are read whole; of larger ones blocks are taken all over the file."""
@@ -18,13 +20,15 @@ _BLOCK, _BLOCKS = 1 << 14, 256
 def fingerprint(model_path: str) -> str:
     """A hash of a model's files, wherever the folder lies; the name itself for a model of the hub.
 
+    searchr1.json is left out: what an evaluation takes from it is compared by itself.
+
     Weights that were trained further differ in nearly all bytes, so blocks spread over a large file tell them apart.
     """
     folder = Path(model_path)
     if not folder.is_dir():
         return model_path
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.is_file()):
+    for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.name != FILE and p.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from searchr1.config.check import CHOICES, value_of
 from searchr1.config.load import load_config
-from searchr1.config.schema import Config, SamplingParams
+from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
+from searchr1.config.schema import Config
 from searchr1.data.prompts import template_text
 from searchr1.errors import UserError
 
@@ -48,7 +50,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     )
     model = found.add_argument_group("model")
     model.add_argument("--model_path", "--model-path", help="Hugging Face folder (searchr1 convert makes one) or hub name")
-    model.add_argument("--config", type=Path, help="config.yaml of the run that trained it: its limits, template and texts")
+    model.add_argument("--config", type=Path, help="config.yaml of a run, in place of the model's searchr1.json")
     model.add_argument("--device", choices=CHOICES["cluster.device"], help="default: a GPU if there is one")
     model.add_argument(
         "--prompt_template", "--prompt-template", help="default: the run's, else searchr1 (see data.prompt_template)"
@@ -85,6 +87,11 @@ def plan(args: argparse.Namespace) -> Plan:
     if args.model_path:
         config.rollout.model.model_path = args.model_path
     _check_model(config.rollout.model.model_path)
+    chosen = {override.partition("=")[0].lstrip("+~") for override in args.overrides}
+    settings = ModelSettings.of_model(config.rollout.model.model_path)
+    if settings is not None and args.config is None:
+        settings.apply(config, chosen)
+        print(f"{settings.path}: {settings.described()}", file=sys.stderr)
     if args.device:
         config.cluster.device = args.device
     if sum(map(bool, (args.retriever_url, args.engine, args.no_search))) > 1:
@@ -110,17 +117,19 @@ def plan(args: argparse.Namespace) -> Plan:
                 raise UserError(f"--{flag} {value}: is too small")
             setattr(section, name, value)
     _set_sampling(config, args)
-    names_template = _set_template(config, args)
+    names_template = _set_template(config, args, settings)
+    if settings is not None:
+        warn_of_differences(settings, config)
     problems = [key for key, allowed in CHOICES.items() if key.startswith(("agentloop.", "rollout.", "cluster.")) and
                 value_of(config, key) not in allowed]  # fmt: skip
     if problems:
         raise UserError(f"{problems[0]}: {value_of(config, problems[0])!r} is not one of {CHOICES[problems[0]]}")
-    chosen = {override.partition("=")[0].lstrip("+") for override in args.overrides}
+    has_length = settings is not None and "runner.seq_length" in settings.values
     return Plan(
         config=config,
         auto_chat=not (names_template or "data.apply_chat_template" in chosen),
         auto_precision=args.config is None and "rollout.model.precision" not in chosen,
-        auto_length=args.config is None and args.seq_length is None and "runner.seq_length" not in chosen,
+        auto_length=args.config is None and args.seq_length is None and not has_length and "runner.seq_length" not in chosen,
         engine=args.engine,
         engine_url=args.engine_url,
         snippet_only=args.snippet_only,
@@ -148,25 +157,26 @@ def _set_sampling(config: Config, args: argparse.Namespace) -> None:
     if args.temperature is not None:
         if not 0 <= args.temperature < math.inf:
             raise UserError(f"--temperature {args.temperature:g}: must be a number from 0 on")
-        base: SamplingParams = algorithm.eval_sampling_params or algorithm.sampling_params
+        base = dataclasses.replace(algorithm.eval_sampling_params or algorithm.sampling_params)
         base.do_sample, base.temperature = args.temperature > 0, args.temperature or 1.0
         algorithm.eval_sampling_params = base
     if args.max_new_tokens is not None and algorithm.eval_sampling_params is not None:
         algorithm.eval_sampling_params.max_new_tokens = args.max_new_tokens
 
 
-def _set_template(config: Config, args: argparse.Namespace) -> bool:
-    """Choose the template. True if the run itself says how a question becomes its prompt."""
+def _set_template(config: Config, args: argparse.Namespace, settings: ModelSettings | None) -> bool:
+    """Choose the template. True if the run, or the model, itself says how a question becomes its prompt."""
     data = config.data
-    run = data.prompt_template if args.config and data.prompt_template != "none" else None
+    source = args.config or (settings.path if settings is not None and TEMPLATE in settings.values else None)
+    run = data.prompt_template if source and data.prompt_template != "none" else None
     if args.prompt_template:
         data.prompt_template = args.prompt_template
-    elif args.config and run is None:
+    elif source and run is None:
         data.prompt_template = "searchr1"
         print(
-            f"{args.config}: names no data.prompt_template (its rows carried whole prompts); a question is put into the "
+            f"{source}: names no data.prompt_template (its rows carried whole prompts); a question is put into the "
             "template searchr1; --prompt_template takes another",
             file=sys.stderr,
         )
-    template_text(data.prompt_template)  # an unknown one is told now
+    template_text(data.prompt_template)  # an unknown one is reported now
     return run is not None and run == data.prompt_template

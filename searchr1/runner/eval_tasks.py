@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from searchr1.agent.protocol import truncate_text
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
+from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config, DataConfig
-from searchr1.data.dataset import TOKENIZE_ROWS, read_rows
+from searchr1.data.dataset import QUESTION_KEYS, TOKENIZE_ROWS, read_rows
 from searchr1.data.prompts import render_prompt
 from searchr1.errors import UserError
 from searchr1.evaluation.ledger import Ledger
@@ -59,6 +60,36 @@ class Questions:
     chat: bool
     """Whether prompts are chat messages."""
     described: str
+
+
+def follow_model(config: Config, given: Set[str]) -> None:
+    """Take from the model's searchr1.json what the YAML leaves out, and report both that and where the YAML differs.
+
+    Args:
+        config: changed in place.
+        given: keys that the YAML sets.
+
+    Raises:
+        UserError: the file cannot be used.
+    """
+    settings = ModelSettings.of_model(config.rollout.model.model_path)
+    if settings is None:
+        return
+    print(f"{settings.path}: {settings.described()}; it counts where the YAML says nothing", flush=True)
+    if settings.values.get(TEMPLATE) is not None and TEMPLATE not in given and _has_prompts_only(config.data):
+        given = given | {TEMPLATE, "data.apply_chat_template"}
+        print(f"{TEMPLATE}: the rows have prompts of their own and no question beside them; these are used", flush=True)
+    settings.apply(config, given)
+    warn_of_differences(settings, config)
+
+
+def _has_prompts_only(data: DataConfig) -> bool:
+    """Whether the first row has a prompt, but no question that a template could be filled with."""
+    path = Path(data.val_data_paths[0]) if data.val_data_paths else None
+    if path is None or not path.is_file():  # reported by the checks
+        return False
+    row = next(read_rows(path))[1]
+    return row.get(data.prompt_key) is not None and not any(isinstance(row.get(key), str) for key in QUESTION_KEYS)
 
 
 def load_questions(config: Config) -> Questions:

@@ -10,7 +10,7 @@ from pathlib import Path
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid
 from searchr1.config.check_lora import without_adapters
-from searchr1.config.load import load_config, save_config
+from searchr1.config.load import given_keys, load_config, save_config
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
 from searchr1.device import Device
@@ -24,6 +24,7 @@ from searchr1.runner.eval_tasks import (
     Questions,
     Task,
     add_passages,
+    follow_model,
     load_questions,
     open_folder,
     open_tasks,
@@ -193,6 +194,7 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     config = load_config(args.config, args.overrides)
+    follow_model(config, given_keys(config))
     require_valid(config, for_training=False)
     results, folder = run(config)
     print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.actor.checkpoint import latest_checkpoint, new_checkpoint, prune_checkpoints
+from searchr1.actor.checkpoint import HF_FOLDER, latest_checkpoint, new_checkpoint, prune_checkpoints
 from searchr1.config.load import save_config
+from searchr1.config.model_settings import ModelSettings
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
@@ -29,6 +30,8 @@ class RunFolder:
     path: Path
     resume_from: Path | None
     keep_checkpoints: int | None
+    model_settings: ModelSettings
+    """Written into every checkpoint, so that one that is copied elsewhere can still be converted with them."""
     async_save: bool = False
     _writing: Iterator[None] | None = None
 
@@ -41,6 +44,7 @@ class RunFolder:
         """
         path = Path(config.runner.output_dir) / config.runner.experiment_name
         resume_from = _resume_from(path, config.runner.resume_dir)
+        settings = ModelSettings.of(config)
         used = (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
         if used and config.runner.resume_dir is None and not config.runner.overwrite:
             raise UserError(
@@ -57,7 +61,7 @@ class RunFolder:
             save_config(config, path / "config.yaml")
         except OSError as error:
             raise UserError(f"runner.output_dir: cannot write {path}: {error.strerror}") from error
-        return cls(path, resume_from, config.runner.keep_checkpoints, config.runner.async_save)
+        return cls(path, resume_from, config.runner.keep_checkpoints, settings, config.runner.async_save)
 
     def resume(self, groups: Groups, loader: PromptLoader) -> int:
         """Load the checkpoint, if there is one to go on from. Returns the last finished step (0 for a fresh run)."""
@@ -98,6 +102,7 @@ class RunFolder:
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
             for name, group in trained:
                 group.call("save", folder / name, self.async_save).wait(SAVE_TIMEOUT_S)
+            self.model_settings.write(folder / "actor" / HF_FOLDER)
             if self.async_save:
                 yield
                 for _, group in trained:

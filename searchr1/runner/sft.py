@@ -31,12 +31,14 @@ from searchr1.actor.policy import Policy
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
+from searchr1.config.model_settings import FILE, ModelSettings
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import LrSchedConfig, OptimConfig
 from searchr1.convert.hf_writer import DTYPES, write_weights
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.runner.sft_data import batches, load_rows
+from searchr1.runner.sft_settings import rows_settings
 
 REPORT_EVERY = 20
 
@@ -77,6 +79,9 @@ def train(args: argparse.Namespace) -> list[float]:
         hf_config.dtype = DTYPES[args.save_dtype]
         hf_config.save_pretrained(args.output)
         tokenizer.save_pretrained(args.output)
+        settings = rows_settings(rows, tokenizer, None if args.fresh else ModelSettings.of_model(args.model))
+        settings.write(args.output)
+        print(f"{args.output / FILE}: {settings.described()}")
         print(f"model -> {args.output}")
     else:
         for _ in named:  # gathering is a collective

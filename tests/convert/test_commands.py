@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from convert_models import FAMILIES, assert_same_tensors, make_model, tensors_of
 
 from searchr1.cli import main
+from searchr1.config.load import load_config, save_config
+from searchr1.config.model_settings import ModelSettings
 from searchr1.convert import to_hf, verify
 from searchr1.convert.hf2mg import MegatronOptions, hf2mg
 from searchr1.convert.hf_reader import HfReader
@@ -48,6 +51,26 @@ def test_verify_compares_bits_and_logits_both_ways(tmp_path, family, dtype):
         assert "identical bit by bit" in lines[1]
         difference, largest = (float(text) for text in lines[2].split("largest difference ")[1].split(", largest logit "))
         assert difference <= 1e-4 * largest
+
+
+def test_what_a_model_was_trained_with_goes_both_ways(folders, tmp_path, capsys):
+    """Out of the run that the checkpoint lies in, into the model folder, and back into a checkpoint."""
+    recipe = ROOT / "examples/searchr1/config/tiny-cpu.yaml"
+    actor = tmp_path / "run/checkpoints/global_step_2/actor"
+    shutil.copytree(folders / "mg", actor)
+    save_config(load_config(recipe), tmp_path / "run/config.yaml")
+    assert main(["convert", "mg2hf", "--checkpoint", str(actor), "--output", str(tmp_path / "hf")]) == 0
+    assert "searchr1.json: template demo, 4 tool turns, 640 tokens" in capsys.readouterr().out
+    found = ModelSettings.of_model(str(tmp_path / "hf"))
+    assert found.values == ModelSettings.of(load_config(recipe)).values
+    hf2mg(tmp_path / "hf", tmp_path / "mg")
+    lines = mg2hf(tmp_path / "mg", tmp_path / "again")
+    assert "searchr1.json: template demo" in lines[-1]
+    assert (tmp_path / "again/searchr1.json").read_bytes() == (tmp_path / "hf/searchr1.json").read_bytes()
+    # A base model's own settings are not those of a checkpoint that has some.
+    (tmp_path / "hf/searchr1.json").write_text('{"format": 1}')
+    mg2hf(tmp_path / "mg", tmp_path / "third", tmp_path / "hf")
+    assert (tmp_path / "third/searchr1.json").read_bytes() == (tmp_path / "again/searchr1.json").read_bytes()
 
 
 def test_verify_notices_a_wrong_bit_and_leaves_nothing(folders, tmp_path, monkeypatch):

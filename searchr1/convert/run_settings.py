@@ -1,0 +1,47 @@
+"""Carrying searchr1.json, what a model was trained with, from a checkpoint or its run into a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from searchr1.actor.checkpoint import HF_FOLDER
+from searchr1.config.load import load_config
+from searchr1.config.model_settings import FILE, ModelSettings
+from searchr1.errors import UserError
+
+
+def carry_settings(checkpoint: Path, output: Path) -> str:
+    """Write `output`/searchr1.json from the checkpoint's own, else from its run's config.yaml. Returns what was done.
+
+    Without either the file that was copied with the base model's tokenizer stays, if there is one.
+
+    Args:
+        checkpoint: the actor's folder, `RUN/checkpoints/global_step_N/actor`.
+        output: the model folder, with its configuration and tokenizer.
+    """
+    kept, run = checkpoint / HF_FOLDER / FILE, _run_config(checkpoint)
+    try:
+        if kept.is_file():
+            found, source = ModelSettings.read(kept), kept
+        elif run is not None:
+            found, source = ModelSettings.of(load_config(run)), run
+        elif (output / FILE).is_file():
+            return f"{FILE}: that of the base model; the checkpoint has none, and no run's config.yaml lies above it"
+        else:
+            return (
+                f"{FILE}: not written; the checkpoint has none, and no run's config.yaml lies above it. Ask the model with "
+                "--config, or with the flags of its training"
+            )
+    except UserError as error:
+        (output / FILE).unlink(missing_ok=True)
+        return f"{FILE}: not written; ask the model with --config, or with the flags of its training ({error})"
+    found.write(output)
+    return f"{FILE}: {found.described()} (from {source})"
+
+
+def _run_config(checkpoint: Path) -> Path | None:
+    """Find config.yaml of the run that a checkpoint lies in."""
+    for folder in checkpoint.resolve().parents[:4]:
+        if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
+            return folder.parent / "config.yaml"
+    return None
