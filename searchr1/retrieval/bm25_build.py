@@ -25,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
-from searchr1.retrieval.bm25_index import LARGEST_FILE, WORD, stemmer_of
+from searchr1.retrieval.bm25_index import LARGEST_FILE, stemmer_of
 from searchr1.retrieval.corpus import Corpus
+from searchr1.retrieval.tokens import Split, choose_tokenizer, get_tokenizer, split_as_bm25s
 
 K1, B = 1.5, 0.75
 """bm25s' defaults."""
@@ -39,7 +40,7 @@ POSTINGS = 32 << 20
 STEMS = 1 << 20
 """Words whose stems are remembered."""
 SAMPLE = 1_000
-"""Passages that the size of the index is guessed from."""
+"""Passages that the size of the index is guessed from, and its tokenizer chosen by."""
 POSTING_BYTES = 20
 """On disk at the most: word, passage, occurrences of the first pass; passage and score of the second."""
 PARAMETERS_FILE = "params.index.json"
@@ -47,23 +48,27 @@ PARAMETERS_FILE = "params.index.json"
 
 
 def build_bm25(
-    corpus: Corpus, out: Path, stemmer: str | None = None, progress: Callable[[int], None] = lambda _: None
+    corpus: Corpus,
+    out: Path,
+    stemmer: str | None = None,
+    progress: Callable[[int], None] = lambda _: None,
+    tokenizer: str | None = None,
 ) -> None:
-    """Write a BM25 index of the corpus into the folder `out`; `progress` is told of the passages read.
+    """Write a BM25 index of the corpus into the folder `out`; `progress` gets the number of passages of every block read.
 
     The files get their names when all of them are finished: until then an older index stays as it is, also under a server
     that has it mapped.
 
     Raises:
-        UserError: unknown stemmer, no words at all, or the disk is full.
+        UserError: unknown stemmer or tokenizer, no words at all, or the disk is full.
     """
-    reducer = stemmer_of(stemmer)
+    reducer, split = stemmer_of(stemmer), get_tokenizer(tokenizer).passage
     scratch = out / "scratch"
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "blocks").mkdir(parents=True)
-        check_room(corpus, out)
-        counted = count_words(corpus, scratch / "blocks", reducer, progress)
+        check_room(corpus, out, split)
+        counted = count_words(corpus, scratch / "blocks", reducer, progress, split)
         write_lists(counted, scratch)
         publish(scratch, out)
     except OSError as error:
@@ -87,15 +92,25 @@ class Counted:
     blocks: list[Path]
 
 
-def check_room(corpus: Corpus, out: Path) -> None:
+def sample(corpus: Corpus) -> Iterator[str]:
+    """Yield about `SAMPLE` passages from all over the corpus."""
+    for row in range(0, len(corpus), max(len(corpus) // SAMPLE, 1)):
+        yield from corpus.contents(row, row + 1)
+
+
+def tokenizer_for(corpus: Corpus, wanted: str | None) -> str:
+    """Return the tokenizer that is wanted, or (None, `auto`) the one that suits the corpus."""
+    return choose_tokenizer(sample(corpus)) if wanted in (None, "auto") else str(wanted)
+
+
+def check_room(corpus: Corpus, out: Path, split: Split = split_as_bm25s) -> None:
     """Guess the space from passages all over the corpus, rather than fail when half of it is written.
 
     Raises:
         UserError: there is less.
     """
-    numbers = range(0, len(corpus), max(len(corpus) // SAMPLE, 1))
-    distinct = sum(len(set(WORD.findall(text.lower()))) for row in numbers for text in corpus.contents(row, row + 1))
-    needed = distinct / max(len(numbers), 1) * len(corpus) * POSTING_BYTES
+    distinct = [len(set(split(text))) for text in sample(corpus)]
+    needed = sum(distinct) / max(len(distinct), 1) * len(corpus) * POSTING_BYTES
     free = shutil.disk_usage(out).free
     if needed > free:
         raise UserError(
@@ -104,7 +119,9 @@ def check_room(corpus: Corpus, out: Path) -> None:
         )
 
 
-def count_words(corpus: Corpus, folder: Path, stemmer: Any, progress: Callable[[int], None]) -> Counted:
+def count_words(
+    corpus: Corpus, folder: Path, stemmer: Any, progress: Callable[[int], None], split: Split = split_as_bm25s
+) -> Counted:
     """First pass.
 
     Raises:
@@ -119,7 +136,7 @@ def count_words(corpus: Corpus, folder: Path, stemmer: Any, progress: Callable[[
     ids: list[int] = []
     first = 0
     for row, text in enumerate(corpus.contents()):
-        words = WORD.findall(text.lower())
+        words = split(text)
         if stemmer is not None:
             words = stem(words, stems, stemmer)
         lengths[row] = len(words)

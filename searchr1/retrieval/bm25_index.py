@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,9 +14,8 @@ import numpy.typing as npt
 
 from searchr1.errors import UserError
 from searchr1.retrieval.indexes import Hits
+from searchr1.retrieval.tokens import get_tokenizer, without_accents
 
-WORD = re.compile(r"(?u)\b\w\w+\b")
-"""bm25s' pattern."""
 LARGEST_FILE = "largest.npy"
 MIN_SHARE = 32
 """Queries that make a thread of their own worth while."""
@@ -25,11 +24,18 @@ MIN_SHARE = 32
 class Bm25Index:
     """Search over posting lists. One search at a time: its workspaces are reused."""
 
-    def __init__(self, retriever: Any, stemmer: str | None = None, threads: int = 1, folder: Path | None = None) -> None:
+    def __init__(
+        self,
+        retriever: Any,
+        stemmer: str | None = None,
+        threads: int = 1,
+        folder: Path | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
         """Wrap a bm25s index of its default method, Lucene's.
 
         Raises:
-            UserError: another method, whose scores our search does not know, or an unknown stemmer.
+            UserError: another method, whose scores our search does not know, or an unknown stemmer or tokenizer.
         """
         largest_scores = kernel().largest_scores
         if retriever.method != "lucene":
@@ -37,6 +43,8 @@ class Bm25Index:
         self._retriever = retriever
         self._vocabulary: dict[str, int] = retriever.vocab_dict
         self._stemmer = stemmer_of(stemmer)
+        self._tokenizer = get_tokenizer(tokenizer)
+        self._plain = plain_forms(self._vocabulary) if self._tokenizer.normalizes else {}
         scores = retriever.scores
         self._rows = int(scores["num_docs"])
         self._lists = data, indices, indptr = scores["data"], scores["indices"], scores["indptr"]
@@ -52,25 +60,35 @@ class Bm25Index:
         self.search(["warm up"], 1)  # compiles, or loads what was compiled before
 
     @classmethod
-    def build(cls, texts: Iterable[str], stemmer: str | None = None, threads: int = 1) -> Bm25Index:
+    def build(
+        cls, texts: Iterable[str], stemmer: str | None = None, threads: int = 1, tokenizer: str | None = None
+    ) -> Bm25Index:
         """Index texts in memory; they are read once and only their words are kept.
 
-        `stemmer`: a language that PyStemmer knows ("english"), or None to keep words as they are.
+        `stemmer`: a language that PyStemmer knows ("english"), or None to keep words as they are. `tokenizer`: see
+        `searchr1.retrieval.tokens`.
 
         Raises:
-            UserError: unknown stemmer, or no words at all.
+            UserError: unknown stemmer or tokenizer, or no words at all.
         """
         import bm25s
+        from bm25s.tokenization import Tokenized
 
-        retriever = bm25s.BM25()
-        words = bm25s.tokenize(texts, stopwords=None, stemmer=stemmer_of(stemmer), show_progress=False)
-        if not any(words.ids):
+        reducer, split = stemmer_of(stemmer), get_tokenizer(tokenizer).passage
+        vocabulary: defaultdict[str, int] = defaultdict()
+        vocabulary.default_factory = vocabulary.__len__  # a new word gets the next number
+        ids = []
+        for text in texts:
+            words = split(text)
+            ids.append([vocabulary[word] for word in (words if reducer is None else reducer.stemWords(words))])
+        if not vocabulary:
             raise UserError("--corpus_path: has no words")
-        retriever.index(words, show_progress=False)
-        return cls(retriever, stemmer, threads)
+        retriever = bm25s.BM25()
+        retriever.index(Tokenized(ids=ids, vocab=dict(vocabulary)), show_progress=False)
+        return cls(retriever, stemmer, threads, tokenizer=tokenizer)
 
     @classmethod
-    def load(cls, folder: Path, stemmer: str | None = None, threads: int = 1) -> Bm25Index:
+    def load(cls, folder: Path, stemmer: str | None = None, threads: int = 1, tokenizer: str | None = None) -> Bm25Index:
         """Map an index folder.
 
         Raises:
@@ -79,7 +97,7 @@ class Bm25Index:
         import bm25s
 
         try:
-            return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer, threads, folder)
+            return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer, threads, folder, tokenizer)
         except (OSError, ValueError, KeyError, EOFError) as error:
             raise UserError(f"--index_path {folder}: not readable as a BM25 index ({error}); build it again") from error
 
@@ -123,10 +141,27 @@ class Bm25Index:
 
     def _ids(self, query: str) -> list[int]:
         """Numbers of the words of a query that the index knows."""
-        words = WORD.findall(query.lower())
+        words = self._tokenizer.query(query)
         if self._stemmer is not None:
             words = self._stemmer.stemWords(words)
-        return [self._vocabulary[word] for word in words if word in self._vocabulary]
+        ids = []
+        for word in words:
+            if (number := self._vocabulary.get(word)) is not None:
+                ids.append(number)
+            elif self._tokenizer.normalizes:
+                plain = without_accents(word)
+                number = self._vocabulary.get(plain)
+                ids += self._plain.get(plain, []) if number is None else [number]
+        return ids
+
+
+def plain_forms(vocabulary: dict[str, int]) -> dict[str, list[int]]:
+    """Map words without their accents to the numbers of the words that have them."""
+    found: dict[str, list[int]] = {}
+    for word, number in vocabulary.items():
+        if not word.isascii() and (plain := without_accents(word)) != word:
+            found.setdefault(plain, []).append(number)
+    return found
 
 
 def kernel() -> Any:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from searchr1.errors import UserError
-from searchr1.retrieval.bm25_build import build_bm25
+from searchr1.retrieval.bm25_build import build_bm25, tokenizer_for
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.dense import build_faiss
 from searchr1.retrieval.embed import EncoderFlags, embed_by_processes, embed_parts
@@ -26,6 +26,7 @@ from searchr1.retrieval.flat_file import flat_header
 from searchr1.retrieval.manifest import MANIFEST, Manifest, remove_files, write_manifest
 from searchr1.retrieval.model_files import weights_hash
 from searchr1.retrieval.refine import open_vectors
+from searchr1.retrieval.tokens import TOKENIZERS
 
 
 class RateColumn(TextColumn):
@@ -256,6 +257,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--devices", help="one process each, for instance cuda:0,cuda:1")
     parser.add_argument("--processes", type=int, default=1, help="processes that share --device")
     parser.add_argument("--stemmer", help="bm25: reduce words to their stems, for instance --stemmer english")
+    parser.add_argument(
+        "--tokenizer", choices=["auto", *TOKENIZERS],
+        help="bm25: words, or multilingual for scripts without spaces (default auto: by the corpus)",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of the sample that an index is trained on")
     parser.add_argument("--overwrite", action="store_true", help="replace an index, or start an unfinished one anew")
     args = parser.parse_args(argv)
@@ -277,9 +282,12 @@ def main(argv: list[str]) -> int:
         corpus = Corpus(args.corpus_path)
         if args.retriever_name == "bm25":
             remove_files(args.save_dir)
+            tokenizer = tokenizer_for(corpus, args.tokenizer)
+            print(f"tokenizer: {tokenizer}", flush=True)
             with bar("reading", len(corpus)) as report:
-                build_bm25(corpus, args.save_dir, args.stemmer, report)
-            write_manifest(args.save_dir, Manifest("bm25", len(corpus), corpus.fingerprint(), stemmer=args.stemmer))
+                build_bm25(corpus, args.save_dir, args.stemmer, report, tokenizer)
+            made = Manifest("bm25", len(corpus), corpus.fingerprint(), stemmer=args.stemmer, tokenizer=tokenizer)
+            write_manifest(args.save_dir, made)
         else:
             build_dense(args, corpus)
     size = sum(file.stat().st_size for file in args.save_dir.iterdir() if file.is_file())

@@ -9,6 +9,7 @@ from typing import Any
 
 from searchr1.errors import UserError
 from searchr1.retrieval.batcher import Batcher
+from searchr1.retrieval.bm25_build import tokenizer_for
 from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.dense import DenseIndex, load_faiss, set_search_parameters
@@ -102,8 +103,9 @@ def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
     path: Path | None = args.index_path
     name: str = args.retriever_name
     if path is None and name == "bm25":
-        print("no --index_path: building the BM25 index in memory", flush=True)
-        return Bm25Index.build(corpus.contents(), threads=threads_of(args))
+        tokenizer = tokenizer_for(corpus, args.tokenizer)
+        print(f"no --index_path: building the BM25 index in memory (tokenizer {tokenizer})", flush=True)
+        return Bm25Index.build(corpus.contents(), threads=threads_of(args), tokenizer=tokenizer)
     if path is None or (args.retriever_model is None and name != "bm25"):
         raise UserError(f"--retriever_name {name} needs --index_path and --retriever_model")
     if not path.exists():
@@ -120,7 +122,12 @@ def load_bm25(args: argparse.Namespace, folder: Path, manifest: Manifest | None)
     """A BM25 folder, mapped."""
     if manifest is None:
         raise UserError(f"--index_path {folder}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
-    return Bm25Index.load(folder, manifest.stemmer, threads_of(args))
+    if args.tokenizer not in (None, "auto", manifest.tokenizer):
+        raise UserError(
+            f"--tokenizer {args.tokenizer}: --index_path {folder} was built with {manifest.tokenizer or 'words of bm25s'}; "
+            "leave the flag out, or build the index again"
+        )
+    return Bm25Index.load(folder, manifest.stemmer, threads_of(args), manifest.tokenizer)
 
 
 def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) -> Index:

@@ -28,6 +28,8 @@ class Manifest:
     version: int = VERSION
     """Of this format."""
     stemmer: str | None = None
+    tokenizer: str | None = None
+    """See `searchr1.retrieval.tokens`."""
     encoder: str | None = None
     """Family of the encoder (e5, bge, ...), as --retriever_name."""
     model: str | None = None

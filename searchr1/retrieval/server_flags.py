@@ -9,6 +9,7 @@ from searchr1.errors import UserError
 from searchr1.retrieval.encoder import FAMILIES
 from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.server import MAX_TOPK
+from searchr1.retrieval.tokens import TOKENIZERS
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,6 +24,10 @@ def parser() -> argparse.ArgumentParser:
     local.add_argument("--corpus_path", type=Path, help='jsonl(.gz) or parquet of {"id", "contents", "url"}')
     local.add_argument("--index_path", type=Path, help="index folder or FAISS file; BM25 can do without")
     local.add_argument("--retriever_name", default="e5", choices=["bm25", *FAMILIES], help="default e5")
+    local.add_argument(
+        "--tokenizer", choices=["auto", *TOKENIZERS],
+        help="BM25 without --index_path: words, or multilingual for scripts without spaces (default auto: by the corpus)",
+    )  # fmt: skip
     local.add_argument("--retriever_model", help="Hugging Face folder of the encoder")
     local.add_argument(
         "--dtype", choices=["fp32", "bf16", "fp16"], help="of encoder and reranker (default fp16 on a GPU, else fp32)"

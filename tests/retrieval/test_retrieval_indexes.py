@@ -27,7 +27,7 @@ def write_corpus(path, count=60):
 
 
 def flags(**values):
-    unset = ["index_path", "retriever_model", "device", "dtype", "nprobe", "ef_search", "refine_factor"]
+    unset = ["index_path", "tokenizer", "retriever_model", "device", "dtype", "nprobe", "ef_search", "refine_factor"]
     defaults = dict.fromkeys(unset) | {"retriever_name": "bm25", "faiss_gpu": False, "threads": 1, "workers": 1}
     return argparse.Namespace(**(defaults | values))
 

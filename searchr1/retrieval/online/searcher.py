@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -18,13 +17,15 @@ from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import Engine, Hit, Request
 from searchr1.retrieval.online.fetch import PageFetcher
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
+from searchr1.retrieval.tokens import split_passage, split_query
 
 PASSAGE_CHARACTERS = 1200
 """How much of a fetched page is given."""
 ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 LONGEST_PAUSE_S = 8.0
-WORD = re.compile(r"\w+")
+LONGEST_WORD = 60
+"""A stretch is cut at a space if there is one so near to its end."""
 
 
 class OnlineSearcher:
@@ -167,16 +168,18 @@ def best_part(text: str, query: str) -> str:
     """
     if len(text) <= PASSAGE_CHARACTERS:
         return text
-    wanted = set(WORD.findall(query.lower()))
+    wanted = set(split_query(query))
     starts = range(0, len(text), PASSAGE_CHARACTERS // 2)
 
     def words_at(start: int) -> int:
-        return len(wanted & set(WORD.findall(text[start : start + PASSAGE_CHARACTERS].lower())))
+        return len(wanted.intersection(split_passage(text[start : start + PASSAGE_CHARACTERS])))
 
     start = max(starts, key=lambda place: (words_at(place), -place))
     part = text[start : start + PASSAGE_CHARACTERS]
     if start:
-        part = part.partition(" ")[2] or part
+        head, _, rest = part.partition(" ")
+        part = rest if rest and len(head) <= LONGEST_WORD else part
     if start + PASSAGE_CHARACTERS < len(text):
-        part = part.rpartition(" ")[0] or part
+        rest, _, tail = part.rpartition(" ")
+        part = rest if rest and len(tail) <= LONGEST_WORD else part
     return part.strip()
