@@ -13,6 +13,7 @@ from searchr1.actor.backend import ValueLoss
 from searchr1.actor.fsdp import FsdpTraining
 from searchr1.actor.model import init_process_group, shard_model
 from searchr1.actor.packing import PackedBatch
+from searchr1.actor.weight_check import check_model_folder, load_pretrained
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -60,12 +61,12 @@ class FsdpValueBackend(FsdpTraining):
         init_process_group(device, actor.megatron.distributed_timeout_minutes, actor.fsdp.cpu_offload)
         torch.manual_seed(actor.seed)
         path = actor.model.path or config.rollout.model.model_path
+        settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": device.attention_implementation}
         try:
-            decoder = AutoModel.from_pretrained(
-                path, dtype=torch.float32, attn_implementation=device.attention_implementation
-            )
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"critic.model_path: cannot load a decoder from {path}: {error}") from error
+            check_model_folder(path, decoder_only=True)
+            decoder = load_pretrained(AutoModel, path, decoder_only=True, **settings)
+        except UserError as error:
+            raise UserError(f"critic.model_path: {error}") from error
         model = shard_model(
             ValueModel(decoder),
             device,

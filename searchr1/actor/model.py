@@ -16,10 +16,10 @@ from searchr1.actor import attention  # noqa: F401  (registers the packed attent
 from searchr1.actor.attention import packed_model_inputs
 from searchr1.actor.lora import add_adapters
 from searchr1.actor.packing import PackedBatch
+from searchr1.actor.weight_check import check_model_folder, load_pretrained
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
 from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device
-from searchr1.errors import UserError
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
 """fp16 needs loss scaling, which bf16 does not; recipes that say fp16 compute in bf16 here."""
@@ -65,16 +65,15 @@ def load_model(
     1 or more they are frozen, and adapters are trained instead (lora.py).
 
     Raises:
-        UserError: no usable model there.
+        UserError: no usable model there, or its weights do not fit its config.json.
     """
     from transformers import AutoModelForCausalLM
 
     in_compute = lora is not None and lora.rank > 0 and lora.base_precision == "compute"
     held = COMPUTE_DTYPES[precision] if in_compute else torch.float32
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=held, attn_implementation=device.attention_implementation)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"cannot load a causal language model from {path}: {error}") from error
+    check_model_folder(path)
+    settings: dict[str, Any] = {"dtype": held, "attn_implementation": device.attention_implementation}
+    model = load_pretrained(AutoModelForCausalLM, path, **settings)
     return shard_model(
         model,
         device,

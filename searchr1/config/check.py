@@ -12,6 +12,7 @@ from searchr1.config.check_backend import check_backends
 from searchr1.config.check_evaluation import check_evaluation
 from searchr1.config.check_health import check_health
 from searchr1.config.check_lora import check_lora
+from searchr1.config.check_models import check_models
 from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import group_ranks
@@ -57,7 +58,7 @@ CODE = ("agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
 
 def require_valid(config: Config, for_training: bool) -> None:
     """Raise a `ConfigError` with every problem, if there is one."""
-    problems = check_config(config, for_training)
+    problems = [*check_config(config, for_training), *check_models(config, for_training)]
     if problems:
         raise ConfigError("the configuration", problems)
 

@@ -6,6 +6,7 @@ import argparse
 from fnmatch import fnmatchcase
 
 from searchr1.config.check import check_config, warnings
+from searchr1.config.check_models import check_models
 from searchr1.config.critic import critic_run
 from searchr1.config.layout import actor_layout, critic_layout
 from searchr1.config.load import ConfigError, load_config, unused_keys
@@ -91,7 +92,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_intermixed_args(argv)
     for_training = not (args.eval or args.config.removesuffix(".yaml").endswith("-eval"))
     config = load_config(args.config, args.overrides)
-    problems = check_config(config, for_training)
+    problems = [*check_config(config, for_training), *check_models(config, for_training, needs_weights=False)]
     if problems:
         raise ConfigError(args.config, problems)
     print(explain(config, for_training))

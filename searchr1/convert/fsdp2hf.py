@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from searchr1.actor.lora import LoraRecord, check_base, weight_folder
-from searchr1.actor.megatron.hf_folder import check_names
+from searchr1.actor.megatron.hf_folder import OUTPUT_LAYER, check_shapes
 from searchr1.actor.megatron.mapping import SliceReader
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
@@ -80,9 +81,16 @@ class FsdpSource:
         found = {key.removeprefix(_PREFIX): folder.shape(key) for key in folder.tensors if key.startswith(_PREFIX)}
         if not found:
             raise UserError(f"{folder.folder} has no tensors of a model: it is no FSDP training checkpoint")
-        if "lm_head.weight" not in expected:  # tied: a second name of the embedding
-            found.pop("lm_head.weight", None)
-        check_names(found, expected, str(folder.folder))
+        whole = lru_cache(maxsize=2)(folder.read)
+        check_shapes(
+            found,
+            expected,
+            str(folder.folder),
+            tied=OUTPUT_LAYER not in expected,
+            read=lambda name, _, start, stop: whole(_PREFIX + name)[start:stop],
+        )
+        if OUTPUT_LAYER not in expected:  # tied: a second name of the embedding
+            found.pop(OUTPUT_LAYER, None)
         self._names = list(found)
 
     def specs(self) -> list[TensorSpec]:

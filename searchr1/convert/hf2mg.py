@@ -16,6 +16,7 @@ from torch import Tensor
 from searchr1.actor.checkpoint import HF_FOLDER
 from searchr1.actor.megatron.architecture import Architecture, read_architecture
 from searchr1.actor.megatron.mapping import Entry, entries
+from searchr1.actor.weight_check import check_model_folder
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import copy_hf_files
 from searchr1.convert.megatron_source import MegatronSource
@@ -63,6 +64,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
     refuse_used(output)
     if not (hf_model / "config.json").is_file():
         raise UserError(f"--hf-model {hf_model}: has no config.json; give a local model folder")
+    check_model_folder(hf_model)
     arch, _ = read_architecture(hf_model)
     with HfReader.open(hf_model) as reader:
         reader.check(arch)

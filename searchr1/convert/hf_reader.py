@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from searchr1.actor.megatron.architecture import Architecture
-from searchr1.actor.megatron.hf_folder import check_names, weight_files
+from searchr1.actor.megatron.hf_folder import check_shapes, weight_files
 from searchr1.actor.megatron.mapping import hugging_face_shapes
 from searchr1.convert.safetensors_file import SafetensorsReader, TensorSpec
 
@@ -39,15 +39,21 @@ class HfReader:
             yield cls(folder, files)
 
     def check(self, arch: Architecture) -> None:
-        """Compare names and shapes with what the architecture has; a second copy of a tied output layer is ignored.
+        """Compare names and shapes with what the architecture has; a second copy of a tied output layer must equal it.
 
         Raises:
             UserError: missing, unexpected or misshapen tensors, by name.
         """
+        self.check_shapes(hugging_face_shapes(arch), arch.tied)
+
+    def check_shapes(self, expected: dict[str, tuple[int, ...]], tied: bool) -> None:
+        """Compare names and shapes with those of a model, a tied output layer left out of `expected`.
+
+        Raises:
+            UserError: missing, unexpected or misshapen tensors, by name; two different output layers.
+        """
         found = {name: spec.shape for name, spec in self.specs.items()}
-        if arch.tied:
-            found.pop("lm_head.weight", None)
-        check_names(found, hugging_face_shapes(arch), str(self.folder))
+        check_shapes(found, expected, str(self.folder), tied=tied, read=self.read)
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Part of a tensor along one dimension."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from searchr1.actor.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
-from searchr1.actor.megatron.hf_folder import check_names
 from searchr1.actor.megatron.mapping import SliceReader
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
@@ -47,11 +46,8 @@ class LoraSource:
             UserError: the base model or the adapters do not fit the architecture, by name.
         """
         self._folder, self._record, self._base, self._dtype = folder, record, base, dtype
-        found = {name: spec.shape for name, spec in base.specs.items()}
-        if "lm_head.weight" not in expected:  # tied: a second name of the embedding
-            found.pop("lm_head.weight", None)
-        check_names(found, expected, str(base.folder))
-        self._names = [name for name in found if name in expected]
+        base.check_shapes(expected, tied="lm_head.weight" not in expected)
+        self._names = [name for name in base.specs if name in expected]
         self._adapters = adapter_keys(folder)
         for target in {base_name(key.removeprefix(_PREFIX)) for key in self._adapters}:
             if target not in expected:

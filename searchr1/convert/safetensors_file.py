@@ -31,6 +31,11 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PIECE_BYTES = 32 << 20
@@ -153,6 +158,8 @@ class SafetensorsReader:
         for name, item in header.items():
             if name == "__metadata__":
                 continue
+            if item["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is of the unknown type {item['dtype']}")
             spec = TensorSpec(name, tuple(item["shape"]), _DTYPES[item["dtype"]])
             start, end = item["data_offsets"]
             if end - start != spec.nbytes or start < 0:

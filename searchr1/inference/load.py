@@ -34,6 +34,7 @@ async def open_session(plan: Plan) -> Session:
     device = Device.detect(config.cluster.device)
     os.environ.update(device.driver_env() | device.worker_env("rollout"))
 
+    from searchr1.actor.weight_check import check_model_folder
     from searchr1.agent.loop import resolve_generate_fn
     from searchr1.rollout.engine import Engine, EngineError
     from searchr1.rollout.settings import EngineSettings
@@ -43,6 +44,10 @@ async def open_session(plan: Plan) -> Session:
         config.rollout.model.precision = "fp32"
     tokenizer = load_tokenizer(path)
     fit_to_model(config, plan.auto_length)
+    try:
+        check_model_folder(path, trained=False)
+    except UserError as error:
+        raise UserError(f"--model_path {error}") from error
     print(f"loading {path}", file=sys.stderr, flush=True)
     try:
         engine = await Engine.start(path, device, EngineSettings.from_config(without_adapters(config)))

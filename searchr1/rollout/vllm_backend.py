@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from searchr1.actor.weight_check import check_model_folder
 from searchr1.agent.settings import GenerateParams
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -27,7 +28,7 @@ class VllmBackend:
         """Loads the model.
 
         Raises:
-            UserError: the environment forbids an in-process engine, or the model cannot be read.
+            UserError: the environment forbids an in-process engine, or the model's weights do not fit its config.json.
         """
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
@@ -35,6 +36,8 @@ class VllmBackend:
         if not device.is_cuda and "OMP_NUM_THREADS" in os.environ:
             # OpenMP's thread count belongs to the calling thread, and was read when torch was imported.
             torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+        if settings.load_format == "auto":
+            check_model_folder(model_path, trained=False)  # vLLM leaves some missing tensors random
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 

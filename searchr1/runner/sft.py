@@ -28,6 +28,7 @@ from searchr1.actor.backend import Backend
 from searchr1.actor.model import init_process_group
 from searchr1.actor.packing import PackedBatch, pack, plan_micro_batches, sequence_length, split_balanced
 from searchr1.actor.policy import Policy
+from searchr1.actor.weight_check import check_model_folder
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
@@ -50,6 +51,11 @@ def train(args: argparse.Namespace) -> list[float]:
     device = Device.detect(args.device)
     init_process_group(device)
     lead = dist.get_rank() == 0
+    if args.model:
+        try:
+            check_model_folder(args.model)
+        except UserError as error:
+            raise UserError(f"--model {error}") from error
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
     rows, too_long = load_rows(args.data, tokenizer, args.max_length)
     tokens = sum(map(sequence_length, rows))

@@ -44,8 +44,12 @@ def change(folder: Path, **tensors: torch.Tensor | None) -> None:
 
 def test_a_whole_folder_passes_also_with_a_copy_of_the_tied_output_layer(folder):
     check(folder)
-    change(folder, **{"lm_head.weight": torch.zeros(ranks.VOCAB, 64)})
+    embedding = load_file(folder / SINGLE)["model.embed_tokens.weight"]
+    change(folder, **{"lm_head.weight": embedding.clone()})
     check(folder)
+    change(folder, **{"lm_head.weight": embedding + 1})
+    with pytest.raises(UserError, match="tie_word_embeddings: true, but lm_head"):
+        check(folder)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch
     size = parallel_state.get_tensor_model_parallel_world_size()
     with ExitStack() as stack, torch.no_grad():
         weights = stack.enter_context(HuggingFaceFolder.open(folder))
-        weights.check(replace(arch, value_head=False))
+        weights.check(arch)
         for item in parameters:
             if item.entry.name == VALUE_HEAD:
                 continue

@@ -24,6 +24,7 @@ from searchr1.actor.megatron.parallel import start_megatron
 from searchr1.actor.model import init_process_group
 from searchr1.actor.optimizer import lr_factor
 from searchr1.actor.packing import PackedBatch
+from searchr1.actor.weight_check import check_model_folder
 from searchr1.algorithms.sums import Sums
 from searchr1.config.layout import Layout, actor_layout
 from searchr1.config.schema import Config
@@ -55,6 +56,7 @@ class MegatronTraining:
         if settings.megatron_checkpoint is not None:
             load_weights(self.module, Path(settings.megatron_checkpoint))
         else:
+            check_model_folder(self.model_path, decoder_only=self.arch.value_head)
             load_hugging_face(self.parameters, self.model_path, self.arch)
         self.model = build_ddp(self.module, config.actor)
         self.optimizer = build_optimizer(self.model, config.actor)

@@ -1,0 +1,42 @@
+"""Whether the model folders that a configuration names hold the weights that they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from searchr1.config.load import Problem
+from searchr1.config.schema import Config
+from searchr1.errors import UserError
+
+
+def check_models(config: Config, for_training: bool, needs_weights: bool = True) -> Iterator[Problem]:
+    """Problems of every local model folder, by the key that names it; only headers are read.
+
+    Args:
+        config: one that names model folders.
+        for_training: look at what trains too.
+        needs_weights: a folder without any is a problem; otherwise, to look at a YAML, its config.json will do.
+    """
+    from searchr1.actor.weight_check import check_model_folder, has_weights
+
+    actor = config.actor.model
+    folders: list[tuple[str, str | None, bool, bool]] = [
+        ("rollout.model.model_path", config.rollout.model.model_path, for_training, False)
+    ]
+    if for_training:
+        if actor.megatron_checkpoint is None:  # else only its config.json is read
+            folders.append(("actor.model.path", actor.path, True, False))
+        if config.algorithm.kl_beta > 0:
+            folders.append(("inference.model_path", config.inference.model_path, True, False))
+        if config.critic.use_critic_model:
+            folders.append(("critic.model_path", config.critic.model_path, True, True))
+    for key, path, trained, decoder_only in folders:
+        if not path or not (Path(path) / "config.json").is_file():
+            continue  # a hub name, or a problem of its own
+        if not (needs_weights or has_weights(Path(path))):
+            continue
+        try:
+            check_model_folder(path, decoder_only=decoder_only, trained=trained)
+        except UserError as error:
+            yield Problem(key, str(error))
