@@ -41,9 +41,7 @@ def make(models: dict[bool, Path], tmp_path: Path) -> Callable[..., Path]:
         folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(models[tied], folder)
         weights = change(load_file(folder / "model.safetensors"))
-        save_file(
-            {name: tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"}
-        )
+        save_file({name: tensor.clone() for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
         settings = json.loads((folder / "config.json").read_text()) | config
         settings = {name: value for name, value in settings.items() if value != "left out"}
         (folder / "config.json").write_text(json.dumps(settings))
