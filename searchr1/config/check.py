@@ -38,6 +38,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "agentloop.information_style": ("searchr1", "rlinf"),
     "agentloop.toolcall_parser": ("tags", "searchr1", "searchr1-qwen"),
     "agentloop.tool_text_tokens": ("parts", "whole"),
+    "evaluation.untagged": ("reject", "text"),
     "actor.training_backend": ("fsdp", "megatron"),
     "actor.model.recompute_granularity": (None, "full", "selective"),
     "actor.model.recompute_method": (None, "uniform", "block"),

@@ -11,5 +11,8 @@ class EvaluationConfig:
 
     methods: list[str] = field(default_factory=lambda: ["search"])
     """Any of `direct`, `cot`, `rag` (one retrieval, passages in the prompt) and `search` (the loop), on the same model."""
+    untagged: str = "reject"
+    """An attempt without an answer tag whose last turn has no tag at all is wrong (`reject`), or is scored by that turn's
+    text (`text`), so that base models and other formats can be compared."""
     judge: bool = False
     """Also ask the judge of `reward.judge` about every answer."""

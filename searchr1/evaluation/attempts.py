@@ -38,6 +38,13 @@ class Attempt:
     """Turns that neither called a tool nor answered."""
     tool_calls: int
     tool_failures: int
+    answer: str | None
+    """What was scored."""
+    untagged: bool
+    """No turn has a tag of an action."""
+    untagged_turns: int
+    by_text: bool
+    """The answer is the text of the last turn (`evaluation.untagged: text`)."""
     answered: bool
     truncated: bool
     """It ran out of tokens."""
@@ -45,14 +52,17 @@ class Attempt:
     """An error ended it."""
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any], question: int) -> Self:
-        """From a row of a trajectory log.
+    def from_row(cls, row: Mapping[str, Any], question: int, untagged: str = "reject") -> Self:
+        """From a row of a trajectory log; `untagged` is `evaluation.untagged`.
 
         Raises:
             KeyError, TypeError, AttributeError: it is none.
         """
         turns = row["turns"]
-        answer = answers.answer_of("".join(turn["policy_text"] for turn in turns))
+        texts = [turn["policy_text"] for turn in turns]
+        scored = answers.scored_text(texts, untagged)
+        answer = answers.answer_of(scored)
+        without = sum(not answers.has_tag(text) for text in texts)
         golds = row["golden_answers"]
         parts = row["reward_parts"]
         verdict = parts.get(JUDGE_PART)
@@ -72,6 +82,10 @@ class Attempt:
             invalid=sum(turn["action"] == "invalid" for turn in turns),
             tool_calls=sum(bool(turn["queries"]) for turn in turns),
             tool_failures=sum(turn["tool_error"] is not None for turn in turns),
+            answer=answer,
+            untagged=without == len(texts),
+            untagged_turns=without,
+            by_text=scored != "".join(texts),
             answered=row["stop"] == "answer",
             truncated=row["stop"] == "length",
             failed=row["stop"] == "error",

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 from searchr1.agent.trajectory import Trajectory
 from searchr1.errors import UserError
 from searchr1.evaluation.manifest import Manifest, differences
+from searchr1.rewards.answers import answer_of, scored_text
 from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import eval_file, trajectory_row
 
@@ -23,11 +24,18 @@ class Ledger:
     """The rows of one method in one folder. Use `open`, and close it (it is a context manager too)."""
 
     def __init__(
-        self, path: Path, file: BinaryIO, finished: set[int], spoiled: set[int], token_text: TokenText | None
+        self,
+        path: Path,
+        file: BinaryIO,
+        finished: set[int],
+        spoiled: set[int],
+        token_text: TokenText | None,
+        untagged: str,
     ) -> None:
         """Use `open`."""
         self._path = path
         self._token_text = token_text
+        self._untagged = untagged
         self._file = file
         self.finished = finished
         """Numbers of the questions whose attempts are all there."""
@@ -65,7 +73,7 @@ class Ledger:
         except BaseException:
             file.close()
             raise
-        return cls(path, file, finished - failed, failed, token_text)
+        return cls(path, file, finished - failed, failed, token_text, manifest.get("untagged", "reject"))
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
         """Write attempts, those at one question next to each other; a kill after this returns takes none of them.
@@ -74,7 +82,7 @@ class Ledger:
             UserError: the disk is full.
         """
         try:
-            self._file.write(b"".join(_line(trajectory, self._token_text) for trajectory in trajectories))
+            self._file.write(b"".join(_line(trajectory, self._token_text, self._untagged) for trajectory in trajectories))
             self._file.flush()
         except OSError as error:
             raise UserError(f"{self._path}: not writable ({error.strerror}); free some space") from error
@@ -98,8 +106,9 @@ class Ledger:
         self.close()
 
 
-def _line(trajectory: Trajectory, token_text: TokenText | None) -> bytes:
-    row = {"number": trajectory.sample.index, **trajectory_row(trajectory, token_text)}
+def _line(trajectory: Trajectory, token_text: TokenText | None, untagged: str) -> bytes:
+    scored = scored_text([turn.policy_text for turn in trajectory.turns], untagged)
+    row = {"number": trajectory.sample.index, **trajectory_row(trajectory, token_text), "answer": answer_of(scored)}
     return (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n").encode("utf-8", "backslashreplace")
 
 

@@ -35,6 +35,8 @@ def manifest(config: Config, method: Method, settings: AgentSettings, samples: S
         },
         "reward": {"type": reward.reward_type, "weights": dict(reward.weights), "judge": reward.judge.model},
     }
+    if config.evaluation.untagged != "reject":
+        found["untagged"] = config.evaluation.untagged
     if method.searches:
         found["tools"] = {
             "access": config.tools.access.enabled,

@@ -11,7 +11,7 @@ from searchr1.evaluation.page_style import STYLE, escape
 from searchr1.evaluation.results import Results
 from searchr1.evaluation.sources import canonical, label
 from searchr1.evaluation.tables import Table, score
-from searchr1.rewards.answers import answer_of, exact_match
+from searchr1.rewards.answers import exact_match
 
 LONGEST = 600
 """Characters shown of a question or an answer."""
@@ -87,7 +87,7 @@ def _examples(results: Results) -> list[str]:
 
 
 def _card(row: dict[str, Any]) -> str:
-    answer = answer_of("".join(turn["policy_text"] for turn in row["turns"]))
+    answer = row["answer"]
     right = exact_match(answer, row["golden_answers"]) > 0
     verdict = '<b class="good">✓</b>' if right else '<b class="bad">✗</b>'
     facts = [

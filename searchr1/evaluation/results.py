@@ -85,6 +85,7 @@ class Results:
             "methods": {
                 name: {
                     "how": one.how,
+                    "untagged": one.summary.untagged,
                     "attempts_per_question": one.summary.group_size,
                     "sets": {found.name: dataclasses.asdict(found) for found in one.summary.sets},
                     "macro": {score: dataclasses.asdict(value) for score, value in one.summary.macro.items()},
@@ -98,13 +99,14 @@ class Results:
         }
 
 
-def score_rows(rows: Iterable[Row], wanted: int, where: str) -> tuple[list[Attempt], list[Row]]:
+def score_rows(rows: Iterable[Row], wanted: int, where: str, untagged: str = "reject") -> tuple[list[Attempt], list[Row]]:
     """Attempts, and rows to show, of the rows of a ledger; of an attempt that was written twice the last one counts.
 
     Args:
         rows: in any order.
         wanted: how many attempts there must be.
         where: the file, for messages.
+        untagged: `evaluation.untagged`.
 
     Raises:
         UserError: rows are missing or are none of ours.
@@ -114,14 +116,14 @@ def score_rows(rows: Iterable[Row], wanted: int, where: str) -> tuple[list[Attem
     for row in rows:
         try:
             number = int(row["number"])
-            attempt = Attempt.from_row(row, number)
+            attempt = Attempt.from_row(row, number, untagged)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{where}: a row is not a logged answer ({error!r}); set runner.overwrite=True") from error
         found[number, attempt.replica] = attempt
         if attempt.replica == 0:
             right = attempt.exact_match > 0
             kept = shown.setdefault((canonical(row["data_source"]), right), {})
-            kept[number] = row
+            kept[number] = row | {"answer": attempt.answer}
             if len(kept) > (RIGHT_SHOWN if right else WRONG_SHOWN):
                 del kept[max(kept)]
     if len(found) != wanted:
@@ -130,10 +132,12 @@ def score_rows(rows: Iterable[Row], wanted: int, where: str) -> tuple[list[Attem
     return [found[key] for key in sorted(found)], examples
 
 
-def method_result(rows: Iterable[Row], wanted: int, where: str, how: str, seed: int) -> MethodResult:
+def method_result(
+    rows: Iterable[Row], wanted: int, where: str, how: str, seed: int, untagged: str = "reject"
+) -> MethodResult:
     """Scores, intervals and examples of a ledger's rows; see `score_rows`."""
-    attempts, examples = score_rows(rows, wanted, where)
-    return MethodResult(summarise(attempts, seed, RESAMPLES), examples, how)
+    attempts, examples = score_rows(rows, wanted, where, untagged)
+    return MethodResult(summarise(attempts, seed, RESAMPLES, untagged), examples, how)
 
 
 def write_results(folder: Path, results: Results) -> dict[str, float]:

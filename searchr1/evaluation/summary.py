@@ -49,15 +49,18 @@ class Summary:
     """Every question counts the same."""
     group_size: int = 1
     """Attempts at each question."""
+    untagged: str = "reject"
+    """`evaluation.untagged`, by which the attempts were scored."""
 
 
-def summarise(attempts: Sequence[Attempt], seed: int = 0, resamples: int = 0) -> Summary:
+def summarise(attempts: Sequence[Attempt], seed: int = 0, resamples: int = 0, untagged: str = "reject") -> Summary:
     """Summarise attempts (at least one).
 
     Args:
         attempts: all of one method.
         seed: of the resampling.
         resamples: 0 computes no intervals.
+        untagged: how they were scored.
     """
     by_source: dict[str, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
@@ -75,7 +78,7 @@ def summarise(attempts: Sequence[Attempt], seed: int = 0, resamples: int = 0) ->
         bounds = interval(np.mean([means_BM[:, m] for means_BM in resampled], axis=0)) if resamples else (None, None)
         macro[name] = Value(mean, *bounds)
     overall = sets[0] if len(sets) == 1 else _of_set("all", list(attempts), names, seed, resamples)[0]
-    return Summary(sets, macro, overall, group_size)
+    return Summary(sets, macro, overall, group_size, untagged)
 
 
 def score_names(attempts: Sequence[Attempt], group_size: int) -> list[str]:
@@ -109,7 +112,7 @@ def _score(name: str, group: list[Attempt]) -> float:
 
 
 def facts_of(attempts: Sequence[Attempt]) -> dict[str, float]:
-    """Means over attempts; `invalid_rate` is a share of turns, `tool_failure_rate` one of tool calls."""
+    """Means over attempts; `invalid_rate` and `untagged_turns` are shares of turns, `tool_failure_rate` of calls."""
     turns = sum(attempt.turns for attempt in attempts)
     calls = sum(attempt.tool_calls for attempt in attempts)
 
@@ -123,6 +126,9 @@ def facts_of(attempts: Sequence[Attempt]) -> dict[str, float]:
         "response_length": mean("response_length"),
         "policy_tokens": mean("policy_tokens"),
         "invalid_rate": sum(attempt.invalid for attempt in attempts) / max(turns, 1),
+        "untagged": mean("untagged"),
+        "untagged_turns": sum(attempt.untagged_turns for attempt in attempts) / max(turns, 1),
+        "by_text": mean("by_text"),
         "answered": mean("answered"),
         "truncated": mean("truncated"),
         "failed": mean("failed"),

@@ -13,6 +13,9 @@ MAX_ANSWER_TAGS = 10
 """Above this, RLinf's rule gives a quarter of the reward."""
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ACTION_TAG = re.compile(r"</?(?:search|access|answer)>")
+_END_TOKENS = re.compile(r"(?:\s*(?:<\|[^<>|]{1,40}\|>|</s>|<end_of_turn>))+\s*$")
+"""Whatever a tokenizer calls the end of a text or a turn, where it is part of the text."""
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -65,6 +68,26 @@ def substring_match(answer: str | None, golden_answers: Sequence[str]) -> float:
 def answer_of(policy_text: str) -> str | None:
     """The policy's last complete answer."""
     return last_answer(policy_text)
+
+
+def has_tag(text: str) -> bool:
+    """Whether a text has a tag that an action begins or ends with, complete or not."""
+    return _ACTION_TAG.search(text) is not None
+
+
+def scored_text(turns: Sequence[str], untagged: str) -> str:
+    """The text that an attempt is scored by: everything that the policy wrote.
+
+    Args:
+        turns: the policy's text of each turn.
+        untagged: `text` makes an answer of the last turn's text where it has no tag of an action and no turn has an answer;
+            thoughts that end with `</think>`, and tokens that end a text, are no part of it. `reject` does not.
+    """
+    whole = "".join(turns)
+    if untagged != "text" or not turns or has_tag(turns[-1]) or last_answer(whole) is not None:
+        return whole
+    text = _END_TOKENS.sub("", turns[-1].rpartition("</think>")[2]).strip()
+    return f"<answer>{text}</answer>" if text else whole
 
 
 def spam_factor(policy_text: str) -> float:

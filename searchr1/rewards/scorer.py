@@ -36,8 +36,8 @@ class Scorer:
         for name in config.weights or [config.reward_type]:
             self._reward(name, "reward.weights" if config.weights else "reward.reward_type")
 
-    async def score_all(self, trajectories: Sequence[Trajectory]) -> None:
-        """Set `reward` and `reward_parts` of each.
+    async def score_all(self, trajectories: Sequence[Trajectory], untagged: str = "reject") -> None:
+        """Set `reward` and `reward_parts` of each; see `score`.
 
         Raises:
             UserError: see `score`; the first failure, and the others are cancelled.
@@ -45,26 +45,27 @@ class Scorer:
         try:
             async with asyncio.TaskGroup() as tasks:
                 for trajectory in trajectories:
-                    tasks.create_task(self._set(trajectory))
+                    tasks.create_task(self._set(trajectory, untagged))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
 
-    async def score(self, trajectory: Trajectory) -> tuple[float, dict[str, float]]:
+    async def score(self, trajectory: Trajectory, untagged: str = "reject") -> tuple[float, dict[str, float]]:
         """The scaled reward, penalties included, and its parts unscaled; exact match and F1 are always among them.
 
         The row's own reward goes before the configured ones. Of a weighted sum, `term/<name>` is each reward's value,
         without its weight. Answers are taken from the policy's own text only: neither from the prompt, whose example
-        would score, nor from what was retrieved.
+        would score, nor from what was retrieved. `untagged` is `evaluation.untagged`: what a text without tags is worth.
 
         Raises:
             UserError: unknown reward, one that returns no finite number, or a judge that gives no verdict.
         """
         sample, config = trajectory.sample, self._config
+        text = answers.scored_text([turn.policy_text for turn in trajectory.turns], untagged)
         if config.weights and sample.reward_name is None:
-            parts = await self._weighted(trajectory)
+            parts = await self._weighted(text, trajectory)
         else:
-            parts = await self._value(sample.reward_name or config.reward_type, trajectory)
-        answer = answers.answer_of(trajectory.policy_text)
+            parts = await self._value(sample.reward_name or config.reward_type, text, trajectory)
+        answer = answers.answer_of(text)
         parts["exact_match"] = answers.exact_match(answer, sample.golden_answers)
         parts["f1"] = answers.f1(answer, sample.golden_answers)
         taken = penalties(trajectory, config)
@@ -78,14 +79,14 @@ class Scorer:
             if close is not None and not reward.custom:
                 await close()
 
-    async def _set(self, trajectory: Trajectory) -> None:
+    async def _set(self, trajectory: Trajectory, untagged: str) -> None:
         async with self._slots:
-            trajectory.reward, trajectory.reward_parts = await self.score(trajectory)
+            trajectory.reward, trajectory.reward_parts = await self.score(trajectory, untagged)
 
-    async def _weighted(self, trajectory: Trajectory) -> dict[str, float]:
+    async def _weighted(self, text: str, trajectory: Trajectory) -> dict[str, float]:
         """The sum over `reward.weights`, what each term is, and the terms' own parts."""
         weights: Mapping[str, float] = self._config.weights
-        found = await asyncio.gather(*(self._value(name, trajectory) for name in weights))
+        found = await asyncio.gather(*(self._value(name, text, trajectory) for name in weights))
         total = 0.0
         parts: dict[str, float] = {}
         for (name, weight), value in zip(weights.items(), found, strict=True):
@@ -94,10 +95,10 @@ class Scorer:
             total += weight * value["reward"]
         return parts | {"reward": total}
 
-    async def _value(self, name: str, trajectory: Trajectory) -> dict[str, float]:
+    async def _value(self, name: str, text: str, trajectory: Trajectory) -> dict[str, float]:
         """One reward's parts, with a key "reward"."""
         reward = self._reward(name, "reward_model of a row")
-        arguments = trajectory.policy_text, trajectory.sample.golden_answers, trajectory
+        arguments = text, trajectory.sample.golden_answers, trajectory
         if reward.custom and not _awaits(reward.function):
             async with self._thread:
                 result: Any = await asyncio.to_thread(reward.function, *arguments)

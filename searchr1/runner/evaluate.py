@@ -148,7 +148,9 @@ def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> 
     for task in tasks:
         how = sampling_note(task.settings, config.algorithm.group_size)
         wanted = len(task.samples) * config.algorithm.group_size
-        result = method_result(task.ledger.rows(), wanted, str(task.folder), how, config.runner.seed)
+        result = method_result(
+            task.ledger.rows(), wanted, str(task.folder), how, config.runner.seed, config.evaluation.untagged
+        )
         methods[task.method.name] = result
         backends = config.runner.logger.logger_backends
         name = f"{config.runner.experiment_name}-{task.method.name}"
@@ -174,6 +176,8 @@ def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[s
         "tokens of a tool's text",
         "passages": "none (dummy_mode)" if search.dummy_mode else f"top {search.topk} of {search.server_addr}",
     }
+    if config.evaluation.untagged == "text":
+        found["answers without a tag"] = "the text of the last turn (evaluation.untagged: text)"
     if "judge" in config.reward.weights:
         found["judge"] = f"{config.reward.judge.model} at {config.reward.judge.base_url}"
     return found

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from searchr1.agent.trajectory import Trajectory
+from searchr1.rewards.answers import has_tag
 
 STEP_METRICS = {
     "reward/mean": "mean reward of a trajectory, `reward.reward_scale` included",
@@ -84,6 +85,7 @@ def eval_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 def _eval_of(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float]:
     turns = sum(len(t.turns) for t in trajectories)
+    untagged = [[not has_tag(turn.policy_text) for turn in t.turns] for t in trajectories]
     calls = sum(t.tool_calls for t in trajectories)
     return {
         f"{prefix}/questions": float(len(trajectories)),
@@ -93,6 +95,8 @@ def _eval_of(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float
         f"{prefix}/searches": _mean([t.searches for t in trajectories]),
         f"{prefix}/response_length": _mean([t.response_length for t in trajectories]),
         f"{prefix}/invalid_rate": sum(t.invalid_actions for t in trajectories) / max(turns, 1),
+        f"{prefix}/untagged": _mean([all(of_turns) for of_turns in untagged]),
+        f"{prefix}/untagged_turns": sum(map(sum, untagged)) / max(turns, 1),
         f"{prefix}/truncated": _mean([t.stop == "length" for t in trajectories]),
         f"{prefix}/tool_failure_rate": sum(t.tool_failures for t in trajectories) / max(calls, 1),
     }

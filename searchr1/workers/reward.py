@@ -65,7 +65,8 @@ class RewardWorker(Worker):
         timeout = self._config.runner.step_timeout_s
         try:
             async with asyncio.timeout(timeout):
-                await self._scorer.score_all(chunk.trajectories)
+                untagged = self._config.evaluation.untagged if chunk.mode == "eval" else "reject"
+                await self._scorer.score_all(chunk.trajectories, untagged)
         except TimeoutError:
             raise UserError(f"runner.step_timeout_s: the reward took longer than {timeout:g} s") from None
         if chunk.mode == "eval" or not self._inference_ranks:
