@@ -145,6 +145,8 @@ class ModelSettings:
         if TEMPLATE in values:
             name = values[TEMPLATE] or "of the training rows' own (not known)"
             parts.append(f"template {name}" + (" as a chat message" if values.get("data.apply_chat_template") else ""))
+        else:
+            parts.append("template not known")
         if "agentloop.max_turns" in values:
             parts.append(f"{values['agentloop.max_turns']} tool turns")
         if "runner.seq_length" in values:
@@ -153,7 +155,9 @@ class ModelSettings:
             parts.append(f"top {values['tools.search.topk']}")
         if "algorithm.sampling_params.stop" in values:
             parts.append(f"{len(values['algorithm.sampling_params.stop'])} stop strings")
-        return ", ".join(parts) or "says nothing"
+        if values.get("tools.access.enabled"):
+            parts.append("reads pages")
+        return ", ".join(parts)
 
     def _same_template(self, config: Config) -> bool:
         """Whether the template is the same text; what training rows carried themselves cannot be compared."""

@@ -21,8 +21,14 @@ from searchr1.inference.events import Done, Event, Failed, Started, Stats
 from searchr1.inference.watch import Emit, StreamingEngine, Watch
 from searchr1.retrieval.client import SearchUnavailable
 from searchr1.retrieval.documents import Page
+from searchr1.rewards.answers import has_tag
 
 logger = logging.getLogger(__name__)
+
+NO_TAGS = (
+    "; it wrote no <search> or <answer> tag at all: is this the prompt that it was trained with "
+    "(--prompt_template, --config)?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +195,10 @@ def summarise(trajectory: Trajectory, settings: AgentSettings, seconds: float) -
         tool_seconds=round(sum(turn.tool_seconds for turn in trajectory.turns), 3),
     )
     answer = last_answer(trajectory.policy_text) if answered else None
-    return Done(answer, trajectory.stop, None if answered else explain_stop(trajectory, settings), stats, trajectory)
+    note = None if answered else explain_stop(trajectory, settings)
+    if note is not None and not any(has_tag(turn.policy_text) for turn in trajectory.turns):
+        note += NO_TAGS
+    return Done(answer, trajectory.stop, note, stats, trajectory)
 
 
 def explain_stop(trajectory: Trajectory, settings: AgentSettings) -> str:

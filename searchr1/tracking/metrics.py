@@ -114,7 +114,7 @@ def data_sources(metrics: Mapping[str, object]) -> list[str]:
 
 def eval_table(metrics: Mapping[str, float]) -> str:
     """The evaluation for people: a row per data source and one for all."""
-    names = ("questions", "exact_match", "f1", "searches", "response_length", "invalid_rate")
+    names = ("questions", "exact_match", "f1", "searches", "response_length", "invalid_rate", "untagged")
     prefixes = {source: f"val/{source}" for source in data_sources(metrics)} | {"all": "val"}
     width = max(16, *(len(label) + 1 for label in prefixes))
     lines = [" " * width + "".join(f"{name:>17}" for name in names)]

@@ -121,7 +121,8 @@ def test_the_limit_that_ends_an_answer_is_named(changes, stop, note):
 
 def test_the_end_of_a_text_without_an_answer():
     done = ask(make_session({"q": ["I do not know" + chr(0)]}))[-1]
-    assert (done.stop, done.note) == ("eos", "the model ended its text without an answer")
+    assert done.stop == "eos"
+    assert done.note.startswith("the model ended its text without an answer; it wrote no <search> or <answer> tag at all")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import policy_ranks as ranks
 import pytest
 import torch
 
+from searchr1.config.model_settings import ModelSettings
 from searchr1.errors import UserError
 from searchr1.runner.sft import parse, run_config
 from searchr1.runner.sft_data import batches, load_rows, segments_of
@@ -112,6 +113,8 @@ def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
     assert result.returncode == 0, result.stderr[-2000:]
     losses = [float(found) for found in re.findall(r"loss ([\d.]+)", result.stdout)]
     assert losses[-1] < losses[0]
+    assert "searchr1.json: template demo" in result.stdout
+    assert ModelSettings.of_model(str(tmp_path / "out")).values["data.prompt_template"] == "demo"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
