@@ -123,6 +123,13 @@ async def both(tokenizer, turns, max_turns, max_response, topk=3):
     return rlinf, theirs.asked, trajectory, ours.asked, asked
 
 
+def is_the_same_anew(tokenizer, ids):
+    """Whether RLinf's tokenizing of a turn anew, where it calls a search, gives the tokens that were sampled."""
+    text = tokenizer.decode(ids)
+    anew = encode(tokenizer, text.partition("</search>")[0] + "</search>")
+    return "</search>" not in text or anew == ids[: len(anew)]
+
+
 def turn_tokens(trajectory):
     """Policy tokens of each turn."""
     ids, start, found = trajectory.response_ids.tolist(), 0, []
@@ -193,7 +200,7 @@ SCRIPTS = {
     "an opening tag only": ["<search>paris", ANSWER],
     "a closing tag only": ["paris</search>", ANSWER],
     "two opening tags": ["<search> no <search>paris</search>", ANSWER],
-    "closing before opening": ["</search><search>paris", ANSWER],
+    "closing before opening": ["</search> <search>paris", ANSWER],
     "other case": ["<Search>paris</Search>", ANSWER],
     "an attribute": ["<search id=1>paris</search>", ANSWER],
     "another tool": ["<access>https://w.example/Paris</access>", ANSWER],
@@ -207,6 +214,7 @@ SCRIPTS = {
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_same_prompts_tokens_and_tool_texts(tokenizer, name, max_turns):
     turns = [encode(tokenizer, text) for text in SCRIPTS[name]]
+    assert all(is_the_same_anew(tokenizer, turn) for turn in turns)
     require_equal(*asyncio.run(both(tokenizer, turns, max_turns, max_response=12_000)))
 
 
@@ -244,11 +252,7 @@ lines = st.lists(st.lists(pieces, max_size=7).map("".join) | st.sampled_from([*S
 @given(lines=lines, max_turns=st.integers(1, 5), room=st.integers(1, 9000), topk=st.integers(1, 5))
 def test_the_same_over_any_script(tokenizer, lines, max_turns, room, topk):
     turns = [encode(tokenizer, text) for text in lines]
-    for ids in turns:
-        text = tokenizer.decode(ids[:room])
-        called = text.partition("</search>")[0] + "</search>"
-        # RLinf tokenizes this anew: compared is where that changes nothing.
-        assume("</search>" not in text or encode(tokenizer, called) == ids[: len(encode(tokenizer, called))])
+    assume(all(is_the_same_anew(tokenizer, ids[:room]) for ids in turns))
     require_equal(*asyncio.run(both(tokenizer, turns, max_turns, room, topk)))
 
 
