@@ -44,7 +44,20 @@ RECIPES = {
     "llama3.2-3b-agent-lightning": LLAMA,
 }
 
-SEARCHR1 = {
+INVALID = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I want "
+    "to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+)
+SEARCHR1_LOOP = {
+    "agentloop.toolcall_parser": "searchr1",
+    "agentloop.tool_text_tokens": "whole",
+    "agentloop.no_results_message": "",
+    "agentloop.end_token_ends": False,
+    "agentloop.no_call_ends": False,
+    "agentloop.invalid_action_message": INVALID,
+}
+"""Facts of Search-R1's search_r1/llm_agent/generation.py, which slime's and agent-lightning's examples copied."""
+SEARCHR1 = SEARCHR1_LOOP | {
     "data.rollout_batch_size": 512,
     "algorithm.group_size": 5,
     "algorithm.n_minibatches": 8,
@@ -97,7 +110,8 @@ PUBLISHED = {
     "qwen2.5-3b-searchr1-v0.2-ppo": SEARCHR1 | PPO,
     "qwen2.5-3b-searchr1-v0.3": SEARCHR1 | FORMAT | {"actor.optim.lr": 5e-7},
     "qwen2.5-3b-searchr1-v0.3-ppo": SEARCHR1 | PPO | FORMAT,
-    "qwen2.5-3b-slime": {
+    "qwen2.5-3b-slime": SEARCHR1_LOOP
+    | {
         "algorithm.group_size": 8,
         "algorithm.n_minibatches": 1,
         "data.rollout_batch_size": 32,
@@ -112,9 +126,8 @@ PUBLISHED = {
         "agentloop.max_new_tokens_per_turn": 512,
         "runner.max_steps": 3000,
         "runner.max_tokens_per_mbs": 9216,
-        "reward.reward_type": "searchr1_format",
-        "reward.format.structure_score": 0.2,
-        "reward.format.final_format_score": 0.0,
+        "reward.reward_type": "searchr1",
+        "agentloop.max_tool_response_length": 7096,
         "actor.training_backend": "megatron",
         "actor.model.tensor_model_parallel_size": 2,
         "actor.model.sequence_parallel": True,
@@ -134,7 +147,8 @@ PUBLISHED = {
         "runner.max_steps": 100,
         "algorithm.adv_type": "grpo",
     },
-    "llama3.2-3b-agent-lightning": {
+    "llama3.2-3b-agent-lightning": SEARCHR1_LOOP
+    | {
         "data.rollout_batch_size": 512,
         "algorithm.group_size": 5,
         "algorithm.n_minibatches": 8,
