@@ -13,17 +13,20 @@ from torch import Tensor
 from searchr1.actor.lora import LoraRecord, check_base, weight_folder
 from searchr1.actor.megatron.hf_folder import OUTPUT_LAYER, check_shapes
 from searchr1.actor.megatron.mapping import SliceReader
+from searchr1.convert.fsdp_ranks import FsdpRanks
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
+from searchr1.convert.locate import locate
 from searchr1.convert.lora_source import LoraSource, write_adapter
 from searchr1.convert.megatron_source import is_megatron
 from searchr1.convert.output import refuse_used
 from searchr1.convert.safetensors_file import TensorSpec
 from searchr1.convert.to_hf import Options, write_folder
-from searchr1.convert.torch_dist import TorchDistFolder, find_checkpoint
+from searchr1.convert.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
 
-_PREFIX = "model."
+_PREFIXES = ("fsdp_checkpoint.model.", "model.")
+"""RLinf's and ours, before Hugging Face's names in a distributed checkpoint."""
 
 
 def fsdp2hf(
@@ -32,7 +35,7 @@ def fsdp2hf(
     """Write `output`. Returns what was done, line by line. A LoRA checkpoint is merged into its base model.
 
     Args:
-        checkpoint: `…/global_step_N/actor` (or `…/global_step_N`).
+        checkpoint: what a trainer saved: `…/global_step_N` or its `actor`, of this project, verl or RLinf.
         output: must not exist, or be empty.
         hf_model: whose configuration and tokenizer to take; None takes those kept in the checkpoint. Of a LoRA checkpoint,
             also where the base model's weights are; None is where they were in training.
@@ -43,10 +46,17 @@ def fsdp2hf(
         UserError: damaged or foreign checkpoint, or an output that is in use. Nothing is left behind.
     """
     refuse_used(output)
-    actor = find_checkpoint(checkpoint)
+    located = locate(checkpoint)
+    actor = located.folder
+    if located.kind == "megatron_ranks":
+        raise UserError(f"{actor} is a Megatron checkpoint: use searchr1 convert mg2hf")
     record = LoraRecord.read(actor)
     if adapter and record is None:
         raise UserError(f"--adapter: {actor} is no LoRA checkpoint; leave it out to convert the whole model")
+    if located.kind != "distributed":
+        config = config_folder(hf_model, actor)
+        with closing(FsdpRanks(located)) as ranks:
+            return write_folder(FsdpSource(ranks, expected_shapes(config)), config, actor, output, options or Options())
     with closing(TorchDistFolder(actor)) as folder:
         if adapter and record is not None:
             return write_adapter(folder, record, output, hf_model)
@@ -67,9 +77,9 @@ def _merge(
 
 
 class FsdpSource:
-    """The model's tensors in an FSDP checkpoint: Hugging Face's own, under a prefix."""
+    """The model's tensors in an FSDP checkpoint: Hugging Face's own, in a distributed checkpoint under a prefix."""
 
-    def __init__(self, folder: TorchDistFolder, expected: dict[str, tuple[int, ...]]) -> None:
+    def __init__(self, folder: TensorFolder, expected: dict[str, tuple[int, ...]]) -> None:
         """Compare names and shapes.
 
         Raises:
@@ -78,7 +88,11 @@ class FsdpSource:
         if is_megatron(folder):
             raise UserError(f"{folder.folder} is a Megatron checkpoint: use searchr1 convert mg2hf")
         self._folder = folder
-        found = {key.removeprefix(_PREFIX): folder.shape(key) for key in folder.tensors if key.startswith(_PREFIX)}
+        self._prefix = ""
+        if isinstance(folder, TorchDistFolder):
+            self._prefix = next((p for p in _PREFIXES if any(key.startswith(p) for key in folder.tensors)), _PREFIXES[-1])
+        prefixed = [key for key in folder.tensors if key.startswith(self._prefix)]
+        found = {key.removeprefix(self._prefix): folder.shape(key) for key in prefixed}
         if not found:
             raise UserError(f"{folder.folder} has no tensors of a model: it is no FSDP training checkpoint")
         whole = lru_cache(maxsize=2)(folder.read)
@@ -87,7 +101,7 @@ class FsdpSource:
             expected,
             str(folder.folder),
             tied=OUTPUT_LAYER not in expected,
-            read=lambda name, _, start, stop: whole(_PREFIX + name)[start:stop],
+            read=lambda name, _, start, stop: whole(self._prefix + name)[start:stop],
         )
         if OUTPUT_LAYER not in expected:  # tied: a second name of the embedding
             found.pop(OUTPUT_LAYER, None)
@@ -95,18 +109,18 @@ class FsdpSource:
 
     def specs(self) -> list[TensorSpec]:
         """What the Hugging Face folder will have, in the checkpoint's precision."""
-        keys = [(name, _PREFIX + name) for name in self._names]
+        keys = [(name, self._prefix + name) for name in self._names]
         return [TensorSpec(name, self._folder.shape(key), self._folder.dtype(key)) for name, key in keys]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors, in the order of `specs`."""
         for name in self._names:
-            yield name, self._folder.read(_PREFIX + name)
+            yield name, self._folder.read(self._prefix + name)
 
     def pairs(self, read: SliceReader) -> Iterator[tuple[str, Tensor, Tensor]]:
         """(name, from here, from a Hugging Face folder)."""
         for name in self._names:
-            source = self._folder.read(_PREFIX + name, check=True)
+            source = self._folder.read(self._prefix + name, check=True)
             yield name, source, read(name, 0, 0, len(source))
 
 

@@ -121,9 +121,12 @@ def config_folder(given: Path | None, checkpoint: Path) -> Path:
     """
     from searchr1.actor.checkpoint import HF_FOLDER
 
-    if given is None and not (checkpoint / HF_FOLDER / "config.json").is_file():
-        raise UserError(f"{checkpoint}: keeps no {HF_FOLDER}/config.json; give the base model's folder as --hf-model")
-    source = given or checkpoint / HF_FOLDER
-    if not (source / "config.json").is_file():
-        raise UserError(f"--hf-model {source}: has no config.json; give the folder of the base model")
-    return source
+    if given is not None:
+        if not (given / "config.json").is_file():
+            raise UserError(f"--hf-model {given}: has no config.json; give the folder of the base model")
+        return given
+    for folder in (checkpoint, *checkpoint.absolute().parents[:2]):  # verl keeps it beside the weights' folder
+        for name in (HF_FOLDER, "huggingface"):
+            if (folder / name / "config.json").is_file():
+                return folder / name
+    raise UserError(f"{checkpoint}: keeps no {HF_FOLDER}/config.json; give the base model's folder as --hf-model")

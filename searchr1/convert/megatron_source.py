@@ -14,7 +14,7 @@ from searchr1.actor.megatron.architecture import Architecture
 from searchr1.actor.megatron.hf_folder import check_names
 from searchr1.actor.megatron.mapping import Entry, SliceReader, entries
 from searchr1.convert.safetensors_file import TensorSpec
-from searchr1.convert.torch_dist import TorchDistFolder
+from searchr1.convert.torch_dist import TensorFolder
 from searchr1.errors import UserError
 
 MAX_PADDING = 8192
@@ -35,15 +35,15 @@ class Place:
     layer: int | None
 
 
-def is_megatron(folder: TorchDistFolder) -> bool:
+def is_megatron(folder: TensorFolder) -> bool:
     """Whether the keys are Megatron's."""
     return any(name.removeprefix(_PREFIX).startswith((_LAYERS, "embedding.")) for name in folder.tensors)
 
 
 class MegatronSource:
-    """The tensors of `mapping.entries`, whole, out of a `torch_dist` folder."""
+    """The tensors of `mapping.entries`, whole, out of a Megatron checkpoint."""
 
-    def __init__(self, folder: TorchDistFolder, arch: Architecture) -> None:
+    def __init__(self, folder: TensorFolder, arch: Architecture) -> None:
         """Find every tensor.
 
         Raises:
@@ -105,11 +105,11 @@ class MegatronSource:
             yield entry.name, source, again[: len(source)]
 
 
-def _is_fsdp(folder: TorchDistFolder) -> bool:
+def _is_fsdp(folder: TensorFolder) -> bool:
     return any(name.startswith(_PREFIX) for name in folder.tensors)
 
 
-def _find_places(folder: TorchDistFolder) -> dict[str, list[Place]]:
+def _find_places(folder: TensorFolder) -> dict[str, list[Place]]:
     """Table name -> places; stacked tensors are told apart layer by layer, the optimizer's are left out."""
     found: dict[str, list[Place]] = {}
     for key in folder.tensors:

@@ -11,8 +11,9 @@ import io
 import os
 import pickle
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,24 +30,26 @@ Box = tuple[tuple[int, int], ...]
 """Start and stop in every dimension."""
 
 
-def find_checkpoint(given: Path) -> Path:
-    """The folder with `.metadata`: the one given, or its `actor`.
+class TensorFolder(Protocol):
+    """A checkpoint's tensors, whatever its format."""
 
-    Raises:
-        UserError: neither is a checkpoint.
-    """
-    if not given.exists():
-        raise UserError(f"--checkpoint {given}: does not exist")
-    for folder in (given, given / "actor"):
-        if (folder / METADATA).is_file():
-            return folder
-    if list(given.glob("*.distcp")):
-        raise UserError(
-            f"--checkpoint {given}: has .distcp files, but no {METADATA}: it was never completed, or not copied whole"
-        )
-    steps = sorted(path.name for path in given.glob("global_step_*"))
-    advice = f"it has {', '.join(steps)}: give one of them" if steps else "give a folder …/global_step_N/actor"
-    raise UserError(f"--checkpoint {given}: is no checkpoint folder (no {METADATA}); {advice}")
+    folder: Path
+
+    @property
+    def tensors(self) -> Collection[str]:
+        """Their keys."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a whole tensor."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+
+    def read(self, name: str, layer: int | None = None, check: bool = False) -> Tensor:
+        """A whole tensor, or one layer of a stacked one; `check` compares checksums too."""
+
+    def close(self) -> None:
+        """Let the files go."""
 
 
 class TorchDistFolder:

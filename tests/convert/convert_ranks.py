@@ -7,6 +7,7 @@ that each family meets each way in each layout.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import traceback
 from pathlib import Path
@@ -66,6 +67,8 @@ def one(folder: Path, name: str, layout, saved: str, loaded: str) -> list[str]:
     if saved == "stacked":
         state["optimizer"] = renamed(model.sharded_state_dict(metadata={}))
     dist_checkpointing.save(state, str(target))
+    save_as_torch(model, folder / f"torch-{name}", tensor_rank=dist.get_rank() if name == "tp2" else 0,
+                  stage=dist.get_rank() if name == "pp2" else None)  # fmt: skip
     for item in parameters:
         item.parameter.data.fill_(float("nan"))
     state = {"model": model.sharded_state_dict(metadata=dict(WAYS[loaded]))}
@@ -75,6 +78,18 @@ def one(folder: Path, name: str, layout, saved: str, loaded: str) -> list[str]:
         for item in parameters
         if not torch.equal(item.parameter, expected[item.entry.name])
     ]
+
+
+def save_as_torch(model, folder: Path, tensor_rank: int, stage: int | None) -> None:
+    """As `ckpt_format: torch` does, whose first data-parallel rank writes."""
+    if folder.name == "torch-tp1" and dist.get_rank():
+        return
+    rank = folder / f"iter_0000003/mp_rank_{tensor_rank:02d}{'' if stage is None else f'_{stage:03d}'}"
+    rank.mkdir(parents=True)
+    state = {"args": argparse.Namespace(save="x"), "checkpoint_version": 3.0, "iteration": 3}
+    state["model"] = model.state_dict_for_save_checkpoint()
+    torch.save(state, rank / "model_optim_rng.pt")
+    (folder / "latest_checkpointed_iteration.txt").write_text("3")
 
 
 def renamed(state):

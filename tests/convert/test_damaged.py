@@ -149,7 +149,7 @@ def test_a_part_that_no_file_has_is_refused(root, actor):
 def test_what_is_no_checkpoint_is_refused(root, actor):
     refused("does not exist", mg2hf, root / "nowhere", root / "out")
     refused("is no checkpoint folder.*it has global_step_5: give one of them", mg2hf, root / "run", root / "out")
-    refused(r"is no checkpoint folder \(no \.metadata\); give a folder", mg2hf, root / "hf", root / "out")
+    refused(r"is no checkpoint folder \(no \.metadata\); give a folder that has one of", mg2hf, root / "hf", root / "out")
     (actor / ".metadata").unlink()
     refused(r"has \.distcp files, but no \.metadata", mg2hf, actor, root / "out")
 

@@ -33,6 +33,14 @@ def test_what_megatron_saved_in_every_layout_comes_back_bit_by_bit(saved_by_mega
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_megatron_saved_rank_by_rank_comes_back_bit_by_bit(saved_by_megatron, name, tmp_path):
+    folder = saved_by_megatron / name
+    for layout in LAYOUTS:
+        mg2hf(folder / f"torch-{layout}", tmp_path / layout, folder / "hf", Options(verify=True))
+        assert_same_tensors(folder / "hf", tmp_path / layout)
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layers", ["stacked", "separate"])
 def test_what_hf2mg_wrote_comes_back_bit_by_bit(saved_by_megatron, name, layers, tmp_path):
     folder = saved_by_megatron / name

@@ -183,6 +183,8 @@ def _likely_cause(
     lacking = _extra_prefix(unexpected, missing)
     if lacking:
         return f"The names in the files lack {lacking}: the bare decoder was saved; save the model with its output layer"
+    if missing == ["output_layer.weight"] and not unexpected and not misshapen:
+        return "The checkpoint is of a tied model; give its base model's folder, whose config.json says so, as --hf-model"
     if missing == [OUTPUT_LAYER] and not unexpected and not misshapen:
         return (
             "Untied models store their output layer; if the output layer is the embedding, set tie_word_embeddings: true in "
