@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from searchr1.config.check_lora import check_lora
 from searchr1.config.check_models import check_models
 from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
-from searchr1.config.placement import group_ranks
+from searchr1.config.placement import GROUPS, group_ranks, placed_groups
 from searchr1.config.schema import Config
 from searchr1.data.prompts import template_text
 from searchr1.device import Device
@@ -49,6 +50,7 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
     "critic.training_backend": (None, "fsdp", "megatron"),
     "critic.optim.optimizer": ("adam",),
     "critic.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
+    "runner.task_type": (None, "reasoning", "reasoning_eval"),
     "rollout.rollout_backend": ("vllm", "sglang"),
     "rollout.distributed_executor_backend": ("mp", "ray"),
     "cluster.device": ("auto", "cpu", "cuda"),
@@ -57,9 +59,22 @@ CODE = ("agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
 """Keys that may name a user's own function: `package.module:function`."""
 
 
+def is_evaluation(config: Config) -> bool:
+    """Whether a YAML is for `searchr1 eval`: it says so, or it places no actor."""
+    if config.runner.task_type is not None:
+        return config.runner.task_type == "reasoning_eval"
+    return "actor" not in placed_groups(config)
+
+
 def require_valid(config: Config, for_training: bool) -> None:
     """Raise a `ConfigError` with every problem, if there is one."""
     problems = [*check_config(config, for_training), *check_models(config, for_training)]
+    if for_training and is_evaluation(config):
+        problems = [
+            Problem(
+                "runner.task_type", "this YAML is for an evaluation; use searchr1 eval, or place an actor and say reasoning"
+            )
+        ]
     if problems:
         raise ConfigError("the configuration", problems)
 
@@ -90,6 +105,8 @@ def warnings(config: Config) -> list[str]:
     fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
     if fused and importlib.util.find_spec("transformer_engine") is None:
         found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
+    if config.actor.model.precision == "fp16" and config.actor.training_backend == "fsdp":
+        found.append("actor.model.precision: fp16 is computed in bf16 on fsdp, which needs no scaling of the loss")
     found += algorithm_warnings(config.algorithm)
     if config.actor.lora.weight_update == "adapter" and config.actor.lora.rank == 0:
         found.append("actor.lora.weight_update: adapter has no effect with actor.lora.rank: 0, which trains all weights")
@@ -179,6 +196,12 @@ def _sizes(config: Config) -> Iterator[Problem]:
 
 
 def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
+    for name in placed_groups(config) - set(GROUPS):
+        near = difflib.get_close_matches(name, GROUPS, 1)
+        yield Problem(
+            "cluster.component_placement",
+            f"{name!r} is no group; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(GROUPS)}"),
+        )
     try:
         device = Device.detect(config.cluster.device)
         groups = ["rollout", "reward", *(["actor"] if for_training else [])]

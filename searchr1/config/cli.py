@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from fnmatch import fnmatchcase
 
-from searchr1.config.check import check_config, warnings
+from searchr1.config.check import check_config, is_evaluation, warnings
 from searchr1.config.check_models import check_models
 from searchr1.config.critic import critic_run
 from searchr1.config.layout import actor_layout, critic_layout
-from searchr1.config.load import ConfigError, load_config, unused_keys
+from searchr1.config.load import ConfigError, load_config
 from searchr1.config.placement import group_ranks
-from searchr1.config.schema import UNUSED_REASONS, Config
+from searchr1.config.schema import Config
 from searchr1.device import Device
 
 
@@ -57,11 +56,7 @@ def explain(config: Config, for_training: bool) -> str:
         f"output      {runner.output_dir}/{runner.experiment_name}",
     ]
     lines += [f"warning     {text}" for text in warnings(config)]
-    unused = unused_keys(config)
-    reasons = {key: reason for key in unused for pattern, reason in UNUSED_REASONS.items() if fnmatchcase(key, pattern)}
-    lines += [f"no effect   {key}: {reason}" for key, reason in reasons.items()]
-    if rest := [key for key in unused if key not in reasons]:
-        lines.append(f"warning     keys without effect here: {', '.join(rest)}")
+    lines += config.notes
     return "\n".join(lines)
 
 
@@ -87,11 +82,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", help="path of a YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
-        "--eval", action="store_true", help="check it for `searchr1 eval` (found out by itself for *-eval.yaml)"
+        "--eval", action="store_true", help="check it for `searchr1 eval` (an evaluation's YAML is known as one without it)"
     )
     args = parser.parse_intermixed_args(argv)
-    for_training = not (args.eval or args.config.removesuffix(".yaml").endswith("-eval"))
     config = load_config(args.config, args.overrides)
+    for_training = not (args.eval or is_evaluation(config))
     problems = [*check_config(config, for_training), *check_models(config, for_training, needs_weights=False)]
     if problems:
         raise ConfigError(args.config, problems)

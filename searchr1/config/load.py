@@ -1,10 +1,9 @@
-"""From a YAML and overrides to a typed `Config`; every problem is told, not only the first."""
+"""From a YAML and overrides to a typed `Config`; every problem is reported, not only the first."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from searchr1.config.schema import ALIASES, UNUSED_KEYS, Config
+from searchr1.config.rlinf import Note, is_rlinf, translate
+from searchr1.config.schema import ALIASES, RETIRED, Config
+from searchr1.config.suggestions import explain_unknown
 from searchr1.errors import UserError
 
 RESOLVERS = {
@@ -53,6 +54,9 @@ class ConfigError(UserError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML (Hydra's `defaults` included), apply `key=value` overrides, and check names and types.
 
+    A tree that carries RLinf's marks is read as RLinf reads it (`searchr1/config/rlinf.py`). `Config.notes` says what became
+    of keys that are not ours.
+
     Raises:
         ConfigError: unknown keys, wrong types, unresolvable values.
         UserError: no such file, or not YAML.
@@ -60,12 +64,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     tree = _compose(Path(path), overrides)
     problems: list[Problem] = []
     values = _resolve(tree, problems)
+    named = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    notes: list[Note] = []
+    if is_rlinf(values, named):
+        notes, rejected = translate(values, named)
+        problems += [Problem(key, message) for key, message in rejected]
     _rename_aliases(values, problems)
+    notes += _drop_retired(values)
     config = _build(Config, values, "", problems)
     if problems:
         raise ConfigError(str(path), problems)
-    config.vars["unused_keys"] = sorted(_unused(values, Config, ""))
-    config.vars["given_keys"] = sorted(leaves(values))
+    config.given = frozenset(leaves(values))
+    config.notes = [str(note) for note in sorted(notes)]
+    return config
+
+
+def load_for_command(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """`load_config`, with a line on standard error for each key that is ignored, renamed or set.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    config = load_config(path, overrides)
+    for note in config.notes:
+        print(note, file=sys.stderr)
     return config
 
 
@@ -85,20 +107,12 @@ def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the whole tree, defaults included; `load_config` reads it back."""
-    values = dataclasses.asdict(config)
-    for noted in ("unused_keys", "given_keys"):
-        values["vars"].pop(noted, None)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(values)))
-
-
-def unused_keys(config: Config) -> list[str]:
-    """Keys of the YAML that were accepted without effect."""
-    return list(config.vars.get("unused_keys", []))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
 
 
 def given_keys(config: Config) -> set[str]:
     """Keys that the YAML and the overrides set, as they are called in the schema; the others have their defaults."""
-    return set(config.vars.get("given_keys", []))
+    return set(config.given)
 
 
 def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
@@ -156,15 +170,17 @@ def _rename_aliases(values: dict[str, Any], problems: list[Problem]) -> None:
             holder[new.rpartition(".")[2]] = holder.pop(name)
 
 
-def _is_unused(key: str) -> bool:
-    """Whether a key is RLinf's and without effect here; a `*` lets nothing through that looks like one of ours misspelt."""
-    if key in UNUSED_KEYS:
-        return True
-    section, _, name = key.rpartition(".")
-    siblings = [known.rpartition(".")[2] for known in known_keys() if known.rpartition(".")[0] == section]
-    if difflib.get_close_matches(name, siblings, 1, 0.8):
-        return False
-    return any(fnmatch.fnmatchcase(key, pattern) for pattern in UNUSED_KEYS)
+def _drop_retired(values: dict[str, Any]) -> list[Note]:
+    """Drop keys that earlier versions had, and say so where they have a value."""
+    notes = []
+    for key, reason in RETIRED.items():
+        holder: Any = values
+        *sections, name = key.split(".")
+        for section in sections:
+            holder = holder.get(section) if isinstance(holder, dict) else None
+        if isinstance(holder, dict) and name in holder and holder.pop(name):
+            notes.append(Note("ignored", key, reason))
+    return notes
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
@@ -192,8 +208,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
     for name, value in values.items():
         key = prefix + name
         if name not in hints:
-            if not _is_unused(key) and not any(pattern == f"{key}.*" for pattern in UNUSED_KEYS):
-                problems.append(_unknown(key))
+            problems += [Problem(leaf, explain_unknown(leaf, list(known_keys()))) for leaf in leaves({key: value})]
             continue
         inner = _dataclass_of(hints[name])
         if inner is not None and not (value is None and type(None) in typing.get_args(hints[name])):
@@ -204,25 +219,6 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
             except ValueError as error:
                 problems.append(Problem(key, str(error)))
     return cls(**chosen)
-
-
-def _unused(values: Any, cls: type, prefix: str) -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
-    for name, value in values.items():
-        inner = _dataclass_of(hints.get(name))
-        if name not in hints:
-            yield prefix + name
-        elif inner is not None and isinstance(value, dict):
-            yield from _unused(value, inner, f"{prefix}{name}.")
-
-
-def _unknown(key: str) -> Problem:
-    # The nearest name in the same section is more helpful than a nearer one elsewhere.
-    keys = list(known_keys())
-    section = key.rpartition(".")[0]
-    siblings = [k for k in keys if k.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(key, siblings, 1, 0.7) or difflib.get_close_matches(key, keys, 1, 0.6)
-    return Problem(key, "unknown key" + (f"; did you mean {near[0]}?" if near else ""))
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

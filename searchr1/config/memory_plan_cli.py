@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from searchr1.config.load import load_config
+from searchr1.config.load import load_for_command
 from searchr1.config.memory_layout import Layout, layout_of
 from searchr1.config.memory_plan import GIB, PHASES, MemoryPlan, knobs, plan_memory, remedy
 from searchr1.config.memory_shapes import SHAPES, ModelShape, guess_shape, read_shape, shape_named
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> int:
         return 0
     if args.config is None:
         raise UserError("give a YAML, or --table")
-    config = load_config(args.config, args.overrides)
+    config = load_for_command(args.config, args.overrides)
     model, found = find_model(config, args.model_config, args.shape)
     gpus = args.gpus or config.cluster.slots or GPUS_PER_NODE * config.cluster.num_nodes
     layout, gpu_bytes = layout_of(config, gpus, args.policy_share), round(args.gpu_gib * GIB)

@@ -28,6 +28,15 @@ def parse_slots(value: object, slots: int, key: str) -> list[int]:
     return sorted(found)
 
 
+GROUPS = ("actor", "rollout", "reward", "inference", "critic")
+"""Worker groups that can be placed."""
+
+
+def placed_groups(config: Config) -> set[str]:
+    """The groups that `cluster.component_placement` names."""
+    return {name.strip() for names in config.cluster.component_placement for name in str(names).split(",")}
+
+
 def total_slots(config: Config, device: Device) -> int:
     """What `all` means."""
     return config.cluster.slots or device.workers_for_all

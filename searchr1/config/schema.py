@@ -1,7 +1,7 @@
 """The typed tree behind a run's YAML; key names are RLinf's, additions are ours.
 
-Each field has a type, a default and a line that says what it does. Keys of RLinf that are accepted without effect are in
-`UNUSED_KEYS`; every other unknown key is an error.
+Each field has a type, a default and a line that says what it does. Every other key is an error; RLinf's YAMLs go through
+`searchr1/config/rlinf.py` first.
 """
 
 from __future__ import annotations
@@ -14,79 +14,10 @@ from searchr1.config.schema_health import HealthConfig
 from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
 from searchr1.config.schema_reward import RewardConfig
 
-UNUSED_KEYS = (
-    "actor.enable_dp_load_balance",
-    "actor.megatron.*",
-    "actor.megatron.profiler",
-    "actor.model.*",
-    "actor.optim.*",
-    "actor.lr_sched.*",
-    "actor.pack_traj",
-    "actor.tokenizer.*",
-    "actor.checkpoint_*",
-    "algorithm.logprob_forward_micro_batch_size",
-    "algorithm.rollout_batch_size_per_gpu",
-    "algorithm.training_batch_size_per_gpu",
-    "algorithm.val_rollout_batch_size_per_gpu",
-    "algorithm.use_valid_token_scale",
-    "algorithm.importance_sampling_*",
-    "agentloop.is_dynamic_rollout_batch",
-    "agentloop.print_outputs",
-    "agentloop.extra_config.*",
-    "cluster.component_placement.agentloop",
-    "critic.*",
-    "data.num_workers",
-    "data.seq_length",
-    "data.type",
-    "data.val_rollout_batch_size_per_gpu",
-    "data.validation_shuffle",
-    "defaults",
-    "hydra.*",
-    "inference.load_from_actor",
-    "inference.model_type",
-    "inference.model.*",
-    "reward.tokenizer.*",
-    "rollout.cuda_graph_max_bs",
-    "rollout.disable_log_stats",
-    "rollout.eos",
-    "rollout.is_eval",
-    "rollout.max_running_requests_per_gpu",
-    "rollout.model.*",
-    "rollout.padding",
-    "rollout.print_outputs",
-    "rollout.return_logprobs",
-    "rollout.sglang.*",
-    "rollout.validate_save_dir",
-    "rollout.validate_weight",
-    "rollout.vllm.*",
-    "runner.enable_dynamic_batch_size",
-    "runner.logger.log_path",
-    "runner.logger.project_name",
-    "runner.logger.experiment_name",
-    "runner.task_type",
-    "tools.codejudge.*",
-)
-"""Patterns (`*` at the end) of keys that RLinf's recipes set and this system does not need."""
-
-UNUSED_REASONS = {
-    "actor.enable_dp_load_balance": "shares are always balanced by tokens",
-    "actor.pack_traj": "trajectories are always packed",
-    "actor.tokenizer": "the tokenizer is the model's own",
-    "actor.megatron.ckpt_format": "checkpoints are torch_dist, which any layout can load",
-    "actor.megatron.use_dist_ckpt": "checkpoints are torch_dist, which any layout can load",
-    "actor.megatron.use_hf_ckpt": "weights are read from the Hugging Face folder unless megatron_checkpoint is set",
-    "actor.megatron.ckpt_convertor": "no conversion is needed before training; after it: searchr1 convert mg2hf",
-    "actor.megatron.distributed_backend": "nccl on GPUs, gloo on a CPU",
-    "actor.megatron.profiler": "there is no profiler in here",
-    "actor.model.encoder_seq_length": "micro-batches are packed; runner.max_tokens_per_mbs is their size",
-    "actor.model.use_cpu_initialization": "weights are read, not initialised",
-    "actor.model.*_fusion": "chosen by what is installed",
-    "actor.optim.min_lr": "actor.lr_sched.min_lr counts",
-}
-"""Why keys of the `actor` section have no effect (patterns); `searchr1 check-config` tells."""
-
 ALIASES = {"agentloop.maxturn": "agentloop.max_turns"}
 """Old spellings."""
+RETIRED = {"rollout.model.model_type": "the family is read from the model's config.json"}
+"""Keys that earlier versions wrote into a run's `config.yaml`, and why nothing reads them."""
 
 
 @dataclass
@@ -120,6 +51,9 @@ class LoggerConfig:
 class RunnerConfig:
     """The loop."""
 
+    task_type: str | None = None
+    """What the YAML is for: `reasoning` (training), `reasoning_eval` (evaluation), or null: an evaluation if
+    `cluster.component_placement` places no actor."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """See `LoggerConfig`."""
     max_epochs: int = 1
@@ -402,3 +336,9 @@ class Config:
     """See `EvaluationConfig`."""
     vars: dict[str, Any] = field(default_factory=dict)
     """Free: values for interpolation elsewhere in the YAML (`${vars.name}`)."""
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []
+        """What became of keys that are not ours. Like `given`, not part of the tree, and never written."""
+        self.given: frozenset[str] = frozenset()
+        """Keys that the YAML and the overrides set."""

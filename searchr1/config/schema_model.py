@@ -11,8 +11,6 @@ class RolloutModelConfig:
 
     model_path: str = ""
     """A Hugging Face folder or hub name."""
-    model_type: str = ""
-    """RLinf's name of the family; read from the model's own config here."""
     precision: str = "bf16"
     """`fp32`, `bf16` or `fp16`: what the engine computes in."""
 

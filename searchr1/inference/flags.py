@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from searchr1.config.check import CHOICES, value_of
-from searchr1.config.load import load_config
+from searchr1.config.load import load_for_command
 from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config
 from searchr1.data.prompts import template_text
@@ -82,7 +82,7 @@ def plan(args: argparse.Namespace) -> Plan:
     Raises:
         UserError: flags that do not go together, a bad file or value.
     """
-    config = load_config(args.config or RECIPE, args.overrides)
+    config = load_for_command(args.config or RECIPE, args.overrides)
     search = config.tools.search
     if args.model_path:
         config.rollout.model.model_path = args.model_path

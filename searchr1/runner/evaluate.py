@@ -10,7 +10,7 @@ from pathlib import Path
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid
 from searchr1.config.check_lora import without_adapters
-from searchr1.config.load import given_keys, load_config, save_config
+from searchr1.config.load import given_keys, load_for_command, save_config
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
 from searchr1.device import Device
@@ -197,7 +197,7 @@ def main(argv: list[str]) -> int:
         help="for instance rollout.model.model_path=PATH 'evaluation.methods=[direct,cot,rag,search]'",
     )
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
+    config = load_for_command(args.config, args.overrides)
     follow_model(config, given_keys(config))
     require_valid(config, for_training=False)
     results, folder = run(config)

@@ -13,7 +13,7 @@ from searchr1.actor.packing import sequence_length, split_balanced
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid, warnings
 from searchr1.config.layout import actor_layout
-from searchr1.config.load import load_config
+from searchr1.config.load import load_for_command
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
@@ -151,7 +151,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance runner.max_steps=10")
     args = parser.parse_args(argv)
-    config = load_config(args.config, args.overrides)
+    config = load_for_command(args.config, args.overrides)
     require_valid(config, for_training=True)
     for text in warnings(config):
         print(f"warning: {text}", file=sys.stderr)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from searchr1.config.check import check_config, warnings
 from searchr1.config.cli import main as check_main
-from searchr1.config.load import ConfigError, known_keys, load_config, save_config, unused_keys
+from searchr1.config.load import ConfigError, known_keys, load_config, save_config
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 
@@ -52,14 +52,10 @@ def check(*arguments):
 def test_rlinf_trees_pass_with_only_paths_edited(name, files):
     result = check(FIXTURES / f"{name}.yaml", *files)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "warning" in result.stdout
+    assert "ignored   actor.megatron.ckpt_format: " in result.stdout
     config = load_config(FIXTURES / f"{name}.yaml", files)
-    assert config.agentloop.max_turns == 2
     assert config.actor.optim.lr == 1e-6
     assert config.algorithm.sampling_params.max_new_tokens == 3000
-    # The sampled log-probabilities are always kept: they measure the mismatch.
-    assert "rollout.return_logprobs" in unused_keys(config)
-    assert "actor.megatron.ckpt_format" in unused_keys(config)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5-3b-tool-1node", "qwen2.5-3b-tool-1node-eval", "tiny-cpu", "tiny-cpu-eval"])
@@ -159,8 +155,6 @@ def test_saved_configuration_loads_to_the_same(tmp_path, files):
     config = load_config(CONFIGS / "tiny-cpu.yaml", files)
     save_config(config, tmp_path / "saved.yaml")
     again = load_config(tmp_path / "saved.yaml")
-    config.vars.pop("unused_keys")
-    again.vars.pop("unused_keys")
     assert again == config
 
 

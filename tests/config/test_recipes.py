@@ -223,13 +223,9 @@ def test_every_recipe_is_in_these_tables():
 def test_check_config_passes_with_only_the_paths_edited(name, tmp_path, capsys):
     assert check_config_command([f"{EXAMPLES}/config/{name}.yaml", *edited(name, tmp_path)]) == 0
     printed = capsys.readouterr().out
-    assert "no effect" not in printed
-    # The base recipe's own; nothing that a recipe here says may be without effect. Search-R1's own runs filter with top_p.
-    lines = [line for line in printed.splitlines() if line.startswith("warning") and "top_p: 0.95 changes" not in line]
-    assert lines in (
-        [],
-        ["warning     keys without effect here: runner.task_type"],
-    )
+    # Nothing that a recipe here says may be without effect. Search-R1's own runs filter with top_p.
+    told = ("warning", "ignored", "read", "set")
+    assert [line for line in printed.splitlines() if line.startswith(told) and "top_p: 0.95 changes" not in line] == []
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
