@@ -16,7 +16,7 @@ from searchr1.config.check_lora import check_lora
 from searchr1.config.check_models import check_models
 from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
-from searchr1.config.placement import GROUPS, group_ranks, placed_groups
+from searchr1.config.placement import GROUPS, group_ranks, is_evaluation, placed_groups
 from searchr1.config.schema import Config
 from searchr1.data.prompts import template_text
 from searchr1.device import Device
@@ -57,13 +57,6 @@ CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 CODE = ("agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
 """Keys that may name a user's own function: `package.module:function`."""
-
-
-def is_evaluation(config: Config) -> bool:
-    """Whether a YAML is for `searchr1 eval`: it says so, or it places no actor."""
-    if config.runner.task_type is not None:
-        return config.runner.task_type == "reasoning_eval"
-    return "actor" not in placed_groups(config)
 
 
 def require_valid(config: Config, for_training: bool) -> None:

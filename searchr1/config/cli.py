@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from searchr1.config.check import check_config, is_evaluation, warnings
+from searchr1.config.check import check_config, warnings
 from searchr1.config.check_models import check_models
 from searchr1.config.critic import critic_run
 from searchr1.config.layout import actor_layout, critic_layout
 from searchr1.config.load import ConfigError, load_config
-from searchr1.config.placement import group_ranks
+from searchr1.config.placement import group_ranks, is_evaluation
 from searchr1.config.schema import Config
 from searchr1.device import Device
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from searchr1.config.rlinf import Note, is_rlinf, translate
+from searchr1.config.rlinf_keys import KEYS, READ
 from searchr1.config.schema import ALIASES, RETIRED, Config
 from searchr1.config.suggestions import explain_unknown
 from searchr1.errors import UserError
@@ -66,12 +67,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = _resolve(tree, problems)
     named = [override.partition("=")[0].lstrip("+~") for override in overrides]
     notes: list[Note] = []
+    known = list(known_keys())
     if is_rlinf(values, named):
+        known += [*KEYS, *READ]
         notes, rejected = translate(values, named)
         problems += [Problem(key, message) for key, message in rejected]
     _rename_aliases(values, problems)
     notes += _drop_retired(values)
-    config = _build(Config, values, "", problems)
+    config = _build(Config, values, "", problems, known)
     if problems:
         raise ConfigError(str(path), problems)
     config.given = frozenset(leaves(values))
@@ -94,7 +97,7 @@ def load_for_command(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def build_config(values: dict[str, Any]) -> tuple[Config, list[Problem]]:
     """Build a configuration from plain values; what they leave out has its default. Returns every problem beside it."""
     problems: list[Problem] = []
-    return _build(Config, values, "", problems), problems
+    return _build(Config, values, "", problems, list(known_keys())), problems
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -198,8 +201,8 @@ def _dataclass_of(hint: Any) -> type | None:
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
-def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
-    """An instance of dataclass `cls` from plain values."""
+def _build(cls: type, values: Any, prefix: str, problems: list[Problem], known: Sequence[str]) -> Any:
+    """An instance of dataclass `cls` from plain values; `known` are the keys that may be suggested for others."""
     if not isinstance(values, dict):
         problems.append(Problem(prefix.rstrip("."), f"expects a section with keys, found {values!r}"))
         return cls()
@@ -208,11 +211,11 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem]) -> Any:
     for name, value in values.items():
         key = prefix + name
         if name not in hints:
-            problems += [Problem(leaf, explain_unknown(leaf, list(known_keys()))) for leaf in leaves({key: value})]
+            problems += [Problem(leaf, explain_unknown(leaf, known)) for leaf in leaves({key: value})]
             continue
         inner = _dataclass_of(hints[name])
         if inner is not None and not (value is None and type(None) in typing.get_args(hints[name])):
-            chosen[name] = _build(inner, value, key + ".", problems)
+            chosen[name] = _build(inner, value, key + ".", problems, known)
         else:
             try:
                 chosen[name] = _convert(value, hints[name])

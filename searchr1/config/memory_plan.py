@@ -273,13 +273,17 @@ def _stage_plan(model: ModelShape, layout: Layout, gpu_bytes: int, stage: int) -
     spare = round(FRAGMENTATION * sum(line.size for line in lines if "train" in line.phases))
     lines.append(Line("margin", spare, f"assumed: {FRAGMENTATION:.0%} of training, for fragmentation", PHASES[2:]))
     weights, room = layout.engine_bytes * model.parameters / layout.engine_tp, layout.engine_share * gpu_bytes
-    problem = ""
-    if weights + 2 * GIB > room:
-        problem = (
-            f"the engine's weights ({weights / GIB:.1f} GiB a GPU) leave less than 2 GiB of the {room / GIB:.1f} GiB of "
-            "rollout.gpu_memory_utilization for its cache; raise that or rollout.tensor_parallel_size"
-        )
-    return MemoryPlan(stage, own, tuple(lines), problem)
+    return MemoryPlan(stage, own, tuple(lines), engine_problem(weights, room))
+
+
+def engine_problem(weights: float, room: float) -> str:
+    """Why an engine cannot start with so many bytes of weights in so much room; empty if it can."""
+    if weights + 2 * GIB <= room:
+        return ""
+    return (
+        f"the engine's weights ({weights / GIB:.1f} GiB a GPU) leave less than 2 GiB of the {room / GIB:.1f} GiB of "
+        "rollout.gpu_memory_utilization for its cache; raise that or rollout.tensor_parallel_size"
+    )
 
 
 def plan_memory(model: ModelShape, layout: Layout, gpu_bytes: int = 80 * GIB) -> MemoryPlan:

@@ -13,10 +13,12 @@ from rich.console import Console
 from rich.table import Table
 
 from searchr1.config.load import load_for_command
+from searchr1.config.memory_eval import plan_evaluation
 from searchr1.config.memory_layout import Layout, layout_of
 from searchr1.config.memory_plan import GIB, PHASES, MemoryPlan, knobs, plan_memory, remedy
 from searchr1.config.memory_shapes import SHAPES, ModelShape, guess_shape, read_shape, shape_named
 from searchr1.config.memory_table import layouts_table
+from searchr1.config.placement import is_evaluation
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 
@@ -118,6 +120,26 @@ def as_json(plan: MemoryPlan, layout: Layout, model: ModelShape, source: str, gp
     }
 
 
+def _evaluation(plan: MemoryPlan, model: ModelShape, source: str, gpu_bytes: int, as_data: bool) -> int:
+    """Print the plan of an evaluation."""
+    if as_data:
+        known = {"model": dataclasses.asdict(model) | {"parameters": model.parameters, "source": source}}
+        known |= {"lines": [dataclasses.asdict(line) for line in plan.lines], "totals": {"rollout": plan.peak}}
+        print(json.dumps(known | {"gpu_bytes": gpu_bytes, "fits": plan.fits(gpu_bytes), "problem": plan.problem}, indent=1))
+        return 0 if plan.fits(gpu_bytes) else 1
+    print(f"model    {source}: {model.parameters:,} parameters\nan evaluation: the engine alone, on each of its GPUs")
+    for line in plan.lines:
+        print(f"  {line.name:<15} {line.size / GIB:7.2f} GiB  {line.formula}")
+    if plan.problem:
+        print(f"The engine does not start: {plan.problem}.")
+    elif plan.fits(gpu_bytes):
+        print(f"Fits: {(gpu_bytes - plan.peak) / GIB:.1f} GiB to spare.")
+    else:
+        print(f"Does not fit: {(plan.peak - gpu_bytes) / GIB:.1f} GiB too much; lower rollout.gpu_memory_utilization.")
+    print("Computed, not measured: see docs/layouts.md for what the formulas leave out.")
+    return 0 if plan.fits(gpu_bytes) else 1
+
+
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command. Exit code 0 if the run fits, 1 if not."""
     parser = argparse.ArgumentParser(prog="searchr1 plan-memory", description=__doc__)
@@ -149,7 +171,10 @@ def main(argv: list[str]) -> int:
     config = load_for_command(args.config, args.overrides)
     model, found = find_model(config, args.model_config, args.shape)
     gpus = args.gpus or config.cluster.slots or GPUS_PER_NODE * config.cluster.num_nodes
-    layout, gpu_bytes = layout_of(config, gpus, args.policy_share), round(args.gpu_gib * GIB)
+    gpu_bytes = round(args.gpu_gib * GIB)
+    if is_evaluation(config):
+        return _evaluation(plan_evaluation(model, config, gpus, gpu_bytes), model, found, gpu_bytes, args.json)
+    layout = layout_of(config, gpus, args.policy_share)
     plan = plan_memory(model, layout, gpu_bytes)
     if args.json:
         print(json.dumps(as_json(plan, layout, model, found, gpu_bytes), indent=1))

@@ -37,6 +37,13 @@ def placed_groups(config: Config) -> set[str]:
     return {name.strip() for names in config.cluster.component_placement for name in str(names).split(",")}
 
 
+def is_evaluation(config: Config) -> bool:
+    """Whether a YAML is for `searchr1 eval`: it says so, or it places no actor."""
+    if config.runner.task_type is not None:
+        return config.runner.task_type == "reasoning_eval"
+    return "actor" not in placed_groups(config)
+
+
 def total_slots(config: Config, device: Device) -> int:
     """What `all` means."""
     return config.cluster.slots or device.workers_for_all

@@ -92,8 +92,9 @@ def translate(values: dict[str, Any], named: Sequence[str]) -> tuple[list[Note],
     _correction(tree)
     if not evaluates:
         _validation(tree)
+    if tree.get("actor"):
         _optimizer(tree)
-        _batches(tree)
+    _batches(tree)
     for key in tree.leaves():
         _apply(tree, key)
     _drop_empty(tree)

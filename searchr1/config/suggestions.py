@@ -149,6 +149,7 @@ def suggest(key: str, known: Sequence[str]) -> list[str]:
         key: the dotted key that the schema does not know.
         known: every key of the schema.
     """
+    known = [other for other in known if other != key]
     section, _, name = key.rpartition(".")
     siblings = [other for other in known if other.rpartition(".")[0] == section]
     near = difflib.get_close_matches(key, siblings, 1, 0.85)

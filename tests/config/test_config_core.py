@@ -26,7 +26,9 @@ FIXTURES = Path(__file__).parent / "fixtures"
 def files(tmp_path):
     (tmp_path / "model").mkdir()
     model = {"model_type": "qwen2", "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2}
-    (tmp_path / "model/config.json").write_text(json.dumps(model | {"hidden_size": 2048, "intermediate_size": 11008}))
+    (tmp_path / "model/config.json").write_text(
+        json.dumps(model | {"hidden_size": 2048, "intermediate_size": 11008, "vocab_size": 151936})
+    )
     (tmp_path / "train.jsonl").write_text("{}\n")
     return [
         f"rollout.model.model_path={tmp_path}/model",
