@@ -123,7 +123,7 @@ def as_json(plan: MemoryPlan, layout: Layout, model: ModelShape, source: str, gp
 def _evaluation(plan: MemoryPlan, model: ModelShape, source: str, gpu_bytes: int, as_data: bool) -> int:
     """Print the plan of an evaluation."""
     if as_data:
-        known = {"model": dataclasses.asdict(model) | {"parameters": model.parameters, "source": source}}
+        known: dict[str, Any] = {"model": dataclasses.asdict(model) | {"parameters": model.parameters, "source": source}}
         known |= {"lines": [dataclasses.asdict(line) for line in plan.lines], "totals": {"rollout": plan.peak}}
         print(json.dumps(known | {"gpu_bytes": gpu_bytes, "fits": plan.fits(gpu_bytes), "problem": plan.problem}, indent=1))
         return 0 if plan.fits(gpu_bytes) else 1
