@@ -186,6 +186,6 @@ def test_rlinfs_evaluation_recipe_runs_with_only_its_paths_edited(tmp_path, caps
     assert main(["--eval", str(fixture), *words]) == 0
     printed = capsys.readouterr().out
     assert "evaluation  search; greedy" in printed
-    assert "5 tool turns" in printed
+    assert "4 tool turns and a final one" in printed  # RLinf counts generations: 5
     assert main(["--eval", str(fixture), *words, "algorithm.group_size=4", "evaluation.methods=[rag,cot]"]) == 0
     assert "evaluation  rag, cot; 4 greedy attempts: all of them are the same" in capsys.readouterr().out
