@@ -84,6 +84,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
         *(check_backends(config) if for_training else ()),
         *_unsupported(config, for_training),
         *(() if for_training else check_evaluation(config)),
+        *check_agent(config),
         *check_reward(config.reward, _response_limit(config)),
         *_code(config),
     ]
@@ -116,6 +117,13 @@ def warnings(config: Config) -> list[str]:
             "agentloop.information_style: only rlinf shows the addresses that data.prompt_template: asearcher promises"
         )
     return found
+
+
+def check_agent(config: Config) -> Iterator[Problem]:
+    """Find a tool that the calls' parser cannot read."""
+    parser = config.agentloop.toolcall_parser
+    if config.tools.access.enabled and parser != "tags":
+        yield Problem("agentloop.toolcall_parser", f"{parser} reads no <access>; take tags, or tools.access.enabled: False")
 
 
 def value_of(config: Config, key: str) -> object:
@@ -151,10 +159,6 @@ def _sizes(config: Config) -> Iterator[Problem]:
         yield Problem("runner.logger.trajectories_per_step", "must be 0 or more, or null for all")
     if config.agentloop.max_turns < 0:
         yield Problem("agentloop.max_turns", "must be 0 or more")
-    if config.tools.access.enabled and config.agentloop.toolcall_parser != "tags":
-        yield Problem(
-            "agentloop.toolcall_parser", f"{config.agentloop.toolcall_parser} reads no <access>; take tags for tools.access"
-        )
     if data.max_prompt_length >= runner.seq_length:
         yield Problem(
             "data.max_prompt_length",

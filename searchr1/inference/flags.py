@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.config.check import CHOICES, value_of
+from searchr1.config.check import CHOICES, check_agent, value_of
 from searchr1.config.load import load_for_command
 from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config
@@ -124,6 +124,9 @@ def plan(args: argparse.Namespace) -> Plan:
                 value_of(config, key) not in allowed]  # fmt: skip
     if problems:
         raise UserError(f"{problems[0]}: {value_of(config, problems[0])!r} is not one of {CHOICES[problems[0]]}")
+    unread = next(check_agent(config), None)
+    if unread is not None:
+        raise UserError(f"{unread.key}: {unread.message}")
     has_length = settings is not None and "runner.seq_length" in settings.values
     return Plan(
         config=config,

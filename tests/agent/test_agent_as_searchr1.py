@@ -1,4 +1,4 @@
-"""The loop of Search-R1's recipes on scripted turns. Expected texts were derived by hand from its llm_agent/generation.py."""
+"""The loop of Search-R1's recipes on scripted turns; expected texts were derived by hand from its generation.py."""
 
 from __future__ import annotations
 

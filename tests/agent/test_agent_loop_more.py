@@ -18,6 +18,7 @@ from searchr1.agent.protocol import frame, parse_action
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import ToolResult
 from searchr1.agent.trajectory import Sample
+from searchr1.config.check import check_agent, check_config
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.rewards.scorer import score_trajectory
@@ -398,6 +399,31 @@ def test_evaluation_is_greedy_unless_asked_otherwise():
     assert (greedy.temperature, greedy.top_p, greedy.top_k) == (0.0, 1.0, -1)
     config.algorithm.eval_sampling_params = replace(config.algorithm.sampling_params, temperature=0.5)
     assert AgentSettings.from_config(config, "eval").sampling.temperature == 0.5
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_every_key_of_the_loop_is_a_setting(mode):
+    changes = {
+        "max_turns": 7, "force_final_turn": False, "max_new_tokens_per_turn": 9, "max_tool_response_length": 11,
+        "information_style": "rlinf", "invalid_action_message": "No.", "toolcall_parser": "searchr1-qwen",
+        "no_call_ends": True, "end_token_ends": False, "no_results_message": "", "tool_text_tokens": "whole",
+    }  # fmt: skip
+    config = Config()
+    for name, value in changes.items():
+        assert getattr(config.agentloop, name) != value
+        setattr(config.agentloop, name, value)
+    settings = AgentSettings.from_config(config, mode)
+    assert {name: getattr(settings, name) for name in changes} == changes
+
+
+def test_access_needs_a_parser_that_reads_it():
+    config = Config()
+    config.tools.access.enabled = True
+    assert not list(check_agent(config))
+    config.agentloop.toolcall_parser = "searchr1-qwen"
+    (problem,) = check_agent(config)
+    assert str(problem).startswith("agentloop.toolcall_parser: searchr1-qwen reads no <access>; ")
+    assert problem in check_config(config, for_training=False)
 
 
 def test_arrays_have_the_types_that_the_trainer_reads():

@@ -89,6 +89,8 @@ def test_flags_and_overrides_go_on_top():
         (["--config", "none.yaml"], "none.yaml: no such file"),
         (["agentloop.max_turn=3"], "did you mean agentloop.max_turns"),
         (["agentloop.information_style=x"], "agentloop.information_style: 'x' is not one of"),
+        (["agentloop.toolcall_parser=hermes"], "agentloop.toolcall_parser: 'hermes' is not one of"),
+        (["--access", "agentloop.toolcall_parser=searchr1"], "agentloop.toolcall_parser: searchr1 reads no <access>"),
     ],
 )
 def test_mistakes_are_told(argv, message):
