@@ -8,18 +8,21 @@ RLinf answers the search of the last turn, though nobody reads it; tags in retri
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from rlinf_loop import RLINF_SETTINGS, run_rlinf
 
 from searchr1.agent.loop import run_trajectory
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import FailureMonitor, SearchTool
 from searchr1.agent.trajectory import Sample
+from searchr1.config.load import load_config
 from searchr1.retrieval.client import SearchClient
 from searchr1.rewards.scorer import score_trajectory
 
@@ -89,7 +92,18 @@ def encode(tokenizer, text):
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-async def both(tokenizer, turns, max_turns, max_response, topk=3):
+def settings_of(max_turns, max_response):
+    return AgentSettings(
+        sampling=GenerateParams(max_new_tokens=max_response),
+        max_model_len=max_response + 64,
+        max_turns=max_turns - 1,
+        max_tool_response_length=max_response + 64,
+        **RLINF_SETTINGS,
+    )
+
+
+async def both(tokenizer, turns, max_turns, max_response, topk=3, settings=None):
+    settings = settings or settings_of(max_turns, max_response)
     runner, address, asked = await serve()
     prompt_ids = encode(tokenizer, QUESTION)
     theirs, ours = Script(turns), Script(turns)
@@ -101,20 +115,14 @@ async def both(tokenizer, turns, max_turns, max_response, topk=3):
         rlinf.queries = asked.copy()
         asked.clear()
         client = SearchClient([address], topk=topk, timeout_s=10)
-        tool = SearchTool(client, "rlinf", FailureMonitor(0.0, "search"), RLINF_SETTINGS["no_results_message"])
+        tool = SearchTool(client, settings.information_style, FailureMonitor(0.0, "search"), settings.no_results_message)
         trajectory = await run_trajectory(
             sample=Sample("set/0", 0, prompt_ids, QUESTION, ["Paris"]),
             replica=0,
             engine=OurEngine(ours, tokenizer),
             tools={"search": tool},
             tokenizer=tokenizer,
-            settings=AgentSettings(
-                sampling=GenerateParams(max_new_tokens=max_response),
-                max_model_len=max_response + 64,
-                max_turns=max_turns - 1,
-                max_tool_response_length=max_response + 64,
-                **RLINF_SETTINGS,
-            ),
+            settings=settings,
             seed=1,
         )
         await client.aclose()
@@ -152,8 +160,6 @@ def require_equal(rlinf, theirs, trajectory, ours, our_queries):
 
 @pytest.fixture(scope="module", params=["tags are tokens", "tags are text"])
 def tokenizer(request):
-    from pathlib import Path
-
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     demo = Path(__file__).parents[2] / "examples/demo/cold_start"
@@ -254,6 +260,27 @@ def test_the_same_over_any_script(tokenizer, lines, max_turns, room, topk):
     turns = [encode(tokenizer, text) for text in lines]
     assume(all(is_the_same_anew(tokenizer, ids[:room]) for ids in turns))
     require_equal(*asyncio.run(both(tokenizer, turns, max_turns, room, topk)))
+
+
+def rlinf_yamls():
+    root = Path(__file__).parents[2]
+    own = sorted((root / "tests/config/fixtures").glob("rlinf-*.yaml"))
+    return [*own, *sorted((root.parent / "shared/cases/rlinf").glob("*.yaml"))]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("path", rlinf_yamls(), ids=lambda path: path.name)
+def test_a_yaml_of_rlinf_has_the_settings_that_are_compared(tokenizer, path, mode):
+    config = load_config(path, [])
+    settings = AgentSettings.from_config(config, mode)
+    assert {name: getattr(settings, name) for name in RLINF_SETTINGS} == RLINF_SETTINGS
+    their = OmegaConf.load(path)
+    max_turns = their.agentloop.get("max_turns") or their.agentloop.maxturn
+    room = their.runner.seq_length - their.data.max_prompt_length  # what RLinf's loop gives a response
+    assert (settings.max_turns, settings.sampling.max_new_tokens) == (max_turns - 1, room)
+    for script in ("searches to the end", "no call", "documents longer than 5,000 characters"):
+        turns = [encode(tokenizer, text) for text in SCRIPTS[script]]
+        require_equal(*asyncio.run(both(tokenizer, turns, max_turns, room, settings=settings)))
 
 
 def test_sampled_tokens_stay_where_rlinf_tokenizes_anew(tokenizer):

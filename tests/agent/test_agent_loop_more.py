@@ -21,6 +21,7 @@ from searchr1.agent.trajectory import Sample
 from searchr1.config.check import check_agent, check_config
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
+from searchr1.inference.session import explain_stop
 from searchr1.rewards.scorer import score_trajectory
 
 TOKENIZER = Path(__file__).parents[2] / "examples/demo/cold_start"
@@ -182,7 +183,10 @@ def test_no_call_ends():
     t = run("just talk", ANSWER, no_call_ends=True)
     assert (t.stop, len(t.turns), t.invalid_actions, t.turns[0].tool_text) == ("eos", 1, 1, "")
     assert run(SEARCH, ANSWER, no_call_ends=True).stop == "answer"
-    assert run("x" * 50, ANSWER, no_call_ends=True, max_new_tokens_per_turn=9).stop == "length"
+    cut = run("x" * 50, ANSWER, no_call_ends=True, max_new_tokens_per_turn=9)
+    assert cut.stop == "length"
+    limits = AgentSettings(GenerateParams(max_new_tokens=5000), max_model_len=6000, max_new_tokens_per_turn=9)
+    assert explain_stop(cut, limits) == "the last turn used all of its 9 tokens (agentloop.max_new_tokens_per_turn)"
 
 
 def test_an_end_token_that_ends_nothing_is_taken_off(tokenizer):

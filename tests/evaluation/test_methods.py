@@ -105,6 +105,13 @@ def test_what_changes_answers_changes_the_manifest_and_nothing_else_does():
 
     base = of(config())
     assert json.loads(json.dumps(base)) == base
+    # Evaluations from before a setting existed go on; one with another value is another evaluation.
+    settings = {"toolcall_parser": "searchr1", "no_call_ends": True, "end_token_ends": False, "tool_text_tokens": "whole"}
+    assert not {*settings, "no_results_message"} & {*base["tools"], *base["passages"]}
+    for name, value in (settings | {"no_results_message": ""}).items():
+        section = "passages" if name == "no_results_message" else "tools"
+        other = of(config(**{f"agentloop__{name}": value}))
+        assert list(differences(other, base)) == [f"{section}.{name} was None, is {value!r}"]
     same = config(
         tools__search=replace(Config().tools.search, server_addr="elsewhere:1", timeout_s=5.0),
         rollout__max_running_requests=4,
