@@ -12,7 +12,6 @@ of every file is checked; --verify checks hashes too, --repair fetches again wha
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import os
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from searchr1.errors import UserError
+from searchr1.retrieval.unpack import unpack as write_rows
 
 GIB = 1 << 30
 BLOCK = 16 << 20
@@ -253,27 +253,15 @@ def download(
 
 
 def unpack(archive: Path) -> Path:
-    """Unpack a .gz beside itself, unless that was done.
+    """Write the rows of the corpus beside its archive (a gzipped tar), unless they are of the same archive.
 
     Raises:
         UserError: damaged archive, or the disk is full.
     """
-    output = archive.with_suffix("")
-    if output.exists():
-        return output
-    partial = output.with_suffix(".partial")
     try:
-        size = archive.stat().st_size
-        with archive.open("rb") as packed, gzip.open(packed) as source, partial.open("wb") as target:
-            with bar(f"unpacking {archive.name}", size) as progress:
-                while block := source.read(BLOCK):
-                    target.write(block)
-                    progress.update(progress.task_ids[0], completed=packed.tell())
-        os.replace(partial, output)
-    except (OSError, EOFError) as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{archive}: cannot unpack it ({error}); make room, or run again with --repair --verify") from error
-    return output
+        return write_rows(archive, archive.with_suffix(""), "--save_path")
+    except UserError as error:
+        raise UserError(f"{error}; make room, or run again with --repair --verify") from error
 
 
 def join(parts: list[RemoteFile], save_path: Path, keep_parts: bool) -> Path:

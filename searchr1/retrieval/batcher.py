@@ -15,6 +15,9 @@ from searchr1.retrieval.searcher import Found
 MAX_BATCH = 512
 """Queries searched at once; what is more waits for the next turn."""
 
+MAX_EMPTY = 64
+"""So many empty passages are asked for beyond `topk`, since they are left out."""
+
 Observe = Callable[[int, float], None]
 """Told of every batch: queries, seconds."""
 
@@ -33,10 +36,12 @@ class Batcher:
     up before its turn is not searched.
     """
 
-    def __init__(self, index: Index, corpus: Corpus, observe: Observe | None = None) -> None:
+    def __init__(self, index: Index, corpus: Corpus, observe: Observe | None = None, empty: int = 0) -> None:
+        """`empty`: passages of the corpus that have no text; a dense index may find them, but they are no answer."""
         self._index = index
         self._corpus = corpus
         self._observe = observe
+        self._empty = min(empty, MAX_EMPTY)
         self._waiting: list[_Waiting] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
         self._running: asyncio.Task[None] | None = None
@@ -89,4 +94,9 @@ class Batcher:
         return batch
 
     def _search(self, texts: list[str], topk: int) -> Found:
-        return [[(self._corpus[row], score) for row, score in hits] for hits in self._index.search(texts, topk)]
+        found = [
+            [(self._corpus[row], score) for row, score in hits] for hits in self._index.search(texts, topk + self._empty)
+        ]
+        if self._empty:
+            found = [[hit for hit in hits if hit[0]["contents"].strip()][:topk] for hits in found]
+        return found

@@ -241,7 +241,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         UserError: flags that do not go together.
     """
     parser = argparse.ArgumentParser(prog="searchr1 build-index", description="Build an index of a corpus.")
-    parser.add_argument("--corpus_path", type=Path, required=True, help="jsonl, jsonl.gz or parquet")
+    parser.add_argument(
+        "--corpus_path",
+        type=Path,
+        required=True,
+        help="jsonl, jsonl.gz (also a tar archive, as wiki-18.jsonl.gz is) or parquet",
+    )
     parser.add_argument("--save_dir", type=Path, required=True, help="folder to write the index to")
     parser.add_argument("--retriever_name", "--retrieval_method", default="e5", choices=["bm25", *FAMILIES])
     parser.add_argument(
@@ -280,6 +285,8 @@ def main(argv: list[str]) -> int:
         if (args.save_dir / MANIFEST).exists() and not args.overwrite:
             raise UserError(f"--save_dir {args.save_dir}: holds a finished index; give --overwrite to replace it")
         corpus = Corpus(args.corpus_path)
+        if corpus.peculiarities():
+            print(f"{args.corpus_path}: {corpus.peculiarities()}", flush=True)
         if args.retriever_name == "bm25":
             remove_files(args.save_dir)
             tokenizer = tokenizer_for(corpus, args.tokenizer)

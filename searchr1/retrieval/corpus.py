@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from searchr1.retrieval.rows import Rows
 from searchr1.retrieval.searcher import Document
 
-EXPECTED = 'expected {"id": ..., "contents": "\\"Title\\"\\ntext"}'
+TEXT_FIELDS = ("contents", "text")
+ID_FIELDS = ("id", "_id", "docid", "doc_id")
+EXPECTED = 'expected {"id", "contents": "\\"Title\\"\\ntext"}, or {"id", "title", "text"}'
+EMPTY = "empty passages, which are never found"
+NUMBERED = "passages without an id, which have their number, counted from 0"
 
 
 class Corpus:
-    """Rows of `{"id", "contents", "url"?}` in a jsonl, jsonl.gz or parquet file."""
+    """Rows of `{"id", "contents", "url"?}`, or of a title and a text, in a file that `as_jsonl` reads."""
 
     def __init__(self, path: Path) -> None:
         """Open a corpus. Packed formats are unpacked beside the file, and every row is checked, at the first use.
@@ -29,21 +33,56 @@ class Corpus:
 
     def __getitem__(self, row: int) -> Document:
         """One passage. A row without an id has its number, counted from 0; one without a url has an empty one."""
-        document: Document = self._rows[row]
-        document.setdefault("id", str(row))
-        document.setdefault("url", "")  # RLinf's client fails without it, and Search-R1's corpus has none
-        return document
+        found: Document = self._rows[row]
+        name = next((found[field] for field in ID_FIELDS if found.get(field) is not None), str(row))
+        url = found.get("url")  # RLinf's client fails without it, and Search-R1's corpus has none
+        return found | {"id": name, "contents": contents_of(found), "url": "" if url is None else url}
 
     def contents(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
-        """The text of the passages from `start` up to `stop`, in order."""
+        """Yield the text of the passages from `start` up to `stop`, in order."""
         for row in range(start, len(self) if stop is None else min(stop, len(self))):
-            yield self._rows[row]["contents"]
+            yield contents_of(self._rows[row])
 
     def fingerprint(self) -> str:
         """SHA-256 of the file (unpacked, if it was packed)."""
-        return self._rows.summary.sha256
+        return self._rows.summary.stamp.sha256
+
+    @property
+    def empty(self) -> int:
+        """Passages without text."""
+        return self._rows.summary.counts.get(EMPTY, 0)
+
+    def peculiarities(self) -> str:
+        """What a user should know of the rows; empty if there is nothing."""
+        return "; ".join(f"{count} {what}" for what, count in self._rows.summary.counts.items())
 
 
-def _check(row: Any) -> None:
-    if not isinstance(row, dict) or not isinstance(row.get("contents"), str):
+def contents_of(row: Any) -> str:
+    """The text of a passage, with its title in the first line where there is one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    field = next((name for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
+    if field is None:
         raise ValueError(f"not a passage; {EXPECTED}")
+    text: str = row[field]
+    title = row.get("title")
+    if not isinstance(title, str) or not title.strip() or (field == "contents" and is_titled(text, title.strip())):
+        return text
+    return f'"{title.strip()}"\n{text}'
+
+
+def is_titled(contents: str, title: str) -> bool:
+    """Whether the first line of `contents` is a title: this one, or any in quotes."""
+    first, separator, _ = contents.partition("\n")
+    first = first.strip()
+    quoted = bool(separator) and len(first) > 1 and first[0] == first[-1] == '"'
+    return quoted or first in (title, f'"{title}"')
+
+
+def _check(row: Any) -> Sequence[str]:
+    if not isinstance(row, dict):
+        raise ValueError(f"not a passage; {EXPECTED}")
+    found = [] if contents_of(row).strip() else [EMPTY]
+    return found if any(row.get(field) is not None for field in ID_FIELDS) else [*found, NUMBERED]

@@ -117,7 +117,10 @@ def _work(
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
-        embed_parts(folder, Corpus(corpus), flags.load(device), parts, news.put)
+        passages = Corpus(corpus)
+        if passages.fingerprint() != folder.plan.corpus:
+            raise UserError(f"--corpus_path {corpus}: was changed while its passages were embedded; run the command again")
+        embed_parts(folder, passages, flags.load(device), parts, news.put)
     except UserError as error:
         news.put(str(error))
     news.close()

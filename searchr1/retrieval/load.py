@@ -45,8 +45,10 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     corpus = Corpus(args.corpus_path)
     index = load_index(args, corpus)
     pages = Pages(args.pages_path) if args.pages_path else None
-    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch))
+    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch, corpus.empty))
     about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
+    if corpus.peculiarities():
+        about["rows"] = corpus.peculiarities()
     return Backend(RetrievalService(searcher, limits, metrics), pages, about)
 
 

@@ -69,6 +69,7 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
     """
     path = folder / MANIFEST
     if not path.is_file():
+        print(f"{folder}: has no {MANIFEST}; only the number of its vectors can be compared with the corpus", flush=True)
         return None
     try:
         values = json.loads(path.read_text())
@@ -86,7 +87,8 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
     if manifest.rows != len(corpus) or manifest.corpus != corpus.fingerprint():
         raise UserError(
             f"--index_path {folder}: was built from another corpus ({manifest.rows} passages; {corpus.path} has "
-            f"{len(corpus)}); build it again with searchr1 build-index"
+            f"{len(corpus)}); build it again with searchr1 build-index --overwrite, "
+            "or give the corpus that it was built from"
         )
     return manifest
 

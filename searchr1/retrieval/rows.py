@@ -6,8 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +19,15 @@ import numpy.typing as npt
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from searchr1.errors import UserError
+from searchr1.retrieval.stamp import BAR_BYTES, Stamp, confirm, stamp
 from searchr1.retrieval.unpack import as_jsonl
 
-FORMAT = 1
+FORMAT = 2
 SCAN_BYTES = 16 << 20
-BAR_BYTES = 256 << 20
-"""A smaller file is read before anybody would look at a bar."""
 FLUSH_ROWS = 1 << 20
 
-Key = Callable[[Any], int | None]
-"""Checks a parsed row (KeyError, TypeError, ValueError: it is none) and may give a 64-bit key to find it by."""
+Key = Callable[[Any], int | Sequence[str]]
+"""Checks a parsed row (KeyError, TypeError, ValueError: it is none); gives a 64-bit key to find it by, or what to count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +35,17 @@ class Summary:
     """What `summary.json` says of a file."""
 
     format: int
-    bytes: int
-    mtime_ns: int
     rows: int
-    sha256: str
+    stamp: Stamp
+    counts: dict[str, int]
+    """What is peculiar about rows, and how many are so."""
 
 
 class Rows:
     """Random access to the rows of a file. Memory does not grow with the file."""
 
     def __init__(self, path: Path, flag: str, kind: str, key: Key) -> None:
-        """Open a .jsonl, .jsonl.gz or .parquet file. The first time, all of it is read and checked.
+        """Open a file that `as_jsonl` reads. The first time, all of it is read and checked.
 
         `kind` names the place of the row table ("passages", "pages"); `key` see `Key`.
 
@@ -55,8 +57,7 @@ class Rows:
         self._flag, self._kind = flag, kind
         if file.stat().st_size == 0:
             raise UserError(f"{flag} {path}: the file is empty")
-        table = self._finished_table() or self._make_table(key)
-        self.summary = _read_summary(table)
+        table, self.summary = self._finished_table(report=True) or self._make_table(key)
         self._starts = np.load(table / "starts.npy", mmap_mode="r")
         self._lengths = np.load(table / "lengths.npy", mmap_mode="r")
         keys = table / "keys.npy"
@@ -97,28 +98,39 @@ class Rows:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "searchr1" / "rows" / digest
         return [self._file.with_name(f"{self._file.name}.{self._kind}"), cache / self._kind]
 
-    def _finished_table(self) -> Path | None:
-        stat = self._file.stat()
+    def _finished_table(self, report: bool = False) -> tuple[Path, Summary] | None:
+        """Return a table that was made of the file as it is now; `report` prints why one is not used."""
         for table in self._places():
+            if not table.is_dir():
+                continue
             try:
                 summary = _read_summary(table)
-            except (OSError, ValueError, TypeError):
+            except (OSError, ValueError, TypeError, KeyError):
+                summary = None
+            current = confirm(self._file, summary.stamp) if summary and summary.format == FORMAT else None
+            if summary is None or current is None:
+                if report:
+                    print(f"{table}: is not of the present contents of {self._file.name}; made again", flush=True)
                 continue
-            if (summary.format, summary.bytes, summary.mtime_ns) == (FORMAT, stat.st_size, stat.st_mtime_ns):
-                return table
+            if current != summary.stamp:
+                summary = replace(summary, stamp=current)
+                with suppress(OSError):  # not ours to write: it is checked again the next time
+                    _write_summary(table, summary)
+            return table, summary
         return None
 
-    def _make_table(self, key: Key) -> Path:
+    def _make_table(self, key: Key) -> tuple[Path, Summary]:
         problem: OSError | None = None
         for table in self._places():
             partial = table.with_name(f"{table.name}.{os.getpid()}.partial")
             try:
                 partial.mkdir(parents=True)
-                self._scan(partial, key)
-                if self._finished_table() is None:  # else another process was faster
-                    shutil.rmtree(table, ignore_errors=True)
-                    os.replace(partial, table)
-                return table
+                summary = self._scan(partial, key)
+                if (finished := self._finished_table()) is not None:  # another process was faster
+                    return finished
+                shutil.rmtree(table, ignore_errors=True)
+                os.replace(partial, table)
+                return table, summary
             except OSError as error:
                 problem = problem or error
             finally:
@@ -130,10 +142,11 @@ class Rows:
             ) from problem
         return finished
 
-    def _scan(self, table: Path, key: Key) -> None:
+    def _scan(self, table: Path, key: Key) -> Summary:
         """Read the file once: places, keys, hash, and a check of every row."""
-        stat = self._file.stat()
+        before, read_ns = self._file.stat(), time.time_ns()
         digest = hashlib.sha256()
+        counts: Counter[str] = Counter()
         starts, lengths, keys = _Column(np.int64), _Column(np.uint32), _Column(np.uint64)
         for number, start, line in _lines(self._file, digest.update, f"reading {self.path.name}, once"):
             if not line.strip():
@@ -144,8 +157,10 @@ class Rows:
                 raise UserError(f"{self._flag} {self.path}: line {number}: {_reason(error)}") from error
             starts.add(start)
             lengths.add(len(line))
-            if found is not None:
+            if isinstance(found, int):
                 keys.add(found)
+            else:
+                counts.update(found)
         if not len(starts):
             raise UserError(f"{self._flag} {self.path}: the file has no rows")
         np.save(table / "starts.npy", starts.array())
@@ -154,8 +169,12 @@ class Rows:
             order = np.argsort(keys.array(), kind="stable")
             np.save(table / "keys.npy", keys.array()[order])
             np.save(table / "order.npy", order)
-        summary = Summary(FORMAT, stat.st_size, stat.st_mtime_ns, len(starts), digest.hexdigest())
-        (table / "summary.json").write_text(json.dumps(asdict(summary)) + "\n")
+        made = stamp(before, digest.hexdigest(), read_ns)
+        if stamp(self._file.stat(), made.sha256, read_ns) != made:
+            raise UserError(f"{self._flag} {self.path}: was changed while it was read; start again")
+        summary = Summary(FORMAT, len(starts), made, dict(counts))
+        _write_summary(table, summary)
+        return summary
 
 
 class _Column:
@@ -221,7 +240,14 @@ def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator
 
 
 def _read_summary(table: Path) -> Summary:
-    return Summary(**json.loads((table / "summary.json").read_text()))
+    values = json.loads((table / "summary.json").read_text())
+    return Summary(**values | {"stamp": Stamp(**values["stamp"])})
+
+
+def _write_summary(table: Path, summary: Summary) -> None:
+    partial = table / f"summary.{os.getpid()}.partial"
+    partial.write_text(json.dumps(asdict(summary), ensure_ascii=False) + "\n")
+    os.replace(partial, table / "summary.json")
 
 
 def _reason(error: Exception) -> str:
