@@ -24,6 +24,8 @@ Observe = Callable[[int, float], None]
 
 @dataclass(slots=True)
 class _Waiting:
+    """A request, or a part of a large one."""
+
     queries: Sequence[str]
     topk: int
     answer: asyncio.Future[Found] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
@@ -48,11 +50,16 @@ class Batcher:
 
     async def search(self, queries: Sequence[str], topk: int) -> Found:
         """At most `topk` passages for each query."""
-        request = _Waiting(queries, topk)
-        self._waiting.append(request)
-        if self._running is None or self._running.done():
+        parts = [_Waiting(queries[start : start + MAX_BATCH], topk) for start in range(0, len(queries), MAX_BATCH)]
+        self._waiting += parts
+        if parts and (self._running is None or self._running.done()):
             self._running = asyncio.create_task(self._run())
-        return await request.answer
+        answers = asyncio.gather(*(part.answer for part in parts))
+        try:
+            return [hits for found in await answers for hits in found]
+        finally:  # when the request is cancelled, or a part fails, the other parts are given up too
+            for part in parts:
+                part.answer.cancel()
 
     async def aclose(self) -> None:
         """Wait for the search that runs, drop what waits."""

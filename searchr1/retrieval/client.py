@@ -18,6 +18,7 @@ import aiohttp
 
 from searchr1.errors import UserError
 from searchr1.retrieval.balancer import Balancer
+from searchr1.retrieval.deadlines import QUERIES_PER_TIMEOUT, grown
 from searchr1.retrieval.documents import Page, RetrievedDocument, split_contents
 
 TOKEN_VARIABLE = "SEARCHR1_RETRIEVAL_TOKEN"
@@ -66,7 +67,8 @@ class SearchClient:
     """`await search(queries)`; safe to use from many coroutines of one event loop.
 
     A call asks the least busy of the servers that work, and another one if that fails (see `Balancer`). Its deadline
-    covers everything: waiting for a connection, all attempts and the pauses between them.
+    (`timeout_s` for every 512 queries) covers everything: waiting for a connection, all attempts and the pauses between
+    them.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class SearchClient:
         """Post to one server after the other until one gives `expected` results that `read` understands."""
         self._stats.calls += 1
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + self._timeout_s
+        deadline = loop.time() + grown(self._timeout_s, expected, QUERIES_PER_TIMEOUT)
         tried: set[int] = set()
         problem = "no attempt was made"
         for attempt in range(self._retries + 1):

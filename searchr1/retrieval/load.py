@@ -22,7 +22,7 @@ from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.pages import Pages
 from searchr1.retrieval.refine import Refiner, open_vectors
-from searchr1.retrieval.rerank import CrossEncoder, LocalReranker, RerankingSearcher
+from searchr1.retrieval.rerank import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
 from searchr1.retrieval.rerank_client import RemoteReranker
 from searchr1.retrieval.searcher import Searcher
 from searchr1.retrieval.server import Backend
@@ -71,7 +71,10 @@ def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:
     if args.reranker_url:
         return RerankingSearcher(searcher, RemoteReranker(args.reranker_url, args.timeout_s), args.topk_retrieval)
     if args.reranker_model:
-        model = CrossEncoder(args.reranker_model, device=device_of(args), dtype=args.dtype)
+        size = args.reranker_batch_size
+        model = CrossEncoder(
+            args.reranker_model, device=device_of(args), dtype=args.dtype, token_budget=size and size * PAIR_TOKENS
+        )
         return RerankingSearcher(searcher, LocalReranker(model), args.topk_retrieval)
     return searcher
 

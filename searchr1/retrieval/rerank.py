@@ -22,6 +22,8 @@ Pair = tuple[str, str]
 """(query, passage)"""
 Scores = npt.NDArray[np.float32]
 
+PAIR_TOKENS = 512
+"""Of a pair, at most."""
 CPU_BATCH_TOKENS = 1024
 """Tokens of one forward pass on a processor: 16384 of them leave its caches and take 1.6 times as long."""
 CHARACTERS_PER_TOKEN = 16
@@ -52,7 +54,7 @@ class CrossEncoder:
         *,
         device: str = "cpu",
         dtype: str | None = None,
-        max_length: int = 512,
+        max_length: int = PAIR_TOKENS,
         token_budget: int | None = None,
     ) -> None:
         """Load a sequence-classification model with one score, or with two classes of which the second is "relevant".

@@ -11,6 +11,7 @@ import aiohttp
 
 from searchr1.errors import UserError
 from searchr1.retrieval.client import base_url
+from searchr1.retrieval.deadlines import PAIRS_PER_TIMEOUT, grown
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
 from searchr1.retrieval.service import to_json
 
@@ -29,7 +30,7 @@ class RemoteReranker:
     """See `searchr1.retrieval.rerank.Reranker`. The passages given back are those that came in, not the server's."""
 
     def __init__(self, address: str, timeout_s: float = 30.0) -> None:
-        """`timeout_s`: of a call, with everything.
+        """`timeout_s`: of a call for 5,120 pairs, with everything; larger requests have more.
 
         Raises:
             UserError: no address.
@@ -38,7 +39,7 @@ class RemoteReranker:
             self._url = f"{base_url(address.rstrip('/').removesuffix('/rerank'))}/rerank"
         except UserError as error:
             raise UserError(f"--reranker_url {address}: is no address; give host:port of the rerank server") from error
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
 
     async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
@@ -47,7 +48,11 @@ class RemoteReranker:
         Raises:
             SearchFailed: the server did not answer, or not as expected.
         """
-        calls = [asyncio.ensure_future(self._call(queries[part], documents[part], topk)) for part in parts(documents)]
+        # The server answers one call after the other, so each may take as long as all of them.
+        timeout_s = grown(self._timeout_s, sum(map(len, documents)), PAIRS_PER_TIMEOUT)
+        calls = [
+            asyncio.ensure_future(self._call(queries[part], documents[part], topk, timeout_s)) for part in parts(documents)
+        ]
         try:
             return [hits for found in await asyncio.gather(*calls) for hits in found]
         finally:
@@ -59,7 +64,9 @@ class RemoteReranker:
         if self._session is not None:
             await self._session.close()
 
-    async def _call(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
+    async def _call(
+        self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int, timeout_s: float
+    ) -> Found:
         body = {
             "queries": list(queries),
             "documents": [[{"id": i, "contents": sent(document)} for i, document in enumerate(row)] for row in documents],
@@ -68,7 +75,8 @@ class RemoteReranker:
         }
         headers = {"content-type": "application/json"}
         try:
-            async with self._open().post(self._url, data=to_json(body), headers=headers) as answer:
+            limit = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._open().post(self._url, data=to_json(body), headers=headers, timeout=limit) as answer:
                 if answer.status != 200:
                     raise SearchFailed(f"{self._url} answered {answer.status}: {(await answer.text())[:200]}", RETRY_AFTER_S)
                 result = (await answer.json())["result"]
@@ -80,7 +88,6 @@ class RemoteReranker:
         if self._session is None:
             token = os.environ.get(RERANK_TOKEN_VARIABLE)
             self._session = aiohttp.ClientSession(
-                timeout=self._timeout,
                 headers={"Authorization": f"Bearer {token}"} if token else {},
                 connector=aiohttp.TCPConnector(keepalive_timeout=KEPT_S),
             )

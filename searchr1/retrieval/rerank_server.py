@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -18,22 +17,23 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
 from searchr1.errors import UserError
+from searchr1.retrieval.deadlines import PAIRS_PER_TIMEOUT, grown
 from searchr1.retrieval.gate import Gate
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.rerank import MAX_PENDING, CrossEncoder, LocalReranker
 from searchr1.retrieval.rerank_client import RERANK_TOKEN_VARIABLE, RETRY_AFTER_S
 from searchr1.retrieval.searcher import Document, SearchFailed
 from searchr1.retrieval.serve import bind, peak_memory_mib, reachable_address, serve_app
-from searchr1.retrieval.server import MAX_PASSAGES, MAX_QUERIES, MAX_QUERY_CHARACTERS, MAX_TOPK, REFUSALS, as_json, explain
+from searchr1.retrieval.server import MAX_PASSAGES, MAX_TOPK, REFUSALS, Query, TopK, as_json, explain
 from searchr1.retrieval.server_cli import write_address
 
 
 class RerankRequest(BaseModel):
     """`POST /rerank`; a document is `{"contents": ...}` or `{"document": {"contents": ...}}`, as /retrieve gives it."""
 
-    queries: Annotated[list[Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]], Field(max_length=MAX_QUERIES)]
+    queries: Annotated[list[Query], Field(max_length=MAX_PASSAGES)]
     documents: list[list[dict[str, Any]]]
-    rerank_topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+    rerank_topk: TopK | None = None
     return_scores: bool = False
 
     @model_validator(mode="after")
@@ -103,11 +103,12 @@ def create_rerank_app(
     @app.post("/rerank", responses=REFUSALS | {200: {"model": RerankAnswer}}, response_class=Response)
     async def rerank(request: RerankRequest) -> Response:
         """The best documents of each query, best first."""
+        patience_s = grown(timeout_s, sum(map(len, request.documents)), PAIRS_PER_TIMEOUT)
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(patience_s):
                 found = await reranker.rerank(request.queries, request.documents, request.rerank_topk or default_topk)
         except TimeoutError as error:
-            raise SearchFailed(f"no answer within {timeout_s:g} s", RETRY_AFTER_S) from error
+            raise SearchFailed(f"no answer within {patience_s:g} s", RETRY_AFTER_S) from error
         if request.return_scores:
             return as_json({"result": [[{"document": d, "score": score} for d, score in row] for row in found]}, 200)
         return as_json({"result": [[document for document, _ in row] for row in found]}, 200)
@@ -130,10 +131,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     model = parser.add_argument_group("model")
     model.add_argument("--reranker_model", "--rerank_model_name_or_path", required=True, help="Hugging Face folder")
+    model.add_argument("--reranker_type", choices=["sentence_transformer"], help="the one kind that there is")
     model.add_argument("--rerank_topk", "--reranking_topk", type=int, default=3, help="documents kept (default 3)")
     model.add_argument("--rerank_max_length", "--max_length", type=int, default=512, help="tokens of a pair (default 512)")
     model.add_argument(
-        "--rerank_batch_size", "--batch_size", type=int,
+        "--rerank_batch_size", "--reranker_batch_size", "--batch_size", type=int,
         help="pairs of full length in one forward pass, more of shorter ones (default: what suits the device)",
     )  # fmt: skip
     model.add_argument("--device", default="cpu", help="cpu, cuda or cuda:NUMBER (default cpu)")
@@ -142,7 +144,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     service = parser.add_argument_group("service")
     service.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     service.add_argument("--port", type=int, default=6980, help="0 takes a free one (default 6980)")
-    service.add_argument("--save-address-to", type=Path, help="write host:port into this file once the server is up")
+    service.add_argument(
+        "--save-address-to", help="write host:port into this file, or into a file in this folder, once the server is up"
+    )
     service.add_argument("--max_pending", type=int, default=MAX_PENDING, help="pairs in the queue before 503")
     service.add_argument("--timeout_s", type=float, default=30.0, help="a request that takes longer gets 503 (default 30)")
     args = parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from searchr1.errors import UserError
 from searchr1.retrieval.gate import Gate
@@ -18,7 +19,7 @@ from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.searcher import PageSource, SearchFailed
 from searchr1.retrieval.service import RETRY_AFTER_S, Depth, RetrievalService, to_json
 
-MAX_QUERIES = 1024
+MAX_URLS = 4096
 MAX_QUERY_CHARACTERS = 1 << 20
 SEARCHED_CHARACTERS = 4096
 """A policy that rambles writes long queries: they are searched by their beginning, not refused."""
@@ -32,22 +33,38 @@ PAGE_POLICY = (
 )
 
 
-class RetrieveRequest(BaseModel):
-    """`POST /retrieve`."""
+Query = Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
+TopK = Annotated[int, Field(ge=0, le=MAX_TOPK)]
 
-    queries: Annotated[list[Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]], Field(max_length=MAX_QUERIES)]
-    topk: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+
+class RetrieveRequest(BaseModel):
+    """`POST /retrieve`: `queries`, or SkyRL's `query`, which is answered as a list of one. A `topk` of 0 is none."""
+
+    queries: Annotated[list[Query], Field(max_length=MAX_PASSAGES)] | None = None
+    query: Query | None = None
+    topk: TopK | None = None
     return_scores: bool = False
-    topk_retrieval: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+    topk_retrieval: TopK | None = None
     """With a reranker: passages that it looks at."""
-    topk_rerank: Annotated[int, Field(ge=1, le=MAX_TOPK)] | None = None
+    topk_rerank: TopK | None = None
     """With a reranker: passages that it gives back; goes before `topk`."""
+
+    @model_validator(mode="after")
+    def one_form(self) -> RetrieveRequest:
+        """Take either form, not both."""
+        if (self.queries is None) == (self.query is None):
+            raise ValueError('give "queries", a list, or "query", a text')
+        return self
+
+    def texts(self) -> list[str]:
+        """What is searched for, in either form."""
+        return self.queries if self.queries is not None else [self.query or ""]
 
 
 class AccessRequest(BaseModel):
     """`POST /access`."""
 
-    urls: Annotated[list[Annotated[str, Field(max_length=MAX_URL_CHARACTERS)]], Field(max_length=MAX_QUERIES)]
+    urls: Annotated[list[Annotated[str, Field(max_length=MAX_URL_CHARACTERS)]], Field(max_length=MAX_URLS)]
 
 
 class Passage(BaseModel, extra="allow"):
@@ -106,6 +123,8 @@ class ServerState:
 
     topk: int
     backend: Backend | None = None
+    pages_missed: bool = False
+    """Whether a page was asked for where there are none; printed once."""
 
 
 class Refused(Exception):
@@ -122,6 +141,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         400: "no JSON",
         401: "no token, or a wrong one",
         413: "the body is too large",
+        415: "msgpack, and msgspec is not installed",
         422: "not the shape of a request",
         503: "too much is waiting, or the server is loading; see Retry-After",
     }.items()
@@ -129,7 +149,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 RETRIEVE_BODY = {
     "requestBody": {"required": True, "content": {"application/json": {"schema": RetrieveRequest.model_json_schema()}}}
 }
-NO_PAGES: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "this server has no pages"}}
+MSGPACK = "application/msgpack"
+NO_PAGES = "POST /access: this server was started without --pages_path; the answer to every address is null"
 
 
 def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -> Gate:
@@ -164,11 +185,13 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
 
     async def answer(body: bytes) -> Response:
         try:
-            request = RetrieveRequest.model_validate_json(body)
+            packed = is_msgpack(body)
+            request = read_msgpack(body) if packed else RetrieveRequest.model_validate_json(body)
             service = loaded().service
             depth = depth_of(request, state.topk, service.reranks)
-            queries = [query[:SEARCHED_CHARACTERS] for query in request.queries]
-            return Response(await service.retrieve(queries, depth, request.return_scores), media_type="application/json")
+            queries = [query[:SEARCHED_CHARACTERS] for query in request.texts()]
+            found = await service.retrieve(queries, depth, request.return_scores)
+            return Response(as_msgpack(found) if packed else found, media_type=MSGPACK if packed else "application/json")
         except PROBLEMS as error:
             return explain(error)
 
@@ -177,13 +200,14 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
         """Passages for each query, best first."""
         return await answer(await request.body())
 
-    @app.post("/access", responses=REFUSALS | NO_PAGES | {200: {"model": AccessAnswer}}, response_class=Response)
+    @app.post("/access", responses=REFUSALS | {200: {"model": AccessAnswer}}, response_class=Response)
     async def access(request: AccessRequest) -> Response:
-        """The page behind each address."""
+        """The page behind each address; null where there is none."""
         pages = loaded().pages
-        if pages is None:
-            raise Refused(404, "this server was started without --pages_path")
-        found = await pages.access(request.urls)
+        if pages is None and not state.pages_missed:
+            state.pages_missed = True
+            print(NO_PAGES, flush=True)
+        found = await pages.access(request.urls) if pages else [None] * len(request.urls)
         result = [{"url": page.url, "contents": page.contents} if page else None for page in found]
         return as_json({"result": result}, 200)
 
@@ -216,12 +240,45 @@ def depth_of(request: RetrieveRequest, default_topk: int, reranks: bool) -> Dept
     """
     if not reranks and (request.topk_retrieval or request.topk_rerank):
         raise Refused(422, "topk_retrieval and topk_rerank need a server with --reranker_model or --reranker_url")
-    depth = Depth(request.topk_rerank or request.topk or default_topk, request.topk_retrieval)
+    depth = Depth(request.topk_rerank or request.topk or default_topk, request.topk_retrieval or None)
     if depth.candidates is not None and depth.candidates < depth.topk:
         raise Refused(422, f"topk_retrieval {depth.candidates} is smaller than topk_rerank {depth.topk}")
-    if len(request.queries) * max(depth.topk, depth.candidates or 0) > MAX_PASSAGES:
+    if len(request.texts()) * max(depth.topk, depth.candidates or 0) > MAX_PASSAGES:
         raise Refused(422, f"more than {MAX_PASSAGES} passages in one request; send fewer queries or a smaller topk")
     return depth
+
+
+def is_msgpack(body: bytes) -> bool:
+    """Whether a body begins as a map of msgpack does, which no JSON can; gem's client sends such bodies."""
+    return body[:1] >= b"\x80" and (body[0] <= 0x8F or body[0] in (0xDE, 0xDF))
+
+
+def read_msgpack(body: bytes) -> RetrieveRequest:
+    """Read a request in msgpack.
+
+    Raises:
+        Refused: it is damaged, or the library is missing.
+    """
+    try:
+        import msgspec
+    except ImportError as error:
+        raise Refused(415, "msgpack needs msgspec on the server (pip install msgspec); or send JSON") from error
+    try:
+        return RetrieveRequest.model_validate(msgspec.msgpack.decode(body))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise Refused(422, f"no msgpack: {error}") from error
+
+
+def as_msgpack(answer: bytes) -> bytes:
+    """Encode an answer, given as JSON, in msgpack; half a surrogate pair becomes a question mark."""
+    import msgspec
+
+    try:
+        return msgspec.msgpack.encode(json.loads(answer))
+    except UnicodeEncodeError:
+        return msgspec.msgpack.encode(
+            json.loads(json.dumps(json.loads(answer), ensure_ascii=False).encode("utf-8", "replace"))
+        )
 
 
 def as_json(content: Any, status: int, headers: dict[str, str] | None = None) -> Response:

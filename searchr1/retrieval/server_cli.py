@@ -56,8 +56,15 @@ def main(argv: list[str]) -> int:
     return serve_in_workers(listener, Worker(partial(serve, argv)), args.workers, ready)
 
 
-def write_address(path: Path, address: str) -> None:
-    """Tell others where the server is; the file appears whole."""
+def write_address(place: str | Path, address: str) -> None:
+    """Write down where the server is; the file appears whole.
+
+    `place`: the file; or a folder (it exists, or ends with a slash), for a file with the name that RLinf gives it.
+    """
+    path = Path(place)
+    if path.is_dir() or os.fspath(place).endswith(os.sep):
+        host, _, port = address.rpartition(":")
+        path = path / f"Host{host}_IP{port}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f"{path.name}.partial")
     partial_path.write_text(address)

@@ -11,6 +11,10 @@ from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.server import MAX_TOPK
 from searchr1.retrieval.tokens import TOKENIZERS
 
+TOPK_RETRIEVAL = 10
+"""Passages that are reranked if nobody says how many."""
+RERANK_FLAGS = ("topk_retrieval", "topk_rerank", "reranker_batch_size")
+
 
 def parser() -> argparse.ArgumentParser:
     """All flags."""
@@ -43,8 +47,12 @@ def parser() -> argparse.ArgumentParser:
     rerank = found.add_argument_group("reranking")
     rerank.add_argument("--reranker_model", help="Hugging Face folder of a cross-encoder")
     rerank.add_argument("--reranker_url", help="address of a searchr1 rerank-server instead")
-    rerank.add_argument("--topk_retrieval", type=int, default=10, help="passages that are reranked (default 10)")
-    rerank.add_argument("--topk_rerank", type=int, help="passages that are kept (default --topk)")
+    rerank.add_argument("--topk_retrieval", "--retrieval_topk", type=int, help="passages that are reranked (default 10)")
+    rerank.add_argument("--topk_rerank", "--reranking_topk", type=int, help="passages that are kept (default --topk)")
+    rerank.add_argument(
+        "--reranker_batch_size", type=int,
+        help="pairs of full length in one forward pass, more of shorter ones (default: what suits the device)",
+    )  # fmt: skip
 
     online = found.add_argument_group("online engine, in place of a local index")
     online.add_argument("--engine", choices=list(ENGINES))
@@ -56,11 +64,15 @@ def parser() -> argparse.ArgumentParser:
     service = found.add_argument_group("service")
     service.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
     service.add_argument("--port", type=int, default=8000, help="0 takes a free one (default 8000)")
-    service.add_argument("--save-address-to", type=Path, help="write host:port into this file once searches can be sent")
+    service.add_argument(
+        "--save-address-to", help="write host:port into this file, or into a file in this folder, once searches can be sent"
+    )
     service.add_argument("--workers", type=int, default=1, help="processes that share the port (default 1)")
     service.add_argument("--threads", type=int, help="threads of each process (default: the cores, shared out)")
     service.add_argument("--max_pending", type=int, default=4096, help="queries in the queue of a process before 503")
-    service.add_argument("--timeout_s", type=float, default=30.0, help="a request that takes longer gets 503 (default 30)")
+    service.add_argument(
+        "--timeout_s", type=float, default=30.0, help="for 512 queries of a request; then it gets 503 (default 30)"
+    )
     service.add_argument("--cache_mib", type=int, default=256, help="answers kept in memory, per process; 0: none")
     return found
 
@@ -76,7 +88,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and not 1 <= value <= MAX_TOPK:
             raise UserError(f"--{name} {value}: must be between 1 and {MAX_TOPK}")
-    for name in ("workers", "threads", "max_pending", "search_concurrency", "nprobe", "ef_search", "refine_factor"):
+    for name in (
+        "workers",
+        "threads",
+        "max_pending",
+        "search_concurrency",
+        "nprobe",
+        "ef_search",
+        "refine_factor",
+        "reranker_batch_size",
+    ):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name} {value}: must be at least 1")
@@ -85,6 +106,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if args.reranker_model and args.reranker_url:
         raise UserError("--reranker_model and --reranker_url: give one of them")
     reranks = bool(args.reranker_model or args.reranker_url)
+    given = [name for name in RERANK_FLAGS if getattr(args, name) is not None]
+    if given and not reranks:
+        raise UserError(f"--{given[0]}: needs a reranker; give --reranker_model or --reranker_url too")
+    if args.reranker_batch_size and args.reranker_url:
+        raise UserError("--reranker_batch_size: is a flag of the rerank-server behind --reranker_url; give it there")
+    args.topk_retrieval = args.topk_retrieval or TOPK_RETRIEVAL
     if reranks and args.topk_retrieval < (args.topk_rerank or args.topk):
         raise UserError(f"--topk_retrieval {args.topk_retrieval}: is smaller than the number of passages that are kept")
     if args.engine is not None:

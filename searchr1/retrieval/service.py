@@ -11,6 +11,7 @@ from typing import Any
 
 import orjson
 
+from searchr1.retrieval.deadlines import QUERIES_PER_TIMEOUT, grown
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.searcher import Document, Reranks, Searcher, SearchFailed
 
@@ -35,7 +36,7 @@ class Limits:
     max_pending: int = 4096
     """Queries that wait or are being searched; more are refused with 503."""
     timeout_s: float = 30.0
-    """A request that takes longer is refused with 503."""
+    """A request of `QUERIES_PER_TIMEOUT` queries that takes longer is refused with 503; a larger one has more time."""
     cache_bytes: int = 256 << 20
 
 
@@ -84,9 +85,10 @@ class RetrievalService:
             self._start(new, depth, return_scores)
         if futures:
             # `wait` leaves the futures alone when the deadline passes or the client goes: others may wait for them.
-            _, late = await asyncio.wait(futures.values(), timeout=self._limits.timeout_s)
+            timeout_s = grown(self._limits.timeout_s, len(futures), QUERIES_PER_TIMEOUT)
+            _, late = await asyncio.wait(futures.values(), timeout=timeout_s)
             if late:
-                raise SearchFailed(f"no answer within {self._limits.timeout_s:g} s", RETRY_AFTER_S)
+                raise SearchFailed(f"no answer within {timeout_s:g} s", RETRY_AFTER_S)
             answers |= {query: future.result() for query, future in futures.items()}
         return b'{"result":[' + b",".join(answers[query] for query in queries) + b"]}"
 

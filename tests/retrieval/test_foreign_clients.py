@@ -1,4 +1,7 @@
-"""What clients written for Search-R1, slime, RLinf and ASearcher send, and what they take out of the answer."""
+"""What clients written for other systems send, and what they take out of the answer.
+
+Search-R1, slime, RLinf, ASearcher, SkyRL and gem differ; verl, agent-lightning and torchtitan send what Search-R1 sends.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import sys
 import time
 
 import httpx
+import msgspec
 import pytest
 
 ROWS = [
@@ -77,3 +81,27 @@ def test_asearcher_opens_pages_by_the_other_form_of_their_address(url):
 
 def test_a_client_that_does_not_name_the_type_of_its_body(url):
     assert post(f"{url}/retrieve", {"queries": ["Ada"]}, **{"content-type": "text/plain"})["result"][0][0]["id"] == "7"
+
+
+def test_skyrl_sends_a_query_alone_and_reads_a_list_of_lists(url):
+    found = post(f"{url}/retrieve", {"query": "Charles", "topk": 3, "return_scores": True})["result"]
+    text = ["".join(f"Doc {i + 1}: {item['document']['contents'].strip()}\n" for i, item in enumerate(row)) for row in found]
+    assert text == ['Doc 1: "Charles Babbage"\nCharles designed an engine.\n']
+
+
+def test_gem_sends_and_reads_msgpack(url):
+    body = msgspec.msgpack.encode({"queries": ["Ada"], "topk": 3, "return_scores": True})
+    answer = httpx.post(f"{url}/retrieve", content=body, timeout=20, trust_env=False)
+    assert answer.headers["content-type"] == "application/msgpack"
+    found = msgspec.msgpack.decode(answer.content)["result"][0]
+    assert [item["document"]["contents"] for item in found] == [ROWS[0]["contents"]]
+    assert isinstance(found[0]["score"], float)
+    broken = httpx.post(f"{url}/retrieve", content=body[:-3], timeout=20, trust_env=False)
+    assert (broken.status_code, "msgpack" in broken.text) == (422, True)
+
+
+def test_search_r1_sends_the_queries_of_all_attempts_of_a_step(url):
+    """512 questions, five attempts each: 2,560 queries, most of them different; an answer for each, in their order."""
+    queries = [f"{'Ada' if number % 2 else 'Charles'} {number}" for number in range(2560)]
+    found = post(f"{url}/retrieve", {"queries": queries, "topk": 3, "return_scores": True})["result"]
+    assert [row[0]["document"]["id"] for row in found] == ["8", "7"] * 1280

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from searchr1.errors import UserError
 from searchr1.retrieval.client import SearchClient, wait_until_healthy
 from searchr1.retrieval.serve import bind, reachable_address
+from searchr1.retrieval.server_cli import write_address
 
 ROWS = [
     ("Ada Lovelace", "Ada Lovelace wrote the first program.", "https://wiki.example/Ada_Lovelace"),
@@ -39,18 +40,19 @@ def files(tmp_path_factory):
     return folder
 
 
-def start(files, *flags, pages=True):
+def start(files, *flags, pages=True, into=None):
+    """`into`: the folder that the address is written into, by a flag among `flags`."""
     address = files / f"address-{time.monotonic_ns()}"
     words = [sys.executable, "-m", "searchr1.cli", "retrieval-server", "--corpus_path", str(files / "corpus.jsonl")]
-    words += ["--port", "0", "--save-address-to", str(address), *flags]
+    words += ["--port", "0", *([] if into else ["--save-address-to", str(address)]), *flags]
     words += ["--pages_path", str(files / "pages.jsonl")] if pages else []
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 60
-    while not address.exists():
+    while not (found := [address] if address.exists() else list(into.glob("*.txt")) if into else []):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    return process, address.read_text()
+    return process, found[0].read_text()
 
 
 @pytest.fixture(scope="module")
@@ -125,9 +127,13 @@ def test_health(server):
         {},
         {"queries": "text"},
         {"queries": [1]},
-        {"queries": ["x"], "topk": 0},
+        {"queries": ["x"], "topk": -1},
+        {"queries": ["x"], "query": "x"},
+        {"queries": None, "query": None},
+        {"query": ["x"]},
         {"queries": ["x"], "topk": "many"},
-        {"queries": ["x"] * 2000},
+        {"queries": ["x"] * 33_000},
+        {"queries": ["x"] * 600, "topk": 110},
         {"queries": ["x" * (1 << 20) + "x"]},
         [],
     ],
@@ -146,6 +152,12 @@ def test_odd_queries_never_break_the_server(server):
 @pytest.mark.parametrize("query", ["", "zzz", "\x00", "💥"])
 def test_a_query_without_known_words_finds_nothing(server, query):
     assert post(server, "/retrieve", {"queries": [query]}).json() == {"result": [[]]}
+
+
+@pytest.mark.parametrize("default", [{}, {"topk": None}, {"topk": 0}, {"topk": 0, "topk_rerank": 0, "topk_retrieval": 0}])
+def test_no_topk_is_the_servers(server, default):
+    result = post(server, "/retrieve", {"queries": ["Ada Charles für"]} | default).json()["result"]
+    assert len(result[0]) == 2
 
 
 def test_a_long_query_is_searched_by_its_beginning(server):
@@ -227,19 +239,40 @@ def test_client_reads_pages(server):
     assert (page.url, page.contents, nobody) == (ROWS[0][2], ROWS[0][1] * 2, None)
 
 
-def test_access_without_pages_is_told(files):
-    process, address = start(files, "--retriever_name", "bm25", pages=False)
+def test_without_pages_every_address_is_null_and_the_server_says_so_once(files):
+    folder = files / "addresses"
+    folder.mkdir()
+    process, address = start(files, "--retriever_name", "bm25", "--save-address-to", str(folder), pages=False, into=folder)
     try:
-        answer = post(address, "/access", {"urls": ["x"]})
-        assert answer.status_code == 404
-        assert "--pages_path" in answer.text
+        for _ in range(2):
+            answer = post(address, "/access", {"urls": ["x", "https://wiki.example/Ada_Lovelace"]})
+            assert (answer.status_code, answer.json()) == (200, {"result": [None, None]})
     finally:
         process.terminate()
         log = process.communicate(timeout=10)[0]
+    host, port = address.split(":")
+    assert [file.name for file in folder.iterdir()] == [f"Host{host}_IP{port}.txt"], "RLinf's name"
+    assert log.count("started without --pages_path") == 1
     assert "building the BM25 index in memory" in log
     assert "passages 3, pages 0, retriever bm25; loaded in" in log
     assert "peak_mib" in log
     assert f"http://{address}" in log
+
+
+def test_where_an_address_is_written(tmp_path):
+    (tmp_path / "file").write_text("of an earlier server")
+    (tmp_path / "folder").mkdir()
+    for place in ("file", "new/file", "folder", "made/"):
+        write_address(f"{tmp_path}/{place}", "10.1.2.3:8000")
+    write_address(tmp_path / "folder", "[::1]:80")
+    written = {str(file.relative_to(tmp_path)): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert written == {
+        "file": "10.1.2.3:8000",
+        "new/file": "10.1.2.3:8000",
+        "folder/Host10.1.2.3_IP8000.txt": "10.1.2.3:8000",
+        "made/Host10.1.2.3_IP8000.txt": "10.1.2.3:8000",
+        "folder/Host[::1]_IP80.txt": "[::1]:80",
+    }
 
 
 def test_listening_everywhere_announces_an_address_that_others_reach():

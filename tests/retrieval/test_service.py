@@ -63,6 +63,20 @@ def test_identical_queries_in_flight_are_searched_once():
     assert found == [[["a"], ["b"], ["a"]]] * 5 + [[["b"], ["c"]]]
 
 
+def test_a_large_request_has_more_time_than_a_small_one():
+    async def run():
+        searcher = SlowSearcher()
+        service = make(searcher, timeout_s=0.1)
+        large = asyncio.create_task(service.retrieve([str(number) for number in range(1025)], Depth(1), False))
+        with pytest.raises(SearchFailed, match=r"no answer within 0\.1 s"):
+            await service.retrieve(["a"], Depth(1), False)
+        with pytest.raises(SearchFailed, match=r"no answer within 0\.3 s"):
+            await large
+        await service.aclose()
+
+    asyncio.run(run())
+
+
 def test_answers_are_cached_by_all_that_they_depend_on():
     async def run():
         searcher = SlowSearcher()

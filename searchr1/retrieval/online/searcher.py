@@ -99,7 +99,7 @@ class OnlineSearcher:
             return [Hit(**hit) for hit in known]
         request = self._engine.ask(self._address, query, topk, self._keys)
         try:
-            async with asyncio.timeout(self._timeout_s), self._free:
+            async with self._free, asyncio.timeout(self._timeout_s):  # a large request waits for its turn
                 hits = self._read(await self._ask(request))
         except TimeoutError as error:
             raise SearchFailed(f"{self._engine.name}: no answer within {self._timeout_s:g} s", 1.0) from error
