@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
@@ -19,6 +20,7 @@ from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.dense import build_faiss
 from searchr1.retrieval.embed import EncoderFlags, embed_by_processes, embed_parts
 from searchr1.retrieval.embed import Progress as Report
+from searchr1.retrieval.embedding_file import copy_parts, embedding_name, open_embedding, save_embedding
 from searchr1.retrieval.embedding_folder import EmbeddingFolder, EmbeddingPlan
 from searchr1.retrieval.encoder import FAMILIES, Encoder
 from searchr1.retrieval.faiss_types import NAMES, FaissType, faiss_type
@@ -26,7 +28,11 @@ from searchr1.retrieval.flat_file import flat_header
 from searchr1.retrieval.manifest import MANIFEST, Manifest, remove_files, write_manifest
 from searchr1.retrieval.model_files import weights_hash
 from searchr1.retrieval.refine import open_vectors
+from searchr1.retrieval.stamp import hash_file
 from searchr1.retrieval.tokens import TOKENIZERS
+
+ONLY_BM25 = {"stemmer", "tokenizer"}
+BM25_FLAGS = ONLY_BM25 | {"corpus_path", "save_dir", "retriever_name", "overwrite"}
 
 
 class RateColumn(TextColumn):
@@ -66,16 +72,20 @@ def build_dense(args: argparse.Namespace, corpus: Corpus) -> None:
     check_encoder(encoder, args)
     kind = faiss_type(args.faiss_type, len(corpus), encoder.dimension)
     check_factory(kind, encoder.dimension)
+    given = open_embedding(args.embedding_path, corpus, encoder) if args.embedding_path else None
     plan = plan_of(args, corpus, encoder, kind)
     folder = EmbeddingFolder(args.save_dir, plan)
     file = args.save_dir / index_name(args)
-    clear(args, folder, file)
+    embedding = args.save_dir / embedding_name(args.retriever_name) if args.save_embedding else None
+    clear(args, folder, [file, folder.vectors, *([embedding] if embedding else [])])
     # The index takes about as much as its vectors at most; a flat one is nothing else than its vectors.
-    folder.open(more_bytes=0 if is_flat(kind) else folder.bytes)
+    folder.open(more_bytes=(0 if is_flat(kind) else folder.bytes) + (folder.bytes if embedding else 0))
     missing = folder.missing()
     with bar("embedding", plan.rows) as report:
         report(plan.rows - sum(len(folder.rows_of(part)) for part in missing))
-        if len(devices) == 1:
+        if given is not None:
+            copy_parts(folder, given, missing, report)
+        elif len(devices) == 1:
             embed_parts(folder, corpus, encoder, missing, report)
         else:
             del encoder  # each process has its own
@@ -84,7 +94,10 @@ def build_dense(args: argparse.Namespace, corpus: Corpus) -> None:
         folder.write_header(flat_header(plan.rows, plan.dimension))
     else:
         write_index(folder, file, kind, args.seed)
-    write_manifest(args.save_dir, manifest_of(plan, Path(args.retriever_model).name, kind, file.name))
+    if embedding is not None:
+        save_embedding(folder, embedding)
+    made = manifest_of(plan, Path(args.retriever_model).name, kind, file.name)
+    write_manifest(args.save_dir, replace(made, embedding=embedding.name if embedding else None))
     if not is_flat(kind) and not kind.lossy:
         folder.vectors.unlink()
     folder.remove()
@@ -135,7 +148,7 @@ def plan_of(args: argparse.Namespace, corpus: Corpus, encoder: Encoder, kind: Fa
 
     Beside a lossy index they stay, in half the space; a lossless one is made from exactly what the encoder gave.
     """
-    dtype = "f16" if kind.lossy else "f32"
+    dtype = "f16" if kind.lossy and not args.save_embedding else "f32"
     return EmbeddingPlan(
         corpus=corpus.fingerprint(),
         rows=len(corpus),
@@ -148,6 +161,7 @@ def plan_of(args: argparse.Namespace, corpus: Corpus, encoder: Encoder, kind: Fa
         file=index_name(args) if is_flat(kind) else f"vectors.{dtype}",
         dtype=dtype,
         header_bytes=len(flat_header(0, 0)) if is_flat(kind) else 0,
+        given=hash_file(args.embedding_path) if args.embedding_path else None,
     )
 
 
@@ -194,8 +208,8 @@ def write_index(folder: EmbeddingFolder, file: Path, kind: FaissType, seed: int)
         raise UserError(f"{file}: cannot write ({error}); make room and run the same command again") from error
 
 
-def clear(args: argparse.Namespace, folder: EmbeddingFolder, file: Path) -> None:
-    """With --overwrite, remove what earlier builds left.
+def clear(args: argparse.Namespace, folder: EmbeddingFolder, files: list[Path]) -> None:
+    """With --overwrite, remove what earlier builds left; `files` will be written.
 
     Raises:
         UserError: without it, if a file is in the way that is not of this unfinished build.
@@ -204,7 +218,7 @@ def clear(args: argparse.Namespace, folder: EmbeddingFolder, file: Path) -> None
         remove_files(args.save_dir)
         folder.discard()
         return
-    in_the_way = [path for path in (file, folder.vectors) if path.exists()]
+    in_the_way = [path for path in files if path.exists()]
     if in_the_way and not folder.started():
         raise UserError(
             f"--save_dir {args.save_dir}: holds {in_the_way[0].name}, which is not of an unfinished build; "
@@ -261,6 +275,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu or cuda, for the encoder")
     parser.add_argument("--devices", help="one process each, for instance cuda:0,cuda:1")
     parser.add_argument("--processes", type=int, default=1, help="processes that share --device")
+    parser.add_argument(
+        "--save_embedding", action="store_true",
+        help="keep the vectors too, in emb_NAME.memmap: passages x dimension, fp32",
+    )  # fmt: skip
+    parser.add_argument("--embedding_path", type=Path, help="take the vectors from such a file, do not encode")
+    parser.add_argument("--faiss_gpu", action="store_true", help="read, but without effect: the index is made on the CPU")
     parser.add_argument("--stemmer", help="bm25: reduce words to their stems, for instance --stemmer english")
     parser.add_argument(
         "--tokenizer", choices=["auto", *TOKENIZERS],
@@ -269,13 +289,36 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the sample that an index is trained on")
     parser.add_argument("--overwrite", action="store_true", help="replace an index, or start an unfinished one anew")
     args = parser.parse_args(argv)
-    if args.retriever_name != "bm25" and args.retriever_model is None:
-        raise UserError(f"--retriever_name {args.retriever_name} needs --retriever_model")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.retriever_name == "bm25":
+        unused = sorted(given - BM25_FLAGS)
+        if unused:
+            print(f"bm25 makes no use of {', '.join(f'--{name}' for name in unused)}", flush=True)
+    else:
+        check_dense(args, given)
     if min(args.processes, args.max_length, args.batch_size) < 1:
         raise UserError("--processes, --max_length and --batch_size must be at least 1")
     if args.devices and args.processes > 1:
         raise UserError(f"--processes {args.processes}: --devices gives one process for each; leave one of them out")
     return args
+
+
+def check_dense(args: argparse.Namespace, given: set[str]) -> None:
+    """Check the flags of a dense index.
+
+    Raises:
+        UserError: one is missing, is BM25's, or would destroy what another one names.
+    """
+    if args.retriever_model is None:
+        raise UserError(f"--retriever_name {args.retriever_name} needs --retriever_model")
+    if wrong := sorted(given & ONLY_BM25):
+        raise UserError(f"--{wrong[0]}: is for --retriever_name bm25 only; leave it out")
+    if args.faiss_gpu:
+        print("--faiss_gpu: the index is made on the CPU, the file is the same; --device cuda encodes on a GPU", flush=True)
+    if args.embedding_path and args.overwrite and args.embedding_path.resolve().parent == args.save_dir.resolve():
+        raise UserError(f"--embedding_path {args.embedding_path}: --overwrite might remove it; move it out of --save_dir")
+    if args.embedding_path and args.save_embedding:
+        raise UserError("--save_embedding: the vectors are in --embedding_path already; leave it out")
 
 
 def main(argv: list[str]) -> int:

@@ -39,6 +39,8 @@ class EmbeddingPlan:
     header_bytes: int = 0
     """What is left free before the vectors."""
     part_rows: int = PART_ROWS
+    given: str | None = None
+    """SHA-256 of the file that the vectors come from, in place of the encoder."""
 
 
 class EmbeddingFolder:

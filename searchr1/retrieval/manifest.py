@@ -48,6 +48,8 @@ class Manifest:
     """The FAISS file."""
     vectors: str | None = None
     """The exact vectors, beside an index that rounds them."""
+    embedding: str | None = None
+    """The vectors once more, as --save_embedding writes them."""
     nprobe: int | None = None
     ef_search: int | None = None
     refine_factor: int | None = None
@@ -120,7 +122,7 @@ def remove_files(folder: Path) -> None:
         return
     try:
         values = json.loads(path.read_text())
-        names = [values[key] for key in ("file", "vectors") if key in values]
+        names = [values[key] for key in ("file", "vectors", "embedding") if key in values]
     except (ValueError, TypeError):
         names = []  # damaged: nothing is known to be ours
     path.unlink()
