@@ -2,7 +2,8 @@
 
 The policy and the pages themselves choose what is fetched, so an address could name this machine, its network or a cloud's
 metadata service. Every host is therefore resolved here, refused unless all of its addresses are public, and connected to at
-exactly the addresses that were checked; redirects go the same way.
+exactly the addresses that were checked; redirects go the same way. A proxy of the environment is asked to connect to the
+checked address too; pages without TLS do not go through one, since it would choose the address itself.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from urllib.parse import urljoin, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from yarl import URL
 
 from searchr1.retrieval.documents import Page
+from searchr1.retrieval.online.proxy import proxy_for
 
 TYPES = {"text/html", "application/xhtml+xml", "text/plain"}
 REDIRECTS = {301, 302, 303, 307, 308}
@@ -77,12 +80,18 @@ class PageFetcher:
         concurrency: int = 64,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        """`resolver` is for tests: another one than the public internet's."""
+        """`resolver` is for tests: another one than the public internet's.
+
+        Raises:
+            UserError: HTTPS_PROXY names no proxy.
+        """
+        proxy_for("https://any.example/")
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._free = asyncio.Semaphore(concurrency)
-        self._resolver = resolver
+        self._resolver = resolver or PublicResolver()
         self._session: aiohttp.ClientSession | None = None
+        self._proxied: aiohttp.ClientSession | None = None
         self.failures: dict[str, int] = {}
         """Why pages were not given, counted by reason."""
 
@@ -100,8 +109,9 @@ class PageFetcher:
 
     async def aclose(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
+        for session in (self._session, self._proxied):
+            if session is not None:
+                await session.close()
 
     async def _get(self, url: str) -> tuple[bytes, str | None, str, str]:
         """(body, charset, type, final address)
@@ -111,7 +121,7 @@ class PageFetcher:
         """
         for _ in range(MAX_REDIRECTS + 1):
             check_address(url)
-            async with self._client().get(url, allow_redirects=False) as answer:
+            async with await self._ask(url) as answer:
                 if answer.status in REDIRECTS:
                     url = urljoin(url, answer.headers.get("location", ""))
                     continue
@@ -127,16 +137,37 @@ class PageFetcher:
                 return bytes(body), answer.charset, answer.content_type, url
         raise ValueError("too many redirects")
 
-    def _client(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = CheckedConnector(resolver=self._resolver or PublicResolver(), use_dns_cache=False)
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": "searchr1"},
-                timeout=aiohttp.ClientTimeout(total=self._timeout_s),
-            )
-        return self._session
+    async def _ask(self, url: str) -> aiohttp.ClientResponse:
+        """Ask for a page, through the proxy if there is one for it.
+
+        Raises:
+            OSError: its host is not on the public internet.
+        """
+        proxy = proxy_for(url) if url.lower().startswith("https:") else None
+        if proxy is None:
+            if self._session is None:
+                self._session = self._open(CheckedConnector(resolver=self._resolver, use_dns_cache=False))
+            return await self._session.get(url, allow_redirects=False)
+        if self._proxied is None:
+            self._proxied = self._open(aiohttp.TCPConnector(force_close=True))  # hosts may share an address
+        target = URL(url)
+        host = target.host or ""
+        found = await self._resolver.resolve(host, target.port or 443)
+        return await self._proxied.get(
+            target.with_host(found[0]["host"]),
+            allow_redirects=False,
+            proxy=proxy.url,
+            server_hostname=host,
+            headers={"Host": host if target.is_default_port() else f"{host}:{target.port}"},
+        )
+
+    def _open(self, connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": "searchr1"},
+            timeout=aiohttp.ClientTimeout(total=self._timeout_s),
+        )
 
 
 class CheckedConnector(aiohttp.TCPConnector):

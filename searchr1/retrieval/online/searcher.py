@@ -16,6 +16,7 @@ from searchr1.retrieval.documents import Page
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import Engine, Hit, Request
 from searchr1.retrieval.online.fetch import PageFetcher
+from searchr1.retrieval.online.proxy import proxy_for
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
 from searchr1.retrieval.tokens import split_passage, split_query
 
@@ -45,14 +46,15 @@ class OnlineSearcher:
         cache: DiskCache | None = None,
         fetcher: PageFetcher | None = None,
     ) -> None:
-        """`address` replaces the engine's own, for a proxy.
+        """`address` replaces the engine's own. A proxy is taken from the environment, see `proxy_for`.
 
         Raises:
-            UserError: a key is missing in the environment.
+            UserError: a key is missing in the environment, or a variable names no proxy.
         """
         self._engine = engine
         self._address = address or engine.address
         self._keys = engine.keys()
+        self._proxy = proxy_for(self._address)
         self._snippet_only = snippet_only
         self._timeout_s = timeout_s
         self._free = asyncio.Semaphore(concurrency)
@@ -120,7 +122,12 @@ class OnlineSearcher:
         for attempt in range(ATTEMPTS):
             try:
                 async with self._client().request(
-                    request.method, request.url, headers=request.headers, params=request.params, json=request.json
+                    request.method,
+                    request.url,
+                    headers=request.headers,
+                    params=request.params,
+                    json=request.json,
+                    proxy=self._proxy.url if self._proxy else None,
                 ) as answer:
                     if answer.status == 200:
                         return json.loads(await answer.read())
@@ -128,12 +135,19 @@ class OnlineSearcher:
             except ValueError as error:
                 raise SearchFailed(f"{self._engine.name}: an answer that is no JSON") from error
             except aiohttp.ClientError as error:  # its text may hold the address, and that the key
-                problem = SearchFailed(f"{self._engine.name}: {type(error).__name__}", 1.0)
+                problem = SearchFailed(f"{self._engine.name}: {type(error).__name__}{self._through(error)}", 1.0)
             if problem.retry_after_s is None or attempt == ATTEMPTS - 1:
                 break
             pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
             await asyncio.sleep(max(pause, problem.retry_after_s))
         raise problem
+
+    def _through(self, error: aiohttp.ClientError) -> str:
+        """What a failure has to do with the proxy."""
+        if self._proxy is None:
+            return ""
+        status = f", which answered {error.status}" if isinstance(error, aiohttp.ClientHttpProxyError) else ""
+        return f" (through the proxy of {self._proxy.variable}{status})"
 
     def _refusal(self, status: int, retry_after: str | None) -> SearchFailed:
         name = self._engine.name
@@ -141,6 +155,8 @@ class OnlineSearcher:
             return SearchFailed(
                 f"{name}: refused the key in {self._engine.variables[0]}, or its quota is used up ({status})"
             )
+        if status == 407 and self._proxy:
+            return SearchFailed(f"{name}: the proxy of {self._proxy.variable} wants another user or password (407)")
         if status == 429 or status >= 500:
             seconds = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
             return SearchFailed(f"{name}: busy ({status})", seconds)
