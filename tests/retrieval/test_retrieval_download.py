@@ -6,9 +6,11 @@ import asyncio
 import gzip
 import hashlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
+import tarfile
 import threading
 from pathlib import Path
 
@@ -23,12 +25,25 @@ ENCODER = {
     "pytorch_model.bin": b"the same",
     "onnx/model.onnx": b"x",
 }
+ROWS18 = b'{"contents": "x"}\n' * 1000
+
+
+def gzipped_tar(rows):
+    """As the corpus is published: under a path of its author's machine."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo("data00/somebody/wiki_dpr_100w/wiki_dump.jsonl")
+        member.size = len(rows)
+        archive.addfile(member, io.BytesIO(rows))
+    return gzip.compress(buffer.getvalue())
+
+
 FILES = {
     "datasets/inclusionAI/ASearcher-Local-Knowledge": {
         "wiki_corpus.jsonl": b'{"contents": "a"}\n',
         "wiki_webpages.jsonl": b"p" * 9000,
     },
-    "datasets/PeterJinGo/wiki-18-corpus": {"wiki-18.jsonl.gz": gzip.compress(b'{"contents": "x"}\n' * 1000)},
+    "datasets/PeterJinGo/wiki-18-corpus": {"wiki-18.jsonl.gz": gzipped_tar(ROWS18)},
     "datasets/PeterJinGo/wiki-18-e5-index": {"part_aa": b"A" * 70_000, "part_ab": b"B" * 30_000},
     "models/intfloat/e5-base-v2": ENCODER,
 }  # fmt: skip
@@ -125,7 +140,7 @@ def test_wiki18_is_unpacked_and_joined_without_a_second_copy(hub, tmp_path):
     assert result.returncode == 0, result.stderr
     wiki = tmp_path / "wiki"
     assert (wiki / "e5.index/e5_Flat.index").read_bytes() == b"A" * 70_000 + b"B" * 30_000
-    assert (wiki / "wiki-18.jsonl").read_bytes() == b'{"contents": "x"}\n' * 1000
+    assert (wiki / "wiki-18.jsonl").read_bytes() == ROWS18
     assert not (wiki / "part_aa").exists()
     assert not (wiki / "part_ab").exists()
     assert not list(wiki.rglob("*.partial"))
@@ -174,13 +189,31 @@ def test_a_wrong_file_is_named_and_repaired_on_request(hub, tmp_path):
     assert run(hub, tmp_path, what="wiki18-corpus").returncode == 0
     archive = tmp_path / "wiki/wiki-18.jsonl.gz"
     archive.write_bytes(archive.read_bytes()[:-1] + b"?")
-    assert run(hub, tmp_path, what="wiki18-corpus").returncode == 0  # the size is right
+    result = run(hub, tmp_path, what="wiki18-corpus")  # the size is right, but the rows are of other contents
+    assert (result.returncode, "wiki-18.jsonl.gz: cannot unpack it" in result.stderr) == (2, True)
     result = run(hub, tmp_path, "--verify", what="wiki18-corpus")
     assert result.returncode == 2
     assert "wiki-18.jsonl.gz: its SHA-256 is not the hub's" in result.stderr
     assert archive.exists()
     assert run(hub, tmp_path, "--verify", "--repair", what="wiki18-corpus").returncode == 0
     assert "build-index" in run(hub, tmp_path, "--verify", what="wiki18-corpus").stdout
+
+
+@pytest.mark.parametrize("older", ["another archive's rows", "the tar that gzip -d leaves"])
+def test_rows_of_another_archive_are_written_again(module, tmp_path, capsys, older):
+    archive = tmp_path / "wiki-18.jsonl.gz"
+    archive.write_bytes(gzipped_tar(b'{"contents": "old"}\n'))
+    rows = tmp_path / "wiki-18.jsonl"
+    if older.startswith("another"):
+        assert module.unpack(archive) == rows
+    else:
+        rows.write_bytes(gzip.decompress(archive.read_bytes()))
+    archive.write_bytes(gzipped_tar(ROWS18))
+    capsys.readouterr()
+    for said in ("wiki-18.jsonl: is not known to be the contents of wiki-18.jsonl.gz; written again", ""):
+        assert module.unpack(archive) == rows
+        assert rows.read_bytes() == ROWS18
+        assert said in capsys.readouterr().out.replace("\n", "")
 
 
 def test_damaged_archive_is_told_and_leaves_nothing(module, tmp_path):
