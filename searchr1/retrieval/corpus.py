@@ -9,10 +9,10 @@ from typing import Any
 from searchr1.retrieval.rows import Rows
 from searchr1.retrieval.searcher import Document
 
-TEXT_FIELDS = ("contents", "text")
 ID_FIELDS = ("id", "_id", "docid", "doc_id")
 EXPECTED = 'expected {"id", "contents": "\\"Title\\"\\ntext"}, or {"id", "title", "text"}'
 EMPTY = "empty passages, which are never found"
+NO_URL = "passages whose url is null, which have an empty one"
 NUMBERED = "passages without an id, which have their number, counted from 0"
 
 
@@ -63,13 +63,16 @@ def contents_of(row: Any) -> str:
     Raises:
         ValueError: it has none.
     """
-    field = next((name for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
-    if field is None:
-        raise ValueError(f"not a passage; {EXPECTED}")
-    text: str = row[field]
-    title = row.get("title")
-    if not isinstance(title, str) or not title.strip() or (field == "contents" and is_titled(text, title.strip())):
-        return text
+    text, title = row.get("contents"), row.get("title")
+    if isinstance(text, str):
+        if not isinstance(title, str) or not title.strip() or is_titled(text, title.strip()):
+            return text
+    else:
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"not a passage; {EXPECTED}")
+        if not isinstance(title, str) or not title.strip():
+            return text
     return f'"{title.strip()}"\n{text}'
 
 
@@ -84,5 +87,12 @@ def is_titled(contents: str, title: str) -> bool:
 def _check(row: Any) -> Sequence[str]:
     if not isinstance(row, dict):
         raise ValueError(f"not a passage; {EXPECTED}")
-    found = [] if contents_of(row).strip() else [EMPTY]
-    return found if any(row.get(field) is not None for field in ID_FIELDS) else [*found, NUMBERED]
+    text = contents_of(row)
+    found = []
+    if not text or text.isspace():
+        found.append(EMPTY)
+    if row.get("id") is None and all(row.get(field) is None for field in ID_FIELDS):
+        found.append(NUMBERED)
+    if "url" in row and row["url"] is None:
+        found.append(NO_URL)
+    return found

@@ -170,7 +170,8 @@ def test_rows_without_id_url_or_text_are_counted_and_served(tmp_path, capsys):
         corpus = Corpus(path)
         assert [(corpus[row]["id"], corpus[row]["url"]) for row in range(4)] == [("0", ""), ("1", ""), (0, ""), ("3", "")]
         assert corpus.peculiarities() == (
-            "3 passages without an id, which have their number, counted from 0; 2 empty passages, which are never found"
+            "3 passages without an id, which have their number, counted from 0; "
+            "1 passages whose url is null, which have an empty one; 2 empty passages, which are never found"
         )
     words = ["--retriever_name", "bm25", "--corpus_path", str(path)]
     build.main([*words, "--save_dir", str(tmp_path / "index")])
