@@ -346,8 +346,8 @@ def test_rerank_over_http(rerank_server, model_path):
         {"queries": ["a"], "documents": [[{"document": 3}]]},
         {"queries": ["a"], "documents": [[{"document": {"contents": None}}]]},
         {"queries": ["a"], "documents": [["x"]]},
-        {"queries": ["a"], "documents": [[]], "rerank_topk": 0},
-        {"queries": ["a"] * 1025, "documents": [[]] * 1025},
+        {"queries": ["a"], "documents": [[]], "rerank_topk": -1},
+        {"queries": ["a"] * 65_537, "documents": [[]] * 65_537},
         {"queries": ["a"], "documents": [[{"contents": ""}] * 65_537]},
     ],
 )
