@@ -98,7 +98,7 @@ def test_metrics_count_requests_and_where_answers_came_from(files):
     with server(files) as (_, url):
         for _ in range(3):
             assert search(url).status_code == 200
-        assert search(url, topk=0).status_code == 422
+        assert search(url, topk=-1).status_code == 422
         get(url, "/no/such/path")
         text = get(url, "/metrics").text
     assert 'searchr1_retrieval_requests_total{path="/retrieve",status="200"} 3.0' in text
