@@ -32,7 +32,7 @@ def proxy_for(address: str) -> Proxy | None:
     proxies = urllib.request.getproxies_environment()
     kind = target.scheme if proxies.get(target.scheme) else "all"
     text = proxies.get(kind)
-    if not text or urllib.request.proxy_bypass_environment(target.netloc.rpartition("@")[2], proxies):
+    if not text or urllib.request.proxy_bypass(target.netloc.rpartition("@")[2]):
         return None
     variable = f"{kind.upper()}_PROXY"
     try:
