@@ -23,22 +23,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
 
 
-TRAINING_RUNS = "tests/e2e"
+LONG = ("tests/e2e/", "tests/actor/")
+"""Folders that begin: their tests take longest."""
 
 
 def unit(nodeid: str) -> str:
-    """What a test runs in one process with: its file, or all training runs."""
-    return TRAINING_RUNS if nodeid.startswith(TRAINING_RUNS + "/") else nodeid.partition("::")[0]
+    """What a test runs in one process with: its file, or all of tests/actor, which share processes that wait for jobs."""
+    return "tests/actor" if nodeid.startswith("tests/actor/") else nodeid.partition("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the training runs, which take longest."""
-    items.sort(key=lambda item: unit(item.nodeid) != TRAINING_RUNS)
+    """Begin with what takes longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file in one process, for what they share, and all training runs, each of which uses all cores."""
+    """Keep the tests of a unit in one process, for what they share."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Units(LoadScopeScheduling):

@@ -1,13 +1,16 @@
-"""One rank of the Megatron tests: `python policy_ranks.py RANK WORLD PORT JOBS OUT`; also the jobs' inputs and oracle."""
+"""One rank of the Megatron tests: `python policy_ranks.py RANK WORLD PORT`; also the jobs' inputs and oracle."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import resource
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -313,29 +316,67 @@ def oracle(job: dict) -> dict:
     return result
 
 
+class Ranks:
+    """`world` processes that wait for jobs: what they import and set up is paid once."""
+
+    def __init__(self, world: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.logs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(rank), str(world), str(port)],
+                env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
+            )
+            for rank, log in enumerate(self.logs)
+        ]  # fmt: skip
+
+    def run(self, jobs: list[dict], out: Path, timeout: float) -> None:
+        for process in self.processes:
+            process.stdin.write(json.dumps([jobs, str(out)]) + "\n")
+            process.stdin.flush()
+        deadline = time.monotonic() + timeout
+        for rank, process in enumerate(self.processes):
+            while not (out / f"done-{rank}").exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    self.close()
+                    raise AssertionError("".join(map(self.last_words, range(len(self.logs)))))
+                time.sleep(0.02)
+
+    def last_words(self, rank: int) -> str:
+        self.logs[rank].seek(0)
+        return f"\nrank {rank}:\n{self.logs[rank].read()[-6000:]}"
+
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+STARTED: dict[int, Ranks] = {}
+"""By their number."""
+
+
+@atexit.register
+def close_all() -> None:
+    for ranks in STARTED.values():
+        ranks.close()
+    STARTED.clear()
+
+
 def run(world: int, jobs: list[dict], out: Path, timeout: float = 580) -> dict[str, list[dict]]:
     """All jobs one after the other in the same `world` processes. Returns every rank's result by the job's name."""
     out.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, __file__]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(port), json.dumps(jobs), str(out)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    for process, output in zip(ranks, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
+    if world not in STARTED or not STARTED[world].alive():
+        STARTED[world] = Ranks(world)
+    STARTED[world].run(jobs, out, timeout)
+    if world > 2:  # more than these are wanted once
+        STARTED.pop(world).close()
     return {
         job["name"]: [torch.load(out / f"{job['name']}-{rank}.pt", weights_only=False) for rank in range(world)]
         for job in jobs
@@ -343,16 +384,18 @@ def run(world: int, jobs: list[dict], out: Path, timeout: float = 580) -> dict[s
 
 
 def main() -> None:
-    rank, world, port, jobs, out = sys.argv[1:]
+    rank, world, port = sys.argv[1:]
     os.environ |= {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     torch.set_num_threads(1)
-    for job in json.loads(jobs):
-        run_job(job, Path(out))
-        if "megatron.core" in sys.modules:  # the next job has another layout
-            from megatron.core import parallel_state
+    for line in sys.stdin:
+        jobs, out = json.loads(line)
+        for job in jobs:
+            run_job(job, Path(out))
+            if "megatron.core" in sys.modules:  # the next job has another layout
+                from megatron.core import parallel_state
 
-            parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+                parallel_state.destroy_model_parallel()
+        (Path(out) / f"done-{rank}").touch()
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from searchr1.cli import main
 from searchr1.config.check import check_config, warnings
 from searchr1.config.cli import main as check_main
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config
@@ -46,8 +48,9 @@ def problems(path, *overrides, training=True):
 
 
 def check(*arguments):
-    words = [sys.executable, "-m", "searchr1.cli", "check-config", *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, timeout=120)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(["check-config", *map(str, arguments)])
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.mark.parametrize("name", ["rlinf-train", "rlinf-train-dynamic"])

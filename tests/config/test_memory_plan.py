@@ -345,6 +345,7 @@ def megatron(world, *jobs):
 SMALL = ModelShape(128, 512, 4, 8, 2, 512, tied=True, head_dim=32, qkv_bias=True)
 
 
+@pytest.mark.slow
 def test_megatron_on_one_rank(tmp_path):
     shapes = {"qwen2": SMALL, "qwen3": replace(SMALL, tied=False, qkv_bias=False, qk_norm=True)}
     jobs = []

@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from training_runs import NO_EVAL, kill_listener, wait_for_step
 
 from searchr1.runner.demo import COLD_START, TRAIN_CONFIG, retrieval_server
 
@@ -24,7 +22,7 @@ class DemoFolder:
 
     path: Path
 
-    def train(self, address: str, *overrides: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    def train(self, address: str, *overrides: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run `searchr1 train` to its end."""
         process = self.start(address, *overrides)
         output, _ = process.communicate(timeout=timeout)
@@ -59,27 +57,3 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFolder:
 def address(demo: DemoFolder) -> Iterator[str]:
     with retrieval_server(demo.path / "world", demo.path / "retrieval.log") as found:
         yield found
-
-
-@pytest.fixture(scope="session")
-def restarted(demo: DemoFolder) -> Path:
-    """The folder of a run of four steps, each saved, whose server was killed and came back after the first one."""
-    with retrieval_server(demo.path / "world", demo.path / "retrieval-restarted.log") as address:
-        port = int(address.rpartition(":")[2])
-        words = ("runner.experiment_name=restarts", "runner.max_steps=4", "runner.save_interval=1", *NO_EVAL)
-        process = demo.start(address, *words, "runner.keep_checkpoints=null")
-        try:
-            wait_for_step(demo.path / "restarts/metrics.jsonl", 1, process)
-            kill_listener(port)
-            time.sleep(1)
-            server = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(demo.path / "world/corpus.jsonl")]
-            again = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *server, "--port", str(port)])
-            try:
-                output, _ = process.communicate(timeout=240)
-            finally:
-                again.terminate()
-                again.wait(20)
-        finally:
-            process.kill()
-    assert process.returncode == 0, output[-3000:]
-    return demo.path / "restarts"

@@ -95,6 +95,7 @@ def served_answers(demo, address, tmp_path):
     return answers
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_served_model_answers_several_people_at_once(served):
     assert len(served) == 6

@@ -1,20 +1,60 @@
-"""A run whose learning rate is a hundred times too high: noticed, stopped, and put right as its message says."""
+"""A run whose server is killed and comes back; and from its checkpoints one whose learning rate is a hundred times too high:
+noticed, stopped, and put right as its message says."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from training_runs import as_after
+from training_runs import NO_EVAL, as_after, kill_listener, wait_for_step
 
 from searchr1.actor.checkpoint import checkpoint_steps
+from searchr1.runner.demo import retrieval_server
 from searchr1.tracking.loggers import read_metrics
 
 NORMAL = 1e-4
 COMMON = (
-    "runner.experiment_name=explodes", "runner.val_check_interval=-1", "runner.val_before_train=False",
-    "runner.save_interval=1", "runner.keep_checkpoints=null", "runner.health.patience=3",
+    "runner.experiment_name=explodes", *NO_EVAL, "runner.save_interval=1", "runner.keep_checkpoints=null",
+    "runner.health.patience=3",
 )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def restarted(demo) -> Path:
+    """The folder of a run of four steps, each saved, whose server was killed and came back after the first one."""
+    with retrieval_server(demo.path / "world", demo.path / "retrieval-restarted.log") as address:
+        port = int(address.rpartition(":")[2])
+        words = ("runner.experiment_name=restarts", "runner.max_steps=4", "runner.save_interval=1", *NO_EVAL)
+        process = demo.start(address, *words, "runner.keep_checkpoints=null")
+        try:
+            wait_for_step(demo.path / "restarts/metrics.jsonl", 1, process)
+            kill_listener(port)
+            time.sleep(1)
+            server = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(demo.path / "world/corpus.jsonl")]
+            again = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *server, "--port", str(port)])
+            try:
+                output, _ = process.communicate(timeout=600)
+            finally:
+                again.terminate()
+                again.wait(20)
+        finally:
+            process.kill()
+    assert process.returncode == 0, output[-3000:]
+    assert "unhealthy" not in output
+    return demo.path / "restarts"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_server_killed_and_restarted_mid_run_costs_no_search(restarted):
+    rows = [row for row in read_metrics(restarted / "metrics.jsonl") if "tool/failure_rate" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert sum(row["tool/retries"] for row in rows) > 0, "the server was not missed"
+    assert all(row["tool/failure_rate"] == 0 for row in rows)
 
 
 @pytest.mark.slow

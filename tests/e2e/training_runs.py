@@ -15,7 +15,7 @@ from searchr1.tracking.loggers import read_metrics
 NO_EVAL = ("runner.val_check_interval=-1", "runner.val_before_train=False")
 
 
-def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], timeout: float = 200) -> None:
+def wait_for_step(metrics: Path, step: int, process: subprocess.Popen[str], timeout: float = 400) -> None:
     deadline = time.monotonic() + timeout
     while not (metrics.exists() and any(row["step"] >= step for row in read_metrics(metrics))):
         assert process.poll() is None, process.communicate()[0][-3000:]

@@ -205,7 +205,7 @@ def test_a_busy_engine_is_asked_again_as_late_as_it_says():
 
 def test_a_slow_or_absent_engine_is_a_failed_search():
     async def slow(_):
-        await asyncio.sleep(5)
+        await asyncio.sleep(1)
 
     failure, _ = ask("serper", slow, timeout_s=0.3)
     assert "no answer within 0.3 s" in str(failure)

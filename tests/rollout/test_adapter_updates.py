@@ -100,6 +100,7 @@ asyncio.run(main(sys.argv[1], sys.argv[2]))
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_adapters_give_the_log_probabilities_of_merged_weights(model_path: Path, tmp_path: Path) -> None:
     environment = os.environ | Device.detect("cpu").worker_env("rollout")
     result = subprocess.run(
