@@ -13,7 +13,10 @@ import pytest
 
 from searchr1.runner.demo import COLD_START, TRAIN_CONFIG, retrieval_server
 
-SMALL = ("data.data_size=64", "algorithm.group_size=4", "data.rollout_batch_size=8", "runner.seq_length=512")
+SMALL = (
+    "data.data_size=64", "algorithm.group_size=4", "data.rollout_batch_size=8", "runner.seq_length=512",
+    "runner.logger.logger_backends=[]",
+)  # fmt: skip
 
 
 @dataclass
