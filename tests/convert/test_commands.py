@@ -172,7 +172,6 @@ def test_slices_of_a_tensor_cut_both_ways(tmp_path):
 @pytest.mark.parametrize(
     ("script", "source", "target"),
     [
-        ("megatron_convertor/mg2hf_3b.sh", "mg", "hf"),
         ("megatron_convertor/mg2hf_7b.sh", "mg", "hf"),
         ("megatron_convertor/hf2mg_3b.sh", "hf", "mg"),
     ],
@@ -182,7 +181,7 @@ def test_scripts_from_any_folder(folders, tmp_path, script, source, target):
     base = [str(folders / "hf")] if source == "mg" else []
     out = tmp_path / "out"
     # As an executable, or through `sh`, which is not bash everywhere.
-    command = ["sh", str(path)] if "3b" in script else [str(path)]
+    command = ["sh", str(path)] if "hf2mg" in script else [str(path)]
     done = subprocess.run([*command, str(folders / source), str(out), *base], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     if target == "hf":
@@ -192,6 +191,13 @@ def test_scripts_from_any_folder(folders, tmp_path, script, source, target):
     usage = subprocess.run(["sh", str(path)], capture_output=True, text=True)
     assert usage.returncode == 2
     assert path.name in usage.stderr
+
+
+def test_the_scripts_of_all_sizes_are_the_same():
+    small, large = (
+        (ROOT / f"toolkits/ckpt_convertor/megatron_convertor/mg2hf_{size}.sh").read_text() for size in ("3b", "7b")
+    )
+    assert small == large.replace("mg2hf_7b", "mg2hf_3b")
 
 
 def benchmark(shape, folder):
