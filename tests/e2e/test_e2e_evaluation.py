@@ -58,24 +58,24 @@ def answers(path: Path) -> dict[tuple[int, int], object]:
 
 
 def test_kill_9_costs_no_finished_question_and_changes_nothing(demo, address):
-    common = ("data.data_size=300", "algorithm.group_size=2")
+    common = ("data.data_size=200", "algorithm.group_size=2")
     finish(start(demo.path, address, *common, "runner.experiment_name=eval-whole"))
     killed = demo.path / "eval-killed"
     rows = killed / "search/trajectories/eval_step_0.jsonl"
     process = start(demo.path, address, *common, "runner.experiment_name=eval-killed")
     try:
-        wait_for_rows(rows, 240, process)
+        wait_for_rows(rows, 160, process)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
     before = rows.read_bytes()
     before = before[: before.rindex(b"\n") + 1]
     finished = before.count(b"\n") // 2
-    assert 120 <= finished < 300, "it was not killed half way"
+    assert 80 <= finished < 200, "it was not killed half way"
     # As a kill in the middle of a write would leave it.
-    rows.write_bytes(before + b'{"number": 299, "id": "one_')
+    rows.write_bytes(before + b'{"number": 199, "id": "one_')
     output = finish(start(demo.path, address, *common, "runner.experiment_name=eval-killed"))
-    assert f"search: {finished} of 300 questions were finished before" in output
+    assert f"search: {finished} of 200 questions were finished before" in output
     assert rows.read_bytes().startswith(before)
     whole = demo.path / "eval-whole"
     assert answers(rows) == answers(whole / "search/trajectories/eval_step_0.jsonl")
@@ -94,7 +94,7 @@ def test_kill_9_costs_no_finished_question_and_changes_nothing(demo, address):
 
 def test_all_methods_in_one_run_and_a_server_that_dies_in_the_middle(demo, tmp_path):
     common = (
-        "data.data_size=160",
+        "data.data_size=100",
         "evaluation.methods=[direct,cot,rag,search]",
         "data.max_prompt_length=400",
         "runner.seq_length=800",
@@ -113,15 +113,15 @@ def test_all_methods_in_one_run_and_a_server_that_dies_in_the_middle(demo, tmp_p
     assert process.returncode == 2, output[-3000:]
     message = output[output.rindex("searchr1 eval:") :]
     assert "tools.search.server_addr" in message
-    assert "of 640 questions are finished and kept in" in message
+    assert "of 400 questions are finished and kept in" in message
     assert "Traceback" not in message
     with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as address:
         output = finish(start(demo.path, address, *common))
     found = json.loads((folder / "results.json").read_text())["methods"]
     assert list(found) == ["direct", "cot", "rag", "search"]
-    assert all(one["all"]["questions"] == 160 for one in found.values())
+    assert all(one["all"]["questions"] == 100 for one in found.values())
     assert all(found[name]["all"]["facts"]["turns"] == 1 for name in ("direct", "cot", "rag"))
     assert found["search"]["all"]["facts"]["tool_failure_rate"] == 0
     assert found["search"]["all"]["scores"]["exact_match"]["mean"] > 0.2
     assert "search loop" in (folder / "results.html").read_text()
-    assert json.loads((folder / "eval.json").read_text())["val/questions"] == 160
+    assert json.loads((folder / "eval.json").read_text())["val/questions"] == 100
