@@ -42,7 +42,7 @@ from searchr1.data.demo_world.world import make_world  # noqa: E402
 from searchr1.rollout.engine import Engine  # noqa: E402
 from searchr1.rollout.settings import EngineSettings  # noqa: E402
 from searchr1.runner.demo import COLD_START, EVAL_CONFIG, retrieval_server  # noqa: E402
-from searchr1.runner.eval_tasks import load_questions, open_folder, open_tasks  # noqa: E402
+from searchr1.runner.eval_tasks import begin, evaluation_path, load_questions, open_tasks  # noqa: E402
 from searchr1.runner.evaluate import answer  # noqa: E402
 from searchr1.runner.groups import Groups, launch  # noqa: E402
 
@@ -65,7 +65,9 @@ def requests_of(trajectory: Trajectory, params: GenerateParams) -> list[tuple[li
 def evaluate_once(groups: Groups, config: Config) -> tuple[float, list[Trajectory], float]:
     """Seconds, attempts, and the share of the time in which the evaluation's engine was stepping."""
     questions = load_questions(config)
-    (task,) = open_tasks(config, open_folder(config), questions)
+    folder = evaluation_path(config)
+    (task,) = open_tasks(config, folder, questions)
+    begin(config, folder, [task])
     seen: list[Trajectory] = []
     append = task.ledger.append
 

@@ -21,30 +21,29 @@ MANIFEST = "evaluation.json"
 
 
 class Ledger:
-    """The rows of one method in one folder. Use `open`, and close it (it is a context manager too)."""
+    """The rows of one method in one folder.
 
-    def __init__(
-        self,
-        path: Path,
-        file: BinaryIO,
-        finished: set[int],
-        spoiled: set[int],
-        token_text: TokenText | None,
-        untagged: str,
-    ) -> None:
+    `open` only reads, so that an evaluation that is refused leaves the folder as it was; `begin` starts to write. As a
+    context manager it begins and closes.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, token_text: TokenText | None) -> None:
         """Use `open`."""
-        self._path = path
-        self._token_text = token_text
-        self._untagged = untagged
-        self._file = file
-        self.finished = finished
+        self._folder, self._manifest, self._token_text = folder, manifest, token_text
+        self._untagged: str = manifest.get("untagged", "reject")
+        self._path = eval_file(folder, 0)
+        self._file: BinaryIO | None = None
+        self._end = 0
+        self.begun = False
+        """Whether `begin` was called."""
+        self.finished: set[int] = set()
         """Numbers of the questions whose attempts are all there."""
-        self.spoiled = spoiled
+        self.spoiled: set[int] = set()
         """Numbers of the questions that are to be asked again because a tool failed."""
 
     @classmethod
-    def open(cls, folder: Path, manifest: Manifest, token_text: TokenText | None = None) -> Ledger:
-        """Begin, or go on with what the folder holds; a line that a kill cut short is taken off.
+    def open(cls, folder: Path, manifest: Manifest, token_text: TokenText | None = None, *, anew: bool = False) -> Ledger:
+        """Look what the folder holds; nothing is written.
 
         Questions during which a tool call failed count as not finished: a server that dies takes some questions down with it
         before the evaluation stops, or all that were left if that is soon.
@@ -53,27 +52,53 @@ class Ledger:
             folder: of one method.
             manifest: what the answers depend on.
             token_text: if given, the tokens' log-probabilities are written too.
+            anew: whatever the folder holds, begin without it.
 
         Raises:
             UserError: the folder holds answers of another model, other questions or other settings; a damaged line; another
                 process is writing to it; it cannot be written.
         """
-        path = eval_file(folder, 0)
+        ledger = cls(folder, manifest, token_text)
+        path = ledger._path
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _check_manifest(folder, manifest, has_rows=path.exists() and path.stat().st_size > 0)
-            file = path.open("r+b" if path.exists() else "w+b")
+            if not anew:
+                _check_manifest(folder, manifest, has_rows=path.exists() and path.stat().st_size > 0)
+            ledger._file = path.open("r+b") if path.exists() else None
         except OSError as error:
             raise UserError(f"runner.output_dir: cannot write {folder}: {error.strerror}") from error
         try:
-            _lock(file, folder)
-            finished, failed, end = _scan(file, path, manifest["attempts"])
-            file.truncate(end)
-            file.seek(end)
+            if ledger._file is not None:
+                _lock(ledger._file, folder)
+                if not anew:
+                    ledger._scan_rows(ledger._file)
         except BaseException:
-            file.close()
+            ledger.close()
             raise
-        return cls(path, file, finished - failed, failed, token_text, manifest.get("untagged", "reject"))
+        return ledger
+
+    def _scan_rows(self, file: BinaryIO) -> None:
+        finished, self.spoiled, self._end = _scan(file, self._path, self._manifest["attempts"])
+        self.finished = finished - self.spoiled
+
+    def begin(self) -> None:
+        """Start to write: the manifest of a new evaluation; a line that a kill cut short is taken off.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            if not (self._folder / MANIFEST).exists():
+                write_whole(self._folder / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
+            if self._file is None or not self._path.exists():
+                self.close()  # of a file that was removed to begin anew
+                self._file = self._path.open("w+b")
+                _lock(self._file, self._folder)
+            self._file.truncate(self._end)
+            self._file.seek(self._end)
+        except OSError as error:
+            raise UserError(f"runner.output_dir: cannot write {self._folder}: {error.strerror}") from error
+        self.begun = True
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
         """Write attempts, those at one question next to each other; a kill after this returns takes none of them.
@@ -81,6 +106,8 @@ class Ledger:
         Raises:
             UserError: the disk is full.
         """
+        assert self.begun
+        assert self._file is not None
         try:
             self._file.write(b"".join(_line(trajectory, self._token_text, self._untagged) for trajectory in trajectories))
             self._file.flush()
@@ -95,11 +122,19 @@ class Ledger:
 
     def close(self) -> None:
         """Hand the file back."""
+        if self._file is None:
+            return
         with contextlib.suppress(ValueError, OSError):  # closed before; a full disk was told when it happened
-            os.fsync(self._file.fileno())
+            if self.begun:
+                os.fsync(self._file.fileno())
             self._file.close()
 
     def __enter__(self) -> Ledger:
+        try:
+            self.begin()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,13 +148,12 @@ def _line(trajectory: Trajectory, token_text: TokenText | None, untagged: str) -
 
 
 def _check_manifest(folder: Path, manifest: Manifest, has_rows: bool) -> None:
-    """Write the manifest of a new evaluation, or compare."""
+    """Compare with what the folder's answers were made with, if there are any."""
     path = folder / MANIFEST
     advice = "give another runner.experiment_name, or set runner.overwrite=True to begin anew"
     if not path.exists():
         if has_rows:
             raise UserError(f"{folder} holds answers, but not what they were made with ({MANIFEST}); {advice}")
-        write_whole(path, json.dumps(manifest, indent=2) + "\n")
         return
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))

@@ -12,6 +12,7 @@ from typing import Any
 from searchr1.agent.protocol import truncate_text
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
+from searchr1.config.load import save_config
 from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config, DataConfig
 from searchr1.data.dataset import QUESTION_KEYS, TOKENIZE_ROWS, read_rows
@@ -21,6 +22,7 @@ from searchr1.evaluation.ledger import Ledger
 from searchr1.evaluation.manifest import manifest
 from searchr1.evaluation.methods import METHODS, Method, agent_settings
 from searchr1.runner.data import load_data, load_tokenizer
+from searchr1.runner.output import run_path
 from searchr1.runner.passages import retrieve_passages
 from searchr1.tracking.eval_progress import EvalProgress
 from searchr1.tracking.token_text import load_token_text
@@ -123,22 +125,16 @@ def _bare(question: str) -> str:
     return question[: min(ends)].strip() if ends else question
 
 
-def open_folder(config: Config) -> Path:
-    """`{runner.output_dir}/{runner.experiment_name}`, emptied of an evaluation if `runner.overwrite`.
+def evaluation_path(config: Config) -> Path:
+    """`{runner.output_dir}/{runner.experiment_name}`; nothing is written.
 
     Raises:
-        UserError: a training run is in there, or an evaluation that cannot be gone on with.
+        UserError: a training run is in there, or an evaluation that cannot be gone on with; it cannot be written.
     """
-    path = Path(config.runner.output_dir) / config.runner.experiment_name
+    path = run_path(config)
     if (path / "checkpoints").exists():
         raise UserError(f"runner.experiment_name: {path} holds a training run; give the evaluation another name")
-    if config.runner.overwrite:
-        for name in (*METHODS, *OLDER):
-            shutil.rmtree(path / name, ignore_errors=True)
-        for name in (*RESULT_FILES, *OLDER):
-            if (path / name).is_file():
-                (path / name).unlink()
-    elif (path / "metrics.jsonl").exists():
+    if (path / "metrics.jsonl").exists() and not config.runner.overwrite:
         raise UserError(
             f"runner.experiment_name: {path} already holds a run; give another name, or set runner.overwrite=True to write "
             "over it"
@@ -146,23 +142,45 @@ def open_folder(config: Config) -> Path:
     return path
 
 
+def begin(config: Config, folder: Path, tasks: Sequence[Task]) -> None:
+    """Start to write, once nothing refuses the evaluation any more: earlier answers go if `runner.overwrite`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    if config.runner.overwrite:
+        for name in (*METHODS, *OLDER):
+            shutil.rmtree(folder / name, ignore_errors=True)
+        for name in (*RESULT_FILES, *OLDER):
+            if (folder / name).is_file():
+                (folder / name).unlink()
+    for task in tasks:
+        task.ledger.begin()
+    save_config(config, folder / "config.yaml")
+
+
 def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]:
-    """A task per method, each with what was finished before.
+    """A task per method, each with what was finished before; nothing is written.
 
     Raises:
         UserError: a folder holds answers of something else, prompts do not fit.
     """
-    tasks = []
+    tasks: list[Task] = []
     token_text = load_token_text(config.rollout.model.model_path)
-    for name in config.evaluation.methods:
-        method = METHODS[name]
-        settings = agent_settings(config, method)
-        samples = questions.samples
-        if not method.searches and not method.retrieves:
-            samples = _with_prompts(config, method, questions, samples, None)
-        made_with = manifest(config, method, settings, samples)
-        ledger = Ledger.open(folder / name, made_with, token_text)
-        tasks.append(Task(method, folder / name, settings, samples, ledger))
+    try:
+        for name in config.evaluation.methods:
+            method = METHODS[name]
+            settings = agent_settings(config, method)
+            samples = questions.samples
+            if not method.searches and not method.retrieves:
+                samples = _with_prompts(config, method, questions, samples, None)
+            made_with = manifest(config, method, settings, samples)
+            ledger = Ledger.open(folder / name, made_with, token_text, anew=config.runner.overwrite)
+            tasks.append(Task(method, folder / name, settings, samples, ledger))
+    except BaseException:
+        for task in tasks:
+            task.ledger.close()
+        raise
     return tasks
 
 

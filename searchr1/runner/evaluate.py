@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.check import require_valid
 from searchr1.config.check_lora import without_adapters
-from searchr1.config.load import given_keys, load_for_command, save_config
+from searchr1.config.load import given_keys, load_for_command
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
 from searchr1.device import Device
@@ -24,9 +25,10 @@ from searchr1.runner.eval_tasks import (
     Questions,
     Task,
     add_passages,
+    begin,
+    evaluation_path,
     follow_model,
     load_questions,
-    open_folder,
     open_tasks,
     with_judge,
 )
@@ -34,7 +36,7 @@ from searchr1.runner.groups import Groups, launch
 from searchr1.runner.passages import require_server
 from searchr1.runner.stream import Streamed, stream
 from searchr1.tracking.eval_progress import EvalProgress
-from searchr1.tracking.loggers import build_loggers
+from searchr1.tracking.loggers import file_loggers, hosted_loggers, require_backends
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.run_log import RunLog
 
@@ -69,12 +71,12 @@ def run(config: Config) -> tuple[Results, Path]:
     device = Device.detect(config.cluster.device)
     questions = load_questions(config)
     print(f"questions: {questions.described}", flush=True)
-    folder = open_folder(config)
+    folder = evaluation_path(config)
+    require_backends(config.runner.logger.logger_backends)
     tasks = open_tasks(config, folder, questions)
     print(f"attempts: {sampling_note(tasks[0].settings, config.algorithm.group_size)}", flush=True)
-    save_config(config, folder / "config.yaml")
     try:
-        answer_pending(config, device, tasks, questions)
+        answer_pending(config, device, tasks, questions, folder)
     except UserError as error:
         raise UserError(f"{error}\n{kept(tasks, folder, config.runner.overwrite)}") from error
     except BaseException:
@@ -90,15 +92,21 @@ def run(config: Config) -> tuple[Results, Path]:
 
 def kept(tasks: list[Task], folder: Path, overwrite: bool) -> str:
     """What an evaluation that stops leaves, in a sentence."""
+    if overwrite and not tasks[0].ledger.begun:
+        return f"nothing in {folder} was changed"
     done, total = sum(len(task.ledger.finished) for task in tasks), sum(len(task.samples) for task in tasks)
     again = "the same command without runner.overwrite=True" if overwrite else "the same command"
     return f"{done} of {total} questions are finished and kept in {folder}; {again} goes on from there"
 
 
-def answer_pending(config: Config, device: Device, tasks: list[Task], questions: Questions) -> None:
-    """Answer what is not finished. No process is started if everything is."""
-    tasks = [task for task in tasks if task.pending]
+def answer_pending(config: Config, device: Device, every: list[Task], questions: Questions, folder: Path) -> None:
+    """Answer what is not finished. No process is started if everything is.
+
+    Nothing is written before the groups have started: an evaluation that is refused leaves the folder as it was.
+    """
+    tasks = [task for task in every if task.pending]
     if not tasks:
+        begin(config, folder, every)
         print("every question was finished before", flush=True)
         return
     for task in tasks:
@@ -113,6 +121,7 @@ def answer_pending(config: Config, device: Device, tasks: list[Task], questions:
         task.method.name: add_passages(config, task, questions) if task.method.retrieves else task.pending for task in tasks
     }
     with launch(config, device) as groups:
+        begin(config, folder, every)
         for task in tasks:
             answer(groups, task, pending[task.method.name], config)
 
@@ -152,10 +161,9 @@ def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> 
             task.ledger.rows(), wanted, str(task.folder), how, config.runner.seed, config.evaluation.untagged
         )
         methods[task.method.name] = result
-        backends = config.runner.logger.logger_backends
-        name = f"{config.runner.experiment_name}-{task.method.name}"
-        project = config.runner.logger.project_name
-        for logger in build_loggers(task.folder, backends, project=project, name=name, config={}, first_step=0):
+        runner = replace(config.runner, experiment_name=f"{config.runner.experiment_name}-{task.method.name}")
+        hosted = hosted_loggers(task.folder, runner, {}, first_step=0)
+        for logger in [*hosted, *file_loggers(task.folder, runner.logger.logger_backends, first_step=0)]:
             logger.log(0, flat_metrics(result.summary))
             logger.close()
     model = config.rollout.model.model_path

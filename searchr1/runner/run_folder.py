@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from searchr1.actor.checkpoint import HF_FOLDER, latest_checkpoint, new_checkpoint, prune_checkpoints
+from searchr1.actor.checkpoint import (
+    HF_FOLDER,
+    checkpoint_steps,
+    latest_checkpoint,
+    new_checkpoint,
+    prune_checkpoints,
+    verify_checkpoint,
+)
+from searchr1.config.difference import Difference, differences
 from searchr1.config.load import save_config
 from searchr1.config.model_settings import ModelSettings
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
 from searchr1.runner.groups import Groups
+from searchr1.runner.output import run_path
+from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
+from searchr1.tracking.loggers import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -25,61 +39,148 @@ SAVE_TIMEOUT_S = 3600.0
 
 @dataclass(slots=True)
 class RunFolder:
-    """`{runner.output_dir}/{runner.experiment_name}`."""
+    """`{runner.output_dir}/{runner.experiment_name}`.
+
+    `open` reads, `load` hands the checkpoint to the actor, and only `begin` writes: a run that is refused, or whose groups
+    do not start, leaves the folder as it was.
+    """
 
     path: Path
-    resume_from: Path | None
-    keep_checkpoints: int | None
+    config: Config
     model_settings: ModelSettings
     """Written into every checkpoint, so that one that is copied elsewhere can still be converted with them."""
-    async_save: bool = False
+    resume_from: Path | None = None
+    step: int = 0
+    """The last finished step; 0 for a fresh run."""
+    changed: list[Difference] = field(default_factory=list)
+    """In which settings the run differs from the one that wrote the checkpoint."""
+    earlier: dict[int, bytes] = field(default_factory=dict)
+    """First step -> the configuration's text, of every leg up to the checkpoint."""
     _writing: Iterator[None] | None = None
 
     @classmethod
-    def open(cls, config: Config) -> RunFolder:
-        """Make the folder, or decide what to resume.
+    def open(cls, config: Config, loader: PromptLoader) -> RunFolder:
+        """Decide what to resume, and put `loader` where it goes on. Nothing is written.
 
         Raises:
-            UserError: the folder holds a run that nobody asked to resume, or there is nothing to resume.
+            UserError: the folder holds a run that nobody asked to resume, there is nothing to resume, or the checkpoint is
+                of other questions, of another order, or of another algorithm.
         """
-        path = Path(config.runner.output_dir) / config.runner.experiment_name
+        path = run_path(config)
         resume_from = _resume_from(path, config.runner.resume_dir)
         settings = ModelSettings.of(config)
-        used = (path / "metrics.jsonl").exists() or (path / "checkpoints").exists()
+        used = (path / METRICS_FILE).exists() or (path / "checkpoints").exists()
         if used and config.runner.resume_dir is None and not config.runner.overwrite:
             raise UserError(
                 f"runner.experiment_name: {path} already holds a run; give another name, set runner.resume_dir=auto to go "
                 "on with it, or runner.overwrite=True to write over it"
             )
-        try:
-            if config.runner.overwrite and resume_from is None:
-                # An earlier run's checkpoints must not be taken for this one's by a later resume.
-                for name in ("checkpoints", "trajectories", "tensorboard"):
-                    shutil.rmtree(path / name, ignore_errors=True)
-                (path / "metrics.jsonl").unlink(missing_ok=True)
-            path.mkdir(parents=True, exist_ok=True)
-            save_config(config, path / "config.yaml")
-        except OSError as error:
-            raise UserError(f"runner.output_dir: cannot write {path}: {error.strerror}") from error
-        return cls(path, resume_from, config.runner.keep_checkpoints, settings, config.runner.async_save)
+        folder = cls(path, config, settings, resume_from)
+        if resume_from is not None:
+            folder._resume(resume_from, loader)
+        return folder
 
-    def resume(self, groups: Groups, loader: PromptLoader) -> int:
-        """Load the checkpoint, if there is one to go on from. Returns the last finished step (0 for a fresh run)."""
-        if self.resume_from is None:
-            return 0
-        assert groups.actor is not None
-        state = json.loads((self.resume_from / RUNNER_STATE).read_text())
-        if groups.critic is not None and not (self.resume_from / "critic").is_dir():
+    def _resume(self, checkpoint: Path, loader: PromptLoader) -> None:
+        state = _runner_state(checkpoint)
+        self.step = state["step"]
+        if self.config.critic.use_critic_model and not (checkpoint / "critic").is_dir():
             raise UserError(
-                f"runner.resume_dir: {self.resume_from} was written without a critic; resume with the algorithm that wrote "
+                f"runner.resume_dir: {checkpoint} was written without a critic; resume with the algorithm that wrote "
                 "it, or convert it (searchr1 convert) and start from the model"
             )
+        loader.load_state_dict(state["loader"])
+        run = _run_of(checkpoint)
+        if self.path.resolve() not in checkpoint.resolve().parents and not self.config.runner.overwrite:
+            _require_no_other_steps(self.path, self.step, checkpoint)
+        legs = [leg for leg in legs_of(run) if leg.first_step <= self.step] if run is not None else []
+        try:
+            self.earlier = {leg.first_step: leg.path.read_bytes() for leg in legs}
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: not readable ({error.strerror}); make it readable, or move it away"
+            ) from error
+        if legs:
+            self.changed = differences(read_settings(legs[-1].path), dataclasses.asdict(self.config))
+
+    def describe(self) -> str:
+        """What a person should know before the run starts: where it goes on, and with which other settings."""
+        if self.resume_from is None:
+            if self.config.runner.resume_dir is None or not (self.path / METRICS_FILE).is_file():
+                return ""
+            return f"no checkpoint in {self.path} to go on from: beginning with step 1; what was logged there is replaced"
+        lines = [f"going on after step {self.step} from {self.resume_from}"]
+        if not self.earlier:
+            lines.append("  the settings that wrote it are not recorded, so changes cannot be listed")
+        settings = [difference for difference in self.changed if not difference.harmless]
+        if settings:
+            lines.append(f"  changed from step {self.step + 1} on:")
+            lines += [f"    {difference}" for difference in settings]
+        harmless = [difference for difference in self.changed if difference.harmless]
+        if harmless:
+            lines.append("  also changed, without effect on what is learned:")
+            lines += [f"    {difference}" for difference in harmless]
+        return "\n".join(lines)
+
+    def load(self, groups: Groups) -> None:
+        """Load the checkpoint, if there is one to go on from, into actor and critic.
+
+        Raises:
+            UserError: it is damaged, or of another model.
+        """
+        if self.resume_from is None:
+            return
+        assert groups.actor is not None
         groups.actor.call("load", self.resume_from / "actor").wait(SAVE_TIMEOUT_S)
         if groups.critic is not None:
             groups.critic.call("load", self.resume_from / "critic").wait(SAVE_TIMEOUT_S)
-        loader.load_state_dict(state["loader"])
-        logger.info("going on after step %d from %s", state["step"], self.resume_from)
-        return int(state["step"])
+
+    def begin(self) -> None:
+        """Make the folder the run's: remove what it writes anew, and record its configuration with its first step.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        try:
+            own = self.resume_from is not None and self.path.resolve() in self.resume_from.resolve().parents
+            if self.config.runner.overwrite and not own:
+                # An earlier run's checkpoints must not be taken for this one's by a later resume.
+                for name in ("checkpoints", "trajectories", "tensorboard"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                (self.path / METRICS_FILE).unlink(missing_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._set_aside_later_checkpoints()
+            self._record_leg()
+        except OSError as error:
+            raise UserError(f"runner.output_dir: cannot write {self.path}: {error.strerror}") from error
+
+    def _record_leg(self) -> None:
+        (self.path / FOLDER).mkdir(exist_ok=True)
+        own = self.path / LATEST
+        partial = own.with_name(f"{LATEST}.partial")
+        save_config(self.config, partial)
+        legs = self.earlier | {self.step + 1: partial.read_bytes()}
+        os.replace(partial, own)
+        for leg in legs_of(self.path):
+            if leg.path != own and leg.first_step not in legs:
+                leg.path.unlink()  # of steps that are taken again
+        for first_step, text in legs.items():
+            file = leg_file(self.path, first_step)
+            partial = file.with_name(f"{file.name}.partial")
+            partial.write_bytes(text)
+            os.replace(partial, file)
+
+    def _set_aside_later_checkpoints(self) -> None:
+        """Rename checkpoints of steps that are taken again: they are not this run's, and `auto` must not find them."""
+        root = self.path / "checkpoints"
+        later = [step for step in checkpoint_steps(root) if step > self.step]
+        for step in later:
+            aside = root / f"abandoned_step_{step}"
+            if aside.exists():
+                shutil.rmtree(aside)
+            (root / f"global_step_{step}").rename(aside)
+        if later:
+            names = ", ".join(f"abandoned_step_{step}" for step in later)
+            logger.warning("checkpoints after step %d are of steps that are taken again; they are now %s", self.step, names)
 
     def save(self, groups: Groups, loader: PromptLoader, step: int) -> None:
         """Write a checkpoint, or begin to (`runner.async_save`). It gets its final name only when it is complete."""
@@ -101,14 +202,14 @@ class RunFolder:
             state = {"step": step, "loader": loader.state_dict()}
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
             for name, group in trained:
-                group.call("save", folder / name, self.async_save).wait(SAVE_TIMEOUT_S)
+                group.call("save", folder / name, self.config.runner.async_save).wait(SAVE_TIMEOUT_S)
             self.model_settings.write(folder / "actor" / HF_FOLDER)
-            if self.async_save:
+            if self.config.runner.async_save:
                 yield
                 for _, group in trained:
                     group.call("finish_save").wait(SAVE_TIMEOUT_S)
-        if self.keep_checkpoints:
-            prune_checkpoints(self.path / "checkpoints", self.keep_checkpoints)
+        if self.config.runner.keep_checkpoints:
+            prune_checkpoints(self.path / "checkpoints", self.config.runner.keep_checkpoints)
 
 
 def _resume_from(path: Path, resume_dir: str | None) -> Path | None:
@@ -122,4 +223,39 @@ def _resume_from(path: Path, resume_dir: str | None) -> Path | None:
             f"runner.resume_dir: {folder} is no checkpoint ({RUNNER_STATE} is missing); give a folder named "
             "global_step_N, or auto"
         )
+    verify_checkpoint(folder)
     return folder
+
+
+def _runner_state(checkpoint: Path) -> dict[str, Any]:
+    """What the runner wrote into a checkpoint.
+
+    Raises:
+        UserError: it is not what a runner writes.
+    """
+    path = checkpoint / RUNNER_STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        order = state["loader"]
+        order |= {name: int(order[name]) for name in ("epoch", "position")}
+        return {"step": int(state["step"]), "loader": order}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not readable ({error!r}): the checkpoint is damaged; set runner.resume_dir to an older one"
+        ) from error
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint; None if it was moved out of there."""
+    folder = checkpoint.resolve().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def _require_no_other_steps(path: Path, step: int, checkpoint: Path) -> None:
+    """Rows up to `step` would stay, and be taken for the checkpoint's own."""
+    metrics = path / METRICS_FILE
+    if metrics.is_file() and any(row["step"] <= step for row in read_metrics(metrics)):
+        raise UserError(
+            f"runner.experiment_name: {path} holds another run than {checkpoint} is of, with steps up to {step} of its own; "
+            "give another name, or set runner.overwrite=True to write over it"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from searchr1.runner.groups import Groups, launch
 from searchr1.runner.health import Health
 from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.weight_sync import sync_weights, validate_weights
+from searchr1.tracking.loggers import hosted_loggers, require_backends
 from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.run_log import RunLog
 from searchr1.workers import channels
@@ -49,17 +51,24 @@ def train(config: Config) -> Path:
         max_epochs=config.runner.max_epochs,
     )
     total_steps = loader.total_steps if config.runner.max_steps < 0 else config.runner.max_steps
-    folder = RunFolder.open(config)
+    folder = RunFolder.open(config, loader)
+    require_backends(config.runner.logger.logger_backends)
+    if description := folder.describe():
+        print(description, flush=True)
     with launch(config, device, total_steps * config.algorithm.n_minibatches) as groups:
         timeout_s = config.runner.step_timeout_s
-        step = folder.resume(groups, loader)
+        step = folder.step
+        folder.load(groups)
         health = Health.open(config, folder.path, folder.resume_from, step)
-        with RunLog(folder.path, config, first_step=step, total_steps=total_steps) as log:
-            sync_weights(groups, step, timeout_s)
-            if config.rollout.validate_weight_first_sync:
-                probe = [sample.prompt_ids for sample in data.train[:8]]
-                precisions = (config.actor.model.precision, config.rollout.model.precision)
-                validate_weights(groups, probe, precisions, timeout_s)
+        sync_weights(groups, step, timeout_s)
+        if config.rollout.validate_weight_first_sync:
+            probe = [sample.prompt_ids for sample in data.train[:8]]
+            precisions = (config.actor.model.precision, config.rollout.model.precision)
+            validate_weights(groups, probe, precisions, timeout_s)
+        # Up to `begin` nothing is written: a run that is refused leaves the folder as it was.
+        hosted = hosted_loggers(folder.path, config.runner, dataclasses.asdict(config), step)
+        folder.begin()
+        with RunLog(folder.path, config, hosted, first_step=step, total_steps=total_steps) as log:
             if step == 0 and config.runner.val_before_train:
                 evaluate(groups, data.val, config, log, step)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.tracking.legs import Leg, SettingsChange, legs_of, settings_changes
 from searchr1.tracking.loggers import METRICS_FILE
 from searchr1.tracking.overview import RunView, ends_of
 from searchr1.tracking.run_files import LoggedFile, Row, brief, logged_files, parse_row, read_json
@@ -149,6 +150,9 @@ class WatchedRun:
         self._metrics = GrowingMetrics(folder / METRICS_FILE)
         self._files: dict[LoggedFile, Stamp] = {}
         self._indexed: dict[LoggedFile, Indexed] = {}
+        self._legs: dict[Leg, Stamp | None] = {}
+        self._changes: list[SettingsChange] = []
+        self._changes_problem = ""
 
     def refresh(self) -> bool:
         """Look for what is new. Returns whether anything changed."""
@@ -157,7 +161,17 @@ class WatchedRun:
         if found != self._files:
             self._files, changed = found, True
             self._indexed = {file: index for file, index in self._indexed.items() if file in found}
+        legs = {leg: stamp_of(leg.path) for leg in legs_of(self.folder)}
+        if legs != self._legs:
+            self._legs, changed = legs, True
+            self._read_changes()
         return changed
+
+    def _read_changes(self) -> None:
+        try:
+            self._changes, self._changes_problem = settings_changes(self.folder), ""
+        except UserError as error:
+            self._changes, self._changes_problem = [], str(error)
 
     @property
     def files(self) -> dict[LoggedFile, Stamp]:
@@ -171,7 +185,7 @@ class WatchedRun:
             return f"There is no folder {self.folder} yet. This page will show the run as soon as it starts."
         if not self._metrics.rows and not self._files:
             return f"{self.folder} holds no run yet. This page will show the first evaluation or step when it is finished."
-        return self._metrics.problem
+        return self._metrics.problem or self._changes_problem
 
     def view(self) -> RunView:
         """The run as it was at the last refresh; evaluations that cannot be read count as unknown."""
@@ -181,7 +195,8 @@ class WatchedRun:
                 ends.append(self.index(file).briefs if file else [])
             except UserError:
                 ends.append([])
-        return RunView(self.name, self._metrics.rows, list(self._files), *ends)
+        first, last = ends
+        return RunView(self.name, self._metrics.rows, list(self._files), first, last, self._changes)
 
     def index(self, file: LoggedFile) -> Indexed:
         """A file's rows as they are now.

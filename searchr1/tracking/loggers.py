@@ -7,16 +7,19 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from searchr1.config.schema import RunnerConfig
 from searchr1.errors import UserError
 from searchr1.tracking.run_files import read_json
 
 METRICS_FILE = "metrics.jsonl"
 EXTRAS = {"tensorboard": "train", "wandb": "wandb", "swanlab": "swanlab"}
 """Which extra of the package brings a backend."""
+MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "swanlab": "swanlab"}
+"""What a backend imports."""
 
 
 class Logger(Protocol):
@@ -84,13 +87,17 @@ class ModuleLogger:
         self, module: Any, folder: Path, *, project: str, name: str, config: dict[str, Any], first_step: int
     ) -> None:
         self._module = module
-        id_file = folder / f"{module.__name__}_id"
-        if not first_step or not id_file.is_file():
-            id_file.write_text(hashlib.sha256(os.urandom(16)).hexdigest()[:16])
-        module.init(project=project, name=name, config=config, id=id_file.read_text(), resume="allow")
+        self._id_file = folder / f"{module.__name__}_id"
+        goes_on = first_step and self._id_file.is_file()
+        self._id = self._id_file.read_text() if goes_on else hashlib.sha256(os.urandom(16)).hexdigest()[:16]
+        self._id_is_written = False
+        module.init(project=project, name=name, config=config, id=self._id, resume="allow")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Send a step."""
+        if not self._id_is_written:
+            self._id_file.write_text(self._id)
+            self._id_is_written = True
         self._module.log(metrics, step=step)
 
     def close(self) -> None:
@@ -98,44 +105,57 @@ class ModuleLogger:
         self._module.finish()
 
 
-def build_loggers(
-    folder: Path, backends: Sequence[str], *, project: str, name: str, config: dict[str, Any], first_step: int
-) -> list[Logger]:
-    """metrics.jsonl and every backend.
+def require_backends(backends: Sequence[str]) -> None:
+    """Import what the backends need, so that a run is refused before it has written anything.
+
+    Raises:
+        UserError: unknown backend, or its package is not installed.
+    """
+    for backend in backends:
+        if backend not in MODULES:
+            raise UserError(f"runner.logger.logger_backends: unknown {backend!r}; use any of {', '.join(MODULES)}")
+        try:
+            importlib.import_module(MODULES[backend])
+        except ImportError as error:
+            raise UserError(
+                f"runner.logger.logger_backends: {backend} is not installed; pip install 'searchr1[{EXTRAS[backend]}]' "
+                f"or take it out of the list ({error})"
+            ) from error
+
+
+def hosted_loggers(folder: Path, runner: RunnerConfig, config: dict[str, Any], first_step: int) -> list[Logger]:
+    """The backends that log to a service. They write into `folder` with their first step only.
 
     Args:
-        folder: the run's, which exists.
-        backends: any of tensorboard, wandb, swanlab.
-        project: in wandb and swanlab.
-        name: of the run there.
+        folder: the run's; it need not exist yet.
+        runner: names the backends, the project and the run.
         config: shown there.
         first_step: the step that the run goes on from, 0 for a fresh one.
 
     Raises:
         UserError: unknown backend, or its package is not installed.
     """
-    logger_of: dict[str, Callable[[], Logger]] = {
-        "tensorboard": lambda: TensorBoardLogger(folder / "tensorboard", first_step),
-        "wandb": lambda: _module_logger("wandb"),
-        "swanlab": lambda: _module_logger("swanlab"),
-    }
+    backends = runner.logger.logger_backends
+    require_backends(backends)
+    return [
+        ModuleLogger(
+            importlib.import_module(MODULES[backend]),
+            folder,
+            project=runner.logger.project_name,
+            name=runner.experiment_name,
+            config=config,
+            first_step=first_step,
+        )
+        for backend in backends
+        if backend != "tensorboard"
+    ]
 
-    def _module_logger(module: str) -> Logger:
-        found = importlib.import_module(module)
-        return ModuleLogger(found, folder, project=project, name=name, config=config, first_step=first_step)
 
-    for backend in backends:
-        if backend not in logger_of:
-            raise UserError(f"runner.logger.logger_backends: unknown {backend!r}; use any of {', '.join(logger_of)}")
+def file_loggers(folder: Path, backends: Sequence[str], first_step: int) -> list[Logger]:
+    """metrics.jsonl, and TensorBoard's files if they are wanted; `folder` exists."""
     loggers: list[Logger] = [JsonlLogger(folder / METRICS_FILE, first_step)]
-    for backend in backends:
-        try:
-            loggers.append(logger_of[backend]())
-        except ImportError as error:
-            raise UserError(
-                f"runner.logger.logger_backends: {backend} is not installed; pip install 'searchr1[{EXTRAS[backend]}]' "
-                f"or take it out of the list ({error})"
-            ) from error
+    if "tensorboard" in backends:
+        loggers.append(TensorBoardLogger(folder / "tensorboard", first_step))
     return loggers
 
 

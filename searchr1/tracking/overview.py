@@ -15,6 +15,7 @@ from searchr1.tracking.curves import (
     evaluations_of,
     tiles,
 )
+from searchr1.tracking.legs import SettingsChange
 from searchr1.tracking.run_files import COLUMNS, LoggedFile, Row
 from searchr1.tracking.summary import example_of, summarise
 
@@ -32,6 +33,8 @@ class RunView:
     """Of the first evaluation's trajectories."""
     last: Briefs = field(default_factory=list)
     """Of the last evaluation's."""
+    changes: list[SettingsChange] = field(default_factory=list)
+    """Where the settings changed."""
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
@@ -53,7 +56,7 @@ def ends_of(files: Sequence[LoggedFile]) -> tuple[LoggedFile | None, LoggedFile 
 
 
 def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, str], Row | None]) -> dict[str, Any]:
-    """Title, summaries, tiles, table and charts.
+    """Title, summaries, tiles, table, changes of settings, and charts.
 
     Args:
         views: the runs; with more than one, they are compared.
@@ -74,10 +77,15 @@ def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, st
         ],
         "tiles": tiles(metrics[0]) if one else [],
         "table": evaluation_table(evaluations_of(metrics[0])) if one else comparison_table(names, metrics),
+        "changes": [_change(view.name if one is None else "", change) for view in views for change in view.changes],
         "charts": charts(metrics[0]) if one else compared_charts(names, metrics),
         "leftOut": "",
         "problem": "",
     }
+
+
+def _change(run: str, change: SettingsChange) -> dict[str, Any]:
+    return {"run": run, "step": change.step, "settings": [str(setting) for setting in change.settings]}
 
 
 def _latest(briefs: Briefs) -> Briefs:

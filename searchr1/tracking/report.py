@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.tracking.legs import settings_changes
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics
 from searchr1.tracking.overview import RunView, ends_of, names_of, overview_of
 from searchr1.tracking.page_parts import packed_json, page_parts
@@ -97,8 +98,8 @@ def _view(run: Path, name: str) -> RunView:
     metrics = read_metrics(path) if path.is_file() else []
     if not metrics and not files:
         raise UserError(f"{path}: no metrics yet; wait for the first step or evaluation")
-    ends = ([brief(row) for row in read_rows(file.path)] if file else [] for file in ends_of(files))
-    return RunView(name, metrics, files, *ends)
+    first, last = ([brief(row) for row in read_rows(file.path)] if file else [] for file in ends_of(files))
+    return RunView(name, metrics, files, first, last, settings_changes(run))
 
 
 def _body_of(_run: int, file: LoggedFile, question: str) -> Row | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
-from searchr1.tracking.loggers import build_loggers
+from searchr1.tracking.loggers import Logger, file_loggers
 from searchr1.tracking.metrics import eval_table
 from searchr1.tracking.token_text import load_token_text
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, whole_groups, write_trajectories
@@ -41,17 +40,13 @@ SECONDS = (
 class RunLog:
     """Use as a context manager; every write is on disk when the call returns."""
 
-    def __init__(self, folder: Path, config: Config, *, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, folder: Path, config: Config, hosted: Sequence[Logger] = (), *, first_step: int, total_steps: int
+    ) -> None:
+        """Take up the folder's files after `first_step`; `hosted` log besides, and are closed with it."""
         self._folder = folder
         self._console = Console(file=sys.stdout, soft_wrap=True)
-        self._loggers = build_loggers(
-            folder,
-            config.runner.logger.logger_backends,
-            project=config.runner.logger.project_name,
-            name=config.runner.experiment_name,
-            config=dataclasses.asdict(config),
-            first_step=first_step,
-        )
+        self._loggers = [*file_loggers(folder, config.runner.logger.logger_backends, first_step), *hosted]
         self._most = config.runner.logger.trajectories_per_step
         self._token_text = load_token_text(config.rollout.model.model_path)
         remove_later(folder, first_step)

@@ -87,6 +87,12 @@ def write_metrics(run: Path, rows: list[dict[str, Any]], mode: str = "a") -> Non
         file.write("".join(json.dumps(one) + "\n" for one in rows))
 
 
+def write_settings(run: Path, first_step: int, rate: float) -> None:
+    """What a run records when it is started or resumed."""
+    (run / "configs").mkdir(exist_ok=True)
+    (run / f"configs/step_{first_step}.yaml").write_text(f"actor:\n  optim:\n    lr: {rate}\n")
+
+
 def evaluation(step: int, right: int, searches: float) -> dict[str, Any]:
     """An evaluation's metrics."""
     share = right / 60

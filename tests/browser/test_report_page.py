@@ -8,7 +8,7 @@ import time
 
 import pytest
 from chromium import Tab, chromium, find_chromium
-from runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_step
+from runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_settings, write_step
 
 from searchr1.tracking.report import main
 
@@ -18,6 +18,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, r
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
     run = make_run(tmp_path_factory.mktemp("runs") / "my run")
+    write_settings(run, 1, 1e-6)
+    write_settings(run, 11, 2e-6)
     main([str(run)])
     return (run / "report.html").as_uri()
 
@@ -72,6 +74,13 @@ def test_what_happened_is_told_in_words_numbers_and_curves(page, tmp_path):
                 "chart.dispatchEvent(new PointerEvent('pointermove', { clientX: box.right - 5, clientY: box.top + 9 })) })()"
             )
             assert "held-out 0.9" in await tab.run("$('tip').innerText")
+            assert await texts(tab, "#change-list b") == ["From step 11 on"]
+            assert await texts(tab, "#change-list li") == ["actor.optim.lr: 1e-06 -> 2e-06"]
+            marked = (
+                "[...document.querySelectorAll('#charts svg')].map(chart => chart.querySelectorAll('line.change').length)"
+            )
+            # Exact match has steps 0 to 20; the training reward's two steps come before the change.
+            assert (await tab.run(marked))[:2] == [0, 1]
             # The example's second link opens the attempt that was right.
             await tab.run("document.querySelectorAll('.example .link')[1].click()")
             await there(tab, "#detail .answer")

@@ -233,7 +233,8 @@ class Group:
 def test_a_checkpoint_knows_its_settings_wherever_it_is_copied_to(tmp_path):
     config = load_config(DEMO)
     config.runner.output_dir, config.runner.experiment_name = str(tmp_path), "run"
-    folder = RunFolder.open(config)
+    folder = RunFolder.open(config, loader=None)
+    folder.begin()
     groups = type("Groups", (), {"actor": Group(), "critic": None})
     folder.save(groups, type("Loader", (), {"state_dict": lambda self: {}})(), 3)
     folder.finish_save()

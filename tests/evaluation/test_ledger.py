@@ -68,7 +68,8 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, make_trajectory):
 
 
 def test_answers_of_another_model_are_not_gone_on_with(tmp_path):
-    Ledger.open(tmp_path, manifest()).close()
+    with Ledger.open(tmp_path, manifest()):
+        pass
     changed = manifest(model="xyz", sampling={"temperature": 1.0, "stop": ["</answer>"]})
     with pytest.raises(UserError, match="cannot go on with") as error:
         Ledger.open(tmp_path, changed)
@@ -87,6 +88,21 @@ def test_rows_without_their_manifest_and_an_unreadable_one_are_refused(tmp_path,
     (tmp_path / MANIFEST).unlink()
     with pytest.raises(UserError, match="not what they were made with"):
         Ledger.open(tmp_path, manifest())
+
+
+@pytest.mark.parametrize("anew", [True, False])
+def test_looking_changes_nothing(tmp_path, make_trajectory, anew):
+    with Ledger.open(tmp_path, manifest()) as ledger:
+        ledger.append([make_trajectory(0)])
+    with eval_file(tmp_path, 0).open("ab") as file:
+        file.write(b'{"number": 1, "rep')  # a kill in the middle of a line
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()}
+    ledger = Ledger.open(tmp_path, manifest(), anew=anew)
+    assert ledger.finished == (set() if anew else {0})
+    ledger.close()
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.rglob("*") if path.is_file()} == before
+    Ledger.open(tmp_path / "fresh", manifest()).close()
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
@@ -111,7 +127,7 @@ def test_questions_that_a_failed_tool_spoiled_are_asked_again(tmp_path, make_tra
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"runner\.output_dir"):
-        Ledger.open(tmp_path / "file/eval", manifest())
+        Ledger.open(tmp_path / "file/eval", manifest()).begin()
 
 
 def test_a_full_disk_is_told(tmp_path, make_trajectory):

@@ -125,7 +125,8 @@ def test_an_evaluation_does_not_go_on_under_another_setting(attempts, tmp_path, 
     def opened():
         return Ledger.open(tmp_path, manifest(config, method, settings, samples))
 
-    opened().close()
+    with opened():
+        pass
     assert "untagged" not in (tmp_path / "evaluation.json").read_text(), "an evaluation of an earlier version goes on"
     config.evaluation.untagged = "text"
     with pytest.raises(UserError, match="untagged was None, is 'text'"):

@@ -14,10 +14,11 @@ from searchr1.agent.settings import AgentSettings, GenerateParams
 from searchr1.agent.trajectory import Chunk, Sample, Trajectory
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.runner import eval_tasks
-from searchr1.runner.eval_tasks import add_passages, load_questions, open_folder, open_tasks
+from searchr1.runner import eval_tasks, evaluate
+from searchr1.runner.eval_tasks import add_passages, begin, evaluation_path, load_questions, open_tasks
 from searchr1.runner.passages import require_server, retrieve_passages
 from searchr1.runner.stream import stream
+from searchr1.tracking.trajectory_log import eval_file
 from searchr1.workers import channels
 from searchr1.workers.rollout import RolloutReport
 
@@ -44,7 +45,7 @@ def config(tmp_path):
 
 def tasks_of(config):
     questions = load_questions(config)
-    return questions, {task.method.name: task for task in open_tasks(config, open_folder(config), questions)}
+    return questions, {task.method.name: task for task in open_tasks(config, evaluation_path(config), questions)}
 
 
 def close(tasks):
@@ -134,8 +135,10 @@ def test_a_prompt_that_does_not_fit_is_told(config):
 
 def test_a_folder_is_gone_on_with_but_never_a_training_runs(config):
     _, tasks = tasks_of(config)
+    folder = evaluation_path(config)
+    assert not folder.exists()
+    begin(config, folder, tasks.values())
     close(tasks)
-    folder = open_folder(config)
     assert (folder / "search/evaluation.json").is_file()
     config.runner.seed += 1
     with pytest.raises(UserError, match="seed was 1234, is 1235"):
@@ -146,12 +149,73 @@ def test_a_folder_is_gone_on_with_but_never_a_training_runs(config):
     (folder / "metrics.jsonl").write_text("{}\n")
     config.runner.overwrite = False
     with pytest.raises(UserError, match="already holds a run"):
-        open_folder(config)
+        evaluation_path(config)
     (folder / "checkpoints").mkdir()
     config.runner.overwrite = True
     with pytest.raises(UserError, match="holds a training run"):
-        open_folder(config)
+        evaluation_path(config)
     assert (folder / "metrics.jsonl").exists()
+
+
+def everything_in(folder):
+    return {path: (path.is_file() and path.read_bytes(), path.stat().st_mtime_ns) for path in [folder, *folder.rglob("*")]}
+
+
+def finished_evaluation(config, method):
+    config.evaluation.methods = [method]
+    _, tasks = tasks_of(config)
+    folder = evaluation_path(config)
+    begin(config, folder, tasks.values())
+    close(tasks)
+    row = {"number": 0, "replica": 0, "stop": "answer", "turns": []}
+    eval_file(folder / method, 0).write_text(json.dumps(row) + '\n{"number": 1, "re')  # a kill in the middle of a line
+    (folder / "results.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_evaluation_that_is_refused_changes_nothing(config, monkeypatch, overwrite):
+    folder = finished_evaluation(config, "search")
+    before = everything_in(folder)
+    config.runner.overwrite = overwrite
+    config.evaluation.methods = ["direct", "search"]
+    config.tools.search.server_addr = "127.0.0.1:1"
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
+        evaluate.run(config)
+    monkeypatch.setattr(evaluate, "require_server", lambda config: None)
+
+    def no_start(*_):
+        raise UserError("the groups do not start")
+
+    monkeypatch.setattr(evaluate, "launch", no_start)
+    with pytest.raises(UserError, match="the groups do not start") as error:
+        evaluate.run(config)
+    assert ("was changed" in str(error.value)) == overwrite
+    config.runner.logger.logger_backends = ["no-such-backend"]
+    with pytest.raises(UserError, match="no-such-backend"):
+        evaluate.run(config)
+    assert everything_in(folder) == before
+
+
+def test_other_settings_for_one_of_several_methods_change_no_other(config):
+    folder = finished_evaluation(config, "search")
+    before = everything_in(folder)
+    config.evaluation.methods = ["direct", "search"]
+    config.agentloop.max_turns += 1  # `direct`, which comes first, does not depend on it
+    with pytest.raises(UserError, match=r"limits\.max_turns"):
+        evaluate.run(config)
+    assert everything_in(folder) == before
+
+
+def test_overwriting_begins_anew_once_the_groups_have_started(config):
+    folder = finished_evaluation(config, "search")
+    config.runner.overwrite = True
+    config.evaluation.methods = ["direct"]
+    _, tasks = tasks_of(config)
+    begin(config, folder, tasks.values())
+    close(tasks)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "direct"]
+    assert tasks["direct"].ledger.finished == set()
 
 
 def test_a_judged_row_is_judged_whatever_reward_it_names(config, tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.cli import COMMANDS, main
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.train import hash_seed, is_due, minibatch_ids
 from searchr1.workers.failure import Failure, WorkerError, reported, unwrap
 
@@ -37,38 +35,6 @@ def make(index, replica):
         turns=[],
         stop="answer",
     )
-
-
-def test_used_folder_is_refused_unless_asked_for(tmp_path):
-    folder = RunFolder.open(config(tmp_path))
-    (folder.path / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match=r"already holds a run.*resume_dir=auto"):
-        RunFolder.open(config(tmp_path))
-    assert RunFolder.open(config(tmp_path, resume_dir="auto")).resume_from is None
-    (folder.path / "checkpoints/global_step_7").mkdir(parents=True)
-    RunFolder.open(config(tmp_path, overwrite=True))
-    assert not (folder.path / "checkpoints").exists()
-    assert not (folder.path / "metrics.jsonl").exists()
-    RunFolder.open(config(tmp_path, experiment_name="other"))
-
-
-def test_resuming_from_a_folder_that_is_no_checkpoint_is_told(tmp_path):
-    with pytest.raises(UserError, match=r"runner\.resume_dir"):
-        RunFolder.open(config(tmp_path, resume_dir=str(tmp_path)))
-
-
-def test_resuming_with_a_critic_that_was_never_saved_is_told(tmp_path):
-    (tmp_path / "actor").mkdir()
-    (tmp_path / "runner.json").write_text('{"step": 2, "loader": {}}')
-    folder = RunFolder.open(config(tmp_path, resume_dir=str(tmp_path)))
-    with pytest.raises(UserError, match=r"runner\.resume_dir: .* was written without a critic"):
-        folder.resume(SimpleNamespace(actor=object(), critic=object()), loader=None)
-
-
-def test_output_that_cannot_be_written_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"runner\.output_dir"):
-        RunFolder.open(config(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

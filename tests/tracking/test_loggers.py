@@ -13,8 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from searchr1.config.schema import LoggerConfig, RunnerConfig
 from searchr1.errors import UserError
-from searchr1.tracking.loggers import JsonlLogger, TensorBoardLogger, build_loggers, read_metrics
+from searchr1.tracking.loggers import (
+    JsonlLogger,
+    TensorBoardLogger,
+    file_loggers,
+    hosted_loggers,
+    read_metrics,
+    require_backends,
+)
 
 
 def log_steps(path: Path, first: int, last: int, value: float) -> None:
@@ -102,16 +110,18 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
-def test_unknown_and_missing_backends_are_told_before_anything_is_written(tmp_path, monkeypatch):
-    options: dict[str, Any] = {"project": "p", "name": "n", "config": {}, "first_step": 0}
+def test_unknown_and_missing_backends_are_told_by_name(monkeypatch):
     with pytest.raises(UserError, match=r"logger_backends: unknown 'tensorbord'; use any of tensorboard, wandb, swanlab"):
-        build_loggers(tmp_path, ["tensorbord"], **options)
-    assert not list(tmp_path.iterdir())
+        require_backends(["tensorboard", "tensorbord"])
     for name, extra in (("wandb", "wandb"), ("swanlab", "swanlab"), ("torch.utils.tensorboard", "train")):
         monkeypatch.setitem(sys.modules, name, None)
         backend = name.rpartition(".")[2]
         with pytest.raises(UserError, match=rf"{backend} is not installed; pip install 'searchr1\[{extra}\]'"):
-            build_loggers(tmp_path, [backend], **options)
+            require_backends([backend])
+
+
+def hosted_runner(backend):
+    return RunnerConfig(experiment_name="n", logger=LoggerConfig(logger_backends=["tensorboard", backend], project_name="p"))
 
 
 @pytest.mark.parametrize("backend", ["wandb", "swanlab"])
@@ -123,11 +133,11 @@ def test_hosted_backends_get_every_step_and_resume_under_one_id(tmp_path, monkey
     module.finish = lambda: calls.append(("finish", None))  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, backend, module)
     for first in (0, 1, 0):
-        loggers = build_loggers(tmp_path, [backend], project="p", name="n", config={"k": 1}, first_step=first)
-        for logger in loggers:
-            logger.log(first + 1, {"a": 1.0})
+        for logger in hosted_loggers(tmp_path, hosted_runner(backend), {"k": 1}, first):
+            for step in (1, 2):
+                logger.log(first + step, {"a": 1.0})
             logger.close()
-    assert [name for name, _ in calls] == ["init", "log", "finish"] * 3
+    assert [name for name, _ in calls] == ["init", "log", "log", "finish"] * 3
     assert calls[1] == ("log", (1, {"a": 1.0}))
     fresh, resumed, overwritten = (given for name, given in calls if name == "init")
     assert fresh["project"] == "p"
@@ -136,8 +146,20 @@ def test_hosted_backends_get_every_step_and_resume_under_one_id(tmp_path, monkey
     assert resumed["id"] == fresh["id"] != overwritten["id"]
 
 
+def test_a_service_that_refuses_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+    def refuses(**_):
+        raise RuntimeError("no key")
+
+    module = types.ModuleType("wandb")
+    module.init = refuses  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(RuntimeError, match="no key"):
+        hosted_loggers(tmp_path, hosted_runner("wandb"), {}, 0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_metrics_file_is_always_written(tmp_path):
-    (logger,) = build_loggers(tmp_path, [], project="p", name="n", config={}, first_step=0)
+    (logger,) = file_loggers(tmp_path, [], first_step=0)
     logger.log(1, {"a": 1.0})
     logger.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "a": 1.0}

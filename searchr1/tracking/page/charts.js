@@ -91,13 +91,23 @@ function drawStack(lines) {
   return [axes, parts.concat(grid(axes))];
 }
 
-// One figure; `choose(step)` is called for a click.
-function chart(spec, choose) {
+// A line at each step from which on other settings were in force; on top, the settings.
+function markers(axes, marks) {
+  return marks.filter(mark => mark.step >= axes.left && mark.step <= axes.right).map(mark => {
+    const x = axes.x(mark.step).toFixed(1);
+    const line = svg("line", { class: "change", x1: x, x2: x, y1: TOP, y2: HEIGHT - BOTTOM });
+    line.append(svg("title", {}, clean("from step " + count(mark.step) + " on: " + mark.settings.join("; "))));
+    return line;
+  });
+}
+
+// One figure; `choose(step)` is called for a click, `marks` are changes of settings.
+function chart(spec, choose, marks) {
   const [axes, parts] = spec.kind === "stack" ? drawStack(spec.lines) : drawLines(spec.lines);
   const last = spec.lines.map(line => line.name + " " + compact(line.points[line.points.length - 1][1]));
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": clean(spec.title + ", last values: " + last.join(", ")) });
   const cursor = svg("line", { class: "cursor", y1: TOP, y2: HEIGHT - BOTTOM, visibility: "hidden" });
-  drawing.append(...parts, cursor);
+  drawing.append(...parts, ...markers(axes, marks), cursor);
   const steps = [...new Set(spec.lines.flatMap(line => line.points.map(p => p[0])))].sort((a, b) => a - b);
   const values = spec.lines.map(line => new Map(line.points));
   const nearest = event => {
@@ -113,6 +123,7 @@ function chart(spec, choose) {
     spec.lines.forEach((line, i) => {
       if (values[i].has(step)) lines.push(make("div", "key k" + line.colour % 7, line.name + " " + compact(values[i].get(step))));
     });
+    for (const mark of marks) if (mark.step === step) lines.push(make("div", "", "settings changed: " + mark.settings.join("; ")));
     showTip(lines, event.clientX, event.clientY);
   };
   drawing.onpointerleave = () => { hideTip(); cursor.setAttribute("visibility", "hidden"); };

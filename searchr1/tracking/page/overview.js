@@ -12,7 +12,9 @@ function showOverview(overview, open, chooseStep) {
   }));
   showTable(overview.table, overview.compares);
   $("curves").hidden = !overview.charts.length;
-  $("charts").replaceChildren(...overview.charts.map(spec => chart(spec, chooseStep)));
+  showChanges(overview.changes);
+  const marks = overview.compares ? [] : overview.changes;
+  $("charts").replaceChildren(...overview.charts.map(spec => chart(spec, chooseStep, marks)));
   $("left-out").textContent = clean(overview.leftOut);
   $("left-out").hidden = !overview.leftOut;
 }
@@ -51,6 +53,16 @@ function verdict(right) {
   mark.setAttribute("role", "img");
   mark.setAttribute("aria-label", right ? "right" : "wrong");
   return mark;
+}
+
+function showChanges(changes) {
+  $("changes").hidden = !changes.length;
+  $("change-list").replaceChildren(...changes.map(change => {
+    const part = make("div", "change"), list = make("ul");
+    list.append(...change.settings.map(text => make("li", "", text)));
+    part.append(make("b", "", (change.run ? change.run + ", from" : "From") + " step " + count(change.step) + " on"), list);
+    return part;
+  }));
 }
 
 function showTable(table, compares) {
