@@ -18,6 +18,7 @@ from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import GROUPS, group_ranks, is_evaluation, placed_groups
 from searchr1.config.schema import Config
+from searchr1.data.paths import path_problem
 from searchr1.data.prompts import template_text
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -238,10 +239,11 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
         paths = value_of(config, key)
         assert isinstance(paths, list)
         if not paths and (key.endswith("train_data_paths") or not for_training or config.runner.val_check_interval > 0):
-            yield Problem(key, "is empty; give a list of jsonl or parquet files")
+            yield Problem(key, "is empty; give a list of files, or of data sets of the hub")
         for path in paths:
-            if not Path(path).is_file():
-                yield Problem(key, f"{path} does not exist; edit the path")
+            problem = path_problem(path)
+            if problem is not None:
+                yield Problem(key, problem)
     try:
         template_text(config.data.prompt_template)
     except UserError as error:

@@ -279,9 +279,9 @@ class DataConfig:
     """Questions."""
 
     train_data_paths: list[str] = field(default_factory=list)
-    """jsonl or parquet files."""
+    """jsonl, json, parquet, csv or tsv files, or data sets of the hub: `OWNER/NAME:SPLIT`, `OWNER/NAME/FILE`."""
     val_data_paths: list[str] = field(default_factory=list)
-    """jsonl or parquet files."""
+    """The same, for evaluation."""
     max_prompt_length: int = 1024
     """Prompt tokens, at most."""
     filter_prompt_by_length: bool = True

@@ -1,21 +1,27 @@
-"""Question files -> samples. Every row is checked; a bad one is named by file and line."""
+"""Question files -> samples. Every row is checked; a bad one is named by file, line and column."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from searchr1.agent.trajectory import Sample
-from searchr1.data.prompts import render_prompt, wants_passages
+from searchr1.data.events import Events
+from searchr1.data.golds import is_missing, no_gold, object_in, read_golds, shown
+from searchr1.data.messages import Message, read_messages
+from searchr1.data.paths import TRAIN, find_files, source_names
+from searchr1.data.prepare.reading import read_rows
+from searchr1.data.prompts import has_chat_template, render_prompt, template_text, wants_passages
+from searchr1.data.questions import bare_question, question_column, question_of_prompt
 from searchr1.errors import UserError
 from searchr1.rewards.registry import require_known
 
+__all__ = ["LoadStats", "LoadedData", "load_dataset_files", "read_prompt", "read_rows", "require_unicode"]
+
 Row = dict[str, Any]
-ANSWER_KEYS = ("solutions", "golden_answers", "answers", "answer", "target")
-QUESTION_KEYS = ("question", "query")
 TOKENIZE_ROWS = 4096
 """Rows handed to the tokenizer at once; it spreads them over the cores."""
 
@@ -40,6 +46,8 @@ class LoadedData:
 
     samples: list[Sample]
     stats: LoadStats
+    warnings: list[str] = field(default_factory=list)
+    """What was read, but perhaps not as meant: a sentence for each kind, with a count and the first row."""
 
 
 def load_dataset_files(
@@ -53,19 +61,21 @@ def load_dataset_files(
     filter_by_length: bool = True,
     data_size: int | None = None,
     apply_chat_template: bool = False,
+    splits: Sequence[str] = TRAIN,
 ) -> LoadedData:
-    """Read jsonl and parquet files in RLinf's, Search-R1's and FlashRAG's row shapes.
+    """Read files in RLinf's, Search-R1's, verl's, SkyRL's, FlashRAG's and the like row shapes.
 
     Args:
-        paths: files, read one after the other.
+        paths: files (see `prepare.reading`) or data sets of the hub (see `paths`), read one after the other.
         tokenizer: of the model; its chat template renders prompts that are chat messages.
         max_prompt_length: tokens.
         prompt_key: column of the prompt: a text or chat messages.
-        answer_key: column of the gold answers; where a row has none, the usual names (`ANSWER_KEYS`) are tried.
+        answer_key: column of the gold answers; where a row has none, the usual names are tried (see `golds`).
         template: see `searchr1.data.prompts`.
         filter_by_length: leave longer prompts out and count them; otherwise one is an error.
         data_size: read only the first so many rows of all files together; None or a negative number reads all.
         apply_chat_template: treat a plain prompt as a user message.
+        splits: what a hub id without a split means.
 
     Raises:
         UserError: a missing, unreadable or empty file; invalid JSON; a row without prompt or answer, or with an unknown
@@ -75,18 +85,23 @@ def load_dataset_files(
         raise UserError("no data file is named; give data.train_data_paths or data.val_data_paths")
     limit = data_size if data_size is not None and data_size >= 0 else None
     columns = _Columns(prompt_key, answer_key, template, apply_chat_template)
+    events = Events()
     texts: list[str] = []
     samples: list[Sample] = []
-    for path in map(Path, paths):
-        for line, row in read_rows(path):
+    files = find_files(paths, splits)
+    for file, name in zip(files, source_names(files), strict=True):
+        for line, row in read_rows(file.path):
             if limit is not None and len(samples) >= limit:
                 break
             try:
-                text, sample = _sample(row, line, path, tokenizer, columns)
+                text, sample, notes = _sample(row, line, name, tokenizer, columns)
             except UserError as error:
-                raise UserError(f"{path}:{line}: {error}") from error
+                raise UserError(f"{file.path}:{line}: {error}") from error
+            for note in notes:
+                events.add(note, f"{file.path}:{line}")
             texts.append(text)
             samples.append(sample)
+    samples = _with_own_ids(samples, events)
     _tokenize(samples, texts, tokenizer)
     kept = [sample for sample in samples if len(sample.prompt_ids) <= max_prompt_length]
     if len(kept) < len(samples) and not filter_by_length:
@@ -103,71 +118,7 @@ def load_dataset_files(
             f"{names}: no row is left; all {len(samples)} prompts are longer than data.max_prompt_length = "
             f"{max_prompt_length} tokens; raise it"
         )
-    return LoadedData(kept, LoadStats(len(samples), len(kept), len(samples) - len(kept)))
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    """Line (or row) numbers from 1, and rows.
-
-    Raises:
-        UserError: missing, empty or unreadable file.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    count = 0
-    try:
-        for line, row in _parquet(path) if path.suffix == ".parquet" else _jsonl(path):
-            count += 1
-            yield line, row
-    except OSError as error:
-        raise UserError(f"{path}: not readable ({error})") from error
-    if not count:
-        raise UserError(f"{path}: the file has no rows")
-
-
-def _jsonl(path: Path) -> Iterator[tuple[int, Row]]:
-    # Bytes, and the text of one line at a time: so that a line that is not UTF-8 can be named.
-    with path.open("rb") as file:
-        for line, data in enumerate(file, start=1):
-            if not data.strip():
-                continue
-            try:
-                row = parse_line(data, first=line == 1)
-            except UserError as error:
-                raise UserError(f"{path}:{line}: {error}") from error
-            yield line, row
-
-
-def parse_line(data: bytes, first: bool = False) -> Row:
-    """The object on one line of a jsonl file; `first`: a byte order mark may stand before it.
-
-    Raises:
-        UserError: not UTF-8, not JSON, or no object.
-    """
-    try:
-        row = json.loads(data.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"not UTF-8 ({error.reason}); save the file as UTF-8") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise UserError(f"expected an object with keys, found {type(row).__name__}")
-    return row
-
-
-def _parquet(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        line = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=TOKENIZE_ROWS):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield line, row
-    except pa.ArrowException as error:
-        raise UserError(f"{path}: not readable as parquet ({error})") from error
+    return LoadedData(kept, LoadStats(len(samples), len(kept), len(samples) - len(kept)), events.sentences())
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,35 +131,112 @@ class _Columns:
     chat: bool
 
 
-def _sample(row: Row, line: int, path: Path, tokenizer: Any, columns: _Columns) -> tuple[str, Sample]:
-    """The prompt's text and the sample, still without token ids."""
-    prompt = row.get(columns.prompt_key)
-    question = next((row[key] for key in QUESTION_KEYS if isinstance(row.get(key), str)), None)
+def _sample(row: Row, line: int, file_name: str, tokenizer: Any, columns: _Columns) -> tuple[str, Sample, list[str]]:
+    """The prompt's text, the sample, still without token ids, and what a user should see of the row."""
+    prompt = read_prompt(row.get(columns.prompt_key), columns.prompt_key)
+    question = question_column(row)
     passages = row.get("passages") if wants_passages(columns.template) else None
     if passages is not None and not isinstance(passages, str):
         raise UserError(f"the row's passages are a {type(passages).__name__}; expected one text")
+    if prompt is None and question is None:
+        raise UserError(
+            f"the row has no prompt and no question; its columns are {', '.join(map(str, row))}; name the prompt's in "
+            "data.prompt_key"
+        )
     text = render_prompt(prompt, question, tokenizer, columns.template, columns.chat, passages)
-    source = row.get("data_source")
-    source = source if isinstance(source, str) and source else path.stem
-    extra = row.get("extra_info")
-    number = extra.get("index") if isinstance(extra, dict) else None
-    number = row.get("id") if number is None else number
-    reward = row.get("reward_model")
-    reward = reward if isinstance(reward, str) and reward else None
+    golds = read_golds(row, columns.answer_key)
+    if golds is None:
+        advice = f"give a text or a list of texts under {columns.answer_key!r}, or name their column in data.answer_key"
+        raise no_gold(row, columns.answer_key, advice)
+    notes = golds.notes()
+    templated = template_text(columns.template) is not None
+    if isinstance(prompt, list) and not (templated and question is not None):
+        if templated:
+            notes.append(
+                f"have chat messages and no question; data.prompt_template: {columns.template} is not used for them"
+            )
+        if not has_chat_template(tokenizer):
+            notes.append("have chat messages, but the tokenizer has no chat template; their text alone is the prompt")
+    source = _text_of(row, "data_source") or file_name
+    reward = _text_of(row, "reward_model") if not isinstance(object_in(row.get("reward_model")), dict) else None
     if reward is not None:
         require_known(reward)  # An unknown one must not wait for the first step to be found.
+    number = _number(row)
     sample = Sample(
         id=f"{source}/{line - 1 if number is None else number}",
         index=0,
         prompt_ids=[],
-        question=question or question_in(prompt, text),
-        golden_answers=_answers(row, columns.answer_key),
+        question=question or question_of_prompt(prompt) or bare_question(text),
+        golden_answers=[gold.strip() for gold in golds.texts],
         data_source=source,
         reward_name=reward,
     )
     for part in (text, sample.id, sample.question, *sample.golden_answers):
         require_unicode(part)
-    return text, sample
+    return text, sample, notes
+
+
+def read_prompt(value: object, column: str) -> str | list[Message] | None:
+    """A row's prompt: a text, chat messages (also written as JSON text), or None.
+
+    Raises:
+        UserError: neither.
+    """
+    written = object_in(value)
+    if isinstance(written, list) and written and all(isinstance(item, dict) for item in written):
+        value = written
+    if isinstance(value, list):
+        return read_messages(value, column)
+    if is_missing(value) and not isinstance(value, str):
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{column}: is a {type(value).__name__}; expected a text or a list of chat messages")
+    return value
+
+
+def _text_of(row: Row, column: str) -> str | None:
+    value = row.get(column)
+    if is_missing(value):
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{column}: is {shown(value)}; expected a text")
+    return value
+
+
+def _number(row: Row) -> object:
+    """What tells the row from others of its source; None if it is its line."""
+    extra = object_in(row.get("extra_info"))
+    for column, value in (
+        ("extra_info.index", extra.get("index") if isinstance(extra, dict) else None),
+        ("id", row.get("id")),
+    ):
+        if is_missing(value):
+            continue
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise UserError(f"{column}: is {shown(value)}; expected a text or a number")
+        return value
+    return None
+
+
+def _with_own_ids(samples: list[Sample], events: Events) -> list[Sample]:
+    """The samples; an id that an earlier row has gets a number of its own: `nq/7#2`."""
+    seen: Counter[str] = Counter(sample.id for sample in samples)
+    if len(seen) == len(samples):
+        return samples
+    taken: set[str] = set()
+    counts: Counter[str] = Counter()
+    unique = []
+    for sample in samples:
+        name = sample.id
+        while name in taken or (name != sample.id and name in seen):
+            counts[sample.id] += 1
+            name = f"{sample.id}#{counts[sample.id] + 1}"
+        if name != sample.id:
+            events.add("have the id of an earlier row; each gets a number behind it", f"{sample.id}, now {name}")
+            sample = replace(sample, id=name)
+        taken.add(name)
+        unique.append(sample)
+    return unique
 
 
 def require_unicode(text: str) -> None:
@@ -221,30 +249,6 @@ def require_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise UserError(f"half of a surrogate pair at character {error.start} of {text[:40]!r}; repair it") from error
-
-
-def question_in(prompt: object, text: str) -> str:
-    """The question of a prompt: of its last message, or of `text`, what follows the last "Question:"."""
-    if isinstance(prompt, list):
-        text = prompt[-1]["content"]
-    elif isinstance(prompt, str):
-        text = prompt
-    return text.rpartition("Question:")[2].strip()
-
-
-def _answers(row: Row, answer_key: str) -> list[str]:
-    """The first column that holds an answer, as texts."""
-    reward = row.get("reward_model")
-    truth = reward.get("ground_truth") if isinstance(reward, dict) else None
-    for value in (row.get(answer_key), truth, *(row.get(key) for key in ANSWER_KEYS)):
-        if isinstance(value, dict):
-            value = value.get("target")
-        values = value if isinstance(value, list) else [value]
-        scalars = [item for item in values if isinstance(item, str | int | float)]
-        answers = [str(item).strip() for item in scalars if str(item).strip()]
-        if answers:
-            return answers
-    raise UserError(f"the row has no answer; give a text or a list of texts under {answer_key!r} (data.answer_key)")
 
 
 def _tokenize(samples: list[Sample], texts: list[str], tokenizer: Any) -> None:

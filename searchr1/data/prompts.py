@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from searchr1.data.messages import Message, read_messages, require_rendered
+from searchr1.data.questions import bare_question, is_rendered
 from searchr1.errors import UserError
 
 SEARCHR1 = """\
@@ -125,9 +127,9 @@ def render_prompt(
 ) -> str:
     """The prompt of one row as text.
 
-    A list of chat messages goes through the tokenizer's chat template. A plain prompt is taken as it stands, or as one
-    user message if `chat`. With a `template`, the prompt is made from the row's question instead (from the plain
-    prompt, if the row has no question of its own).
+    A list of chat messages goes through the tokenizer's chat template; where it has none, their text alone is the prompt.
+    A plain prompt is taken as it stands, or as one user message if `chat`. With a `template`, the prompt is made from the
+    row's question instead (from the plain prompt, if the row has no question of its own).
 
     Args:
         prompt: the row's prompt: a text, a list of `{"role", "content"}`, or None.
@@ -142,6 +144,8 @@ def render_prompt(
             messages.
     """
     subject = question if question is not None else prompt
+    if question is None and isinstance(prompt, str) and is_rendered(prompt):
+        subject = bare_question(prompt)
     if template is not None and template_text(template) is not None and isinstance(subject, str):
         prompt = fill_template(template, subject, passages)
     elif passages is not None:
@@ -153,9 +157,11 @@ def render_prompt(
             raise UserError("the prompt is empty")
         if not chat:
             return prompt
+        if not has_chat_template(tokenizer):
+            raise UserError("data.apply_chat_template: the model's tokenizer has no chat template; set it to False")
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
-        return _render_chat(prompt, tokenizer)
+        return _render_chat(read_messages(prompt, "prompt"), tokenizer)
     if prompt is None and question is not None:
         raise UserError("the row has a question but no prompt; set data.prompt_template, for example to searchr1")
     if prompt is None:
@@ -163,23 +169,30 @@ def render_prompt(
     raise UserError(f"the prompt is a {type(prompt).__name__}; expected a text or a list of chat messages")
 
 
-def _render_chat(messages: list[Any], tokenizer: Any) -> str:
-    from jinja2 import TemplateError
+def has_chat_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer can render chat messages."""
+    return bool(getattr(tokenizer, "chat_template", None))
 
-    if not messages or not all(_is_message(message) for message in messages):
-        raise UserError('the prompt is a list; expected chat messages: [{"role": "user", "content": "…"}]')
+
+def _render_chat(messages: list[Message], tokenizer: Any) -> str:
     if not any(message["content"].strip() for message in messages):
         raise UserError("the prompt is empty")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError(
-            "the prompt is chat messages, but the model's tokenizer has no chat template; use rows with a plain prompt, "
-            "or a model with one"
-        )
+    if not has_chat_template(tokenizer):
+        return "\n\n".join(message["content"] for message in messages if message["content"])
+    text = apply_template(tokenizer, messages, add_generation_prompt=True)
+    require_rendered([message for message in messages if message["role"] == "user"], text)
+    return text
+
+
+def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> str:
+    """Messages as the tokenizer's chat template renders them.
+
+    Raises:
+        UserError: the template refuses them.
+    """
+    from jinja2 import TemplateError
+
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except TemplateError as error:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise UserError(f"the model's chat template refuses the messages: {error}") from error
-
-
-def _is_message(message: object) -> bool:
-    return isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)

@@ -9,6 +9,7 @@ from typing import Any
 from searchr1.agent.trajectory import Sample
 from searchr1.config.schema import Config
 from searchr1.data.dataset import LoadStats, load_dataset_files
+from searchr1.data.paths import EVALUATION, TRAIN
 from searchr1.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,10 @@ def load_data(config: Config, training: bool = True) -> RunData:
             filter_by_length=data.filter_prompt_by_length,
             data_size=data.data_size,
             apply_chat_template=data.apply_chat_template,
+            splits=TRAIN if part == "train" else EVALUATION,
         )
+        for warning in loaded.warnings:
+            logger.warning("data.%s_data_paths: %s", part, warning)
         logger.info("%s questions: %s", part, loaded.stats)
         parts[part], stats = loaded.samples, loaded.stats
     return RunData(parts["train"], parts["val"], stats if data.val_data_paths else None)

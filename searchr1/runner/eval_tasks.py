@@ -15,8 +15,10 @@ from searchr1.agent.trajectory import Sample
 from searchr1.config.load import save_config
 from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config, DataConfig
-from searchr1.data.dataset import QUESTION_KEYS, TOKENIZE_ROWS, read_rows
-from searchr1.data.prompts import render_prompt
+from searchr1.data.dataset import TOKENIZE_ROWS, read_prompt, read_rows
+from searchr1.data.paths import EVALUATION, find_files, path_problem
+from searchr1.data.prompts import has_chat_template, render_prompt
+from searchr1.data.questions import is_rendered, question_column
 from searchr1.errors import UserError
 from searchr1.evaluation.ledger import Ledger
 from searchr1.evaluation.manifest import manifest
@@ -30,8 +32,6 @@ from searchr1.tracking.token_text import load_token_text
 logger = logging.getLogger(__name__)
 
 RESULT_FILES = ("results.json", "results.md", "results.html", "eval.json")
-CHAT_STARTS, CHAT_ENDS = ("<|im_start|>", "<|start_header_id|>"), ("<|im_end|>", "<|eot_id|>")
-"""By these a prompt is known to be rendered chat messages."""
 OLDER = ("trajectories", "tensorboard", "metrics.jsonl")
 """What an evaluation of an earlier version left."""
 
@@ -87,11 +87,10 @@ def follow_model(config: Config, given: Set[str]) -> None:
 
 def _has_prompts_only(data: DataConfig) -> bool:
     """Whether the first row has a prompt, but no question that a template could be filled with."""
-    path = Path(data.val_data_paths[0]) if data.val_data_paths else None
-    if path is None or not path.is_file():  # reported by the checks
+    if not data.val_data_paths or path_problem(data.val_data_paths[0]) is not None:  # reported by the checks
         return False
-    row = next(read_rows(path))[1]
-    return row.get(data.prompt_key) is not None and not any(isinstance(row.get(key), str) for key in QUESTION_KEYS)
+    row = _first_row(data)
+    return row.get(data.prompt_key) is not None and question_column(row) is None
 
 
 def load_questions(config: Config) -> Questions:
@@ -105,24 +104,25 @@ def load_questions(config: Config) -> Questions:
         # Rows need not have a prompt then: each method makes its own.
         data = replace(data, prompt_template="direct")
     loaded = load_data(replace(config, data=data), training=False)
-    samples = [replace(s, index=index, question=_bare(s.question)) for index, s in enumerate(loaded.val)]
+    samples = [replace(s, index=index) for index, s in enumerate(loaded.val)]
     if judged(config):
         # The judge is part of the configured reward; a row's own would go before it.
         samples = [replace(sample, reward_name=None) for sample in samples]
-    chat = data.apply_chat_template or (config.data.prompt_template in (None, "none") and _has_chat_prompts(data))
-    return Questions(samples, load_tokenizer(config), chat, str(loaded.val_stats))
+    tokenizer = load_tokenizer(config)
+    shown_as_chat = config.data.prompt_template in (None, "none") and has_chat_template(tokenizer)
+    chat = data.apply_chat_template or (shown_as_chat and _has_chat_prompts(data))
+    return Questions(samples, tokenizer, chat, str(loaded.val_stats))
 
 
 def _has_chat_prompts(data: DataConfig) -> bool:
     """Whether the first row's prompt is chat messages, or was rendered from them."""
-    prompt = next(read_rows(Path(data.val_data_paths[0])))[1].get(data.prompt_key)
-    return isinstance(prompt, list) or (isinstance(prompt, str) and any(start in prompt for start in CHAT_STARTS))
+    prompt = read_prompt(_first_row(data).get(data.prompt_key), data.prompt_key)
+    return isinstance(prompt, list) or (isinstance(prompt, str) and is_rendered(prompt))
 
 
-def _bare(question: str) -> str:
-    """A question without what a chat template put after it, where it was taken out of a rendered prompt."""
-    ends = [place for end in CHAT_ENDS if (place := question.find(end)) > 0]
-    return question[: min(ends)].strip() if ends else question
+def _first_row(data: DataConfig) -> dict[str, Any]:
+    (first, *_) = find_files(data.val_data_paths[:1], EVALUATION)
+    return next(read_rows(first.path))[1]
 
 
 def evaluation_path(config: Config) -> Path:

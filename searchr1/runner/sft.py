@@ -1,7 +1,7 @@
 """`searchr1 sft`: supervised fine-tuning with loss masks, packed, on one process or many (torchrun).
 
-Rows (jsonl or parquet), one of
-    {"messages": [{"role", "content"}, …]}              loss on the assistant's messages
+Rows (files of docs/data.md, or data sets of the hub), one of
+    {"messages": [{"role", "content"}, …]}              loss on the assistant's messages; also ShareGPT's conversations
     {"prompt": str, "response": str}                    loss on the response
     {"segments": [{"text": str, "train": bool}, …]}     loss where `train`; segments are tokenized one by one, as the agent
                                                         loop does with what the policy writes and what tools answer
@@ -220,7 +220,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     start.add_argument("--model", help="Hugging Face folder or hub name to start from")
     start.add_argument("--fresh", help="folder with a config.json: start from random weights")
     parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="jsonl or parquet files")
+    parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of rows, or data sets of the hub")
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--epochs", type=float, default=1.0)

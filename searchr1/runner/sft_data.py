@@ -1,9 +1,9 @@
-"""Rows for supervised fine-tuning: three shapes, tokenized with a mask of what is trained on, in batches without end."""
+"""Rows for supervised fine-tuning: four shapes, tokenized with a mask of what is trained on, in batches without end."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,14 @@ import numpy as np
 
 from searchr1.actor.packing import sequence_length
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.data.dataset import read_rows
+from searchr1.data.dataset import read_rows, require_unicode
+from searchr1.data.golds import object_in, shown
+from searchr1.data.messages import Message, read_messages, require_rendered
+from searchr1.data.paths import TRAIN, find_files, source_names
+from searchr1.data.prompts import apply_template, has_chat_template
 from searchr1.errors import UserError
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,63 +30,132 @@ class Segment:
     train: bool
 
 
-def segments_of(row: dict[str, Any], tokenizer: Any) -> list[Segment]:
-    """A row in any of the three shapes.
+def segments_of(row: Row, tokenizer: Any) -> list[Segment]:
+    """A row in any of the shapes.
 
     Raises:
-        UserError: none of them, or nothing to train on.
+        UserError: none of them, several of them, or nothing to train on.
     """
-    if isinstance(row.get("segments"), list):
-        segments = [Segment(str(part["text"]), bool(part["train"])) for part in row["segments"]]
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
-        eos = tokenizer.eos_token or ""
-        segments = [Segment(row["prompt"], False), Segment(row["response"] + eos, True)]
-    elif isinstance(row.get("messages"), list):
-        segments = _chat_segments(row["messages"], tokenizer)
-    else:
-        raise UserError("expected messages, prompt and response, or segments")
+    shapes = [shape for shape, columns in SHAPES.items() if all(row.get(column) is not None for column in columns)]
+    if not shapes:
+        raise UserError(
+            f"expected messages (or conversations), prompt and response, or segments; the row's columns are "
+            f"{', '.join(map(str, row)) or 'none'}"
+        )
+    if len(shapes) > 1:
+        raise UserError(f"the row has {' and '.join(shapes)}; keep the one that is meant")
+    segments = READERS[shapes[0]](row, tokenizer)
+    for segment in segments:
+        require_unicode(segment.text)
     if not any(segment.train and segment.text for segment in segments):
         raise UserError("nothing to train on: no assistant message, empty response, or no segment with train: true")
     return [segment for segment in segments if segment.text]
 
 
-def _chat_segments(messages: list[dict[str, Any]], tokenizer: Any) -> list[Segment]:
-    """The rendered conversation, cut where an assistant's message begins and ends."""
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template; use prompt and response, or segments")
-    segments, done = [], ""
-    for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
-            continue
-        before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
-        after = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
-        if not before.startswith(done) or not after.startswith(before):
-            raise UserError("the chat template rewrites earlier messages; train on prompt and response instead")
-        segments += [Segment(before[len(done) :], False), Segment(after[len(before) :], True)]
-        done = after
+def _text_segments(row: Row, tokenizer: Any) -> list[Segment]:
+    for column in ("prompt", "response"):
+        if not isinstance(row[column], str):
+            raise UserError(f"{column}: is {shown(row[column])}; expected a text (chat messages belong into messages)")
+    if not row["response"].strip():
+        raise UserError("response: is empty; nothing to train on")
+    return [Segment(row["prompt"], False), Segment(row["response"] + (tokenizer.eos_token or ""), True)]
+
+
+def _marked_segments(row: Row, tokenizer: Any) -> list[Segment]:
+    if not isinstance(row["segments"], list):
+        raise UserError(f'segments: is {shown(row["segments"])}; expected a list of {{"text": "…", "train": true}}')
+    segments = []
+    for number, part in enumerate(row["segments"]):
+        text, train = (part.get("text"), part.get("train")) if isinstance(part, dict) else (None, None)
+        if not isinstance(text, str) or not isinstance(train, bool):
+            raise UserError(f'segments[{number}]: is {shown(part)}; expected {{"text": "…", "train": true or false}}')
+        segments.append(Segment(text, train))
     return segments
 
 
-def load_rows(paths: Sequence[Path], tokenizer: Any, max_length: int) -> tuple[list[Trajectory], int]:
-    """Tokenized rows, and how many were left out because they are longer than `max_length`."""
+def _chat_segments(row: Row, tokenizer: Any) -> list[Segment]:
+    """The rendered conversation, cut where an assistant's message begins and ends."""
+    if not has_chat_template(tokenizer):
+        raise UserError("the tokenizer has no chat template; use prompt and response, or segments")
+    column = "messages" if row.get("messages") is not None else "conversations"
+    messages = read_messages(object_in(row[column]), column)
+    tools = object_in(row.get("tools"))
+    if tools is not None and not isinstance(tools, list):
+        raise UserError(f"tools: is {shown(tools)}; expected a list of objects")
+    segments: list[Segment] = []
+    done, start = "", 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = apply_template(tokenizer, messages[:number], tools=tools, add_generation_prompt=True)
+        after = apply_template(tokenizer, messages[: number + 1], tools=tools)
+        if not before.startswith(done) or not after.startswith(before):
+            raise UserError("the chat template rewrites earlier messages; train on prompt and response instead")
+        require_rendered(messages[start:number], before[len(done) :])
+        require_rendered([message], after[len(before) :])
+        segments += [
+            Segment(before[len(done) :], False),
+            Segment(after[len(before) :], _weight(message, f"{column}[{number}]")),
+        ]
+        done, start = after, number + 1
+    return segments
+
+
+def _weight(message: Message, name: str) -> bool:
+    """Whether an assistant's message is trained on: OpenAI's `weight` of 0 leaves it out."""
+    weight = message.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise UserError(f"{name}.weight: is {shown(weight)}; expected 0 or 1")
+    return bool(weight)
+
+
+SHAPES = {
+    "segments": ("segments",),
+    "prompt and response": ("prompt", "response"),
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+}
+"""The columns of each shape."""
+READERS: dict[str, Callable[[Row, Any], list[Segment]]] = {
+    "segments": _marked_segments,
+    "prompt and response": _text_segments,
+    "messages": _chat_segments,
+    "conversations": _chat_segments,
+}
+
+
+def load_rows(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> tuple[list[Trajectory], int]:
+    """Tokenized rows, and how many were left out because they are longer than `max_length`.
+
+    Args:
+        paths: files, or data sets of the hub.
+        tokenizer: of the model.
+        max_length: tokens.
+
+    Raises:
+        UserError: a row that is in no known shape, by its file and line; no row left.
+    """
     rows: list[Trajectory] = []
     too_long = 0
-    for path in paths:
-        for line, row in read_rows(path):
+    files = find_files(paths, TRAIN)
+    for file, name in zip(files, source_names(files), strict=True):
+        for line, row in read_rows(file.path):
             try:
                 segments = segments_of(row, tokenizer)
-            except (UserError, KeyError, TypeError) as error:
-                raise UserError(f"{path}:{line}: {error}") from error
+            except UserError as error:
+                raise UserError(f"{file.path}:{line}: {error}") from error
             encoded = tokenizer([segment.text for segment in segments], add_special_tokens=False)["input_ids"]
             ids = np.concatenate([np.asarray(part, dtype=np.int32) for part in encoded])
             mask = np.repeat([segment.train for segment in segments], [len(part) for part in encoded])
-            if not 1 < len(ids) <= max_length:
+            if len(ids) < 2:
+                raise UserError(f"{file.path}:{line}: has {len(ids)} tokens; there is nothing to predict")
+            if len(ids) > max_length:
                 too_long += 1
                 continue
             # The first token is never predicted, so it serves as the prompt.
             rows.append(
                 Trajectory(
-                    sample=Sample(f"{path.name}/{line}", len(rows), [int(ids[0])], "", []),
+                    sample=Sample(f"{name}/{line}", len(rows), [int(ids[0])], "", []),
                     replica=0,
                     response_ids=ids[1:],
                     loss_mask=mask[1:],

@@ -129,10 +129,10 @@ def test_no_row_left(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "Who?"}, "no answer; .*'solutions'"),
-        ({"prompt": "Who?", "solutions": []}, "no answer"),
-        ({"prompt": "Who?", "solutions": [None, " "]}, "no answer"),
-        ({"prompt": "Who?", "solutions": {"target": []}}, "no answer"),
+        ({"prompt": "Who?"}, "no gold answer; .*'solutions'"),
+        ({"prompt": "Who?", "solutions": []}, "no gold answer"),
+        ({"prompt": "Who?", "solutions": [None, " "]}, "no gold answer"),
+        ({"prompt": "Who?", "solutions": {"target": []}}, "no gold answer"),
         ({"prompt": "", "solutions": ["Ann"]}, "prompt is empty"),
         ({"solutions": ["Ann"]}, "no prompt"),
         ({"prompt": "Who?", "solutions": "Ann", "reward_model": "exactmatch"}, "'exactmatch' is not known"),
@@ -151,7 +151,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, row, message):
 def test_a_bad_parquet_row_is_named_by_its_number(tmp_path, tokenizer):
     path = tmp_path / "bad.parquet"
     pq.write_table(pa.Table.from_pylist([RLINF, {"prompt": "Who?", "solutions": None}]), path)
-    with pytest.raises(UserError, match=r"bad.parquet:2: the row has no answer"):
+    with pytest.raises(UserError, match=r"bad.parquet:2: the row has no gold answer"):
         load(path, tokenizer=tokenizer)
 
 

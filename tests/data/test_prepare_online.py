@@ -81,6 +81,60 @@ def test_the_hubs_files_are_cached_and_a_missing_one_is_told(tmp_path):
     assert "Traceback" not in nothing.stderr + gone.stderr
 
 
+async def one_set(request):
+    """What huggingface_hub asks, of `owner/name` with two parts of a training split and a test split."""
+    part = json.dumps(flashrag_row("nq", "train", 0)).encode()
+    files = {f"data/train-0000{n}-of-00002.jsonl": part for n in range(2)} | {"data/test.jsonl": NQ, "README.md": b"x"}
+    rest = request.match_info["rest"]
+    if rest in ("api/datasets/owner/name", "api/datasets/owner/name/revision/v1"):
+        return web.json_response({"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+    name = rest.removeprefix(f"datasets/owner/name/resolve/{COMMIT}/").removeprefix("datasets/owner/name/resolve/main/")
+    if name not in files:
+        code = "RepoNotFound" if "owner/gone" in rest else "EntryNotFound"
+        return web.Response(status=404, headers={"X-Error-Code": code})
+    headers = {"ETag": f'"{hashlib.sha256(files[name]).hexdigest()}"', "X-Repo-Commit": COMMIT}
+    headers["Content-Length"] = str(len(files[name]))
+    return web.Response(body=None if request.method == "HEAD" else files[name], headers=headers)
+
+
+LOAD = """
+import sys
+from searchr1.data.paths import EVALUATION, TRAIN, find_files, source_names
+from searchr1.data.dataset import read_rows
+from searchr1.errors import UserError
+for text in sys.argv[2:]:
+    try:
+        files = find_files([text], EVALUATION if sys.argv[1] == "val" else TRAIN)
+        print([name for name in source_names(files)], sum(1 for file in files for _ in read_rows(file.path)))
+    except UserError as error:
+        print("error", error)
+"""
+
+
+def test_a_data_set_of_the_hub_stands_where_a_path_does(tmp_path):
+    env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    env |= {"HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
+
+    def load(*words, **more):
+        command = [sys.executable, "-c", LOAD, *words]
+        result = subprocess.run(command, env=env | more, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    train = "['train-00000-of-00002', 'train-00001-of-00002'] 2"
+    with serving("/{rest:.*}", one_set) as hub:
+        assert load("val", "owner/name:train", "owner/name", "owner/name/data/test.jsonl", HF_ENDPOINT=hub) == [
+            train, "['test'] 5", "['test'] 5",
+        ]  # fmt: skip
+        wrong = load("train", "owner/name:dev", "owner/gone", "owner/name/gone.jsonl", HF_ENDPOINT=hub)
+    assert "owner/name: has no split dev; its files are data/test.jsonl" in wrong[0]
+    assert "owner/gone: neither a file here nor a data set on the hub" in wrong[1]
+    assert "owner/name has no gone.jsonl" in wrong[2]
+    offline = load("train", "owner/name", "owner/other", HF_HUB_OFFLINE="1")
+    assert offline[0] == train
+    assert "owner/other: the hub cannot be asked for its files, and none are in the cache" in offline[1]
+
+
 @pytest.fixture
 def retriever():
     """Answers with the query as the text of a passage, until it is told to break."""

@@ -36,6 +36,7 @@ def write(path):
         ("x.jsonl", [1, 2]),
         ("x.jsonl.gz", [1, 2]),
         ("x.json", [1, 2]),
+        ("x.ndjson", [1, 2]),
         ("x.parquet", [1, 2]),
         ("x.csv", [2, 4]),
         ("x.tsv", [2, 4]),
@@ -43,7 +44,7 @@ def write(path):
 )
 def test_formats(tmp_path, name, lines):
     told = []
-    records = list(read_records(write(tmp_path / name), told.append))
+    records = list(read_records(write(tmp_path / name), told.append, ("metadata",)))
     assert [record.row for record in records] == ROWS
     assert [record.line for record in records] == lines
     assert told[-1] == 1.0
@@ -97,13 +98,27 @@ def test_a_table_row_with_too_few_columns_is_handed_on(tmp_path):
         ("x.json", b'[{"id": 1},\n {"id": ]', r"x\.json:2: not valid JSON"),
         ("x.json", b'[{"id": 1},\n', r"x\.json:2: not valid JSON"),
         ("x.json", b'[{"id": "\xff"}]', "not UTF-8"),
-        ("x.csv", b"id\n\xff\n", "not readable"),
+        ("x.csv", b"id\n\xff\n", r"x\.csv:2: not UTF-8 .*Latin-1"),
+        ("x.csv", "id\nWho\n".encode("utf-16"), "UTF-16"),
+        ("x.csv", b"id;id\n1;2\n", "two columns have the name 'id'"),
+        ("x.jsonl", b"PAR1...", "is a parquet file; name it"),
+        ("x.jsonl", gzip.compress(b"{}"), "is gzipped"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
     ],
 )
 def test_files_that_cannot_be_read_to_the_end(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         list(read_records(tmp_path / name))
+
+
+def test_a_table_shows_what_stands_between_its_columns(tmp_path):
+    for mark in (",", ";", "\t"):
+        (tmp_path / "x.csv").write_text(f'id{mark}question\n1{mark}"Who, or; what?"\n')
+        (record,) = read_records(tmp_path / "x.csv")
+        assert record.row == {"id": "1", "question": "Who, or; what?"}
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress((tmp_path / "x.csv").read_bytes()))
+    assert list(read_records(tmp_path / "x.csv.gz")) == [record]
 
 
 def test_a_missing_file(tmp_path):

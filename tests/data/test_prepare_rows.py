@@ -41,6 +41,7 @@ def check(row, question_mark=True):
         ),  # MuSiQue
         ({"Question": "who?", "Answer": "Ann"}, "train_7", ["Ann"]),  # Bamboogle
         ({"question": "who?", "golden_answers": '["Ann", "Anna"]'}, "train_7", ["Ann", "Anna"]),  # a column of a csv
+        ({"question": "who?", "golden_answers": "['Ann', 'Anna']"}, "train_7", ["Ann", "Anna"]),
         ({"question": "who?", "answer": "[REC]"}, "train_7", ["[REC]"]),
         ({"id": "a", "question": "who?", "answers": {"text": ["Ann"], "answer_start": [3]}}, "a", ["Ann"]),  # SQuAD
         ({"prompt": "who?", "solutions": ["Ann"]}, "train_7", ["Ann"]),  # RLinf
@@ -80,18 +81,18 @@ def test_own_reward_and_passages_come_along():
         ({}, "no question"),
         ({"question": " \n", "answer": "Ann"}, "question is empty"),
         ({"prompt": "Answer this. Question: ", "answer": "Ann"}, "question is empty"),
-        ({"question": ["who?"], "answer": "Ann"}, "question is a list"),
-        ({"prompt": [{"role": "user"}], "answer": "Ann"}, "no question"),
+        ({"question": ["who?"], "answer": "Ann"}, "question: is a list"),
+        ({"prompt": [{"role": "user"}], "answer": "Ann"}, r"prompt\[0\]: .* no content"),
         (QUESTION, "no gold answer"),
         (QUESTION | {"golden_answers": []}, "no gold answer"),
         (QUESTION | {"golden_answers": ["", "  "]}, "no gold answer"),
-        (QUESTION | {"golden_answers": [None]}, "golden_answers holds null"),
-        (QUESTION | {"golden_answers": [["Ann"]]}, "golden_answers holds"),
-        (QUESTION | {"golden_answers": [{"text": "Ann"}]}, "golden_answers holds"),
-        (QUESTION | {"answer": True}, "answer holds True"),
-        (QUESTION | {"answer": float("nan")}, "answer holds nan"),
-        (QUESTION | {"possible_answers": '["Ann"'}, "possible_answers is not valid JSON"),
-        (QUESTION | {"golden_answers": "['Ann', 'Anna']"}, "golden_answers is not valid JSON.*write several answers as"),
+        (QUESTION | {"golden_answers": [None]}, "no gold answer"),
+        (QUESTION | {"golden_answers": [["Ann"]]}, "golden_answers: holds a list inside"),
+        (QUESTION | {"golden_answers": [{"text": "Ann"}]}, "golden_answers: holds"),
+        (QUESTION | {"answer": True}, "answer: holds True"),
+        (QUESTION | {"answer": float("nan")}, "no gold answer .answer is NaN."),
+        (QUESTION | {"possible_answers": '["Ann"'}, "possible_answers: is not a valid JSON list"),
+        (QUESTION | {"golden_answers": "['Ann' 'Anna']"}, "golden_answers: .* looks like a list.*write several answers as"),
         (QUESTION | {"answer": "Ann", "answerable": False}, "not answerable"),
         (QUESTION | {"answer": "Ann", "id": " "}, "id is empty"),
         (QUESTION | {"answer": "Ann", "id": 1.5}, "id is a float"),

@@ -107,6 +107,25 @@ def test_what_cannot_become_a_prompt_is_told(tokenizer, prompt, question, templa
         render_prompt(prompt, question, tokenizer, template, False)
 
 
-def test_chat_messages_need_a_chat_template(bare_tokenizer):
-    with pytest.raises(UserError, match="no chat template"):
+def test_chat_messages_are_their_text_where_the_tokenizer_has_no_chat_template(bare_tokenizer):
+    assert render_prompt(CHAT, None, bare_tokenizer, None, False) == "Be brief.\n\nWho?"
+    assert render_prompt(CHAT[1:], None, bare_tokenizer, None, False) == "Who?"
+    with pytest.raises(UserError, match=r"data\.apply_chat_template: .* no chat template"):
+        render_prompt("Who?", None, bare_tokenizer, None, True)
+
+
+def test_parts_are_one_text_and_a_template_that_leaves_the_question_out_is_refused(tokenizer, bare_tokenizer):
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "is it?"}]}]
+    assert render_prompt(parts, None, tokenizer, None, False) == "<user>Who is it?</user><assistant>"
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(UserError, match="image_url"):
+        render_prompt(image, None, tokenizer, None, False)
+    bare_tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{% endfor %}"
+    with pytest.raises(UserError, match=r"leaves out .* the user's 'Who\?'"):
         render_prompt(CHAT, None, bare_tokenizer, None, False)
+
+
+def test_a_template_takes_the_question_out_of_a_rendered_prompt(tokenizer):
+    rendered = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n"
+    assert render_prompt(rendered, None, tokenizer, "demo", False) == "Question: Who?\n"
+    assert render_prompt(rendered, None, tokenizer, None, False) == rendered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -72,6 +73,119 @@ def test_only_assistant_messages_are_trained(tokenizer, tmp_path):
 def test_rows_without_anything_to_train_on_are_told(row, tokenizer):
     with pytest.raises(UserError):
         segments_of(row, tokenizer)
+
+
+USER = {"role": "user", "content": "who?"}
+
+
+def parts(text):
+    return [{"type": "text", "text": text[:1]}, {"type": "text", "text": text[1:]}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": parts("who?")}, {"role": "assistant", "content": parts("me")}]},
+        {"messages": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}]},
+        {"conversations": [{"from": "human", "value": "who?"}, {"from": "gpt", "value": "me"}]},
+        {"messages": json.dumps([USER, {"role": "assistant", "content": "me"}])},
+        {"messages": [USER, {"role": "assistant", "content": "me", "tool_calls": None}], "prompt": "who?", "response": None},
+    ],
+)
+def test_messages_of_other_dialects(row, tokenizer, tmp_path):
+    assert trained_text(row, tokenizer, tmp_path) == ("Question: who?\nme", "me")
+
+
+def test_a_weight_of_0_leaves_a_message_out_of_the_loss(tokenizer, tmp_path):
+    messages = [USER, {"role": "assistant", "content": "me", "weight": 0}, USER, {"role": "assistant", "content": "you"}]
+    whole, trained = trained_text({"messages": messages}, tokenizer, tmp_path)
+    assert whole == "Question: who?\nmeQuestion: who?\nyou"
+    assert trained == "you"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER, "hello"]}, r"messages\[1\]: is 'hello'"),
+        ({"messages": ["q", "a"]}, r"messages\[0\]: is 'q'"),
+        ({"messages": "hello"}, "messages: is 'hello'"),
+        ({"messages": [{"content": "q"}]}, r"messages\[0\]: has no role, only content"),
+        ({"messages": [{"from": "robot", "value": "q"}]}, r"messages\[0\]\.from: is 'robot'"),
+        ({"messages": [{"role": "user", "content": None}]}, "the user's message has no content"),
+        ({"messages": [{"role": "user", "content": 7}]}, r"messages\[0\]\.content: holds 7"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "a part of type image_url"),
+        ({"messages": [USER, {"role": "assistant", "content": "me", "weight": 0.5}]}, r"messages\[1\]\.weight: is 0\.5"),
+        ({"segments": [{"text": "a", "train": "false"}]}, r"segments\[0\]"),
+        ({"segments": [{"text": None, "train": True}]}, r"segments\[0\]"),
+        ({"prompt": "a", "response": 7}, "response: is 7"),
+        ({"prompt": [USER], "response": "a"}, "prompt: is .*belong into messages"),
+        ({"prompt": "a", "response": " "}, "nothing to train on"),
+        ({"prompt": "q \ud83d", "response": "a"}, "surrogate"),
+        (
+            {"prompt": "a", "response": "b", "segments": [{"text": "c", "train": True}]},
+            "has segments and prompt and response",
+        ),
+        ({"instruction": "a", "output": "b"}, "the row's columns are instruction, output"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_rejected_by_file_line_and_name(row, message, tokenizer, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=rf"rows\.jsonl:2: .*{message}"):
+        load_rows([path], tokenizer, 100)
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "search", "arguments": "{}"}}]}
+LOSES = {
+    "texts": "{% for m in messages %}{{ m.role }}{{ m.content if m.content is not string }}{% endfor %}",
+    "tools": "{% for m in messages if m.role != 'tool' %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "calls": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "thoughts": "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] }}\n{% endfor %}",
+    "roles": "{% for m in messages %}{{ raise_exception('no tools') if m.role == 'tool' }}{{ m.content }}{% endfor %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "message"),
+    [
+        ("texts", [USER, {"role": "assistant", "content": "me"}], "leaves out .* the user's 'who"),
+        (
+            "tools",
+            [USER, CALL, {"role": "tool", "content": "r!"}, {"role": "assistant", "content": "b"}],
+            "'search'|tool's 'r!'",
+        ),
+        ("calls", [USER, CALL], "the assistant's 'search'"),
+        ("thoughts", [USER, {"role": "assistant", "content": "<think>x</think>me"}], "the assistant's '<think>"),
+        ("roles", [USER, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "b"}], "refuses .*no tools"),
+    ],
+)
+def test_a_chat_template_that_leaves_something_out_is_refused(template, messages, message, tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = LOSES[template]
+    with pytest.raises(UserError, match=message):
+        segments_of({"messages": messages}, other)
+
+
+def test_a_tools_answer_may_be_written_as_json(tokenizer):
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = "{% for m in messages %}{{ m.content | tojson if m.role == 'tool' else m.content }}\n{% endfor %}"
+    messages = [USER, {"role": "tool", "content": 'a\n"b"'}, {"role": "assistant", "content": "c"}]
+    assert [segment.text for segment in segments_of({"messages": messages}, other)] == ['who?\n"a\\n\\"b\\""\n', "c\n"]
+
+
+@pytest.mark.skipif(not (CASES := ROOT.parent / "shared/cases/sft").is_dir(), reason="the reported inputs are not here")
+@pytest.mark.parametrize(
+    ("name", "trained"),
+    [("parts_qwen3", "Tisttek Shipyard"), ("missing_role", "a"), ("messages_str", None), ("surrogate", None)],
+)
+def test_reported_rows(name, trained, tokenizer):
+    path = CASES / f"{name}.jsonl"
+    if trained is None:
+        with pytest.raises(UserError, match=rf"{name}\.jsonl:1: "):
+            load_rows([path], tokenizer, 4096)
+        return
+    [row], _ = load_rows([path], tokenizer, 4096)
+    assert tokenizer.decode(row.response_ids[row.loss_mask.astype(bool)]) == trained
 
 
 def test_bad_row_is_named_by_file_and_line(tokenizer, tmp_path):

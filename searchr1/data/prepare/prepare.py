@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from searchr1.data.dataset import read_rows
+from searchr1.data.events import Events
 from searchr1.data.prepare.output import write_json, write_rows
 from searchr1.data.prepare.overlap import Overlap, find_overlap, question_key, split_duplicates
 from searchr1.data.prepare.passages import search_passages
-from searchr1.data.prepare.reading import read_records
+from searchr1.data.prepare.reading import read_records, read_rows
 from searchr1.data.prepare.rows import Question, check_row
 from searchr1.data.prepare.shapes import arrow_schema, make_row
 from searchr1.data.prepare.sources import Source
@@ -27,6 +27,8 @@ from searchr1.errors import UserError
 
 SHOWN_PROBLEMS = 20
 NOTES = ".passages.partial.jsonl"
+UNREAD = ("metadata", "context", "paragraphs")
+"""Columns that may be most of a parquet file, and that nothing here reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ def prepare(sources: dict[str, list[Source]], settings: Settings) -> Outcome:
 def _read_all(sources: dict[str, list[Source]], settings: Settings, outcome: Outcome) -> dict[str, list[Question]]:
     """Read and check every file, before any complaint: so that all bad rows are named at once."""
     problems: list[str] = []
+    events = Events()
     read: dict[str, list[Question]] = {}
     for split, files in sources.items():
         read[split] = []
@@ -105,6 +108,8 @@ def _read_all(sources: dict[str, list[Source]], settings: Settings, outcome: Out
                 for item in _check_file(source, stats, settings, tell):
                     if isinstance(item, Question):
                         read[split].append(item)
+                        for note in item.notes:
+                            events.add(note, f"{item.set_name}/{item.id} of {source.path}")
                     else:
                         problems.append(item)
             if not stats.read:
@@ -120,6 +125,7 @@ def _read_all(sources: dict[str, list[Source]], settings: Settings, outcome: Out
             f"{len(problems):,} bad rows:\n  {shown}{more}\nRepair them, or leave them out with --skip-bad; nothing was "
             "written"
         )
+    outcome.warnings += events.sentences()
     if problems:
         outcome.warnings.append(f"{len(problems):,} bad rows left out, the first: {problems[0]}")
     return read
@@ -130,7 +136,7 @@ def _check_file(
 ) -> Iterator[Question | str]:
     """Each row as a question, or what is wrong with it."""
     lines: dict[str, int] = {}
-    for index, record in enumerate(read_records(source.path, tell)):
+    for index, record in enumerate(read_records(source.path, tell, UNREAD)):
         stats.read += 1
         try:
             if record.row is None:

@@ -1,23 +1,35 @@
-"""Records of a question file, one by one, whatever its format. A bad one is handed on with its line, not raised."""
+"""Records of a file of rows, one by one, whatever its format. A bad one is handed on with its line, not raised."""
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
+import io
+import itertools
 import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from searchr1.data.dataset import parse_line
 from searchr1.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".csv", ".tsv")
+SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".tsv")
+"""All but parquet may be gzipped: `.jsonl.gz`."""
 BATCH_ROWS = 1024
+DELIMITERS = (",", ";", "\t")
+CONTENTS = {
+    b"PAR1": "a parquet file; name it .parquet",
+    b"\x1f\x8b": "gzipped; let its name end in .gz",
+    b"PK\x03\x04": "a zip archive or a spreadsheet; save the rows as .csv or .jsonl",
+    b"version https://git-lfs": "a Git LFS pointer, not the data; run git lfs pull",
+}
+"""What files of other formats begin with."""
 _LIST = re.compile(r'\s*(?:\{\s*(?:"(?!data")[^"]*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*)?\[', re.IGNORECASE)
 """A list of rows, on its own or below `data` (TriviaQA: after a few plain keys)."""
 
@@ -35,60 +47,138 @@ class Record:
     problem: str = ""
 
 
+def file_format(name: str) -> str | None:
+    """The format that a file's name says, one of `SUFFIXES`; None if it says none that is read."""
+    name = name.lower().removesuffix(".gz") if not name.lower().endswith(".parquet.gz") else name
+    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
 def is_supported(path: Path) -> bool:
     """Whether the name says a format that can be read."""
-    return path.name.endswith(SUFFIXES)
+    return file_format(path.name) is not None
 
 
-def read_records(path: Path, tell: Tell = lambda share: None) -> Iterator[Record]:
-    """Every record of a jsonl (also gzipped), json, parquet, csv or tsv file.
+def bare_name(path: Path) -> str:
+    """The file's name without its suffixes."""
+    found = file_format(path.name)
+    return path.name.removesuffix(".gz").removesuffix(found) if found else path.stem
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line (or row) numbers from 1, and rows.
+
+    Raises:
+        UserError: missing, empty or unreadable file; a bad line, by its number.
+    """
+    count = 0
+    for count, record in enumerate(read_records(path), start=1):  # noqa: B007
+        if record.row is None:
+            raise UserError(f"{path}:{record.line}: {record.problem}")
+        yield record.line, record.row
+    if not count:
+        raise UserError(f"{path}: the file has no rows")
+
+
+def read_records(path: Path, tell: Tell = lambda share: None, leave_out: Collection[str] = ()) -> Iterator[Record]:
+    """Every record of a jsonl, json, csv, tsv (also gzipped) or parquet file.
+
+    Args:
+        path: its name says the format.
+        tell: hears of progress.
+        leave_out: columns of a parquet file that nobody reads.
 
     Raises:
         UserError: another format; missing or unreadable; damaged so that the rest cannot be read.
     """
+    if path.is_dir():
+        raise UserError(f"{path}: no such file, but a folder; name the files in it")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    if not is_supported(path):
-        raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)}")
+    found = file_format(path.name)
+    if found is None:
+        raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)} (but for parquet also with .gz)")
     try:
-        if path.suffix == ".parquet":
-            yield from _parquet(path, tell)
-        elif path.suffix in (".csv", ".tsv"):
-            yield from _table(path, tell)
-        elif path.suffix == ".json":
-            yield from _json(path, tell)
+        if found == ".parquet":
+            yield from _parquet(path, tell, leave_out)
         else:
-            yield from _jsonl(path, tell)
+            with _open(path) as (raw, file):
+                read = _table if found in (".csv", ".tsv") else _json if found == ".json" else _jsonl
+                yield from read(path, file, _progress(path, raw, tell))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not readable ({error})") from error
     tell(1.0)
 
 
-def _jsonl(path: Path, tell: Tell) -> Iterator[Record]:
-    size = max(path.stat().st_size, 1)
+def parse_line(data: bytes, first: bool = False) -> dict[str, Any]:
+    """The object on one line of a jsonl file; `first`: a byte order mark may stand before it.
+
+    Raises:
+        UserError: not UTF-8, not JSON, or no object.
+    """
+    try:
+        row = json.loads(data.decode("utf-8-sig" if first else "utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(_not_utf8(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"expected an object with keys, found {type(row).__name__}")
+    return row
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """The file, and its contents unpacked."""
     with path.open("rb") as raw:
-        lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-        for line, data in enumerate(lines, start=1):
-            if line % BATCH_ROWS == 0:
-                tell(raw.tell() / size)
-            if not data.strip():
-                continue
-            try:
-                record = Record(line, parse_line(data, first=line == 1))
-            except UserError as error:
-                record = Record(line, None, str(error))
-            yield record
+        start = raw.read(32)
+        raw.seek(0)
+        packed = path.name.lower().endswith(".gz")
+        for magic, what in CONTENTS.items():
+            if start.startswith(magic) and not (packed and magic == b"\x1f\x8b"):
+                raise UserError(f"{path}: is {what}")
+        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise UserError(f"{path}: not UTF-8, but UTF-16; save the file as UTF-8")
+        if not packed:
+            yield raw, raw
+            return
+        with gzip.GzipFile(fileobj=raw) as unpacked:
+            yield raw, unpacked
 
 
-def _parquet(path: Path, tell: Tell) -> Iterator[Record]:
+def _progress(path: Path, raw: IO[bytes], tell: Tell) -> Callable[[], None]:
+    size = max(path.stat().st_size, 1)
+    return lambda: tell(raw.tell() / size)
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return (
+        f"not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); it may be Latin-1 or another encoding: save "
+        "the file as UTF-8"
+    )
+
+
+def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
+    # Bytes, and the text of one line at a time: so that a line that is not UTF-8 can be named.
+    for line, data in enumerate(file, start=1):
+        if line % BATCH_ROWS == 0:
+            progress()
+        if not data.strip():
+            continue
+        try:
+            record = Record(line, parse_line(data, first=line == 1))
+        except UserError as error:
+            record = Record(line, None, str(error))
+        yield record
+
+
+def _parquet(path: Path, tell: Tell, leave_out: Collection[str]) -> Iterator[Record]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             line, total = 0, max(file.metadata.num_rows, 1)
-            # Contexts may be most of a file, and nobody reads them here.
-            wanted = [name for name in file.schema_arrow.names if name not in ("metadata", "context", "paragraphs")]
+            wanted = [name for name in file.schema_arrow.names if name not in leave_out]
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
                 for row in batch.to_pylist():
                     line += 1
@@ -98,34 +188,55 @@ def _parquet(path: Path, tell: Tell) -> Iterator[Record]:
         raise UserError(f"{path}: not readable as parquet ({error})") from error
 
 
-def _table(path: Path, tell: Tell) -> Iterator[Record]:
+def _table(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
+    """Rows below a line of column names; the first line shows what stands between columns."""
     csv.field_size_limit(sys.maxsize)
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            header = next(reader, [])
-            before = reader.line_num
-            for cells in reader:
-                line, before = before + 1, reader.line_num
-                if not cells:
-                    continue
-                if len(cells) == len(header):
-                    yield Record(line, dict(zip(header, cells, strict=True)))
-                else:
-                    yield Record(line, None, f"has {len(cells)} columns, the first line {len(header)}")
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{reader.line_num + 1}: not readable ({error})") from error
-
-
-def _json(path: Path, tell: Tell) -> Iterator[Record]:
-    """A list of rows, decoded one at a time; files that hold jsonl under this name are read as such."""
+    lines = _text_lines(path, file)
+    line = before = 0
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        first = next(lines, "")
+        own = "\t" if file_format(path.name) == ".tsv" else ","
+        widths = {mark: len(next(csv.reader([first], delimiter=mark), [])) for mark in (own, *DELIMITERS)}
+        delimiter = max(widths, key=lambda mark: widths[mark])  # the suffix's own, if no other gives more columns
+        reader = csv.reader(itertools.chain([first], lines), delimiter=delimiter)
+        header = [name.strip() for name in next(reader, [])]
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"{path}:1: two columns have the name {twice!r}; give each its own")
+        before = reader.line_num
+        for cells in reader:
+            line, before = before + 1, reader.line_num
+            if line % BATCH_ROWS == 0:
+                progress()
+            if not cells:
+                continue
+            if len(cells) == len(header):
+                yield Record(line, dict(zip(header, cells, strict=True)))
+            else:
+                yield Record(line, None, f"has {len(cells)} columns, the first line {len(header)}")
+    except csv.Error as error:
+        raise UserError(f"{path}:{before + 1}: not readable ({error})") from error
+
+
+def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
+    for line, data in enumerate(file, start=1):
+        try:
+            yield data.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}:{line}: {_not_utf8(error)}") from error
+
+
+def _json(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
+    """A list of rows, decoded one at a time; files that hold jsonl under this name are read as such."""
+    data = file.read()
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: {_not_utf8(error)}") from error
     start = _LIST.match(text)
     if start is None:
-        yield from _jsonl(path, tell)
+        yield from _jsonl(path, io.BytesIO(data), progress)
         return
     decoder, blank = json.JSONDecoder(), re.compile(r"[\s,]*")
     place, line = start.end(), 1 + text.count("\n", 0, start.end())
@@ -149,4 +260,4 @@ def _json(path: Path, tell: Tell) -> Iterator[Record]:
         place = end
         count += 1
         if count % BATCH_ROWS == 0:
-            tell(place / len(text))
+            progress()

@@ -1,0 +1,77 @@
+"""The question that a row asks: from its column, or from its prompt without what a chat template put around it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from searchr1.data.golds import is_missing
+from searchr1.errors import UserError
+
+QUESTION_KEYS = ("question", "Question", "query")
+USER_STARTS = (
+    "<|im_start|>user", "<|start_header_id|>user<|end_header_id|>", "<start_of_turn>user",
+    "<|start_of_role|>user<|end_of_role|>",
+    "<|start|>user<|message|>", "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>", "<｜User｜>", "<|user|>", "[INST]", "<|turn>user",
+)  # fmt: skip
+"""What begins a user's message in rendered chat messages: Qwen, Llama 3, Gemma, Granite, gpt-oss, Command R, DeepSeek, Phi
+and GLM, Mistral and Llama 2."""
+TURN_ENDS = (
+    "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<end_of_turn>", "<start_of_turn>",
+    "<|end_of_text|>", "<|start_of_role|>", "<|end|>", "<|start|>", "<|END_OF_TURN_TOKEN|>", "<|START_OF_TURN_TOKEN|>",
+    "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<|assistant|>", "<|endoftext|>", "[/INST]", "</s>", "<turn|>", "<|turn>",
+)  # fmt: skip
+"""What ends it."""
+_SYSTEM = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
+_SPEAKERS = re.compile(r"(?:^|\s)(?:User|USER|Human)\s*:(?P<text>(?:(?!(?:User|USER|Human)\s*:).)*?)"
+    r"\s(?:Assistant|ASSISTANT)\s*:"
+    r"\s*(?:Let me solve this step by step\.\s*)?(?:<think>)?\s*$", re.DOTALL)  # fmt: skip
+"""A base model's prompt that speaks of `User:` and ends where the assistant is to go on."""
+_CUES = re.compile(r"(?:\n\s*(?:Answer|Response|Assistant|A):\s*(?:<think>)?)+\s*$")
+"""Lines at the end that ask for the answer."""
+
+
+def question_column(row: dict[str, Any]) -> str | None:
+    """The question in a column of its own, stripped; None if there is none.
+
+    Raises:
+        UserError: one that is no text.
+    """
+    for key in QUESTION_KEYS:
+        value = row.get(key)
+        if isinstance(value, dict) and isinstance(value.get("text"), str):
+            value = value["text"]  # Natural Questions' original rows
+        if is_missing(value):
+            continue
+        if not isinstance(value, str):
+            raise UserError(f"{key}: is a {type(value).__name__}; expected a text")
+        return value.strip()
+    return None
+
+
+def question_of_prompt(prompt: object) -> str | None:
+    """The question of a prompt: a text, or chat messages, of which the user's last one asks; None if it is neither."""
+    if isinstance(prompt, str):
+        return bare_question(prompt)
+    if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
+        return None
+    asked = [message.get("content") for message in prompt if message.get("role") == "user"]
+    asked = asked or [message.get("content") for message in prompt[-1:]]
+    return bare_question(asked[-1]) if asked and isinstance(asked[-1], str) else None
+
+
+def is_rendered(text: str) -> bool:
+    """Whether a text is chat messages that a chat template has rendered."""
+    return any(start in text for start in USER_STARTS)
+
+
+def bare_question(text: str) -> str:
+    """What the last user turn of a prompt asks: the part after its last `Question:`, if it has one."""
+    start = max((place + len(mark) for mark in USER_STARTS if (place := text.rfind(mark)) >= 0), default=-1)
+    if start >= 0:
+        text = text[start:]
+        ends = [place for mark in TURN_ENDS if (place := text.find(mark)) >= 0]
+        text = _SYSTEM.sub("", text[: min(ends)] if ends else text)
+    elif speakers := _SPEAKERS.search(text):
+        text = speakers["text"]
+    return _CUES.sub("", text.rpartition("Question:")[2]).strip()
