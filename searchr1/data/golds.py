@@ -200,7 +200,7 @@ def _literal(text: str) -> object:
     if len(text) < 2 or len(text) > MAX_LITERAL or _BRACKETS.get(text[0]) != text[-1]:
         return None
     try:
-        return json.loads(text)  # type: ignore[no-any-return]
+        return json.loads(text)
     except (ValueError, RecursionError):
         pass
     try:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from searchr1.errors import UserError
 
@@ -142,7 +142,7 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             yield raw, raw
             return
         with gzip.GzipFile(fileobj=raw) as unpacked:
-            yield raw, unpacked
+            yield raw, cast("IO[bytes]", unpacked)
 
 
 def _progress(path: Path, raw: IO[bytes], tell: Tell) -> Callable[[], None]:
