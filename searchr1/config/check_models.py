@@ -19,6 +19,7 @@ def check_models(config: Config, for_training: bool, needs_weights: bool = True)
         needs_weights: a folder without any is a problem; otherwise, to look at a YAML, its config.json will do.
     """
     from searchr1.actor.weight_check import check_model_folder, has_weights
+    from searchr1.convert.megatron_source import check_megatron_checkpoint
 
     actor = config.actor.model
     folders: list[tuple[str, str | None, bool, bool]] = [
@@ -40,3 +41,10 @@ def check_models(config: Config, for_training: bool, needs_weights: bool = True)
             check_model_folder(path, decoder_only=decoder_only, trained=trained)
         except UserError as error:
             yield Problem(key, str(error))
+    checkpoint, model = actor.megatron_checkpoint, actor.path or config.rollout.model.model_path
+    given = for_training and config.actor.training_backend == "megatron" and checkpoint is not None
+    if given and checkpoint and (Path(checkpoint) / "metadata.json").is_file() and (Path(model) / "config.json").is_file():
+        try:
+            check_megatron_checkpoint(Path(checkpoint), model)
+        except UserError as error:
+            yield Problem("actor.model.megatron_checkpoint", str(error))

@@ -97,6 +97,11 @@ def _here(folder: Path, given: Path) -> Located | None:
         raise UserError(
             f"--checkpoint {given}: has .distcp files, but no {METADATA}: it was never completed, or not copied whole"
         )
+    if any(folder.glob("*/.zarray")):
+        raise UserError(
+            f"--checkpoint {given}: is in Megatron's zarr format, which is not read; load it with Megatron-LM and save it "
+            "with ckpt_format: torch_dist"
+        )
     return None
 
 

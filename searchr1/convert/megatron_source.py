@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from searchr1.actor.megatron.architecture import Architecture
+from searchr1.actor.megatron.architecture import Architecture, read_architecture
 from searchr1.actor.megatron.hf_folder import check_names
 from searchr1.actor.megatron.mapping import Entry, SliceReader, entries
 from searchr1.convert.safetensors_file import TensorSpec
-from searchr1.convert.torch_dist import TensorFolder
+from searchr1.convert.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
 
 MAX_PADDING = 8192
@@ -103,6 +104,17 @@ class MegatronSource:
             again = entry.read(read, 0, 1)
             source = self.read(entry, check=True)
             yield entry.name, source, again[: len(source)]
+
+
+def check_megatron_checkpoint(folder: Path, config_folder: str) -> None:
+    """Compare a `torch_dist` checkpoint's names and shapes with a model's config.json; Megatron itself ignores what is more.
+
+    Raises:
+        UserError: missing, unexpected or misshapen tensors, by name; a damaged checkpoint.
+    """
+    arch, _ = read_architecture(config_folder)
+    with closing(TorchDistFolder(folder)) as checkpoint:
+        MegatronSource(checkpoint, arch)
 
 
 def _is_fsdp(folder: TensorFolder) -> bool:

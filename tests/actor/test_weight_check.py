@@ -17,6 +17,7 @@ from searchr1.actor.megatron.architecture import read_architecture
 from searchr1.actor.megatron.hf_folder import HuggingFaceFolder
 from searchr1.actor.weight_check import check_model_folder, load_pretrained
 from searchr1.config.check import require_valid
+from searchr1.config.check_models import check_models
 from searchr1.config.load import ConfigError
 from searchr1.config.schema import Config
 from searchr1.convert.hf2mg import hf2mg
@@ -313,6 +314,19 @@ def test_every_reader_refuses_alike(make, tmp_path, case, read, monkeypatch):
         monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
     refused(message, read, make(False, change), tmp_path)
     assert not (tmp_path / "converted").exists()
+
+
+def test_a_megatron_checkpoint_that_has_more_than_the_model_is_refused(models, tmp_path):
+    """Megatron would leave an untied model's output layer out of a tied one without a word."""
+    config = Config()
+    config.actor.training_backend = "megatron"
+    config.actor.model.megatron_checkpoint = str(tmp_path / "untied")
+    hf2mg(models[False], tmp_path / "untied")
+    for tied in (False, True):
+        config.rollout.model.model_path = str(models[tied])
+        found = list(check_models(config, for_training=True))
+        assert [problem.key for problem in found] == ["actor.model.megatron_checkpoint"] * tied
+        assert all("unexpected output_layer.weight" in problem.message for problem in found)
 
 
 def test_two_output_layers_are_refused_at_loading_too(make, tmp_path):

@@ -149,6 +149,13 @@ def test_code_in_a_ranks_file_is_not_run(models, tmp_path, monkeypatch, attack, 
     assert not (tmp_path / "evil").exists()
 
 
+def test_the_zarr_format_is_named(tmp_path):
+    array = tmp_path / "iter_0000007/decoder.layers.mlp.linear_fc1.weight"
+    array.mkdir(parents=True)
+    (array / ".zarray").write_text("{}")
+    refused("is in Megatron's zarr format", mg2hf, tmp_path, tmp_path / "out")
+
+
 # slime and verl on Megatron: distributed checkpoints in other places
 
 

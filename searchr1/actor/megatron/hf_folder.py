@@ -248,7 +248,8 @@ def weight_files(folder: Path) -> list[str]:
             )
         return sorted(set(read_index(folder / INDEX).values()))
     if SINGLE not in present:
-        raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; weights must be in safetensors files")
+        pickled = " (load the model with transformers and save_pretrained it)" if any(folder.glob("*.bin")) else ""
+        raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; weights must be in safetensors files{pickled}")
     others = [name for name in present if name != SINGLE]
     if others:
         raise UserError(

@@ -28,6 +28,7 @@ from searchr1.actor.weight_check import check_model_folder
 from searchr1.algorithms.sums import Sums
 from searchr1.config.layout import Layout, actor_layout
 from searchr1.config.schema import Config
+from searchr1.convert.megatron_source import check_megatron_checkpoint
 from searchr1.device import Device
 
 
@@ -54,6 +55,8 @@ class MegatronTraining:
         self.module = build_model(self.arch, hf_config, self.layout, settings, device, self._max_tokens)
         self.parameters = local_parameters(self.module, self.arch, first_layer_of_stage(self.arch, self.layout))
         if settings.megatron_checkpoint is not None:
+            if self.section == "actor":
+                check_megatron_checkpoint(Path(settings.megatron_checkpoint), self.model_path)
             load_weights(self.module, Path(settings.megatron_checkpoint))
         else:
             check_model_folder(self.model_path, decoder_only=self.arch.value_head)
