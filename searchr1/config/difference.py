@@ -96,7 +96,7 @@ def differences(old: Tree, new: Tree) -> list[Difference]:
     """Every key whose value differs, by name.
 
     A key that only one of the trees has counts as its default in the other, so that a tree written before a key existed
-    does not differ in it.
+    does not differ in it; nor does one with a key that no longer exists and said nothing.
     """
     before, after = flatten(old), flatten(new)
     defaults = flatten(dataclasses.asdict(Config()))
@@ -110,7 +110,7 @@ def differences(old: Tree, new: Tree) -> list[Difference]:
             found.append(Difference(key, mine, theirs, _is_harmless(key) and not (stretched and key in LENGTH_KEYS)))
     # A section that became null, or the other way round: its keys say it already.
     sections = {key.rpartition(".")[0] for key in {*before, *after}}
-    return [d for d in found if d.key not in sections or NOT_SET not in (d.old, d.new)]
+    return [d for d in found if not (NOT_SET in (d.old, d.new) and (d.key in sections or d.old in (None, "")))]
 
 
 def _is_harmless(key: str) -> bool:

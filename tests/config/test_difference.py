@@ -67,6 +67,7 @@ def test_a_key_that_an_older_version_did_not_know_counts_as_its_default():
     del old["algorithm"]["gamma"], old["runner"]["health"]
     assert told(old, tree()) == []
     assert told(old, tree(algorithm__gamma=0.9)) == [("algorithm.gamma: 1.0 -> 0.9", False)]
+    assert told(old | {"gone": {"key": "", "other": None}}, tree()) == []
     assert told(old | {"gone": {"key": 3}}, tree()) == [("gone.key: 3 -> not set", False)]
 
 
