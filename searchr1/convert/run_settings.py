@@ -40,8 +40,10 @@ def carry_settings(checkpoint: Path, output: Path) -> str:
 
 
 def _run_config(checkpoint: Path) -> Path | None:
-    """Find config.yaml of the run that a checkpoint lies in."""
-    for folder in checkpoint.resolve().parents[:4]:
-        if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
-            return folder.parent / "config.yaml"
+    """Find config.yaml of the run whose `checkpoints/global_step_N` a checkpoint lies in."""
+    folder = checkpoint.resolve()
+    for step in (folder, *folder.parents[:3]):
+        config = step.parent.parent / "config.yaml"
+        if step.name.startswith("global_step_") and step.parent.name == "checkpoints" and config.is_file():
+            return config
     return None
