@@ -254,9 +254,12 @@ def _weights(tree: Tree) -> None:
 def _task(tree: Tree) -> bool:
     """Whether the tree is for evaluation: by its task, by `is_eval`, or because no actor is placed."""
     placement = tree.get("cluster.component_placement")
-    placed = (
-        {name.strip() for names in placement for name in str(names).split(",")} if isinstance(placement, dict) else set()
-    )
+    places = placement if isinstance(placement, dict) else {}
+    for names in [names for names in places if "agentloop" in str(names).split(",") and names != "agentloop"]:
+        kept = ",".join(name for name in str(names).split(",") if name != "agentloop")
+        places[kept] = places.pop(names)
+        tree.note("ignored", f"cluster.component_placement.{names}", "the agent loop runs inside the rollout group")
+    placed = {name.strip() for names in places for name in str(names).split(",")}
     evaluates = tree.get("runner.task_type") == "reasoning_eval" or (bool(placed) and "actor" not in placed)
     if tree.has("rollout.is_eval"):
         evaluates = evaluates or bool(tree.get("rollout.is_eval"))
@@ -385,8 +388,9 @@ def _fsdp(tree: Tree) -> None:
     for name in ("bf16", "fp16"):
         if not tree.is_named(f"actor.optim.{name}"):
             tree.ignore(f"actor.optim.{name}", "RLinf's FSDP does not read it")
+    # A YAML for Megatron that the command line takes to FSDP keeps its schedule.
     for name in list(tree.get("actor.lr_sched") or ()):
-        if not tree.is_named(f"actor.lr_sched.{name}"):
+        if not (tree.is_named(f"actor.lr_sched.{name}") or tree.is_named("actor.training_backend")):
             tree.ignore(f"actor.lr_sched.{name}", LR_SCHED)
     tree.default("algorithm.clip_ratio_c", 3.0, "RLinf's own default")
     _fsdp_schedule(tree)

@@ -193,6 +193,20 @@ def test_the_actor_starts_from_the_weights_that_rlinf_would_convert(tmp_path, fi
     assert other.actor.model.path == "/other"
 
 
+def test_the_agent_loop_is_no_group_of_its_own(tmp_path, files):  # noqa: F811
+    for placement in ({"actor,rollout,reward": "all", "agentloop": 0}, {"actor,rollout,agentloop": "all", "reward": "all"}):
+        values = tree("megatron")
+        values["cluster"]["component_placement"] = placement
+        config = load_config(written(values, tmp_path), files)
+        assert check_config(config, for_training=True) == []
+        assert any("runs inside the rollout group" in note for note in config.notes)
+
+
+def test_a_megatron_yaml_that_is_taken_to_fsdp_keeps_its_schedule(tmp_path, files):  # noqa: F811
+    config = load_config(written(tree("megatron"), tmp_path), [*files, "actor.training_backend=fsdp"])
+    assert (config.actor.lr_sched.lr_warmup_fraction, config.actor.lr_sched.lr_decay_iters) == (0.285, 662)
+
+
 def test_the_importance_sampling_fix_is_our_token_correction(tmp_path):
     values = tree("megatron")
     values["algorithm"] |= {"importance_sampling_fix": True, "importance_sampling_clip": 2.5}
