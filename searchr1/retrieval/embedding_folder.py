@@ -36,11 +36,11 @@ class EmbeddingPlan:
     """Name of the vector file."""
     dtype: str
     """Of its numbers: f16 or f32."""
+    given: str | None = None
+    """SHA-256 of the file that the vectors come from, in place of the encoder."""
     header_bytes: int = 0
     """What is left free before the vectors."""
     part_rows: int = PART_ROWS
-    given: str | None = None
-    """SHA-256 of the file that the vectors come from, in place of the encoder."""
 
 
 class EmbeddingFolder:
