@@ -62,6 +62,7 @@ def load_dataset_files(
     data_size: int | None = None,
     apply_chat_template: bool = False,
     splits: Sequence[str] = TRAIN,
+    prompts: bool = True,
 ) -> LoadedData:
     """Read files in RLinf's, Search-R1's, verl's, SkyRL's, FlashRAG's and the like row shapes.
 
@@ -76,6 +77,7 @@ def load_dataset_files(
         data_size: read only the first so many rows of all files together; None or a negative number reads all.
         apply_chat_template: treat a plain prompt as a user message.
         splits: what a hub id without a split means.
+        prompts: the prompts are used; otherwise only the questions are, and nothing is reported of prompts.
 
     Raises:
         UserError: a missing, unreadable or empty file; invalid JSON; a row without prompt or answer, or with an unknown
@@ -84,7 +86,7 @@ def load_dataset_files(
     if not paths:
         raise UserError("no data file is named; give data.train_data_paths or data.val_data_paths")
     limit = data_size if data_size is not None and data_size >= 0 else None
-    columns = _Columns(prompt_key, answer_key, template, apply_chat_template)
+    columns = _Columns(prompt_key, answer_key, template, apply_chat_template, prompts)
     events = Events()
     texts: list[str] = []
     samples: list[Sample] = []
@@ -129,6 +131,7 @@ class _Columns:
     answer_key: str
     template: str | None
     chat: bool
+    prompts: bool
 
 
 def _sample(row: Row, line: int, file_name: str, tokenizer: Any, columns: _Columns) -> tuple[str, Sample, list[str]]:
@@ -150,7 +153,7 @@ def _sample(row: Row, line: int, file_name: str, tokenizer: Any, columns: _Colum
         raise no_gold(row, columns.answer_key, advice)
     notes = golds.notes()
     templated = template_text(columns.template) is not None
-    if isinstance(prompt, list) and not (templated and question is not None):
+    if columns.prompts and isinstance(prompt, list) and not (templated and question is not None):
         if templated:
             notes.append(
                 f"have chat messages and no question; data.prompt_template: {columns.template} is not used for them"

@@ -32,7 +32,7 @@ _CUES = re.compile(r"(?:\n\s*(?:Answer|Response|Assistant|A):\s*(?:<think>)?)+\s
 
 
 def question_column(row: dict[str, Any]) -> str | None:
-    """The question in a column of its own, stripped; None if there is none.
+    """The question in a column of its own; None if there is none.
 
     Raises:
         UserError: one that is no text.
@@ -45,7 +45,7 @@ def question_column(row: dict[str, Any]) -> str | None:
             continue
         if not isinstance(value, str):
             raise UserError(f"{key}: is a {type(value).__name__}; expected a text")
-        return value.strip()
+        return value
     return None
 
 

@@ -12,6 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from searchr1.data.dataset import read_prompt
+from searchr1.data.prepare.reading import file_format, read_rows
+from searchr1.data.questions import question_column, question_of_prompt
 from searchr1.errors import UserError
 from searchr1.inference.events import Done, Event, Failed
 from searchr1.inference.flags import Plan, parser, plan
@@ -20,8 +23,8 @@ from searchr1.inference.terminal import Terminal, printable
 
 
 def read_questions(prompts: list[str], file: Path | None) -> list[str]:
-    """The questions of `--prompt` and `--prompt_file`; `-` is standard input. A line is a question; in a .jsonl file it is
-    an object with a `question`.
+    """The questions of `--prompt` and `--prompt_file`; `-` is standard input. A line is a question; a file of
+    rows (.jsonl, .json, .csv, .parquet and so on) has a column `question`, or prompts that hold it.
 
     Raises:
         UserError: no file, no question.
@@ -33,29 +36,32 @@ def read_questions(prompts: list[str], file: Path | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt -: the input is no text ({error})") from error
     if file is not None:
-        try:
-            # Not splitlines: a row of JSON may hold other line separators of Unicode.
-            lines = file.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {file}: not readable ({error})") from error
-        questions += [_question(file, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        questions += _of_rows(file) if file_format(file.name) else _of_lines(file)
     questions = [question.strip() for question in questions if question.strip()]
     if not questions:
         raise UserError("no question; give --prompt 'Who …?', --prompt - or --prompt_file FILE")
     return questions
 
 
-def _question(file: Path, number: int, line: str) -> str:
-    if file.suffix != ".jsonl":
-        return line
+def _of_lines(file: Path) -> list[str]:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{file}:{number}: not valid JSON ({error})") from error
-    question = row.get("question") if isinstance(row, dict) else None
-    if not isinstance(question, str):
-        raise UserError(f'{file}:{number}: expected an object with a text "question"')
-    return question
+        return file.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_file {file}: not readable ({error})") from error
+
+
+def _of_rows(file: Path) -> list[str]:
+    """The questions of a file that training and evaluation can read too."""
+    questions = []
+    for line, row in read_rows(file):
+        try:
+            question = question_column(row) or question_of_prompt(read_prompt(row.get("prompt"), "prompt"))
+        except UserError as error:
+            raise UserError(f"{file}:{line}: {error}") from error
+        if not question:
+            raise UserError(f'{file}:{line}: has no text "question", only {", ".join(map(str, row))}')
+        questions.append(question)
+    return questions
 
 
 def as_json(question: str, last: Event | None) -> dict[str, Any]:
@@ -149,7 +155,12 @@ def main(argv: list[str]) -> int:
     flags.add_argument(
         "--prompt", action="append", default=[], help="the question; - reads one per line from standard input"
     )
-    flags.add_argument("--prompt_file", "--prompt-file", type=Path, help="a question a line, or .jsonl rows with a question")
+    flags.add_argument(
+        "--prompt_file",
+        "--prompt-file",
+        type=Path,
+        help="a question a line, or rows (.jsonl, .csv …) with a question",
+    )
     flags.add_argument("--json", action="store_true", help="one JSON object per question, with every turn")
     flags.add_argument("--full", action="store_true", help="print everything the model was given to read")
     args = flags.parse_intermixed_args(argv)

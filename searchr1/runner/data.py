@@ -40,8 +40,14 @@ def load_tokenizer(config: Config) -> Any:
         raise UserError(f"rollout.model.model_path: no tokenizer in {path}: {error}") from error
 
 
-def load_data(config: Config, training: bool = True) -> RunData:
-    """Read, render and tokenize the questions; an evaluation reads `data.val_data_paths` only."""
+def load_data(config: Config, training: bool = True, prompts: bool = True) -> RunData:
+    """Read, render and tokenize the questions; an evaluation reads `data.val_data_paths` only.
+
+    Args:
+        config: of the run.
+        training: read the training questions too.
+        prompts: the rows' prompts are used, not only their questions.
+    """
     tokenizer = load_tokenizer(config)
     data = config.data
     parts: dict[str, list[Sample]] = {"train": [], "val": []}
@@ -60,6 +66,7 @@ def load_data(config: Config, training: bool = True) -> RunData:
             data_size=data.data_size,
             apply_chat_template=data.apply_chat_template,
             splits=TRAIN if part == "train" else EVALUATION,
+            prompts=prompts,
         )
         for warning in loaded.warnings:
             logger.warning("data.%s_data_paths: %s", part, warning)

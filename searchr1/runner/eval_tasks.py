@@ -100,10 +100,11 @@ def load_questions(config: Config) -> Questions:
         UserError: a file or a row cannot be used.
     """
     data = config.data
-    if "search" not in config.evaluation.methods:
+    searches = "search" in config.evaluation.methods
+    if not searches:
         # Rows need not have a prompt then: each method makes its own.
         data = replace(data, prompt_template="direct")
-    loaded = load_data(replace(config, data=data), training=False)
+    loaded = load_data(replace(config, data=data), training=False, prompts=searches)
     samples = [replace(s, index=index) for index, s in enumerate(loaded.val)]
     if judged(config):
         # The judge is part of the configured reward; a row's own would go before it.

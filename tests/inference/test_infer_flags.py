@@ -148,6 +148,8 @@ def test_questions_come_from_flags_input_and_files(tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text('{"question": "four"}\n{"question": "fi\u2028ve"}\r\n', encoding="utf-8")
     assert read_questions(["zero", "-"], tmp_path / "q.txt") == ["zero", "one", "two", "three"]
     assert read_questions([], tmp_path / "q.jsonl") == ["four", "fi\u2028ve"]
+    (tmp_path / "q.csv").write_text("question;answer\nsix;x\n")
+    assert read_questions([], tmp_path / "q.csv") == ["six"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     with pytest.raises(UserError, match="--prompt -: the input is no text"):
         read_questions(["-"], None)

@@ -76,7 +76,7 @@ def _question(row: dict[str, Any]) -> str:
         )
     if not text:
         raise UserError("the question is empty")
-    return text
+    return text.strip()
 
 
 def _id(row: dict[str, Any], default: str) -> str:
