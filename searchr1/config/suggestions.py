@@ -50,7 +50,8 @@ algorithm.ratio_clip_eps, critic.cliprange_value: cliprange
 critic.cliprange_value: value_clip cliprange_critic vf_clip value_clip_eps
 algorithm.group_size: n num_generations n_samples_per_prompt rollout_n num_samples n_samples group_n num_rollouts
     samples_per_prompt
-data.rollout_batch_size: train_batch_size batch_size global_batch_size prompts_per_step gen_batch_size n_prompts
+data.rollout_batch_size: train_batch_size batch_size prompts_per_step gen_batch_size n_prompts
+data.rollout_batch_size, algorithm.n_minibatches: global_batch_size
 algorithm.n_minibatches: ppo_mini_batch_size mini_batch_size num_minibatches minibatches ppo_epochs num_iterations
     num_steps_per_rollout
 runner.max_tokens_per_mbs: micro_batch_size ppo_micro_batch_size ppo_micro_batch_size_per_gpu micro_batch_size_per_gpu
@@ -65,7 +66,8 @@ data.filter_prompt_by_length: truncation filter_overlong_prompts
 rollout.max_running_requests: max_num_seqs max_concurrency max_batch_size concurrency_limit
 rollout.gpu_memory_utilization: vllm_gpu_memory_utilization mem_fraction_static gpu_mem_util gpu_memory
     memory_utilization
-rollout.enforce_eager: free_cache_engine use_cuda_graph cuda_graph
+rollout.enforce_eager: use_cuda_graph cuda_graph
+actor.offload_weight, actor.offload_optimizer: free_cache_engine
 rollout.vllm.max_num_batched_tokens: max_batched_tokens max_num_batch_tokens
 rollout.vllm.enable_prefix_caching: prefix_caching use_prefix_caching
 algorithm.sampling_params.temperature: temp sampling_temperature rollout_temperature
@@ -76,7 +78,7 @@ algorithm.eval_sampling_params: val_kwargs
 algorithm.kl_beta: kl_loss_coef kl_coef beta init_kl_coef kl_coefficient kl_weight use_kl_loss
 algorithm.kl_penalty_type: kl_loss_type kl_penalty kl_estimator kl_type
 algorithm.kl_in, algorithm.kl_beta: use_kl_in_reward kl_ctrl
-algorithm.ratio_clip_eps: clip_ratio clip_eps eps_clip epsilon_clip clip_range cliprange_policy clip
+algorithm.ratio_clip_eps: epsilon clip_ratio clip_eps eps_clip epsilon_clip clip_range cliprange_policy clip
 algorithm.clip_ratio_high: eps_clip_high epsilon_high clip_eps_high
 algorithm.clip_ratio_low: eps_clip_low epsilon_low clip_eps_low
 algorithm.clip_ratio_c: dual_clip eps_clip_c delta
@@ -152,7 +154,8 @@ def suggest(key: str, known: Sequence[str]) -> list[str]:
     known = [other for other in known if other != key]
     section, _, name = key.rpartition(".")
     siblings = [other for other in known if other.rpartition(".")[0] == section]
-    near = difflib.get_close_matches(key, siblings, 1, 0.85)
+    names = difflib.get_close_matches(name, [other.rpartition(".")[2] for other in siblings], 1, 0.8)
+    near = [f"{section}.{other}" if section else other for other in names]
     renamed = KEYS.get(key)
     meant = [*([renamed.to] if isinstance(renamed, Renamed) else []), *near]
     meant += _closest(key, [other for other in _as_written(key, MEANINGS.get(name, ())) if other in known])

@@ -31,6 +31,8 @@ SLIPS = {
     "algorithm.max_completion_length": "algorithm.sampling_params.max_new_tokens",
     "algorithm.beta": "algorithm.kl_beta",
     "algorithm.epsilon_high": "algorithm.clip_ratio_high",
+    "algorithm.epsilon": "algorithm.ratio_clip_eps",
+    "algorithm.kl_coef": "algorithm.kl_beta",
     "runner.num_train_epochs": "runner.max_epochs",
     "runner.save_steps": "runner.save_interval",
     "runner.eval_steps": "runner.val_check_interval",
