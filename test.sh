@@ -16,11 +16,11 @@ if [ ! -e "$oracles/verl-0.9.1.dist-info" ]; then
 fi
 ruff check . && ruff format --check . && mypy || exit
 
-# vLLM's engine and the actor each want a process of their own, as they have in a run. Each part runs in two processes
-# (tests/conftest.py: which tests share one); -n 0 runs in one.
+# vLLM's engine and the actor each want a process of their own, as they have in a run. Each part runs in two processes,
+# the tests of a file in one of them; -n 0 runs in one.
 failed=0
 part() {
-  python -m pytest -q -n 2 --no-loadscope-reorder "$@"
+  python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder "$@"
   local code=$?
   [ $code = 0 ] || [ $code = 5 ] || failed=$code
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,11 +26,6 @@ LONG = ("tests/e2e/", "tests/actor/")
 """Folders that begin: their tests take longest."""
 
 
-def unit(nodeid: str) -> str:
-    """What a test runs in one process with: its file, or all of tests/actor, which share processes that wait for jobs."""
-    return "tests/actor" if nodeid.startswith("tests/actor/") else nodeid.partition("::")[0]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest."""
     items.sort(key=lambda item: not item.nodeid.startswith(LONG))
@@ -40,15 +34,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
     """Name what is not text by its argument: an archive holds the time, and every process must name a test the same."""
     return argname if isinstance(val, bytes) and not val.isascii() else None
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a unit in one process, for what they share."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Units(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return unit(nodeid)
-
-    return Units(config, log)

@@ -353,9 +353,15 @@ class Ranks:
         return all(process.poll() is None for process in self.processes)
 
     def close(self) -> None:
+        """End them; in order where they can, so that their own processes, which write checkpoints, end too."""
         for process in self.processes:
-            process.kill()
-            process.wait()
+            process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 STARTED: dict[int, Ranks] = {}
@@ -396,6 +402,7 @@ def main() -> None:
 
                 parallel_state.destroy_model_parallel()
         (Path(out) / f"done-{rank}").touch()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
