@@ -20,6 +20,7 @@ settings.load_profile("searchr1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     cores = len(os.sched_getaffinity(0)) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # who waits leaves its core to the other process
 
 
 LONG = ("tests/e2e/", "tests/actor/")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -328,7 +330,7 @@ class Ranks:
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, str(rank), str(world), str(port)],
-                env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True,
+                env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True, start_new_session=True,
             )
             for rank, log in enumerate(self.logs)
         ]  # fmt: skip
@@ -353,15 +355,11 @@ class Ranks:
         return all(process.poll() is None for process in self.processes)
 
     def close(self) -> None:
-        """End them; in order where they can, so that their own processes, which write checkpoints, end too."""
+        """End them and their own processes, which write checkpoints; their threads take seconds to end by themselves."""
         for process in self.processes:
-            process.stdin.close()
-        for process in self.processes:
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 STARTED: dict[int, Ranks] = {}
@@ -402,7 +400,6 @@ def main() -> None:
 
                 parallel_state.destroy_model_parallel()
         (Path(out) / f"done-{rank}").touch()
-    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -334,6 +334,21 @@ def test_two_processes_share_a_cache_and_a_kill_loses_nothing(tmp_path):
     assert cached(DiskCache(tmp_path), read) == [0, 50, 0, 50]
 
 
+def test_a_cache_that_another_process_is_just_making_is_waited_for():
+    class Busy:
+        left = 3
+
+        def execute(self, statement):
+            assert statement == "PRAGMA journal_mode=WAL"
+            self.left -= 1
+            if self.left:
+                raise sqlite3.OperationalError("database is locked")
+
+    busy = Busy()
+    DiskCache._begin_log(busy)
+    assert busy.left == 0
+
+
 def test_best_part_keeps_to_words_and_length():
     text = "alpha beta " * 300 + "the needle is here " + "gamma " * 300
     part = best_part(text, "where is the needle")

@@ -51,12 +51,25 @@ class DiskCache:
 
     def _connect(self, file: Path) -> sqlite3.Connection:
         database = sqlite3.connect(file, timeout=LOCK_TIMEOUT_S, isolation_level=None)
-        database.execute("PRAGMA journal_mode=WAL")
+        self._begin_log(database)
         database.execute("PRAGMA synchronous=NORMAL")
         database.execute("PRAGMA auto_vacuum=INCREMENTAL")
         database.execute("CREATE TABLE IF NOT EXISTS entries (key TEXT PRIMARY KEY, value TEXT, size INTEGER, at REAL)")
         database.execute("CREATE INDEX IF NOT EXISTS entries_at ON entries (at)")
         return database
+
+    @staticmethod
+    def _begin_log(database: sqlite3.Connection) -> None:
+        """Switch to a write-ahead log; SQLite's own timeout does not cover another process that does so at this moment."""
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                database.execute("PRAGMA journal_mode=WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     async def get(self, key: str) -> Any | None:
         """The value, or None if there is none or it is too old."""
