@@ -377,10 +377,9 @@ def run(world: int, jobs: list[dict], out: Path, timeout: float = 580) -> dict[s
     """All jobs one after the other in the same `world` processes. Returns every rank's result by the job's name."""
     out.mkdir(parents=True, exist_ok=True)
     if world not in STARTED or not STARTED[world].alive():
+        close_all()  # idle ones would take half a core each
         STARTED[world] = Ranks(world)
     STARTED[world].run(jobs, out, timeout)
-    if world > 2:  # more than these are wanted once
-        STARTED.pop(world).close()
     return {
         job["name"]: [torch.load(out / f"{job['name']}-{rank}.pt", weights_only=False) for rank in range(world)]
         for job in jobs
