@@ -13,6 +13,7 @@ from searchr1.tracking.loggers import read_metrics
 from searchr1.tracking.run_files import read_rows
 
 
+@pytest.mark.slow  # the whole pipeline: three starts of Ray and vLLM, about two minutes
 @pytest.mark.timeout(900)
 def test_demo_with_two_steps_ends_with_a_model_a_table_and_a_page(tmp_path):
     result = subprocess.run(
