@@ -31,7 +31,7 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.searchr1-stamp" 2>/dev/null || 
   exit 0
 fi
 
-echo "install.sh: installing into $venv ($extra); this takes about five minutes"
+echo "install.sh: installing into $venv ($extra); this takes two to five minutes"
 start=$(date +%s)
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 rm -f "$venv/.searchr1-stamp"

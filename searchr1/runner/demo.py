@@ -128,7 +128,7 @@ def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     parser = argparse.ArgumentParser(
         prog="run.sh",
-        description="A small language model learns to search a fictional encyclopedia, on a CPU, in about 12 "
+        description="A small language model learns to search a fictional encyclopedia, on a CPU, in 5 to 12 "
         "minutes on two idle cores. A second run goes on where the first one stopped.",
     )
     parser.add_argument("--steps", type=int, help="training steps (default: those of tiny-cpu.yaml; 2 for the impatient)")
