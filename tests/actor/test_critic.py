@@ -7,7 +7,8 @@ import policy_ranks as ranks
 import pytest
 import torch
 
-pytestmark = pytest.mark.timeout(600)
+# The fixture trains the critic on two processes in five layouts, half a minute before the first test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TWO_RANKS = {
     "fsdp2": {"backend": "fsdp"},
