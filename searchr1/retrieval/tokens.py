@@ -5,7 +5,7 @@
   text that is in NFC already.
 * `multilingual`: after NFKC; scripts that are written without spaces (and Hangul, where particles stick to words) become
   pairs of neighbouring characters, everything else words, whose combining marks belong to them. A passage has its single
-  characters too, for queries of one character.
+  characters too; queries count those of them that mean something alone.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ DROPPED = dict.fromkeys(
     ]
 )  # fmt: skip
 """What text is written with or without: invisible characters, and the vowel signs of Arabic and Hebrew."""
+HAN_PARTICLES = frozenset(
+    "的了是在和与與以及之其也就都而着著或被把有不这這那个個们們什么麼吗嗎呢吧为為于於对對从從到哪谁誰何几幾"
+)
+"""Han characters that stand in nearly every sentence: in a query they count in pairs only."""
 ACCENTS = re.compile("[\u0300-\u036f]+")
 SHARE_OF_LETTERS = 0.3
 SHARE_OF_PASSAGES = 0.01
@@ -113,12 +117,19 @@ def split_passage(text: str) -> list[str]:
 
 
 def split_query(text: str) -> list[str]:
-    """Split a query for `multilingual`: words and pairs of characters; a character that stands alone is itself."""
+    """Split a query for `multilingual`: words, pairs of characters, and those Han characters that mean something alone.
+
+    Any other character counts by itself only where it stands alone.
+    """
     if text.isascii():
         return WORD.findall(text.lower())
     words, runs = _pieces(text)
     for units in runs:
-        words += map("".join, pairwise(units)) if len(units) > 1 else units
+        if len(units) == 1:
+            words += units
+            continue
+        words += map("".join, pairwise(units))
+        words += [unit for unit in units if "\u3400" <= unit <= "\u9fff" and unit not in HAN_PARTICLES]
     return words
 
 

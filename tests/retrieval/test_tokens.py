@@ -197,3 +197,15 @@ def test_many_passages_are_told_apart():
     index = Bm25Index.build(texts, tokenizer="multilingual")
     found = index.search([f"{name}是什么" for name in names], 1)
     assert sum(bool(hits) and hits[0][0] == row for row, hits in enumerate(found)) >= 396
+
+
+def test_the_passage_about_the_name_comes_before_one_that_mentions_it():
+    about, mentions = "锡港 锡港是北岛最大的港口，以玻璃灯塔闻名。", "泥山 泥山位于锡港以南，盛产泥炭。"
+    tokenizer = get_tokenizer("multilingual")
+    query = tokenizer.query("锡港以什么闻名")
+    assert {"闻", "名"} < set(query) & set(tokenizer.passage(about))
+    assert not set("以什么") & set(query)
+    assert sum(query.count(word) > 0 for word in tokenizer.passage(about)) > sum(
+        query.count(word) > 0 for word in tokenizer.passage(mentions)
+    )
+    assert set(tokenizer.query("的 のか")) == {"的", "のか"}
