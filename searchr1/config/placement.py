@@ -91,3 +91,22 @@ def group_ranks(config: Config, component: str, device: Device) -> list[tuple[in
             f"{len(slots)} slot{'s' if len(slots) > 1 else ''} (cluster.component_placement)"
         )
     return [tuple(slots[i : i + size]) for i in range(0, len(slots), size)]
+
+
+def shares_gpus(config: Config, device: Device) -> bool:
+    """Whether the engines of a training run stand on GPUs that its actor, critic or reference model uses too.
+
+    Then the engines sleep while these compute. Always False on a CPU.
+
+    Raises:
+        UserError: a placement that does not fit.
+    """
+    if not device.is_cuda:
+        return False
+    users = ["actor"]
+    if config.critic.use_critic_model:
+        users.append("critic")
+    if config.algorithm.kl_beta > 0:
+        users.append("inference")
+    engines = set(group_slots(config, "rollout", device))
+    return any(engines & set(group_slots(config, user, device)) for user in users)

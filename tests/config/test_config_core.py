@@ -16,7 +16,9 @@ from searchr1.cli import main
 from searchr1.config.check import check_config, warnings
 from searchr1.config.cli import main as check_main
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config
+from searchr1.config.placement import shares_gpus
 from searchr1.config.schema import Config
+from searchr1.device import Device
 from searchr1.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -220,3 +222,25 @@ def test_on_a_cpu_the_actor_gets_as_many_processes_as_one_copy_of_the_model_need
 def test_overrides_may_follow_the_flag(capsys, files):
     assert check_main([str(CONFIGS / "tiny-cpu.yaml"), "--eval", *files]) == 0
     assert "\nevaluation " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("placement", "critic", "kl_beta", "shared"),
+    [
+        ({"actor,rollout": "all"}, False, 0.0, True),
+        ({"actor": "0-3", "rollout": "4-7"}, False, 0.0, False),
+        ({"actor": "0-4", "rollout": "4-7"}, False, 0.0, True),
+        # The reference model and the critic are where the actor is, unless they are placed themselves.
+        ({"actor": "0-3", "rollout": "4-7"}, True, 0.1, False),
+        ({"actor": "0-3", "rollout": "4-7", "inference": "7"}, False, 0.1, True),
+        ({"actor": "0-3", "rollout": "4-7", "inference": "7"}, False, 0.0, False),  # there is no reference model
+        ({"actor": "0-3", "rollout": "5,7", "critic": "6,7"}, True, 0.0, True),
+        ({"actor": "0-3", "rollout": "5,7", "critic": "4,6"}, True, 0.0, False),
+    ],
+)
+def test_engines_share_gpus_where_any_training_group_is_on_one_of_theirs(placement, critic, kl_beta, shared):
+    config = Config()
+    config.cluster.component_placement = placement
+    config.critic.use_critic_model, config.algorithm.kl_beta = critic, kl_beta
+    assert shares_gpus(config, Device("cuda", slots=8, cores=16)) is shared
+    assert not shares_gpus(config, Device("cpu", slots=8, cores=8))
