@@ -42,6 +42,9 @@ class Backend(Protocol):
     def step(self) -> list[Finished]:
         """Runs the model once; returns what ended."""
 
+    def take_ended(self) -> list[Finished]:
+        """Return, once, the requests that ended in a call other than `step`, which waited for what was on the device."""
+
     def abort(self, request_ids: list[str]) -> list[Finished]:
         """Ends requests; returns what they had."""
 

@@ -345,6 +345,8 @@ class Engine:
                 with self._wakeup:
                     self._commands = commands[position:] + self._commands
                 raise
+            finally:
+                self._settle(backend.take_ended())
             if command.pending is not None and not command.answers_later:
                 command.pending.answer = answer
                 self._outbox.append(command.pending)

@@ -57,10 +57,11 @@ class VllmBackend:
         self._listeners: dict[str, OnText] = {}
         self._adapter: Any = None
         self._decoded_at_end: set[str] = set()
+        self._ended: list[Finished] = []
 
     @property
     def has_work(self) -> bool:
-        """True while a request is unfinished."""
+        """True while a request is unfinished: until its last output has come back, not only until it was computed."""
         return self._llm.has_unfinished_requests()
 
     def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: OnText | None = None) -> None:
@@ -108,7 +109,10 @@ class VllmBackend:
         self._submit(request_id, token_ids, sampling)
 
     def step(self) -> list[Finished]:
-        """Runs the model once for everything queued or running; returns what ended."""
+        """Run the model once for everything queued or running; return what ended.
+
+        On a GPU a step hands one batch to the device and returns what the batch before it brought.
+        """
         finished = []
         # Requests without a listener are in here only once they have ended.
         for output in self._llm.step():
@@ -118,8 +122,19 @@ class VllmBackend:
                 self._listeners[output.request_id](output.outputs[0].text)
         return finished
 
+    def take_ended(self) -> list[Finished]:
+        """Return what ended outside of `step`, once."""
+        ended, self._ended = self._ended, []
+        return ended
+
     def abort(self, request_ids: list[str]) -> list[Finished]:
-        """Ends requests at once; returns what they had generated so far. Unknown ids are ignored."""
+        """End requests at once; return what they had generated so far. Unknown ids are ignored.
+
+        What is on the device is waited for: a request that it ends is in `take_ended`, not here.
+        """
+        if self._core.batch_queue:
+            self._settle()
+            self._resume()
         partial = []
         for request_id in request_ids:
             self._listeners.pop(request_id, None)
@@ -156,12 +171,12 @@ class VllmBackend:
             self._llm.collective_rpc("update_weights", args=({"files": list(files)},))
             if last:
                 self._llm.collective_rpc("finish_weight_update")
-                self.reset_prefix_cache()
+                self._forget_cache()
                 self._llm.set_weight_version(str(version))
             done = not last  # the next part follows; nothing runs until then
         finally:
             if not done:
-                self._core.resume_scheduler()
+                self._resume()
 
     def load_adapter(self, folder: str, version: int) -> None:
         """Puts a LoRA adapter in the place of the one before. Running requests go on with the new one, caches recomputed.
@@ -178,14 +193,18 @@ class VllmBackend:
             if not self._llm.add_lora(LoRARequest(_ADAPTER, 1, folder, load_inplace=True)):
                 raise RuntimeError(f"vLLM did not take the adapter of version {version}")
             self._adapter = LoRARequest(_ADAPTER, 1, folder)
-            self.reset_prefix_cache()
+            self._forget_cache()
             self._llm.set_weight_version(str(version))
         finally:
-            self._core.resume_scheduler()
+            self._resume()
 
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached keys and values; running requests are prefilled again."""
-        self._llm.reset_prefix_cache(reset_running_requests=True)
+        """Forget all cached keys and values; running requests are prefilled again."""
+        self._settle()
+        try:
+            self._forget_cache()
+        finally:
+            self._resume()
 
     def sleep(self, level: int) -> None:
         """Hands memory back: level 1 keeps the weights in host memory, level 2 drops them (an update must follow)."""
@@ -203,10 +222,21 @@ class VllmBackend:
         self._llm.engine_core.shutdown()
 
     def _settle(self) -> None:
-        """Waits for steps already handed to the device (GPU engines schedule one ahead), and schedules no more."""
+        """Schedule no more, and wait for the steps already handed to the device; what they end is in `take_ended`.
+
+        GPU engines run one batch ahead of the outputs. Emptying the cache before they are in would drop their tokens.
+        """
         self._core.pause_scheduler(mode="keep", clear_cache=False)
         while self._core.batch_queue:
-            self._llm.step()
+            self._ended += self.step()
+
+    def _resume(self) -> None:
+        """Schedule again, unless part of the memory is still handed back: waking up schedules then."""
+        if not self._core.model_executor.is_sleeping:
+            self._core.resume_scheduler()
+
+    def _forget_cache(self) -> None:
+        self._llm.reset_prefix_cache(reset_running_requests=True)
 
     def _submit(self, request_id: str, prompt_ids: list[int], sampling: Any) -> None:
         from vllm.inputs.engine import tokens_input

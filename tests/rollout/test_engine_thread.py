@@ -30,6 +30,7 @@ class ScriptedBackend:
         self.steps = 0
         self.threads: set[int] = set()
         self.closed = False
+        self.ended: list[Finished] = []
         self.on_step: Callable[[], Any] = lambda: None
 
     @property
@@ -61,6 +62,10 @@ class ScriptedBackend:
 
     def abort(self, request_ids: list[str]) -> list[Finished]:
         return [self.finish(request_id, "abort") for request_id in request_ids if request_id in self.left]
+
+    def take_ended(self) -> list[Finished]:
+        ended, self.ended = self.ended, []
+        return ended
 
     def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None: ...
     def reset_prefix_cache(self) -> None: ...
