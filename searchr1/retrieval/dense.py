@@ -91,7 +91,10 @@ def load_faiss(path: Path, dimension: int, gpu: bool = False) -> Any:
 
     # The build without GPUs has index_cpu_to_all_gpus all the same.
     if gpu and not hasattr(faiss, "StandardGpuResources"):
-        raise UserError("--faiss_gpu: this FAISS is the CPU build; install faiss-gpu-cu12 or leave the flag out")
+        raise UserError(
+            "--faiss_gpu: this FAISS is the CPU build; install faiss-gpu==1.15.1 in place of faiss-cpu (both bring the "
+            "module faiss, so uninstall faiss-cpu first), or leave the flag out"
+        )
     try:
         index = faiss.read_index(str(path), 0 if gpu else faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
