@@ -21,6 +21,11 @@ DeviceKind = Literal["cpu", "cuda"]
 Role = Literal["rollout", "actor", "inference", "reward"]
 
 GIB = 1 << 30
+_CPU_FLAGS = {
+    "bf16": {"avx512_bf16", "amx_bf16", "bf16", "svebf16"},
+    "fp16": {"avx512_fp16", "amx_fp16", "asimdhp"},
+}
+"""Names of /proc/cpuinfo, of x86 and ARM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,20 @@ class Device:
     def is_cuda(self) -> bool:
         """True on GPUs."""
         return self.kind == "cuda"
+
+    @property
+    def has_bf16(self) -> bool:
+        """False on GPUs before Ampere, where vLLM refuses bf16."""
+        if not self.is_cuda:
+            return True
+        import torch
+
+        return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+
+    def computes_in(self, precision: str) -> bool:
+        """Whether a CPU has instructions for a precision (`fp32`, `bf16` or `fp16`), or is not known to lack them."""
+        flags = cpu_flags()
+        return self.is_cuda or not flags or precision not in _CPU_FLAGS or bool(flags & _CPU_FLAGS[precision])
 
     @property
     def workers_for_all(self) -> int:
@@ -203,6 +222,18 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         pass
     return cores
+
+
+def cpu_flags() -> set[str]:
+    """Instruction sets of the first CPU; empty where the system does not list them."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("flags", "Features"):
+                return set(value.split())
+    except OSError:
+        pass
+    return set()
 
 
 def _cuda_device_count() -> int:

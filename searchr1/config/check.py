@@ -10,10 +10,12 @@ from pathlib import Path
 from searchr1.algorithms.lookup import find_function, is_dotted_path
 from searchr1.config.check_algorithm import algorithm_warnings, check_algorithm
 from searchr1.config.check_backend import check_backends
+from searchr1.config.check_device import check_nodes, check_precisions, precision_warnings
 from searchr1.config.check_evaluation import check_evaluation
 from searchr1.config.check_health import check_health
 from searchr1.config.check_lora import check_lora
 from searchr1.config.check_models import check_models
+from searchr1.config.check_positions import check_positions
 from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import GROUPS, group_ranks, is_evaluation, placed_groups
@@ -78,6 +80,8 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
     found = [
         *_choices(config),
         *_sizes(config),
+        *check_nodes(config),
+        *check_positions(config, for_training),
         *check_health(config.runner.health),
         *check_algorithm(config.algorithm, config.critic.use_critic_model),
         *_placement(config, for_training),
@@ -92,24 +96,13 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
     return list(dict.fromkeys(found))  # a placement is looked at by several
 
 
-def warnings(config: Config) -> list[str]:
+def warnings(config: Config, for_training: bool = True) -> list[str]:
     """What will run, but perhaps not as meant."""
-    found = []
+    found = [*precision_warnings(config, for_training)]
     if config.rollout.rollout_backend == "sglang":
         found.append("rollout.rollout_backend: sglang is read as vllm")
-    fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
-    if fused and importlib.util.find_spec("transformer_engine") is None:
-        found.append("actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed")
-    if config.actor.model.precision == "fp16" and config.actor.training_backend == "fsdp":
-        found.append("actor.model.precision: fp16 is computed in bf16 on fsdp, which needs no scaling of the loss")
-    found += algorithm_warnings(config.algorithm)
-    if config.actor.lora.weight_update == "adapter" and config.actor.lora.rank == 0:
-        found.append("actor.lora.weight_update: adapter has no effect with actor.lora.rank: 0, which trains all weights")
-    critic, steps = config.critic, config.runner.max_steps
-    if critic.use_critic_model and 0 <= steps <= critic.warmup_steps:
-        found.append(
-            f"critic.warmup_steps: {critic.warmup_steps} is all of runner.max_steps: {steps}, so the policy is never trained"
-        )
+    if for_training:
+        found += _training_warnings(config)
     template = config.data.prompt_template
     if template == "asearcher" and not config.tools.access.enabled:
         found.append("tools.access.enabled: False, but data.prompt_template: asearcher tells the policy to read pages")
@@ -118,6 +111,20 @@ def warnings(config: Config) -> list[str]:
             "agentloop.information_style: only rlinf shows the addresses that data.prompt_template: asearcher promises"
         )
     return found
+
+
+def _training_warnings(config: Config) -> Iterator[str]:
+    fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
+    if fused and importlib.util.find_spec("transformer_engine") is None:
+        yield "actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed"
+    yield from algorithm_warnings(config.algorithm)
+    if config.actor.lora.weight_update == "adapter" and config.actor.lora.rank == 0:
+        yield "actor.lora.weight_update: adapter has no effect with actor.lora.rank: 0, which trains all weights"
+    critic, steps = config.critic, config.runner.max_steps
+    if critic.use_critic_model and 0 <= steps <= critic.warmup_steps:
+        yield (
+            f"critic.warmup_steps: {critic.warmup_steps} is all of runner.max_steps: {steps}, so the policy is never trained"
+        )
 
 
 def check_agent(config: Config) -> Iterator[Problem]:
@@ -202,6 +209,7 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
         )
     try:
         device = Device.detect(config.cluster.device)
+        yield from check_precisions(config, device)
         groups = ["rollout", "reward", *(["actor"] if for_training else [])]
         groups += ["inference"] if for_training and config.algorithm.kl_beta > 0 else []
         for component in groups:

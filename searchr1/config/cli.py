@@ -55,7 +55,7 @@ def explain(config: Config, for_training: bool) -> str:
         f"top {config.tools.search.topk}",
         f"output      {runner.output_dir}/{runner.experiment_name}",
     ]
-    lines += [f"warning     {text}" for text in warnings(config)]
+    lines += [f"warning     {text}" for text in warnings(config, for_training)]
     lines += config.notes
     return "\n".join(lines)
 

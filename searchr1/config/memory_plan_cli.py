@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from searchr1.config.check_device import require_one_node
 from searchr1.config.load import load_for_command
 from searchr1.config.memory_eval import plan_evaluation
 from searchr1.config.memory_layout import Layout, layout_of
@@ -146,9 +147,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("config", nargs="?", help="path of a YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu-gib", type=float, default=80, help="memory of one GPU in GiB (default 80)")
-    parser.add_argument(
-        "--gpus", type=int, help="what `all` means in the placement (default: cluster.slots, else 8 x cluster.num_nodes)"
-    )
+    parser.add_argument("--gpus", type=int, help="what `all` means in the placement (default: cluster.slots, else 8)")
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--model-config", metavar="FILE", help="a Hugging Face config.json (default: of the run's model)")
     source.add_argument("--shape", metavar="NAME", help=f"a known model: {', '.join(SHAPES)}")
@@ -169,8 +168,9 @@ def main(argv: list[str]) -> int:
     if args.config is None:
         raise UserError("give a YAML, or --table")
     config = load_for_command(args.config, args.overrides)
+    require_one_node(config)
     model, found = find_model(config, args.model_config, args.shape)
-    gpus = args.gpus or config.cluster.slots or GPUS_PER_NODE * config.cluster.num_nodes
+    gpus = args.gpus or config.cluster.slots or GPUS_PER_NODE
     gpu_bytes = round(args.gpu_gib * GIB)
     if is_evaluation(config):
         return _evaluation(plan_evaluation(model, config, gpus, gpu_bytes), model, found, gpu_bytes, args.json)

@@ -25,7 +25,7 @@ class ClusterConfig:
     """What runs where."""
 
     num_nodes: int = 1
-    """Machines in the Ray cluster."""
+    """Machines of a run: 1 only."""
     component_placement: dict[str, Any] = field(default_factory=lambda: {"actor,rollout,reward": "all"})
     """Group names (several with commas) -> slots: `all`, `0-3` or `0,2`. A slot is a GPU, or a process on a CPU."""
     device: str = "auto"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from searchr1.config.check import CHOICES, check_agent, value_of
+from searchr1.config.check_device import require_one_node
 from searchr1.config.load import load_for_command
 from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config
@@ -83,6 +84,7 @@ def plan(args: argparse.Namespace) -> Plan:
         UserError: flags that do not go together, a bad file or value.
     """
     config = load_for_command(args.config or RECIPE, args.overrides)
+    require_one_node(config)
     search = config.tools.search
     if args.model_path:
         config.rollout.model.model_path = args.model_path

@@ -11,6 +11,7 @@ from typing import Any
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
 from searchr1.config.check_lora import without_adapters
+from searchr1.config.check_positions import positions_of
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -171,7 +172,7 @@ def fit_to_model(config: Config, may_cut: bool) -> None:
 
     path = config.rollout.model.model_path
     try:
-        positions = getattr(AutoConfig.from_pretrained(path), "max_position_embeddings", None)
+        positions = positions_of(AutoConfig.from_pretrained(path).to_dict())
     except (OSError, ValueError) as error:
         raise UserError(f"--model_path {path}: is no model ({first_line(error)})") from error
     runner, data = config.runner, config.data

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from searchr1.config.check_device import require_one_node
 from searchr1.config.load import load_config
 from searchr1.errors import UserError
 from searchr1.tracking.loggers import read_metrics
@@ -138,6 +139,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--checks", action="store_true", help=f"also evaluate without search, and on world {NEW_WORLD_SEED}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's YAML")
     args = parser.parse_args(argv)
-    load_config(TRAIN_CONFIG, args.overrides)  # a slip is reported now, not after the world is made
+    require_one_node(load_config(TRAIN_CONFIG, args.overrides))  # a slip is reported now, not after the world is made
     run(args)
     return 0

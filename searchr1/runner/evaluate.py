@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.config.check import require_valid
+from searchr1.config.check import require_valid, warnings
 from searchr1.config.check_lora import without_adapters
 from searchr1.config.load import given_keys, load_for_command
 from searchr1.config.schema import Config
@@ -208,6 +208,8 @@ def main(argv: list[str]) -> int:
     config = load_for_command(args.config, args.overrides)
     follow_model(config, given_keys(config))
     require_valid(config, for_training=False)
+    for text in warnings(config, for_training=False):
+        print(f"warning: {text}", file=sys.stderr)
     results, folder = run(config)
     print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")
     return 0

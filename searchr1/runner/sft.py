@@ -32,6 +32,7 @@ from searchr1.actor.weight_check import check_model_folder
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
+from searchr1.config.check_positions import model_positions
 from searchr1.config.model_settings import FILE, ModelSettings
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import LrSchedConfig, OptimConfig
@@ -42,6 +43,7 @@ from searchr1.runner.sft_data import batches, load_rows
 from searchr1.runner.sft_settings import rows_settings
 
 REPORT_EVERY = 20
+DEFAULT_MAX_LENGTH = 4096
 
 
 def train(args: argparse.Namespace) -> list[float]:
@@ -57,7 +59,7 @@ def train(args: argparse.Namespace) -> list[float]:
         except UserError as error:
             raise UserError(f"--model {error}") from error
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
-    rows, too_long = load_rows(args.data, tokenizer, args.max_length)
+    rows, too_long = load_rows(args.data, tokenizer, longest_row(args))
     tokens = sum(map(sequence_length, rows))
     steps = args.max_steps or max(1, round(args.epochs * tokens / args.tokens_per_batch))
     with _start_folder(args, lead) as folder:
@@ -95,6 +97,19 @@ def train(args: argparse.Namespace) -> list[float]:
     dist.barrier()
     dist.destroy_process_group()
     return losses
+
+
+def longest_row(args: argparse.Namespace) -> int:
+    """Tokens of a row, at most: no more than the model has positions.
+
+    Raises:
+        UserError: more are asked for.
+    """
+    model = args.model or args.fresh
+    positions, asked = model_positions(model) or math.inf, args.max_length
+    if asked is not None and asked > positions:
+        raise UserError(f"--max-length {asked}: {model} has {positions} positions; give {positions} or less")
+    return int(min(DEFAULT_MAX_LENGTH, positions) if asked is None else asked)
 
 
 def accumulate(backend: Backend, batch: Sequence[Trajectory], max_tokens: int) -> float:
@@ -227,7 +242,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, help="instead of --epochs")
     parser.add_argument("--tokens-per-batch", type=int, default=16384, help="tokens of an optimizer step")
     parser.add_argument("--max-tokens-per-mbs", type=int, default=8192, help="tokens of a packed micro-batch")
-    parser.add_argument("--max-length", type=int, default=4096, help="longer rows are left out and counted")
+    parser.add_argument(
+        "--max-length", type=int, help="longer rows are left out and counted (default 4096, or the model's positions)"
+    )
     parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
     parser.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
     parser.add_argument("--weight-decay", type=float, default=0.01)

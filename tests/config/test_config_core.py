@@ -206,7 +206,7 @@ def test_what_megatron_cannot_do_is_refused_with_the_key(files, override, key, m
 
 
 def test_a_model_without_a_mapping_is_pointed_to_fsdp(files, tmp_path):
-    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2"}')
+    (tmp_path / "model/config.json").write_text('{"model_type": "gpt2", "n_positions": 8192}')
     found = problems(FIXTURES / "rlinf-train.yaml", *files)
     assert "'gpt2' has no Megatron mapping" in found["actor.training_backend"]
     assert problems(FIXTURES / "rlinf-train.yaml", *files, "actor.training_backend=fsdp") == {}
