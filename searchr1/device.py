@@ -136,6 +136,10 @@ class Device:
                 "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
             }
         if self.is_cuda:
+            if role == "rollout":
+                # Requests have seeds, which FlashInfer's top-k and top-p kernels cannot follow: vLLM would import it,
+                # check its compiler at run time, and then never call it.
+                env["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
             return env
         env["OMP_NUM_THREADS"] = str(self.threads_for(role, workers))
         # Threads that spin while they wait make a busy machine ten times slower (measured: 360 against 3,100 tokens/s).

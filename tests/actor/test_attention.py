@@ -164,7 +164,7 @@ def test_gpu_half_precision_equals_fp32(key_value_heads: int) -> None:
     borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32, device="cuda")
     outputs, grads = [], []
     for dtype in (torch.bfloat16, torch.float32):
-        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        leaves = [tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors]
         output, _ = packed_attention(torch.nn.Module(), *leaves, None, packed_lengths=LENGTHS, cu_seq_lens_q=borders)
         output.float().square().sum().backward()
         outputs.append(output.float())
