@@ -5,7 +5,6 @@ Everything else asks a `Device` and never tests for CUDA itself. Importing this 
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -106,8 +105,6 @@ class Device:
     @property
     def attention_implementation(self) -> str:
         """Transformers' name for the actor's packed attention."""
-        if self.is_cuda and importlib.util.find_spec("flash_attn") is not None:
-            return "flash_attention_2"
         return "searchr1_packed"
 
     @property

@@ -30,10 +30,7 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 def packed_model_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments for a causal language model's forward: one row of T tokens.
-
-    They serve "searchr1_packed" and transformers' own "flash_attention_2" alike.
-    """
+    """Keyword arguments for a causal language model's forward: one row of T tokens."""
     borders = batch.cu_seqlens
     longest = max(batch.lengths)
     return {

@@ -63,6 +63,10 @@ class PackedBatch:
     """float32."""
     ref_logprobs_T: Tensor | None
     """float32."""
+    policy_positions_P: Tensor
+    """int64, where policy tokens stand. Their logits stand one before."""
+    cu_seqlens: Tensor
+    """[S + 1] int32 borders."""
     lengths: tuple[int, ...]
     """[S] tokens of each sequence, on the host: the borders that packed attention needs."""
     sequences: tuple[PackedSequence, ...]
@@ -73,21 +77,10 @@ class PackedBatch:
         """T."""
         return len(self.input_ids_T)
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """[S + 1] int32 borders."""
-        borders = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return borders.to(self.input_ids_T.device)
-
-    @property
-    def policy_positions_P(self) -> Tensor:
-        """[P] int64, where policy tokens stand. Their logits stand one before."""
-        return self.loss_mask_T.nonzero().squeeze(-1)
-
     def to(self, device: torch.device) -> PackedBatch:
-        """The same on another device."""
+        """The same on another device; the host does not wait for a GPU."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        moved: dict[str, Any] = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: _moved(value, device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def with_old_logprobs(self, old_logprobs_T: Tensor) -> PackedBatch:
@@ -97,6 +90,12 @@ class PackedBatch:
     def scatter_policy(self, values_P: Tensor) -> Tensor:
         """[T] with `values_P` at the policy tokens and 0 elsewhere; gradients flow through."""
         return values_P.new_zeros(self.tokens).index_copy(0, self.policy_positions_P, values_P)
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    if device.type != "cuda":
+        return value.to(device)
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def sequence_length(trajectory: Trajectory) -> int:
@@ -183,6 +182,8 @@ def _pack_one(
         rollout_logprobs_T=torch.from_numpy(rollout_T),
         old_logprobs_T=torch.from_numpy(old_T) if old_logprobs is not None else None,
         ref_logprobs_T=torch.from_numpy(ref_T) if has_ref else None,
+        policy_positions_P=torch.from_numpy(np.flatnonzero(loss_mask_T)),
+        cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         lengths=lengths,
         sequences=tuple(sequences),
     )

@@ -245,6 +245,7 @@ class Policy(ScoringModel, TrainedModel):
                     denominators=denominators,
                     rollout_logprobs_T=batch.rollout_logprobs_T,
                     weight_scale=weight_scale,
+                    policy_positions_P=batch.policy_positions_P,
                     ref_logprobs_T=self._reference(batch),
                     entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
                 ),
@@ -252,10 +253,12 @@ class Policy(ScoringModel, TrainedModel):
             )
             loss_sums = loss_sums + output.sums
             sampled_T = old_T if algorithm.recompute_logprobs else logprobs_T
-            gap_sums = gap_sums + mismatch_sums(sampled_T, batch.rollout_logprobs_T, batch.loss_mask_T)
+            gap_sums = gap_sums + mismatch_sums(sampled_T, batch.rollout_logprobs_T, batch.policy_positions_P)
             if self._model_config is not None:
                 flops = training_flops(self._model_config, batch.lengths, len(values.logprobs_M))
-                loss_sums = loss_sums + Sums({"flops": torch.tensor(flops, dtype=torch.float64, device=self.backend.device)})
+                loss_sums = loss_sums + Sums(
+                    {"flops": torch.full((), flops, dtype=torch.float64, device=self.backend.device)}
+                )
             return output.loss
 
         with_entropy = algorithm.calculate_entropy or algorithm.entropy_bonus != 0

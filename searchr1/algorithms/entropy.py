@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = 1 << 22
-"""Logits worked on at a time (16 MiB in fp32): what is needed beyond the logits and their gradient."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
+"""Logits worked on at a time, by the kind of device: beyond the logits and their gradient up to four fp32 tensors of that
+size are needed (64 and 256 MiB). On a GPU smaller chunks would be done before the next kernel is launched."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class _Logprobs(torch.autograd.Function):
         logprobs_M = torch.empty_like(normaliser_M)
         entropy_M = torch.empty_like(normaliser_M) if with_entropy else normaliser_M.new_empty(0)
         for rows in row_chunks(logits_MV):
-            scaled_CV = logits_MV[rows].to(dtype) / temperature
+            scaled_CV = scaled(logits_MV[rows], dtype, temperature)
             normaliser_C = scaled_CV.logsumexp(-1)
             normaliser_M[rows] = normaliser_C
             logprobs_M[rows] = scaled_CV.gather(-1, targets_M[rows, None]).squeeze(-1) - normaliser_C
@@ -79,7 +80,7 @@ class _Logprobs(torch.autograd.Function):
             return None, None, None, None
         gradient_MV = torch.empty_like(logits_MV)
         for rows in row_chunks(logits_MV):
-            log_p_CV = (logits_MV[rows].to(normaliser_M.dtype) / ctx.temperature).sub_(normaliser_M[rows, None])
+            log_p_CV = scaled(logits_MV[rows], normaliser_M.dtype, ctx.temperature).sub_(normaliser_M[rows, None])
             p_CV = log_p_CV.exp()
             if grad_logprobs_M is None:
                 gradient_CV = torch.zeros_like(p_CV)
@@ -90,7 +91,7 @@ class _Logprobs(torch.autograd.Function):
                 # xlogy's convention: where p underflowed to 0 its term is 0, also if the logit was -inf.
                 term_CV = p_CV * (log_p_CV.clamp(min=torch.finfo(p_CV.dtype).min) + entropy_M[rows, None])
                 gradient_CV.sub_(term_CV * grad_entropy_M[rows, None])
-            gradient_MV[rows] = gradient_CV.div_(ctx.temperature).to(gradient_MV.dtype)
+            gradient_MV[rows] = gradient_CV if ctx.temperature == 1.0 else gradient_CV.div_(ctx.temperature)
         return gradient_MV, None, None, None
 
 
@@ -99,8 +100,16 @@ def _entropy(p_CV: Tensor, log_p_CV: Tensor) -> Tensor:
     return -(p_CV * log_p_CV.clamp(min=torch.finfo(p_CV.dtype).min)).sum(-1)
 
 
+def scaled(logits_CV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+    """A new tensor of `logits / temperature`."""
+    if logits_CV.dtype == dtype:
+        return logits_CV / temperature
+    converted_CV = logits_CV.to(dtype)
+    return converted_CV if temperature == 1.0 else converted_CV.div_(temperature)
+
+
 def row_chunks(logits_MV: Tensor) -> list[slice]:
     """Rows to work on at a time, so that a chunk has about `CHUNK_ELEMENTS` logits."""
     rows, vocabulary = logits_MV.shape
-    step = max(1, CHUNK_ELEMENTS // max(1, vocabulary))
+    step = max(1, CHUNK_ELEMENTS[logits_MV.device.type] // max(1, vocabulary))
     return [slice(start, start + step) for start in range(0, rows, step)]

@@ -53,6 +53,8 @@ class LossInputs:
     """Of the engine that sampled. Needed with a `correction`."""
     weight_scale: float = 1.0
     """Multiplies the correction's weights: 1 / their mean over the mini-batch, if they are to be normalised."""
+    policy_positions_P: Tensor | None = None
+    """Where `loss_mask_T` is True, if the caller knows: looking for them makes the host wait for a GPU."""
     ref_logprobs_T: Tensor | None = None
     """Needed when `kl_beta` is not 0; measured whenever given."""
     entropy_T: Tensor | None = None
@@ -85,7 +87,9 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
         raise ValueError("entropy_bonus is not 0 but there is no entropy")
     # Only policy tokens are ever touched: whatever stands at the others (also NaN) can neither change the loss nor
     # receive a gradient.
-    policy_P = inputs.loss_mask_T.nonzero().squeeze(-1)
+    policy_P = inputs.policy_positions_P
+    if policy_P is None:
+        policy_P = inputs.loss_mask_T.nonzero().squeeze(-1)
     logprobs_P = inputs.logprobs_T[policy_P]
     # Sums of thousands of tokens end at 256 in bf16.
     logprobs_P = logprobs_P.to(torch.promote_types(logprobs_P.dtype, torch.float32))

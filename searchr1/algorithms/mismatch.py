@@ -13,15 +13,14 @@ USUAL_WEIGHTS = (0.5, 2.0)
 """Importance weights that most corrections leave as they are; what lies outside counts as `clipped`."""
 
 
-def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, loss_mask_T: Tensor) -> Sums:
+def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, policy_P: Tensor) -> Sums:
     """Sums over the policy tokens of one micro-batch; d = train - rollout.
 
     Args:
         train_logprobs_T: [T] of the trained model with the weights that the rollout used.
         rollout_logprobs_T: [T] of the engine that sampled.
-        loss_mask_T: [T] bool; other tokens are never read.
+        policy_P: [P] their positions; other tokens are never read.
     """
-    policy_P = loss_mask_T.nonzero().squeeze(-1)
     train_P = train_logprobs_T.detach()[policy_P].double()
     rollout_P = rollout_logprobs_T.detach()[policy_P].double()
     d_P = train_P - rollout_P

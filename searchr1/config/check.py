@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,9 +113,8 @@ def warnings(config: Config, for_training: bool = True) -> list[str]:
 
 
 def _training_warnings(config: Config) -> Iterator[str]:
-    fused = config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion
-    if fused and importlib.util.find_spec("transformer_engine") is None:
-        yield "actor.model.apply_rope_fusion: not fused, because Transformer Engine is not installed"
+    if config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion:
+        yield "actor.model.apply_rope_fusion: not fused, because Transformer Engine is not supported yet"
     yield from algorithm_warnings(config.algorithm)
     if config.actor.lora.weight_update == "adapter" and config.actor.lora.rank == 0:
         yield "actor.lora.weight_update: adapter has no effect with actor.lora.rank: 0, which trains all weights"

@@ -84,7 +84,7 @@ class ActorModelConfig:
     recompute_num_layers: int | None = 1
     """`full` recompute: how many, see `recompute_method`."""
     apply_rope_fusion: bool = False
-    """Fused rotary embedding, where Transformer Engine is installed (Megatron)."""
+    """Fused rotary embedding of Transformer Engine, which is not supported yet (Megatron); read for RLinf's recipes."""
     context_parallel_size: int = 1
     """Ranks that share one sequence: 1 only, see `config/check.py`."""
     seq_length: int | None = None

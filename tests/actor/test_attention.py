@@ -35,6 +35,8 @@ def make_batch(ids_T: Tensor, lengths: tuple[int, ...] = LENGTHS) -> PackedBatch
         rollout_logprobs_T=zeros_T,
         old_logprobs_T=None,
         ref_logprobs_T=None,
+        policy_positions_P=torch.zeros(0, dtype=torch.long),
+        cu_seqlens=torch.tensor([*offsets, sum(lengths)], dtype=torch.int32),
         lengths=lengths,
         sequences=tuple(
             PackedSequence(index, offset, length, 0)

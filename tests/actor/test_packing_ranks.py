@@ -24,7 +24,7 @@ def rank_main(rank: int, folder: str) -> None:
     try:
         # Rank 1 has no policy token at all, which must neither hang nor bend the means.
         mask = torch.full((5,), rank == 0)
-        sums = all_reduce_sums(mismatch_sums(TRAIN, ROLLOUT, mask))
+        sums = all_reduce_sums(mismatch_sums(TRAIN, ROLLOUT, mask.nonzero().squeeze(-1)))
         counts = all_reduce_denominators(Denominators(5 if rank == 0 else 0, 1 - rank), CPU)
         torch.save((mismatch_metrics(sums), counts, all_reduce_max(3 + rank, CPU)), f"{folder}/{rank}.pt")
     finally:
@@ -33,7 +33,7 @@ def rank_main(rank: int, folder: str) -> None:
 
 def test_ranks_agree(tmp_path: Path) -> None:
     mp.spawn(rank_main, (str(tmp_path),), nprocs=2)
-    expected = mismatch_metrics(mismatch_sums(TRAIN, ROLLOUT, torch.ones(5, dtype=torch.bool)))
+    expected = mismatch_metrics(mismatch_sums(TRAIN, ROLLOUT, torch.arange(5)))
     for rank in range(2):
         metrics, counts, largest = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert metrics == expected

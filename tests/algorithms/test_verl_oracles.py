@@ -214,7 +214,9 @@ def test_mismatch_measures() -> None:
     theirs = verl(CORRECTION, "compute_offpolicy_metrics", SAFETY_BOUND=20.0)
     batch = make_batch(6)
     expected = theirs.compute_offpolicy_metrics(batch["old"], batch["rollout"], batch["mask"].double())
-    found = mismatch_metrics(mismatch_sums(batch["old"].flatten(), batch["rollout"].flatten(), batch["mask"].flatten()))
+    found = mismatch_metrics(
+        mismatch_sums(batch["old"].flatten(), batch["rollout"].flatten(), batch["mask"].flatten().nonzero().squeeze(-1))
+    )
     assert found["kl"] == pytest.approx(expected["kl"], abs=1e-10)
     assert found["kl_k3"] == pytest.approx(expected["k3_kl"], abs=1e-10)
     weights = (batch["old"] - batch["rollout"])[batch["mask"]].exp()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files, verify_checkpoint
 from searchr1.actor.megatron.mapping import VALUE_HEAD
-from searchr1.actor.megatron.optimizer import torch_optimizers
+from searchr1.actor.megatron.optimizer import torch_optimizers, use_fused_adam
 from searchr1.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def load_checkpoint(backend: MegatronTraining, folder: Path) -> None:
     except _unreadable() as error:
         raise UserError(f"cannot load {folder}: it is damaged or belongs to another model ({_reason(error)})") from error
     _separate_steps(backend)
+    use_fused_adam(backend.optimizer)
 
 
 def load_weights(module: Any, folder: Path) -> None:
@@ -137,7 +138,7 @@ def _make_optimizer_state(backend: MegatronTraining) -> None:
             for parameter in group["params"]:
                 state = optimizer.state[parameter]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter.data)
                     state["exp_avg_sq"] = torch.zeros_like(parameter.data)
 

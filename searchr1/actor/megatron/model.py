@@ -25,8 +25,6 @@ def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelC
     """Megatron's configuration of one rank's model."""
     from megatron.core.transformer import TransformerConfig
 
-    from searchr1.actor.megatron.modules import have_transformer_engine
-
     dtype = PARAMETER_DTYPES[settings.precision]
     on_gpu = device.is_cuda
     return TransformerConfig(
@@ -67,7 +65,7 @@ def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelC
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        apply_rope_fusion=settings.apply_rope_fusion and have_transformer_engine(),
+        apply_rope_fusion=False,  # Transformer Engine's
         gradient_accumulation_fusion=False,
         deallocate_pipeline_outputs=True,
     )

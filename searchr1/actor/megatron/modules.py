@@ -1,18 +1,18 @@
-"""Layers that Megatron-Core lacks without Transformer Engine, and the model's output for policy tokens only.
+"""Layers that Megatron-Core lacks without Transformer Engine, and a model for packed rows: rotations looked up by position,
+output for policy tokens only.
 
 Imports Megatron: import it after `parallel.start_megatron` has prepared the process.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -20,11 +20,6 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
 from searchr1.actor.attention import packed_attention
-
-
-def have_transformer_engine() -> bool:
-    """Whether Transformer Engine can be used: installed, and a GPU to run it on."""
-    return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
 class RMSNorm(nn.Module):
@@ -58,7 +53,7 @@ class PackedAttention(nn.Module):
         attention_mask: Tensor | None,
         /,
         *,
-        packed_seq_params: Any,
+        packed_seq_params: PackedRow,
         **_: Any,
     ) -> Tensor:
         """[T, H, D] queries, [T, K, D] keys and values -> [T, H * D]."""
@@ -71,27 +66,27 @@ class PackedAttention(nn.Module):
             None,
             scaling=self._scale,
             packed_lengths=packed_seq_params.lengths,
-            cu_seq_lens_q=packed_seq_params.cu_seqlens_q,
+            cu_seq_lens_q=packed_seq_params.cu_seqlens,
         )
         return output[0].flatten(1)
 
 
 class PackedRow(PackedSeqParams):
-    """Borders of the sequences in a packed row, also on the host."""
+    """Borders of the sequences in a packed row, for the attention above.
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
-        borders = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        longest = max(lengths)
-        super().__init__(
-            qkv_format="thd", cu_seqlens_q=borders, cu_seqlens_kv=borders, max_seqlen_q=longest, max_seqlen_kv=longest
-        )
+    Megatron's own fields for them stay empty: with them it would cut queries and keys at the borders to rotate each
+    sequence by itself, and read the borders back from the GPU for that, twice a layer. `PolicyModel` looks the rotations
+    up by position instead, so the row is rotated whole.
+    """
+
+    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor) -> None:
+        super().__init__(qkv_format="thd", max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
         self.lengths = lengths
+        self.cu_seqlens = cu_seqlens
 
 
 def layer_spec(config: Any, layers_here: int) -> Any:
-    """Transformer Engine's modules where it is installed, else Megatron's own with the two layers above."""
-    if have_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    """Megatron's own modules with the two layers above, whether or not Transformer Engine is installed."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -102,7 +97,7 @@ def layer_spec(config: Any, layers_here: int) -> Any:
 
 
 class PolicyModel(GPTModel):
-    """A GPTModel whose output layer sees the policy tokens' positions only."""
+    """A GPTModel of packed rows, whose output layer sees the policy tokens' positions only."""
 
     output_positions_P: Tensor
     """[P] where the output of the next forward is wanted."""
@@ -113,6 +108,11 @@ class PolicyModel(GPTModel):
             # What reaches the output layer has been gathered already; each rank holds part of the input's gradient.
             self.output_layer.sequence_parallel = False
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Megatron's, with the rotary angles of each token of the row [T, 1, D] in place of those of each position."""
+        decoder_input, angles_S11D, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        return decoder_input, angles_S11D.squeeze(1)[position_ids[0]], *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What `_output` gives on the last stage, hidden states on the others."""

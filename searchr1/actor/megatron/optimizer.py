@@ -57,10 +57,24 @@ def build_optimizer(ddp: Any, config: ActorConfig) -> Any:
         ),
         [ddp],
     )
+    use_fused_adam(optimizer)
     # Megatron leaves it to its scheduler to apply the multiplier, which is 0 for norms and biases.
     for group in optimizer.param_groups:
         group["weight_decay"] = optim.weight_decay * group["wd_mult"]
     return optimizer
+
+
+def use_fused_adam(optimizer: Any) -> None:
+    """Update all parameters in one kernel without temporaries, as Transformer Engine's and Apex's Adam do: Megatron does not
+    ask torch's for that. Needed again after loading a checkpoint, which may have been saved without."""
+    for part in torch_optimizers(optimizer):
+        if isinstance(part, torch.optim.AdamW):
+            for group in part.param_groups:
+                group["fused"] = True
+                for parameter in group["params"]:
+                    state = part.state.get(parameter)
+                    if state:  # the kernel reads the number of the step where the parameter is
+                        state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:

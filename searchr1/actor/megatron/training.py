@@ -110,7 +110,7 @@ class MegatronTraining:
             return found[-1]
 
         self._run(batches, keep, forward_only=True)
-        counts = [int(batch.loss_mask_T.sum()) for batch in batches]
+        counts = [len(batch.policy_positions_P) for batch in batches]
         joined = torch.cat(found) if self._is_last_stage else torch.empty(sum(counts), device=self.device)
         self._broadcast_from_last_stage(joined)
         return list(joined.split(counts))
@@ -155,13 +155,14 @@ class MegatronTraining:
         """Ids, positions and borders; sequence parallelism wants a multiple of its ranks, which a filler sequence makes."""
         from searchr1.actor.megatron.modules import PackedRow
 
-        ids_T, positions_T, lengths = batch.input_ids_T, batch.position_ids_T, batch.lengths
+        ids_T, positions_T, lengths, borders = batch.input_ids_T, batch.position_ids_T, batch.lengths, batch.cu_seqlens
         missing = -len(ids_T) % self.layout.tensor_parallel if self.module.config.sequence_parallel else 0
         if missing:
             filler = torch.arange(missing, device=ids_T.device)
             ids_T = torch.cat([ids_T, torch.zeros_like(filler)])
             positions_T, lengths = torch.cat([positions_T, filler]), (*lengths, missing)
-        return ids_T, positions_T, PackedRow(lengths, ids_T.device)
+            borders = torch.cat([borders, borders.new_full((1,), len(ids_T))])
+        return ids_T, positions_T, PackedRow(lengths, borders)
 
     def share(self, sums: Sums) -> Sums:
         """Over all replicas, known to every stage."""

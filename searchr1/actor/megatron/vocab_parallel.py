@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from searchr1.algorithms.entropy import TokenLogprobs, row_chunks
+from searchr1.algorithms.entropy import TokenLogprobs, row_chunks, scaled
 
 
 def vocab_parallel_logprobs(
@@ -64,7 +64,7 @@ class _VocabParallel(torch.autograd.Function):
         # Rows of: sum of exponentials, target's logit, sum of exponentials times logits.
         sums_SM = torch.zeros(3 if with_entropy else 2, len(targets_M), dtype=dtype, device=logits_MV.device)
         for rows in row_chunks(logits_MV):
-            scaled_CV = (logits_MV[rows].to(dtype) / temperature).sub_(largest_M[rows, None])
+            scaled_CV = scaled(logits_MV[rows], dtype, temperature).sub_(largest_M[rows, None])
             target_C = scaled_CV.gather(-1, columns_M[rows, None]).squeeze(-1)
             sums_SM[1, rows] = target_C.masked_fill(~mine_M[rows], 0.0)
             exp_CV = scaled_CV.exp()
@@ -87,7 +87,7 @@ class _VocabParallel(torch.autograd.Function):
             return None, None, None, None, None, None
         gradient_MV = torch.empty_like(logits_MV)
         for rows in row_chunks(logits_MV):
-            log_p_CV = (logits_MV[rows].to(normaliser_M.dtype) / ctx.temperature).sub_(normaliser_M[rows, None])
+            log_p_CV = scaled(logits_MV[rows], normaliser_M.dtype, ctx.temperature).sub_(normaliser_M[rows, None])
             p_CV = log_p_CV.exp()
             if grad_logprobs_M is None:
                 gradient_CV = torch.zeros_like(p_CV)
@@ -97,7 +97,7 @@ class _VocabParallel(torch.autograd.Function):
                 gradient_CV.scatter_add_(-1, columns_M[rows, None], at_target_C[:, None])
             if grad_entropy_M is not None:
                 gradient_CV.sub_(p_CV * (_finite(log_p_CV) + entropy_M[rows, None]) * grad_entropy_M[rows, None])
-            gradient_MV[rows] = gradient_CV.div_(ctx.temperature).to(gradient_MV.dtype)
+            gradient_MV[rows] = gradient_CV if ctx.temperature == 1.0 else gradient_CV.div_(ctx.temperature)
         return gradient_MV, None, None, None, None, None
 
 
