@@ -91,11 +91,39 @@ class Device:
         """How many workers the placement "all" means: one per GPU, or a single one on a CPU (they share its cores)."""
         return self.slots if self.is_cuda else 1
 
-    def torch_device(self, local_rank: int = 0) -> torch.device:
-        """The torch device of the worker with this local rank."""
+    def torch_device(self) -> torch.device:
+        """The torch device of this process: the CPU, or the GPU at LOCAL_RANK (0 without one) of those that it sees.
+
+        RLinf shows each worker its own GPUs and sets LOCAL_RANK to 0; torchrun shows every process all of them.
+        """
         import torch
 
-        return torch.device("cuda", local_rank) if self.is_cuda else torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if self.is_cuda else torch.device("cpu")
+
+    def take_gpu(self) -> None:
+        """Make this process's GPU its current one, before anything else of torch touches a GPU. Does nothing on a CPU.
+
+        Raises:
+            UserError: LOCAL_RANK is missing although there are several processes, or is no GPU that this process sees.
+        """
+        if not self.is_cuda:
+            return
+        import torch
+
+        text, world = os.environ.get("LOCAL_RANK"), int(os.environ.get("WORLD_SIZE", "1"))
+        if text is None and world > 1:
+            raise UserError(
+                f"LOCAL_RANK: is not set although WORLD_SIZE is {world}, so every process would take the same GPU; start "
+                "them with torchrun, or set it to each process's number on its machine"
+            )
+        count, rank = torch.cuda.device_count(), "0" if text is None else text
+        if not (rank.isascii() and rank.isdigit()) or int(rank) >= count:
+            raise UserError(
+                f"LOCAL_RANK: {rank!r} has no GPU of its own, because this process sees {count} GPU"
+                f"{'' if count == 1 else 's'} (CUDA_VISIBLE_DEVICES); start at most {count} processes on this machine "
+                "(torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(int(rank))
 
     @property
     def collective_backend(self) -> str:

@@ -33,8 +33,72 @@ def test_placement_and_collectives() -> None:
     assert (CPU.workers_for_all, CUDA.workers_for_all) == (1, 8)
     assert (CPU.collective_backend, CUDA.collective_backend) == ("gloo", "nccl")
     assert (CPU.supports_sleep, CUDA.supports_sleep) == (False, True)
-    assert str(CPU.torch_device(3)) == "cpu"
-    assert str(CUDA.torch_device(3)) == "cuda:3"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "taken"),
+    [
+        ({}, 8, 0),  # alone
+        ({"LOCAL_RANK": "3", "RANK": "11", "WORLD_SIZE": "16"}, 8, 3),  # torchrun on the second of two machines
+        ({"LOCAL_RANK": "0", "RANK": "5", "WORLD_SIZE": "8"}, 1, 0),  # a worker, or a job step, that sees only its own GPU
+    ],
+)
+def test_a_process_takes_the_gpu_of_its_local_rank(monkeypatch, launcher, gpus, taken) -> None:
+    import torch
+
+    current: list[int] = []
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    CUDA.take_gpu()
+    assert current == [taken]
+    assert str(CUDA.torch_device()) == f"cuda:{taken}"
+    CPU.take_gpu()
+    assert current == [taken]
+    assert str(CPU.torch_device()) == "cpu"
+
+
+def test_the_gpu_is_taken_before_the_process_group_is_joined(monkeypatch) -> None:
+    """Every actor, critic, reference model and `sft` joins through this function; NCCL binds to the current GPU."""
+    import torch
+
+    from searchr1.actor import model
+
+    happened: list[object] = []
+    for name, value in {"LOCAL_RANK": "5", "RANK": "5", "WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "set_device", happened.append)
+    monkeypatch.setattr(model.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(model.dist, "init_process_group", lambda backend, timeout: happened.append(backend))
+    model.init_process_group(CUDA)
+    assert happened == [5, "nccl"]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "message"),
+    [
+        ({"LOCAL_RANK": "4", "WORLD_SIZE": "8"}, 4, "LOCAL_RANK: '4' .*sees 4 GPUs .*at most 4 processes"),
+        ({"LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 1, "LOCAL_RANK: '1' .*sees 1 GPU .*at most 1 "),
+        ({"LOCAL_RANK": "-1", "WORLD_SIZE": "2"}, 2, "LOCAL_RANK: '-1' has no GPU"),
+        ({"LOCAL_RANK": "", "WORLD_SIZE": "2"}, 2, "LOCAL_RANK"),
+        ({"WORLD_SIZE": "8"}, 8, "LOCAL_RANK: is not set although WORLD_SIZE is 8"),
+    ],
+)
+def test_two_processes_never_take_one_gpu(monkeypatch, launcher, gpus, message) -> None:
+    import torch
+
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda rank: pytest.fail(f"took GPU {rank}"))
+    with pytest.raises(UserError, match=message):
+        CUDA.take_gpu()
 
 
 def test_threads_divide_the_cores() -> None:

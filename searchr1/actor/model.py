@@ -26,17 +26,22 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.b
 
 
 def init_process_group(device: Device, timeout_minutes: float = 30, host_tensors: bool = False) -> None:
-    """Join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or be alone without them.
+    """Take this process's GPU and join the group that RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe, or be alone
+    without them.
 
     Args:
         device: where to compute.
         timeout_minutes: of a collective.
         host_tensors: tensors in host memory take part too (`actor.fsdp.cpu_offload`).
+
+    Raises:
+        UserError: there is no GPU for this process.
     """
     from datetime import timedelta
 
     if dist.is_initialized():
         return
+    device.take_gpu()
     timeout = timedelta(minutes=timeout_minutes)
     backend = device.collective_backend
     if host_tensors and device.is_cuda:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from searchr1.config.check_models import check_models
 from searchr1.config.check_positions import check_positions
 from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
-from searchr1.config.placement import GROUPS, group_ranks, is_evaluation, placed_groups
+from searchr1.config.placement import GROUPS, group_ranks, is_evaluation, placed_groups, visible_gpus
 from searchr1.config.schema import Config
 from searchr1.data.paths import path_problem
 from searchr1.data.prompts import template_text
@@ -208,6 +209,8 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
     try:
         device = Device.detect(config.cluster.device)
         yield from check_precisions(config, device)
+        if device.is_cuda:
+            visible_gpus(device, os.environ)
         groups = ["rollout", "reward", *(["actor"] if for_training else [])]
         groups += ["inference"] if for_training and config.algorithm.kl_beta > 0 else []
         for component in groups:

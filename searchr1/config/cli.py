@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from searchr1.config.check import check_config, warnings
 from searchr1.config.check_models import check_models
 from searchr1.config.critic import critic_run
 from searchr1.config.layout import actor_layout, critic_layout
 from searchr1.config.load import ConfigError, load_config
-from searchr1.config.placement import group_ranks, is_evaluation
+from searchr1.config.placement import describe_device, group_ranks, is_evaluation
 from searchr1.config.schema import Config
 from searchr1.device import Device
 
@@ -22,7 +23,7 @@ def explain(config: Config, for_training: bool) -> str:
     if for_training:
         groups += [*(["inference"] if algorithm.kl_beta > 0 else []), "actor"]
         groups += ["critic"] if config.critic.use_critic_model else []
-    lines = [f"device      {device.kind}", "groups"]
+    lines = [f"device      {describe_device(device, os.environ)}", "groups"]
     for component in groups:
         ranks = group_ranks(config, component, device)
         slots = " ".join("+".join(map(str, rank)) for rank in ranks)

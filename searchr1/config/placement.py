@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from searchr1.config.critic import critic_run
 from searchr1.config.schema import Config
 from searchr1.device import Device
@@ -9,24 +11,42 @@ from searchr1.errors import UserError
 
 
 def parse_slots(value: object, slots: int, key: str) -> list[int]:
-    """`all`, `3`, `0-3`, `0,2` or mixtures -> slot numbers.
+    """`all`, `3`, `0-3`, `0,2` or mixtures, also as a list -> slot numbers.
 
     Raises:
         UserError: not such a value, or a slot that does not exist.
     """
-    text = str(value).strip()
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value).strip()
     if text == "all":
         return list(range(slots))
-    found: list[int] = []
+    if ":" in text and not isinstance(value, Mapping):
+        raise UserError(
+            f"{key}: {text!r} numbers processes, which follow from the slots and the parallel sizes here; leave out what is "
+            "after each colon"
+        )
+    chosen: list[int] = []
     for part in text.split(","):
-        first, _, last = part.strip().partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not _is_number(first) or (dash and not _is_number(last)):
             raise UserError(f"{key}: {text!r} is no placement; use all, a slot (0), a range (0-3) or a list (0,2)")
-        found += range(int(first), int(last or first) + 1)
-    if not found or max(found) >= slots or len(set(found)) != len(found):
-        raise UserError(f"{key}: {text!r} does not fit {slots} slot{'s' if slots > 1 else ''} (numbered from 0)")
-    return sorted(found)
+        start, end = int(first), int(last or first)
+        if end >= slots:
+            there = f"are {slots} slots (numbered 0 to {slots - 1})" if slots > 1 else "is 1 slot (number 0)"
+            raise UserError(f"{key}: {text!r} asks for slot {end}, but there {there}; name only what is there, or all")
+        if end < start:
+            raise UserError(f"{key}: {text!r} has a range that runs backwards; write {end}-{start}")
+        chosen += range(start, end + 1)
+    twice = sorted({slot for slot in chosen if chosen.count(slot) > 1})
+    if twice:
+        raise UserError(f"{key}: {text!r} names slot {twice[0]} twice; name each once")
+    return sorted(chosen)
 
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 GROUPS = ("actor", "rollout", "reward", "inference", "critic")
 """Worker groups that can be placed."""
@@ -45,8 +65,70 @@ def is_evaluation(config: Config) -> bool:
 
 
 def total_slots(config: Config, device: Device) -> int:
-    """What `all` means."""
-    return config.cluster.slots or device.workers_for_all
+    """What `all` means.
+
+    Raises:
+        UserError: `cluster.slots` is more than the GPUs there are, or no number of slots at all.
+    """
+    slots = config.cluster.slots
+    if slots is None:
+        return device.workers_for_all
+    if slots < 1:
+        raise UserError(f"cluster.slots: must be 1 or more, or null for all, but is {slots}")
+    if device.is_cuda and slots > device.slots:
+        raise UserError(
+            f"cluster.slots: {slots} is more than the {device.slots} GPU{'s' if device.slots > 1 else ''} that this process "
+            "sees (CUDA_VISIBLE_DEVICES); lower it, or leave it out to take them all"
+        )
+    return slots
+
+
+def visible_gpus(device: Device, environment: Mapping[str, str]) -> list[int]:
+    """The machine's numbers of the GPUs behind the slots: those that `CUDA_VISIBLE_DEVICES` names, in its order, or all.
+
+    Args:
+        device: GPUs.
+        environment: of the process that starts the workers.
+
+    Raises:
+        UserError: the variable names GPUs that workers cannot be given by number, or some that are not there.
+    """
+    value = environment.get(VISIBLE)
+    if value is None:
+        return list(range(device.slots))
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name.upper().startswith(("GPU-", "MIG-")):
+            kind = "a part of a GPU (MIG)" if name.upper().startswith("MIG-") else "a GPU by its UUID"
+            raise UserError(
+                f"{VISIBLE}: {name!r} is {kind}, but worker processes are given whole GPUs by number; write numbers, "
+                "for instance 0,1 (nvidia-smi -L lists both)"
+            )
+        if not _is_number(name):
+            # CUDA ignores such a name and all that come after it.
+            raise UserError(f"{VISIBLE}: {name!r} in {value!r} is no GPU's number; write numbers, for instance 0,1")
+    numbers = [int(name) for name in names]
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise UserError(f"{VISIBLE}: {value!r} names GPU {number} twice; name each once")
+    if len(numbers) != device.slots:
+        raise UserError(
+            f"{VISIBLE}: {value!r} names {len(numbers)} GPU{'s' if len(numbers) > 1 else ''}, but torch sees "
+            f"{device.slots}; name only GPUs that nvidia-smi lists, which are numbered from 0"
+        )
+    return numbers
+
+
+def describe_device(device: Device, environment: Mapping[str, str]) -> str:
+    """Name the device, and on CUDA the GPUs behind the slots, for people.
+
+    Raises:
+        UserError: as `visible_gpus` does.
+    """
+    if not device.is_cuda:
+        return device.kind
+    numbers = visible_gpus(device, environment)
+    return f"cuda, GPU{'s' if len(numbers) > 1 else ''} {' '.join(map(str, numbers))}"
 
 
 def group_slots(config: Config, component: str, device: Device) -> list[int]:

@@ -8,10 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from searchr1.config.placement import group_ranks
+from searchr1.config.placement import describe_device, group_ranks, visible_gpus
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -74,6 +74,7 @@ class Groups:
     def __init__(self, config: Config, device: Device, optimizer_steps: int | None) -> None:
         from rlinf.scheduler import Channel, Cluster
 
+        from searchr1.runner.gpu_placement import without_gpus
         from searchr1.workers.actor import ActorWorker
         from searchr1.workers.critic import CriticWorker
         from searchr1.workers.inference import InferenceWorker
@@ -82,6 +83,7 @@ class Groups:
 
         self._config = config
         self._device = device
+        self._gpus = visible_gpus(device, os.environ) if device.is_cuda else []
         # Ray's workers inherit the driver's environment; some of it must be there before they import torch.
         for name, value in device.driver_env().items():
             os.environ.setdefault(name, value)
@@ -89,7 +91,8 @@ class Groups:
             self._cluster = Cluster(num_nodes=config.cluster.num_nodes)
         # RLinf answers a dying worker process by ending the driver with a signal; we want to save and explain first.
         signal.signal(signal.SIGUSR1, _worker_died)
-        self.channel: Any = Channel.create(channels.CHANNEL)
+        with without_gpus(self._cluster):
+            self.channel: Any = Channel.create(channels.CHANNEL)
         training = optimizer_steps is not None
         with_reference = training and config.algorithm.kl_beta > 0
         inference_ranks = len(group_ranks(config, "inference", device)) if with_reference else 0
@@ -112,18 +115,20 @@ class Groups:
             call.wait(START_TIMEOUT_S)
 
     def _launch(self, component: str, worker: Any, *args: Any) -> Group:
-        from rlinf.scheduler import NodePlacementStrategy, PackedPlacementStrategy
+        from rlinf.scheduler import NodePlacementStrategy
+
+        from searchr1.runner.gpu_placement import gpu_placement, without_gpus
 
         ranks = group_ranks(self._config, component, self._device)
         name = getattr(self._config, component).group_name
-        if self._device.is_cuda and component != "reward":
-            per_process = len(ranks[0])
-            strategy = PackedPlacementStrategy(ranks[0][0], ranks[-1][-1], num_hardware_per_process=per_process)
-        else:
-            strategy = NodePlacementStrategy([0] * len(ranks))
-        handle = worker.create_group(*args).launch(
-            self._cluster, placement_strategy=strategy, name=name, catch_system_failure=False
-        )
+        on_gpus = self._device.is_cuda and component != "reward"
+        strategy: Any = NodePlacementStrategy([0] * len(ranks))
+        if on_gpus:
+            strategy = gpu_placement(self._cluster, ranks, self._gpus)
+        with nullcontext() if on_gpus else without_gpus(self._cluster):
+            handle = worker.create_group(*args).launch(
+                self._cluster, placement_strategy=strategy, name=name, catch_system_failure=False
+            )
         return Group(handle, name, len(ranks))
 
 
@@ -138,9 +143,10 @@ def launch(config: Config, device: Device, optimizer_steps: int | None = None) -
     """
     import ray
 
-    for name in ("NodePlacementStrategy", "PackedPlacementStrategy"):  # they reset their own level
+    for name in ("NodePlacementStrategy", "OrderedPlacement"):  # they reset their own level
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING)
-    print(f"starting {'training' if optimizer_steps is not None else 'evaluation'} groups on {device.kind}", flush=True)
+    kind = "training" if optimizer_steps is not None else "evaluation"
+    print(f"starting {kind} groups on {describe_device(device, os.environ)}", flush=True)
     try:
         groups = Groups(config, device, optimizer_steps)
         groups.start()
