@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with everything in it, or reuses it when the lock has not changed.
-#   ./install.sh          the `gpu` extra where nvidia-smi finds a GPU, else the `cpu` extra
-#   SEARCHR1_EXTRA=cpu ./install.sh     force one
+#   ./install.sh          the `gpu` extra where there is a GPU, else the `cpu` extra
+#   SEARCHR1_EXTRA=cpu ./install.sh     force one; the environment stays what it is until the other is named
 # Other choices: PYTHON (default python3.11 or python3), VENV (default .venv).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -18,23 +18,42 @@ if [ -z "$python" ]; then
   exit 2
 fi
 
+case ${SEARCHR1_EXTRA:-} in ''|cpu|gpu) ;; *) echo "install.sh: SEARCHR1_EXTRA must be cpu or gpu, not '$SEARCHR1_EXTRA'" >&2; exit 2;; esac
+# What the environment was made for, and whether SEARCHR1_EXTRA named it: `cpu chosen`. Commands read it too (searchr1/nvidia.py).
+record=$venv/.searchr1-extra
+recorded=$(cat "$record" 2>/dev/null || sed -n 's/.*-\([cg]pu\)$/\1/p' "$venv/.searchr1-stamp" 2>/dev/null || true)
 extra=${SEARCHR1_EXTRA:-}
-if [ -z "$extra" ]; then
-  if nvidia-smi -L 2>/dev/null | grep -q GPU; then extra=gpu; else extra=cpu; fi
+chosen=${extra:+ chosen}
+if [ -z "$extra" ] && [ "${recorded#* }" = chosen ]; then
+  extra=${recorded% *} chosen=" chosen"
+  echo "install.sh: $venv was made with SEARCHR1_EXTRA=$extra and stays so; SEARCHR1_EXTRA=cpu or gpu changes it"
 fi
-case $extra in cpu|gpu) ;; *) echo "install.sh: SEARCHR1_EXTRA must be cpu or gpu, not '$extra'" >&2; exit 2;; esac
+# Decides, and refuses a driver, a compiler or headers that the GPU build cannot work with before anything is downloaded.
+extra=$("$python" -m searchr1.nvidia choose $extra)
+if [ "${recorded%% *}" = gpu ] && [ "$extra$chosen" = cpu ]; then
+  echo "install.sh: no GPU here, but $venv has the GPU build. SEARCHR1_EXTRA=cpu makes it anew for the CPU; with VENV=.venv-cpu" \
+    "before it, beside it." >&2
+  exit 2
+fi
 
 # The stamp is written last: an installation that was cut short is done again.
 wanted=$(cat pyproject.toml requirements/* install.sh | sha256sum | cut -d' ' -f1)-$extra
 if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.searchr1-stamp" 2>/dev/null || true)" = "$wanted" ]; then
+  echo "$extra$chosen" > "$record"
   echo "install.sh: $venv is up to date ($extra)"
   exit 0
 fi
 
 echo "install.sh: installing into $venv ($extra); this takes two to five minutes"
 start=$(date +%s)
+# The packages of one extra would pass for those of the other, or hide them.
+if [ -n "$recorded" ] && [ "${recorded%% *}" != "$extra" ]; then
+  echo "install.sh: $venv has the ${recorded%% *} build: it is made anew"
+  "$python" -m venv --clear "$venv"
+fi
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 rm -f "$venv/.searchr1-stamp"
+echo "$extra$chosen" > "$record"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip install -q --upgrade pip "setuptools>=77" wheel
 
@@ -52,11 +71,14 @@ else
   pip install -q --prefer-binary -c requirements/gpu.constraints -e ".[gpu,retrieval,dev]"
 fi
 "$venv/bin/python" - <<'PY'
-import sys
 import torch
 import transformers  # noqa: F401
-import vllm  # noqa: F401
-print(f"install.sh: torch {torch.__version__}, vllm {vllm.__version__}, CUDA {'found' if torch.cuda.is_available() else 'none'}")
+import vllm
+print(f"install.sh: torch {torch.__version__}, vllm {vllm.__version__}")
 PY
+if [ "$extra" = gpu ]; then
+  gpu=$("$venv/bin/python" -m searchr1.nvidia verify)
+  echo "install.sh: computed on $gpu"
+fi
 echo "$wanted" > "$venv/.searchr1-stamp"
 echo "install.sh: done in $(( $(date +%s) - start )) s"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from searchr1 import nvidia
 from searchr1.errors import UserError
 
 if TYPE_CHECKING:
@@ -48,23 +49,27 @@ class Device:
     """CPU cores that this process may use."""
 
     @classmethod
-    def detect(cls, setting: str = "auto") -> Device:
-        """Finds the device. `setting` is "auto" (a GPU if there is one), "cpu" or "cuda".
+    def detect(cls, setting: str = "auto", key: str = "cluster.device") -> Device:
+        """Find the device.
+
+        Args:
+            setting: "auto" (a GPU if there is one), "cpu" or "cuda".
+            key: what the user set it by, for messages.
 
         Raises:
-            UserError: unknown setting, or "cuda" without a usable GPU.
+            UserError: unknown setting; "cuda" without a usable GPU; "auto" with a GPU that torch cannot use, unless the user
+                chose the CPU.
         """
         if setting not in ("auto", "cpu", "cuda"):
-            raise UserError(f"device: {setting!r} is not known; use auto, cpu or cuda")
+            raise UserError(f"{key}: {setting!r} is not known; use auto, cpu or cuda")
         cores = usable_cores()
         gpus = 0 if setting == "cpu" else _cuda_device_count()
-        if setting == "cuda" and gpus == 0:
-            raise UserError(
-                "device: cuda was asked for, but torch sees no GPU; check nvidia-smi, CUDA_VISIBLE_DEVICES and that "
-                "the installed torch is a CUDA build, or set device=cpu"
-            )
         if gpus:
             return cls(kind="cuda", slots=gpus, cores=cores)
+        if setting == "cuda":
+            raise UserError(f"{key}: cuda was asked for, but torch sees no GPU: {nvidia.why_unusable()}; or set {key}=cpu")
+        if setting == "auto":
+            nvidia.cpu_instead_of_gpu(key)
         return cls(kind="cpu", slots=cores, cores=cores)
 
     @property

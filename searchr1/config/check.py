@@ -24,6 +24,7 @@ from searchr1.data.paths import path_problem
 from searchr1.data.prompts import template_text
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.nvidia import vllm_mismatch
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -208,6 +209,8 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
         )
     try:
         device = Device.detect(config.cluster.device)
+        if config.cluster.device == "cpu" and (mismatch := vllm_mismatch("cpu")):
+            yield Problem("cluster.device", mismatch)
         yield from check_precisions(config, device)
         if device.is_cuda:
             visible_gpus(device, os.environ)

@@ -11,6 +11,7 @@ from searchr1.actor.weight_check import check_model_folder
 from searchr1.agent.settings import GenerateParams
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.nvidia import vllm_mismatch
 from searchr1.rollout.backend import Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 
@@ -28,8 +29,11 @@ class VllmBackend:
         """Loads the model.
 
         Raises:
-            UserError: the environment forbids an in-process engine, or the model's weights do not fit its config.json.
+            UserError: the environment forbids an in-process engine, the installed vLLM is built for another device, or the
+                model's weights do not fit its config.json.
         """
+        if mismatch := vllm_mismatch(device.kind):
+            raise UserError(f"cluster.device: {mismatch}")
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         if os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] != "0":
             raise UserError("VLLM_ENABLE_V1_MULTIPROCESSING must be 0: the rollout steps its engine in process")

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from searchr1.config.check_device import require_one_node
 from searchr1.config.load import load_config
+from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.tracking.loggers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
-TRAIN_CONFIG = ROOT / "examples/searchr1/config/tiny-cpu.yaml"
-EVAL_CONFIG = ROOT / "examples/searchr1/config/tiny-cpu-eval.yaml"
+CONFIGS = ROOT / "examples/searchr1/config"
+TRAIN_CONFIG, EVAL_CONFIG = CONFIGS / "tiny-cpu.yaml", CONFIGS / "tiny-cpu-eval.yaml"
+GPU_TRAIN_CONFIG, GPU_EVAL_CONFIG = CONFIGS / "tiny-gpu.yaml", CONFIGS / "tiny-gpu-eval.yaml"
 COLD_START = ROOT / "examples/demo/cold_start"
 NEW_WORLD_SEED = 77
 SERVER_TIMEOUT_S = 60.0
@@ -86,8 +88,19 @@ def summary(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace) -> None:
-    """The whole demo."""
+def configs(overrides: list[str]) -> tuple[Path, Path]:
+    """Pick the YAMLs of training and evaluation: those for the GPU where there is one, unless an override says otherwise.
+
+    Raises:
+        UserError: there is a GPU, but it cannot be used and the user did not choose the CPU.
+    """
+    settings = dict(override.split("=", 1) for override in overrides if "=" in override)
+    device = Device.detect(settings.get("cluster.device", "auto"))
+    return (GPU_TRAIN_CONFIG, GPU_EVAL_CONFIG) if device.is_cuda else (TRAIN_CONFIG, EVAL_CONFIG)
+
+
+def run(args: argparse.Namespace, train_config: Path, eval_config: Path) -> None:
+    """Run the whole demo."""
     started = time.perf_counter()
     out: Path = args.out or Path(f"runs/demo-seed{args.seed}")
     out.mkdir(parents=True, exist_ok=True)
@@ -99,22 +112,22 @@ def run(args: argparse.Namespace) -> None:
         overrides = [f"runner.seed={args.seed}", "runner.resume_dir=auto", *args.overrides]
         if args.steps is not None:
             overrides.append(f"runner.max_steps={args.steps}")
-        command("train", TRAIN_CONFIG, *overrides, env=env)
+        command("train", train_config, *overrides, env=env)
         steps = sorted((out / "train/checkpoints").glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
         model = out / "model"
         shutil.rmtree(model, ignore_errors=True)  # a run that went on has a newer checkpoint
         kind = "mg2hf" if (steps[-1] / "actor/metadata.json").exists() else "fsdp2hf"
         command("convert", kind, "--checkpoint", steps[-1] / "actor", "--output", model)
-        command("eval", EVAL_CONFIG, "runner.overwrite=True", env=env)
+        command("eval", eval_config, "runner.overwrite=True", env=env)
         if args.checks:
             off = ["runner.experiment_name=eval-search-off", "tools.search.dummy_mode=True", "runner.overwrite=True"]
-            command("eval", EVAL_CONFIG, *off, env=env)
+            command("eval", eval_config, *off, env=env)
     if args.checks:
         other = out / "new-world" / "world"
         command("demo-world", "--seed", NEW_WORLD_SEED, "--out", other)
         with retrieval_server(other, out / "retrieval-new-world.log") as address:
             env = {"SEARCHR1_DEMO_DIR": str(out / "new-world"), "SEARCHR1_SEARCH_ADDR": address}
-            command("eval", EVAL_CONFIG, f"rollout.model.model_path={model}", "runner.overwrite=True", env=env)
+            command("eval", eval_config, f"rollout.model.model_path={model}", "runner.overwrite=True", env=env)
     command("report", out / "train")
     print(f"\n{summary(out)}\n")
     if args.checks:
@@ -129,16 +142,17 @@ def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     parser = argparse.ArgumentParser(
         prog="run.sh",
-        description="A small language model learns to search a fictional encyclopedia, on a CPU, in 5 to 12 "
-        "minutes on two idle cores. A second run goes on where the first one stopped.",
+        description="A small language model learns to search a fictional encyclopedia: on the first GPU where there is one, "
+        "else on a CPU, in 5 to 12 minutes on two idle cores. A second run goes on where the first one stopped.",
     )
-    parser.add_argument("--steps", type=int, help="training steps (default: those of tiny-cpu.yaml; 2 for the impatient)")
+    parser.add_argument("--steps", type=int, help="training steps (default: 40; 2 for the impatient)")
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the training (default 0)")
     parser.add_argument("--out", type=Path, help="folder for everything (default runs/demo-seedSEED)")
     parser.add_argument("--model", type=Path, default=COLD_START, help="model to start from")
     parser.add_argument("--checks", action="store_true", help=f"also evaluate without search, and on world {NEW_WORLD_SEED}")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the training's YAML")
     args = parser.parse_args(argv)
-    require_one_node(load_config(TRAIN_CONFIG, args.overrides))  # a slip is reported now, not after the world is made
-    run(args)
+    train_config, eval_config = configs(args.overrides)
+    require_one_node(load_config(train_config, args.overrides))  # a slip is reported now, not after the world is made
+    run(args, train_config, eval_config)
     return 0

@@ -50,7 +50,7 @@ def train(args: argparse.Namespace) -> list[float]:
     """The whole of it. Returns every step's loss: the mean negative log-likelihood of a trained token."""
     from transformers import AutoConfig, AutoTokenizer
 
-    device = Device.detect(args.device)
+    device = Device.detect(args.device, "--device")
     init_process_group(device)
     lead = dist.get_rank() == 0
     if args.model:

@@ -8,6 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from searchr1 import device
+from searchr1.config.check import check_config
+from searchr1.config.load import load_config
+from searchr1.config.placement import group_ranks
+from searchr1.device import Device
+from searchr1.errors import UserError
 from searchr1.runner import demo
 
 
@@ -45,3 +51,48 @@ def test_a_demo_that_goes_on_converts_its_newest_checkpoint(tmp_path, capsys):
         assert demo.main(["--out", str(tmp_path), "--steps", str(steps)]) == 0
         assert (tmp_path / "model/from").read_text() == str(tmp_path / f"train/checkpoints/global_step_{steps}/actor")
     assert f"page    {tmp_path}/train/report.html" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def demo_folder(tmp_path_factory):
+    """The files that the demo's YAMLs name."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "world").mkdir()
+    for name in ("train", "test"):
+        (folder / f"world/{name}.jsonl").write_text("{}\n")
+    return folder
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 3, 8])
+def test_training_and_evaluation_are_wholly_on_one_device(monkeypatch, demo_folder, gpus):
+    monkeypatch.setenv("SEARCHR1_DEMO_DIR", str(demo_folder))
+    monkeypatch.setattr(device, "_cuda_device_count", lambda: gpus)
+    monkeypatch.setattr(device.nvidia, "vllm_build", lambda: "cuda" if gpus else "cpu")
+    kind = "cuda" if gpus else "cpu"
+    for path, groups in zip(
+        demo.configs([]), (["rollout", "reward", "actor", "inference"], ["rollout", "reward"]), strict=True
+    ):
+        config = load_config(path, [f"rollout.model.model_path={demo.COLD_START}"])
+        found = Device.detect(config.cluster.device)
+        assert found.kind == kind
+        assert all(group_ranks(config, group, found) == [(0,)] for group in groups)
+        assert check_config(config, "actor" in groups) == []
+
+
+def test_the_gpu_s_yamls_are_those_of_the_cpu_but_for_the_device():
+    differing = {"cluster", "rollout", "actor"}
+    for here, there in ((demo.TRAIN_CONFIG, demo.GPU_TRAIN_CONFIG), (demo.EVAL_CONFIG, demo.GPU_EVAL_CONFIG)):
+        cpu, gpu = load_config(here), load_config(there)
+        assert {name for name in vars(cpu) if getattr(cpu, name) != getattr(gpu, name)} - {"given", "notes"} == differing
+        assert cpu.rollout.model.model_path == gpu.rollout.model.model_path
+
+
+def test_the_user_s_word_on_the_device_goes_first(monkeypatch):
+    monkeypatch.setattr(device, "_cuda_device_count", lambda: 8)
+    assert demo.configs(["cluster.device=cpu", "runner.seed=1"]) == (demo.TRAIN_CONFIG, demo.EVAL_CONFIG)
+    monkeypatch.setattr(device.nvidia, "vllm_build", lambda: "cuda")
+    found = {problem.key: problem.message for problem in check_config(load_config(demo.TRAIN_CONFIG), True)}
+    assert "cpu, but the vLLM installed here is the build for GPUs" in found["cluster.device"]
+    monkeypatch.setattr(device, "_cuda_device_count", lambda: 0)
+    with pytest.raises(UserError, match="cuda was asked for"):
+        demo.configs(["cluster.device=cuda"])
