@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from searchr1.actor.attention import packed_model_inputs
 from searchr1.actor.backend import ValueLoss
 from searchr1.actor.fsdp import FsdpTraining
+from searchr1.actor.loading import build_model
 from searchr1.actor.model import init_process_group, shard_model
 from searchr1.actor.packing import PackedBatch
-from searchr1.actor.weight_check import check_model_folder, load_pretrained
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -61,15 +61,15 @@ class FsdpValueBackend(FsdpTraining):
         init_process_group(device, actor.megatron.distributed_timeout_minutes, actor.fsdp.cpu_offload)
         torch.manual_seed(actor.seed)
         path = actor.model.path or config.rollout.model.model_path
-        settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": device.attention_implementation}
+        attention = device.attention_implementation
         try:
-            check_model_folder(path, decoder_only=True)
-            decoder = load_pretrained(AutoModel, path, decoder_only=True, **settings)
+            decoder, folder = build_model(AutoModel, path, dtype=torch.float32, attention=attention, decoder_only=True)
         except UserError as error:
             raise UserError(f"critic.model_path: {error}") from error
         model = shard_model(
             ValueModel(decoder),
             device,
+            folder=folder,
             precision=actor.model.precision,
             reshard_after_forward=actor.fsdp.reshard_after_forward,
             cpu_offload=actor.fsdp.cpu_offload,

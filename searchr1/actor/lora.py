@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,33 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
 
     _check_targets(model, config.target_modules)
     model.requires_grad_(False)
-    inject_adapter_in_model(PeftConfig(**peft_settings(config.rank, config.alpha, config.target_modules)), model)
+    with _stand_ins(model):
+        inject_adapter_in_model(PeftConfig(**peft_settings(config.rank, config.alpha, config.target_modules)), model)
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[None]:
+    """Put parameters without memory into the host's for a while, still without memory.
+
+    peft draws adapters in host memory and moves them to the device of their base; on the meta device they would be lost.
+    """
+    waiting = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta
+    ]
+    for module, name, parameter in waiting:
+        single = torch.zeros((), dtype=parameter.dtype)
+        setattr(module, name, nn.Parameter(single.expand(parameter.shape), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in waiting:
+            setattr(module, name, parameter)
 
 
 def peft_settings(rank: int, alpha: float, target_modules: list[str]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from searchr1.actor import attention  # noqa: F401  (registers the packed attention)
 from searchr1.actor.attention import packed_model_inputs
+from searchr1.actor.loading import build_model, fill
 from searchr1.actor.lora import add_adapters
 from searchr1.actor.packing import PackedBatch
-from searchr1.actor.weight_check import check_model_folder, load_pretrained
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
 from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device
@@ -66,8 +67,8 @@ def load_model(
 ) -> nn.Module:
     """A causal language model from a Hugging Face folder, sharded over the process group with FSDP2.
 
-    Weights are held in fp32 (they are the optimizer's master copy) and computed with in `precision`. With `lora` of rank
-    1 or more they are frozen, and adapters are trained instead (lora.py).
+    Every rank reads only its own rows (loading.py). Weights are held in fp32 (they are the optimizer's master copy) and
+    computed with in `precision`. With `lora` of rank 1 or more they are frozen, and adapters are trained instead (lora.py).
 
     Raises:
         UserError: no usable model there, or its weights do not fit its config.json.
@@ -76,12 +77,11 @@ def load_model(
 
     in_compute = lora is not None and lora.rank > 0 and lora.base_precision == "compute"
     held = COMPUTE_DTYPES[precision] if in_compute else torch.float32
-    check_model_folder(path)
-    settings: dict[str, Any] = {"dtype": held, "attn_implementation": device.attention_implementation}
-    model = load_pretrained(AutoModelForCausalLM, path, **settings)
+    model, folder = build_model(AutoModelForCausalLM, path, dtype=held, attention=device.attention_implementation)
     return shard_model(
         model,
         device,
+        folder=folder,
         precision=precision,
         trainable=trainable,
         reshard_after_forward=reshard_after_forward,
@@ -95,6 +95,7 @@ def shard_model(
     model: Any,
     device: Device,
     *,
+    folder: Path | None = None,
     precision: str = "fp32",
     trainable: bool = True,
     reshard_after_forward: bool = True,
@@ -102,7 +103,7 @@ def shard_model(
     gradient_checkpointing: bool = False,
     lora: LoraConfig | None = None,
 ) -> nn.Module:
-    """Shard a loaded model: one FSDP2 unit per decoder layer and one for the rest."""
+    """Shard a model, one FSDP2 unit per decoder layer and one for the rest, and fill it from `folder` where it is empty."""
     model.config.use_cache = False
     model.requires_grad_(trainable)
     if lora is not None and lora.rank > 0:
@@ -118,6 +119,8 @@ def shard_model(
     for layer in model.model.layers:
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **shard)
     fully_shard(model, reshard_after_forward=False, **shard)
+    if folder is not None:
+        fill(model, folder, on_host=cpu_offload)
     return model
 
 

@@ -107,7 +107,6 @@ class ExpectedWeights:
             UserError: it is of no causal language model.
         """
         from transformers import AutoModelForCausalLM
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
         try:
             with torch.device("meta"):
@@ -122,8 +121,15 @@ class ExpectedWeights:
             {name for name, value in state.items() if value.is_floating_point()},
             OUTPUT_LAYER in copies,
             tuple(model._keys_to_ignore_on_load_unexpected or ()),
-            get_checkpoint_conversion_mapping(config.model_type) is not None,
+            renames_tensors(model),
         )
+
+
+def renames_tensors(model: Any) -> bool:
+    """Whether transformers renames or fuses this model's tensors while it reads them, as it does for mixtures of experts."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def check_model_folder(source: str | Path, *, decoder_only: bool = False, trained: bool = True) -> None:

@@ -193,6 +193,11 @@ def run_job(job: dict, out: Path) -> None:
     if job["name"].startswith("critic-"):
         run_critic(job, out)
         return
+    if job["name"].startswith("loading-"):
+        import loading_ranks
+
+        torch.save(loading_ranks.differences(job), out / f"{job['name']}-{os.environ['RANK']}.pt")
+        return
     if job["name"] == "vocab":
         from searchr1.actor.model import init_process_group
 

@@ -1,0 +1,85 @@
+"""Models of which each rank reads its own rows: the same, bit by bit, as transformers' own loading of the whole model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import loading_ranks
+import policy_ranks as ranks
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+LORA = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
+ODD = {"vocab_size": 301, "intermediate_size": 97}
+"""Rows that two ranks cannot share out evenly."""
+
+
+def sharded_index(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{number % 3 + 1}-of-00003.safetensors" for number, name in enumerate(weights)}
+    for file in set(places.values()):
+        save_file({name: weights[name] for name in weights if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def pickled(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def with_copy_of_tied_layer(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+FOLDERS: dict[str, tuple[str, bool, dict[str, Any], Any]] = {
+    "tied": ("qwen2", True, ODD, None),
+    "tied-copy": ("qwen2", True, {}, with_copy_of_tied_layer),
+    "untied": ("qwen3", False, {"num_hidden_layers": 1}, sharded_index),
+    "bf16": ("llama", False, ODD | {"dtype": torch.bfloat16}, None),
+    "fp16": ("mistral", False, {"dtype": torch.float16}, None),
+    "gemma": ("gemma", True, {"dtype": torch.bfloat16}, None),
+    "gemma3": ("gemma3_text", True, {}, None),
+    "bin": ("qwen2", False, ODD, pickled),
+    "experts": ("qwen3_moe", False, {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, None),
+}
+JOBS: list[dict[str, Any]] = [
+    *({"model": name, "name": f"loading-{name}"} for name in FOLDERS if name != "experts"),
+    {"model": "experts", "name": "loading-experts", "reference": True},
+    {"model": "bf16", "name": "loading-computed-in-bf16", "precision": "bf16"},
+    {"model": "tied", "name": "loading-reference", "reference": True},
+    {"model": "tied", "name": "loading-lora", "lora": LORA},
+    {"model": "bf16", "name": "loading-lora-on-bf16", "lora": LORA | {"base_precision": "compute"}, "precision": "bf16"},
+    {
+        "model": "untied",
+        "name": "loading-lora-on-the-output-layer",
+        "lora": LORA | {"target_modules": ["lm_head", "v_proj"]},
+    },
+    {"model": "tied", "name": "loading-critic", "critic": True},
+    {"model": "bf16", "name": "loading-critic-of-bf16", "critic": True},
+]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    root = tmp_path_factory.mktemp("models")
+    for name, (family, tied, changes, change) in FOLDERS.items():
+        ranks.make_model(family, tied, root / name, **changes)
+        if change is not None:
+            change(root / name)
+    return [job | {"model": str(root / job["model"])} for job in JOBS]
+
+
+@pytest.mark.parametrize("number", range(len(JOBS)), ids=[job["name"].removeprefix("loading-") for job in JOBS])
+def test_one_rank_holds_and_computes_the_same(jobs, number):
+    assert loading_ranks.differences(jobs[number]) == []
+
+
+def test_two_ranks_hold_and_compute_the_same(jobs, tmp_path):
+    found = ranks.run(2, jobs, tmp_path)
+    assert {name: differences for name, differences in found.items() if any(differences)} == {}
