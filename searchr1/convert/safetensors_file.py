@@ -170,7 +170,7 @@ class SafetensorsReader:
         return specs, places
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Part of a tensor along a dimension; rows are read alone, for columns the whole tensor is.
+        """Part of a tensor along a dimension; rows are read alone, for columns all rows are, a few megabytes at a time.
 
         Raises:
             UserError: the file ended early.
@@ -181,8 +181,14 @@ class SafetensorsReader:
             found = torch.empty((stop - start, *rest), dtype=spec.dtype)
             self._fill(found, self._places[name] + start * math.prod(rest) * spec.dtype.itemsize)
             return found
-        whole = self.read(name, 0, 0, spec.shape[0])
-        return whole if (start, stop) == (0, spec.shape[dim]) else whole.narrow(dim, start, stop - start).contiguous()
+        if (start, stop) == (0, spec.shape[dim]):
+            return self.read(name, 0, 0, spec.shape[0])
+        found = torch.empty((*spec.shape[:dim], stop - start, *spec.shape[dim + 1 :]), dtype=spec.dtype)
+        step = max(1, _PIECE_BYTES * spec.shape[0] // max(1, spec.nbytes))
+        for first in range(0, spec.shape[0], step):
+            rows = self.read(name, 0, first, min(first + step, spec.shape[0]))
+            found[first : first + step] = rows.narrow(dim, start, stop - start)
+        return found
 
     def _fill(self, target: Tensor, position: int) -> None:
         view = bytes_of(target).numpy().data

@@ -69,6 +69,17 @@ def test_the_library_reads_what_the_stream_wrote_in_any_order_and_the_reader_wha
             assert opened.metadata() == {"format": "pt"}
 
 
+def test_columns_are_read_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(safetensors_file, "_PIECE_BYTES", 64)
+    tensor = torch.randn(37, 5, 2)
+    save_file({"a": tensor}, tmp_path / "x")
+    reader = SafetensorsReader(tmp_path / "x")
+    assert torch.equal(reader.read("a", 1, 1, 4), tensor[:, 1:4])
+    assert torch.equal(reader.read("a", 2, 1, 2), tensor[..., 1:])
+    assert torch.equal(reader.read("a", 1, 0, 5), tensor)
+    reader.close()
+
+
 def test_precision_is_changed_piece_by_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(safetensors_file, "_PIECE_BYTES", 64)
     tensor = torch.randn(37, 5)

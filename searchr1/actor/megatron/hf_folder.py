@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder, read tensor by tensor or slice by slice."""
+"""The safetensors files of a Hugging Face folder, of which every rank reads only its slices."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from searchr1.actor.megatron.architecture import Architecture
 from searchr1.actor.megatron.mapping import VALUE_HEAD, SliceReader, hugging_face_shapes
+from searchr1.convert.safetensors_file import SafetensorsReader
 from searchr1.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -27,12 +26,14 @@ _COMPARED_ELEMENTS = 16 << 20
 
 
 class HuggingFaceFolder:
-    """Open files and where each tensor is. Use `open`."""
+    """Open files and where each tensor is. Use `open`.
 
-    def __init__(self, folder: Path, files: dict[str, Any], places: dict[str, str]) -> None:
+    Plain reads: the pages of a memory map would count as this process's memory, all of the model's in the end.
+    """
+
+    def __init__(self, folder: Path, files: list[SafetensorsReader]) -> None:
         self.folder = folder
-        self._files = files
-        self._places = places
+        self._files = {tensor: file for file in files for tensor in file.specs}
 
     @classmethod
     @contextmanager
@@ -45,26 +46,17 @@ class HuggingFaceFolder:
         folder = local_folder(source)
         names = weight_files(folder)
         with ExitStack() as stack:
-            files = {}
+            files = []
             for name in names:
-                try:
-                    files[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
-                except FileNotFoundError as error:
-                    raise UserError(f"{folder / name} is missing; {INDEX} names it") from error
-                except (SafetensorError, OSError) as error:
-                    raise UserError(f"{folder / name} is damaged or cut short ({error}); download it again") from error
-            places = {tensor: name for name, file in files.items() for tensor in file.keys()}  # noqa: SIM118
-            yield cls(folder, files, places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one tensor."""
-        return tuple(self._files[self._places[name]].get_slice(name).get_shape())
+                if not (folder / name).exists():
+                    raise UserError(f"{folder / name} is missing; {INDEX} names it")
+                files.append(SafetensorsReader(folder / name))
+                stack.callback(files[-1].close)
+            yield cls(folder, files)
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Part of a tensor along one dimension; only that part is read."""
-        part = self._files[self._places[name]].get_slice(name)
-        found: Tensor = part[start:stop] if dim == 0 else part[:, start:stop]
-        return found
+        return self._files[name].read(name, dim, start, stop)
 
     def check(self, arch: Architecture) -> None:
         """Compare names, shapes and a second copy of a tied output layer with what the architecture has; of a critic's, the
@@ -73,7 +65,7 @@ class HuggingFaceFolder:
         Raises:
             UserError: missing, unexpected or misshapen tensors, by name; two different output layers.
         """
-        shapes = {name: self.shape(name) for name in self._places}
+        shapes = {name: file.specs[name].shape for name, file in self._files.items()}
         expected = {name: shape for name, shape in hugging_face_shapes(arch).items() if name != VALUE_HEAD}
         allowed = (OUTPUT_LAYER, *HEADS) if arch.value_head else ()
         tied = arch.tied and not arch.value_head

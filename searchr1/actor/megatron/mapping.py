@@ -132,6 +132,8 @@ class Entry:
             part = self.arch.padded_vocab // tensor_parallel
             start, stop = (min(n * part, self.arch.vocab) for n in (rank, rank + 1))
             found = read(self.sources[0], 0, start, stop)
+            if len(found) == part:
+                return found
             return torch.cat([found, found.new_zeros(part - len(found), *found.shape[1:])])
         parts = []
         for source, shape in zip(self.sources, self.shapes, strict=True):

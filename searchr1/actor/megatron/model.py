@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from searchr1.actor.megatron.architecture import Architecture, rotary_frequencies
 from searchr1.actor.megatron.hf_folder import HuggingFaceFolder
@@ -16,7 +15,6 @@ from searchr1.actor.megatron.mapping import VALUE_HEAD, Entry, checkpoint_name, 
 from searchr1.config.layout import Layout
 from searchr1.config.schema_model import ActorModelConfig
 from searchr1.device import Device
-from searchr1.errors import UserError
 
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -146,10 +144,7 @@ def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch
         for item in parameters:
             if item.entry.name == VALUE_HEAD:
                 continue
-            try:
-                item.parameter.copy_(item.entry.read(weights.read, rank, size))
-            except SafetensorError as error:
-                raise UserError(f"{folder}: cannot read {', '.join(item.entry.sources)}: {error}") from error
+            item.parameter.copy_(item.entry.read(weights.read, rank, size))
 
 
 def _global_name(name: str, first_layer: int) -> str:
