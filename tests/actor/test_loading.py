@@ -16,6 +16,10 @@ import policy_ranks as ranks
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from searchr1.actor import loading
+from searchr1.errors import UserError
 
 LORA = {"rank": 4, "target_modules": ["q_proj", "down_proj"]}
 ODD = {"vocab_size": 301, "intermediate_size": 97}
@@ -88,6 +92,43 @@ def test_one_rank_holds_and_computes_the_same(jobs, number):
 def test_two_ranks_hold_and_compute_the_same(jobs, tmp_path):
     found = ranks.run(2, jobs, tmp_path)
     assert {name: differences for name, differences in found.items() if any(differences)} == {}
+
+
+BF16: dict[str, Any] = {"dtype": torch.bfloat16, "attention": "sdpa"}
+
+
+def test_a_hub_name_is_read_by_rows_from_its_snapshot(jobs, monkeypatch):
+    snapshot = Path(jobs[0]["model"])
+    monkeypatch.setattr(loading, "local_folder", {"org/name": snapshot}.get)
+    model, folder = loading.build_model(AutoModelForCausalLM, "org/name", **BF16)
+    assert folder == snapshot
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert {buffer.device.type for buffer in model.buffers()} == {"cpu"}
+    monkeypatch.setattr(loading, "local_folder", {"org/other": snapshot.parent}.get)
+    monkeypatch.setattr(loading, "has_weights", lambda folder: True)
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        loading.build_model(AutoModelForCausalLM, "org/other", **BF16)
+
+
+def test_what_every_rank_must_load_whole_says_so_and_why(jobs, tmp_path, monkeypatch, caplog):
+    experts = next(job["model"] for job in jobs if job["name"] == "loading-experts")
+    model, folder = loading.build_model(AutoModelForCausalLM, experts, **BF16)
+    assert folder is None
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+    assert "every rank loads the whole model" in caplog.text
+    assert "because transformers renames or fuses the tensors of a qwen3_moe" in caplog.text
+
+    asked = []
+
+    def whole(kind, path, **settings):
+        asked.append(path)
+        return torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(loading, "local_folder", lambda source: tmp_path)  # a snapshot without safetensors
+    monkeypatch.setattr(loading, "load_pretrained", whole)
+    assert loading.build_model(AutoModelForCausalLM, "org/name", **BF16)[1] is None
+    assert asked == ["org/name"]
+    assert "because it has no safetensors files" in caplog.text
 
 
 @pytest.mark.slow  # processes of their own, whose memory nothing else has grown
