@@ -140,11 +140,6 @@ class Device:
         """Transformers' name for the actor's packed attention."""
         return "searchr1_packed"
 
-    @property
-    def supports_sleep(self) -> bool:
-        """True where the rollout engine can hand its memory back between rollouts."""
-        return self.is_cuda
-
     def driver_env(self) -> dict[str, str]:
         """Environment variables that all workers inherit from the driver, because torch reads them when it is imported."""
         return {} if self.is_cuda else {"OMP_WAIT_POLICY": "PASSIVE", "TORCHDYNAMO_DISABLE": "1"}
@@ -191,15 +186,16 @@ class Device:
         share = max(1, self.cores // max(1, workers))
         return max(1, share - 1) if role == "rollout" else share
 
-    def engine_kwargs(self, kv_cache_bytes: int | None, enforce_eager: bool) -> dict[str, Any]:
+    def engine_kwargs(self, kv_cache_bytes: int | None, enforce_eager: bool, sleep_mode: bool) -> dict[str, Any]:
         """The vLLM engine arguments that differ between devices.
 
         Args:
             kv_cache_bytes: size of the KV cache; None: 1 GiB on a CPU, what `gpu_memory_utilization` leaves on a GPU.
             enforce_eager: the user's wish; a CPU is always eager.
+            sleep_mode: whether the engine will hand its memory back between rollouts; a CPU has none to hand back.
         """
         if self.is_cuda:
-            kwargs: dict[str, Any] = {"enforce_eager": enforce_eager, "enable_sleep_mode": True}
+            kwargs: dict[str, Any] = {"enforce_eager": enforce_eager, "enable_sleep_mode": sleep_mode}
             if kv_cache_bytes is not None:
                 kwargs["kv_cache_memory_bytes"] = kv_cache_bytes
             return kwargs

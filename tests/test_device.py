@@ -32,7 +32,6 @@ def test_detect(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_placement_and_collectives() -> None:
     assert (CPU.workers_for_all, CUDA.workers_for_all) == (1, 8)
     assert (CPU.collective_backend, CUDA.collective_backend) == ("gloo", "nccl")
-    assert (CPU.supports_sleep, CUDA.supports_sleep) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -117,14 +116,16 @@ def test_rollout_workers_keep_vllm_in_their_own_process() -> None:
 
 
 def test_engine_arguments_of_each_device() -> None:
-    assert CPU.engine_kwargs(None, enforce_eager=False) == {
+    assert CPU.engine_kwargs(None, enforce_eager=False, sleep_mode=True) == {
         "enforce_eager": True,
         "block_size": 32,
         "kv_cache_memory_bytes": 1 << 30,
     }
-    assert CPU.engine_kwargs(5, enforce_eager=True)["kv_cache_memory_bytes"] == 5
-    assert CUDA.engine_kwargs(None, enforce_eager=False) == {"enforce_eager": False, "enable_sleep_mode": True}
-    assert CUDA.engine_kwargs(7, enforce_eager=True)["kv_cache_memory_bytes"] == 7
+    assert CPU.engine_kwargs(5, enforce_eager=True, sleep_mode=False)["kv_cache_memory_bytes"] == 5
+    for asked in (False, True):
+        expected = {"enforce_eager": False, "enable_sleep_mode": asked}
+        assert CUDA.engine_kwargs(None, enforce_eager=False, sleep_mode=asked) == expected
+    assert CUDA.engine_kwargs(7, enforce_eager=True, sleep_mode=False)["kv_cache_memory_bytes"] == 7
     assert not CPU.chunked_prefill
 
 

@@ -73,12 +73,14 @@ class TrainedModel:
         return self._training.to_replica(value)
 
     def save(self, folder: Path, in_background: bool = False) -> None:
-        """Write model, optimizer, schedule and random state into `folder`; see `TrainingBackend.save`."""
+        """Write model, optimizer, schedule and random state into `folder`; see `TrainingBackend.save`.
+
+        All of it is on the GPU afterwards, as after `load`.
+        """
         self.bring_back("weight", "optimizer")
         self._folder = folder
         with told_as_disk_trouble(folder):
             self._training.save(folder, in_background)
-        self.offload("weight", "optimizer")
 
     def finish_save(self) -> None:
         """Wait for a save in the background."""
@@ -89,4 +91,3 @@ class TrainedModel:
         """Go on from `save`, also with another number of ranks or another layout."""
         self.bring_back("weight", "optimizer")
         self._training.load(folder)
-        self.offload("optimizer")

@@ -26,6 +26,10 @@ class Finished:
     prompt_logprobs: list[float] | None
 
 
+WEIGHTS, KV_CACHE = "weights", "kv_cache"
+"""What of an engine's memory wakes by itself; vLLM's names."""
+
+
 class Backend(Protocol):
     """What the engine's thread drives; `VllmBackend` is the one in use."""
 
@@ -58,10 +62,10 @@ class Backend(Protocol):
         """Forgets cached prompts."""
 
     def sleep(self, level: int) -> None:
-        """Hands memory back."""
+        """Hand memory back."""
 
-    def wake(self) -> None:
-        """Takes memory again."""
+    def wake(self, tags: tuple[str, ...]) -> None:
+        """Take the memory of `tags` again."""
 
     def close(self) -> None:
         """Frees everything."""

@@ -24,7 +24,7 @@ from typing import Any
 from searchr1.agent.settings import GenerateParams, Generation
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.rollout.backend import Backend, Finished, OnText
+from searchr1.rollout.backend import KV_CACHE, WEIGHTS, Backend, Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import VllmBackend
 from searchr1.rollout.weights import WeightManifest
@@ -110,8 +110,9 @@ class Engine:
         self._outbox: list[_Pending] = []
         self._stats = EngineStats()
         self._weight_version = 0
-        self._asleep = False
+        self._asleep: set[str] = set()
         self._updating = False
+        self._dropped = False  # the weights, until new ones have come
 
     @classmethod
     async def start(cls, model_path: str, device: Device, settings: EngineSettings) -> Engine:
@@ -163,7 +164,7 @@ class Engine:
 
         Raises:
             EngineTimeout: not done after `timeout_s` (default `request_timeout_s`); the request is aborted.
-            EngineError: the request was refused, or the engine stopped.
+            EngineError: the request was refused, the engine is awake without weights, or it stopped.
         """
         request_id = f"request-{next(self._ids)}"
         pending = self._expect()
@@ -197,19 +198,22 @@ class Engine:
         parts, in order; from the first to the last the engine stands still.
 
         Raises:
-            EngineError: a file is missing (the engine goes on as before), or loading failed (the engine stops, because
-                its weights are a mixture).
+            EngineError: a file is missing or the weights are asleep (the engine goes on as before), or loading failed (the
+                engine stops, because its weights are a mixture).
             EngineTimeout: not done after `update_timeout_s`.
         """
         _check_files(manifest)
 
         def load(backend: Backend) -> None:
+            if WEIGHTS in self._asleep:
+                raise EngineError(f"weights of version {manifest.version} came while the weights' memory is away; wake it")
             if manifest.adapter:
                 backend.load_adapter(manifest.directory, manifest.version)
             else:
                 backend.load_weights(manifest.files, manifest.version, manifest.first, manifest.last)
             self._updating = not manifest.last
             if manifest.last:
+                self._dropped = self._dropped and manifest.adapter  # an adapter does not bring the rest
                 self._weight_version = manifest.version
                 self._stats.weight_updates += 1
 
@@ -221,24 +225,38 @@ class Engine:
         await self._call(lambda backend: backend.reset_prefix_cache(), timeout_s, "reset its cache")
 
     async def sleep(self, level: int = 1) -> None:
-        """Hands GPU memory to the trainer (on a CPU there is none to hand over). Requests wait until `wake`.
+        """Hand GPU memory to the trainer (on a CPU there is none to hand over). Requests wait until `wake`.
 
         Args:
-            level: 1 keeps the weights in host memory, 2 drops them (load new ones after waking).
+            level: 1 keeps the weights in host memory, 2 drops them. Then nothing is generated before an update has
+                brought all of them: requests that are there wait for it, and once the engine is awake new ones are refused.
+
+        Raises:
+            EngineError: an update has begun and not ended, or part of the memory is away already.
         """
 
         def sleep(backend: Backend) -> None:
+            if self._updating or self._asleep:
+                raise EngineError("the engine cannot go to sleep: " + ("it is updated" if self._updating else "it sleeps"))
             backend.sleep(level)
-            self._asleep = True
+            self._asleep = {WEIGHTS, KV_CACHE}
+            self._dropped = self._dropped or level > 1
 
         await self._call(sleep, self._settings.update_timeout_s, "sleep")
 
-    async def wake(self) -> None:
-        """Takes GPU memory back and goes on."""
+    async def wake(self, tags: tuple[str, ...] = (WEIGHTS, KV_CACHE)) -> None:
+        """Take GPU memory back: of the weights, so that new ones can be loaded, of the KV cache, or of both and go on.
+
+        Raises:
+            EngineError: that memory is not away.
+        """
 
         def wake(backend: Backend) -> None:
-            backend.wake()
-            self._asleep = False
+            if not set(tags) <= self._asleep:
+                away = ", ".join(sorted(self._asleep)) or "nothing"
+                raise EngineError(f"the engine cannot wake {', '.join(tags)}: what is away is {away}")
+            backend.wake(tags)
+            self._asleep -= set(tags)
 
         await self._call(wake, self._settings.update_timeout_s, "wake")
 
@@ -341,6 +359,9 @@ class Engine:
         for position, command in enumerate(commands):
             try:
                 answer = command.run(backend)
+            except EngineError as refusal:  # nothing was done
+                assert command.pending is not None
+                command.pending.error, answer = refusal, None
             except BaseException:
                 with self._wakeup:
                     self._commands = commands[position:] + self._commands
@@ -360,12 +381,14 @@ class Engine:
         return True
 
     def _can_step(self, backend: Backend) -> bool:
-        return backend.has_work and not self._asleep and not self._updating
+        return backend.has_work and not self._asleep and not self._updating and not self._dropped
 
     def _add(self, request_id: str, pending: _Pending, add: Callable[[], None]) -> None:
         if pending.future.done():
             return  # given up while it waited
         try:
+            if self._dropped and not self._asleep:
+                raise EngineError("its weights were dropped (sleep level 2), and no new ones have been loaded")
             add()
         except Exception as error:
             pending.error = EngineError(f"the rollout engine refused a request: {error}")

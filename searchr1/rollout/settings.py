@@ -45,6 +45,8 @@ class EngineSettings:
     """Above 0 the weight updates are LoRA adapters of this rank for the model as it was loaded."""
     load_format: LoadFormat = "auto"
     """"dummy" starts with random weights (the first update brings the real ones)."""
+    sleep_mode: bool = False
+    """GPU only: the engine can hand its memory to other processes (`Engine.sleep`); vLLM then allocates in its own way."""
     detokenize: bool = True
     """Off: no tokenizer is loaded, generations have no text and stop strings are refused."""
     startup_timeout_s: float = 600.0
@@ -54,8 +56,8 @@ class EngineSettings:
     """How long a weight update, a cache reset or a sleep may take."""
 
     @classmethod
-    def from_config(cls, config: Config) -> EngineSettings:
-        """The settings that a run's YAML asks for."""
+    def from_config(cls, config: Config, sleep_mode: bool = False) -> EngineSettings:
+        """Take the settings that a run's YAML asks for; `sleep_mode` is for engines that others share GPUs with."""
         rollout, lora = config.rollout, config.actor.lora
         return cls(
             max_model_len=config.runner.seq_length,
@@ -73,6 +75,7 @@ class EngineSettings:
             pipeline_parallel_size=rollout.pipeline_parallel_size,
             executor_backend=rollout.distributed_executor_backend,
             adapter_rank=lora.rank if lora.weight_update == "adapter" else 0,
+            sleep_mode=sleep_mode,
             detokenize=rollout.detokenize,
             # A request may wait for most of a step until the engine has room for it.
             request_timeout_s=config.runner.step_timeout_s,

@@ -211,15 +211,22 @@ class VllmBackend:
             self._resume()
 
     def sleep(self, level: int) -> None:
-        """Hands memory back: level 1 keeps the weights in host memory, level 2 drops them (an update must follow)."""
-        if self._device.supports_sleep:
-            self._settle()
-            self._llm.sleep(level=level, mode="keep")
+        """Hand memory back: level 1 keeps the weights in host memory, level 2 drops them (an update must follow).
 
-    def wake(self) -> None:
-        """Takes the memory again."""
-        if self._device.supports_sleep:
-            self._llm.wake_up()
+        Raises:
+            RuntimeError: the engine's memory is not in vLLM's sleep allocator.
+        """
+        if not self._device.is_cuda:
+            return  # host memory is shared as it is
+        if not self._settings.sleep_mode:
+            raise RuntimeError("an engine that is to sleep must be started with EngineSettings.sleep_mode")
+        self._settle()
+        self._llm.sleep(level=level, mode="keep")
+
+    def wake(self, tags: tuple[str, ...]) -> None:
+        """Take the memory of `tags` again."""
+        if self._device.is_cuda:
+            self._llm.wake_up(list(tags))
 
     def close(self) -> None:
         """Frees the engine."""
@@ -296,7 +303,7 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
         # The default reports the raw distribution, without the temperature.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
-        **device.engine_kwargs(settings.kv_cache_bytes, settings.enforce_eager),
+        **device.engine_kwargs(settings.kv_cache_bytes, settings.enforce_eager, settings.sleep_mode),
     }
     if settings.adapter_rank:
         rank = next(rank for rank in _ADAPTER_RANKS if rank >= settings.adapter_rank)

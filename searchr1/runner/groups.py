@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-from searchr1.config.placement import describe_device, group_ranks, visible_gpus
+from searchr1.config.placement import describe_device, group_ranks, shares_gpus, visible_gpus
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -94,9 +94,11 @@ class Groups:
         with without_gpus(self._cluster):
             self.channel: Any = Channel.create(channels.CHANNEL)
         training = optimizer_steps is not None
+        self.shares_gpus = training and shares_gpus(config, device)
+        """Whether engines hand their memory to the other groups in between (`sleep_engines`)."""
         with_reference = training and config.algorithm.kl_beta > 0
         inference_ranks = len(group_ranks(config, "inference", device)) if with_reference else 0
-        self.rollout = self._launch("rollout", RolloutWorker, config, device, self.channel)
+        self.rollout = self._launch("rollout", RolloutWorker, config, device, self.channel, self.shares_gpus)
         self.reward = self._launch("reward", RewardWorker, config, self.channel, inference_ranks)
         self.inference: Group | None = None
         self.actor: Group | None = None
@@ -109,10 +111,28 @@ class Groups:
             self.actor = self._launch("actor", ActorWorker, config, device, self.channel, optimizer_steps)
 
     def start(self) -> None:
-        """Load everything, all groups at once."""
-        groups = [g for g in (self.rollout, self.reward, self.inference, self.critic, self.actor) if g is not None]
-        for call in [group.call("start") for group in groups]:
-            call.wait(START_TIMEOUT_S)
+        """Load everything: all groups at once, or the engines before the groups that share their GPUs.
+
+        An engine takes what is free beside its share of the GPU for its KV cache, and stops if that changes while it
+        measures. Engines that share are asleep afterwards: what happens before the first rollout is not theirs either.
+        """
+        others = [g for g in (self.reward, self.inference, self.critic, self.actor) if g is not None]
+        together = [self.rollout, *others]
+        if self.shares_gpus:
+            _start([self.rollout])
+            self.sleep_engines(START_TIMEOUT_S)
+            together = others
+        _start(together)
+
+    def sleep_engines(self, timeout_s: float) -> None:
+        """Let the other groups have the engines' memory, where they share GPUs."""
+        if self.shares_gpus:
+            self.rollout.call("sleep").wait(timeout_s)
+
+    def wake_engines(self, tag: str, timeout_s: float) -> None:
+        """Give the engines the memory of their weights or of their KV cache back (names in `rollout/backend.py`)."""
+        if self.shares_gpus:
+            self.rollout.call("wake", (tag,)).wait(timeout_s)
 
     def _launch(self, component: str, worker: Any, *args: Any) -> Group:
         from rlinf.scheduler import NodePlacementStrategy
@@ -130,6 +150,12 @@ class Groups:
                 self._cluster, placement_strategy=strategy, name=name, catch_system_failure=False
             )
         return Group(handle, name, len(ranks))
+
+
+def _start(groups: list[Group]) -> None:
+    """Load all of these at once."""
+    for call in [group.call("start") for group in groups]:
+        call.wait(START_TIMEOUT_S)
 
 
 @contextmanager

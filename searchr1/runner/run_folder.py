@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ RUNNER_STATE = "runner.json"
 SAVE_TIMEOUT_S = 3600.0
 
 
+class _Dropped(Exception):
+    """A checkpoint that has been written is not wanted."""
+
+
 @dataclass(slots=True)
 class RunFolder:
     """`{runner.output_dir}/{runner.experiment_name}`.
@@ -56,7 +61,7 @@ class RunFolder:
     """In which settings the run differs from the one that wrote the checkpoint."""
     earlier: dict[int, bytes] = field(default_factory=dict)
     """First step -> the configuration's text, of every leg up to the checkpoint."""
-    _writing: Iterator[None] | None = None
+    _writing: Generator[None] | None = None
 
     @classmethod
     def open(cls, config: Config, loader: PromptLoader) -> RunFolder:
@@ -183,19 +188,29 @@ class RunFolder:
             logger.warning("checkpoints after step %d are of steps that are taken again; they are now %s", self.step, names)
 
     def save(self, groups: Groups, loader: PromptLoader, step: int) -> None:
-        """Write a checkpoint, or begin to (`runner.async_save`). It gets its final name only when it is complete."""
+        """Write a checkpoint, or begin to (`runner.async_save`), under a name that no resume takes.
+
+        `finish_save` gives it its final name, `drop_save` deletes it: one of them must follow.
+        """
         self.finish_save()
         self._writing = self._write(groups, loader, step)
-        next(self._writing, None)
+        next(self._writing)
 
     def finish_save(self) -> None:
-        """Complete a checkpoint that is being written in the background."""
+        """Complete the checkpoint that has been written, if there is one, after what is still written of it."""
         if self._writing is not None:
             next(self._writing, None)
             self._writing = None
 
-    def _write(self, groups: Groups, loader: PromptLoader, step: int) -> Iterator[None]:
-        """Stops in the middle while actor and critic write in the background."""
+    def drop_save(self) -> None:
+        """Delete the checkpoint that has been written, if there is one, after what is still written of it."""
+        if self._writing is not None:
+            with suppress(_Dropped):
+                self._writing.throw(_Dropped())
+            self._writing = None
+
+    def _write(self, groups: Groups, loader: PromptLoader, step: int) -> Generator[None]:
+        """Stops in the middle, when the checkpoint may not be complete yet and nobody may resume from it."""
         assert groups.actor is not None
         trained = [("actor", groups.actor), *([("critic", groups.critic)] if groups.critic is not None else [])]
         with new_checkpoint(self.path / "checkpoints", step) as folder:
@@ -204,10 +219,16 @@ class RunFolder:
             for name, group in trained:
                 group.call("save", folder / name, self.config.runner.async_save).wait(SAVE_TIMEOUT_S)
             self.model_settings.write(folder / "actor" / HF_FOLDER)
-            if self.config.runner.async_save:
+            dropped: _Dropped | None = None
+            try:
                 yield
+            except _Dropped as error:
+                dropped = error
+            if self.config.runner.async_save:
                 for _, group in trained:
                     group.call("finish_save").wait(SAVE_TIMEOUT_S)
+            if dropped is not None:
+                raise dropped
         if self.config.runner.keep_checkpoints:
             prune_checkpoints(self.path / "checkpoints", self.config.runner.keep_checkpoints)
 

@@ -27,7 +27,7 @@ from searchr1.runner.evaluate import evaluate
 from searchr1.runner.groups import Groups, launch
 from searchr1.runner.health import Health
 from searchr1.runner.run_folder import RunFolder
-from searchr1.runner.weight_sync import sync_weights, validate_weights
+from searchr1.runner.weight_sync import refresh_engines, validate_weights
 from searchr1.tracking.loggers import hosted_loggers, require_backends
 from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.run_log import RunLog
@@ -60,7 +60,7 @@ def train(config: Config) -> Path:
         step = folder.step
         folder.load(groups)
         health = Health.open(config, folder.path, folder.resume_from, step)
-        sync_weights(groups, step, timeout_s)
+        refresh_engines(groups, step, timeout_s)
         if config.rollout.validate_weight_first_sync:
             probe = [sample.prompt_ids for sample in data.train[:8]]
             precisions = (config.actor.model.precision, config.rollout.model.precision)
@@ -78,20 +78,24 @@ def train(config: Config) -> Path:
                 filled = collect_training_batch(groups, loader, config, step)
                 batch = filled.batch
                 folder.finish_save()
-                # On GPUs the engines lend their memory to the trainer; on a CPU both calls do nothing.
-                groups.rollout.call("sleep").wait(timeout_s)
+                groups.sleep_engines(timeout_s)
                 actor_metrics = train_on(groups, batch.trajectories, config, step)
-                groups.rollout.call("wake").wait(timeout_s)
-                update_seconds = sync_weights(groups, step, timeout_s)
+                step_seconds = time.perf_counter() - started
+                saves = is_due(step, total_steps, config.runner.save_interval)
+                if saves:  # while the engines sleep: it takes weights and optimizer state on the GPU
+                    folder.save(groups, loader, step)
+                update_seconds = refresh_engines(groups, step, timeout_s)
                 metrics = step_metrics(batch.trajectories) | batch.metrics() | filled.metrics() | actor_metrics
-                metrics |= {"time/weight_update": update_seconds, "time/step": time.perf_counter() - started}
+                metrics |= {"time/weight_update": update_seconds, "time/step": step_seconds + update_seconds}
                 log.step(step, batch.trajectories, metrics)
                 health.check(step, metrics)
-                # Before saving: a run killed in between evaluates again instead of never.
                 if is_due(step, total_steps, config.runner.val_check_interval):
                     evaluate(groups, data.val, config, log, step)
-                if is_due(step, total_steps, config.runner.save_interval) and health.allows_saving(step):
-                    folder.save(groups, loader, step)
+                # What was saved counts from here on: a run killed before evaluates again instead of never.
+                if saves and not health.allows_saving(step):
+                    folder.drop_save()
+                elif not config.runner.async_save:
+                    folder.finish_save()
             folder.finish_save()
     return folder.path
 

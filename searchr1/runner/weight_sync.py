@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from searchr1.errors import UserError
+from searchr1.rollout.backend import KV_CACHE, WEIGHTS
 from searchr1.runner.groups import Group, Groups
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,19 @@ def sync_weights(groups: Groups, version: int, timeout_s: float) -> float:
             break
         bucket = following
     actor.call("release_weights", bucket).wait(timeout_s)
+    return time.perf_counter() - started
+
+
+def refresh_engines(groups: Groups, version: int, timeout_s: float) -> float:
+    """Bring the actor's weights to engines that sleep or not, and wake them. Returns the seconds it took.
+
+    The KV cache wakes last, when the actor has left the GPU as far as `actor.offload_…` says so: the two need not fit
+    at once.
+    """
+    started = time.perf_counter()
+    groups.wake_engines(WEIGHTS, timeout_s)
+    sync_weights(groups, version, timeout_s)
+    groups.wake_engines(KV_CACHE, timeout_s)
     return time.perf_counter() - started
 
 

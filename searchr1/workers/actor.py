@@ -49,8 +49,7 @@ class ActorWorker(Worker):
         # Ray starts workers with one OpenMP thread.
         torch.set_num_threads(self._device.threads_for("actor", self._world_size))
         self._policy = Policy.start(self._config, self._device, self._optimizer_steps)
-        self._policy.offload("grad", "optimizer")
-        self._device.empty_cache()
+        self._leave_gpu()
 
     @reported
     async def train_step(self) -> dict[str, float]:
@@ -111,12 +110,15 @@ class ActorWorker(Worker):
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of each token of each sequence (0 for the first) under the current weights."""
         self._policy.bring_back("weight")
-        return self._policy.probe_logprobs(sequences)
+        logprobs = self._policy.probe_logprobs(sequences)
+        self._leave_gpu()
+        return logprobs
 
     @reported
     async def save(self, folder: Path, in_background: bool) -> None:
         """Write this rank's part of a checkpoint into `folder`, or begin to."""
         self._policy.save(folder, in_background)
+        self._leave_gpu()
 
     @reported
     async def finish_save(self) -> None:
@@ -127,3 +129,9 @@ class ActorWorker(Worker):
     async def load(self, folder: Path) -> None:
         """Continue from a checkpoint."""
         self._policy.load(folder)
+        self._leave_gpu()
+
+    def _leave_gpu(self) -> None:
+        """As far as `actor.offload_…` says so."""
+        self._policy.offload("weight", "grad", "optimizer")
+        self._device.empty_cache()

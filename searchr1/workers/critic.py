@@ -71,6 +71,7 @@ class CriticWorker(Worker):
     async def save(self, folder: Path, in_background: bool) -> None:
         """Write this rank's part of a checkpoint into `folder`, or begin to."""
         self._critic.save(folder, in_background)
+        self._leave_gpu()
 
     @reported
     async def finish_save(self) -> None:

@@ -40,11 +40,12 @@ class RolloutReport:
 class RolloutWorker(Worker):
     """One engine and its share of the questions."""
 
-    def __init__(self, config: Config, device: Device, channel: Any) -> None:
+    def __init__(self, config: Config, device: Device, channel: Any, sleep_mode: bool) -> None:
         super().__init__()
         self._config = config
         self._device = device
         self._channel = channel
+        self._sleep_mode = sleep_mode
         os.environ.update(device.worker_env("rollout", self._world_size))
 
     @reported
@@ -65,7 +66,10 @@ class RolloutWorker(Worker):
         settings = self._settings["train"]
         self._tools = build_tools(config.tools, settings.information_style, settings.no_results_message)
         self._run = resolve_generate_fn(config.agentloop.generate_fn)
-        self._engine = await Engine.start(config.rollout.model.model_path, self._device, EngineSettings.from_config(config))
+        engine_settings = EngineSettings.from_config(config, self._sleep_mode)
+        # Where updates are adapters nothing brings the weights again.
+        self._sleep_level = 1 if engine_settings.adapter_rank else 2
+        self._engine = await Engine.start(config.rollout.model.model_path, self._device, engine_settings)
 
     @reported
     async def rollout(
@@ -159,15 +163,13 @@ class RolloutWorker(Worker):
 
     @reported
     async def sleep(self) -> None:
-        """Lend the GPU's memory to the trainer."""
-        if self._device.supports_sleep:
-            await self._engine.sleep()
+        """Lend the GPU's memory to the trainer, and drop the weights unless updates bring adapters alone."""
+        await self._engine.sleep(self._sleep_level)
 
     @reported
-    async def wake(self) -> None:
-        """Take the GPU's memory back."""
-        if self._device.supports_sleep:
-            await self._engine.wake()
+    async def wake(self, tags: tuple[str, ...]) -> None:
+        """Take back the GPU's memory of the weights or of the KV cache."""
+        await self._engine.wake(tags)
 
     @reported
     async def stop(self) -> None:

@@ -72,6 +72,10 @@ def test_settings_from_a_config() -> None:
         request_timeout_s=99.0,
     )
     assert settings.kv_cache_bytes == 1 << 29
+    assert EngineSettings.from_config(config, sleep_mode=True) == dataclasses.replace(settings, sleep_mode=True)
+    for sleeps in (False, True):
+        arguments = engine_arguments("model", CUDA, dataclasses.replace(settings, sleep_mode=sleeps))
+        assert arguments["enable_sleep_mode"] is sleeps
     for precision, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         config.rollout.model.precision = precision
         assert EngineSettings.from_config(config).dtype == dtype

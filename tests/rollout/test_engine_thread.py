@@ -15,6 +15,7 @@ from searchr1.errors import UserError
 from searchr1.rollout.backend import Finished
 from searchr1.rollout.engine import Engine, EngineError, EngineTimeout
 from searchr1.rollout.settings import EngineSettings
+from searchr1.rollout.weights import WeightManifest
 
 SETTINGS = EngineSettings(max_model_len=100, startup_timeout_s=5.0, request_timeout_s=5.0, update_timeout_s=5.0)
 PARAMS = GenerateParams(max_new_tokens=3)
@@ -68,9 +69,10 @@ class ScriptedBackend:
         return ended
 
     def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None: ...
+    def load_adapter(self, folder: str, version: int) -> None: ...
     def reset_prefix_cache(self) -> None: ...
     def sleep(self, level: int) -> None: ...
-    def wake(self) -> None: ...
+    def wake(self, tags: tuple[str, ...]) -> None: ...
 
     def close(self) -> None:
         self.closed = True
@@ -236,6 +238,75 @@ def test_requests_wait_while_the_engine_sleeps() -> None:
         assert not waiting.done()
         await engine.wake()
         await asyncio.gather(running, waiting)
+
+    play(scene)
+
+
+def manifest(last: bool = True, adapter: bool = False) -> WeightManifest:
+    return WeightManifest(version=7, directory="", files=(), tensors=(), total_bytes=0, last=last, adapter=adapter)
+
+
+def test_nothing_is_generated_between_dropped_weights_and_new_ones() -> None:
+    async def scene(engine: Engine, backend: ScriptedBackend) -> None:
+        backend.on_step = lambda: time.sleep(0.002)
+        running = asyncio.create_task(engine.generate([1], GenerateParams(max_new_tokens=100)))
+        await asyncio.sleep(0.01)
+        await engine.sleep(2)
+        waiting = asyncio.create_task(engine.generate([1], PARAMS))
+        await asyncio.sleep(0.01)
+        steps = engine.stats().steps
+        with pytest.raises(EngineError, match="weights' memory is away"):
+            await engine.update_weights(manifest())
+        await engine.wake(("weights",))
+        await engine.wake(("kv_cache",))
+        for call in (engine.generate([1], PARAMS), engine.logprobs([[1, 2]])):
+            with pytest.raises(EngineError, match="weights were dropped"):
+                await call
+        await engine.update_weights(manifest(adapter=True))  # which does not bring the rest
+        await engine.update_weights(manifest(last=False))
+        with pytest.raises(EngineError, match="weights were dropped"):
+            await engine.generate([1], PARAMS)
+        assert engine.stats().steps == steps
+        assert not running.done()
+        assert not waiting.done()
+        await engine.update_weights(manifest())
+        await asyncio.gather(running, waiting, engine.generate([1], PARAMS))
+
+    play(scene)
+
+
+def test_weights_wake_and_change_before_the_cache_wakes() -> None:
+    async def scene(engine: Engine, backend: ScriptedBackend) -> None:
+        waiting = asyncio.create_task(engine.generate([1], PARAMS))
+        await engine.sleep(2)
+        await asyncio.sleep(0.01)
+        steps = engine.stats().steps
+        await engine.wake(("weights",))
+        await engine.update_weights(manifest())
+        await asyncio.sleep(0.01)
+        assert engine.stats().steps == steps
+        await engine.wake(("kv_cache",))
+        await waiting
+        assert engine.weight_version == 7
+
+    play(scene)
+
+
+def test_sleeping_or_waking_twice_is_refused_and_harms_nothing() -> None:
+    async def scene(engine: Engine, backend: ScriptedBackend) -> None:
+        with pytest.raises(EngineError, match="what is away is nothing"):
+            await engine.wake()
+        await engine.sleep()
+        with pytest.raises(EngineError, match="cannot go to sleep: it sleeps"):
+            await engine.sleep(2)
+        await engine.wake(("weights",))
+        with pytest.raises(EngineError, match="cannot wake weights: what is away is kv_cache"):
+            await engine.wake(("weights",))
+        await engine.wake(("kv_cache",))
+        await engine.generate([1], PARAMS)  # level 1 kept the weights
+        await engine.update_weights(manifest(last=False))
+        with pytest.raises(EngineError, match="cannot go to sleep: it is updated"):
+            await engine.sleep()
 
     play(scene)
 

@@ -66,6 +66,7 @@ def trained(config, steps, save_at=()):
         log.log(step, {"reward/mean": 0.5})
         if step in save_at:
             folder.save(groups, loader, step)
+            folder.finish_save()
     log.close()
     return folder
 
@@ -260,7 +261,7 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path, monkeypatch, spoil):
 
 
 @pytest.mark.parametrize("resume_dir", ["auto", None])
-@pytest.mark.parametrize("stage", ["launch", "load", "sync_weights", "hosted_loggers", "logger_backends"])
+@pytest.mark.parametrize("stage", ["launch", "load", "refresh_engines", "hosted_loggers", "logger_backends"])
 def test_a_run_that_fails_before_its_first_step_changes_nothing(tmp_path, monkeypatch, stage, resume_dir):
     path = trained(make_config(tmp_path), 6, save_at=[4]).path
     config = make_config(tmp_path, resume_dir=resume_dir, overwrite=resume_dir is None, val_before_train=False)
@@ -280,7 +281,7 @@ def test_a_run_that_fails_before_its_first_step_changes_nothing(tmp_path, monkey
     monkeypatch.setattr(train_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
     monkeypatch.setattr(train_module, "PromptLoader", lambda *_, **__: make_loader())
     monkeypatch.setattr(train_module, "launch", lambda *_: Launched())
-    monkeypatch.setattr(train_module, "sync_weights", lambda *_: 0.0)
+    monkeypatch.setattr(train_module, "refresh_engines", lambda *_: 0.0)
     if stage == "load":
         monkeypatch.setattr(RunFolder, "load", fails)
     elif stage == "logger_backends":
