@@ -312,3 +312,38 @@ def test_a_damaged_state_names_the_file(tmp_path):
         (folder / "runner.json").write_text(json.dumps({"step": 3, "loader": {"epoch": 0}}))
     with pytest.raises(UserError, match=r"global_step_3/runner\.json: not readable .*damaged"):
         RunFolder.open(resumed(tmp_path), make_loader())
+
+
+class Trained:
+    """A group that writes in the background, and what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def call(self, method, *args):
+        self.asked.append(method)
+        if method == "save":
+            (args[0] / "hf").mkdir(parents=True)
+        return DoneCall()
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_saved_checkpoint_is_one_only_when_its_step_is_over(tmp_path, in_background, keep):
+    config = make_config(tmp_path, async_save=in_background)
+    folder = RunFolder.open(config, make_loader())
+    folder.begin()
+    actor, critic = Trained(), Trained()
+    folder.save(SimpleNamespace(actor=actor, critic=critic), make_loader(), 3)
+    checkpoints = folder.path / "checkpoints"
+    assert checkpoint_steps(checkpoints) == []
+    assert RunFolder.open(resumed(tmp_path), make_loader()).resume_from is None  # after a kill in between
+    if keep:
+        folder.finish_save()
+    else:
+        folder.drop_save()
+    assert actor.asked == critic.asked == (["save", "finish_save"] if in_background else ["save"])
+    assert [path.name for path in checkpoints.iterdir()] == (["global_step_3"] if keep else [])
+    folder.finish_save()
+    folder.drop_save()  # there is nothing left to do
+    assert checkpoint_steps(checkpoints) == ([3] if keep else [])
