@@ -27,7 +27,7 @@ from searchr1.runner.evaluate import evaluate
 from searchr1.runner.groups import Groups, launch
 from searchr1.runner.health import Health
 from searchr1.runner.run_folder import RunFolder
-from searchr1.runner.weight_sync import refresh_engines, validate_weights
+from searchr1.runner.weight_sync import actor_logprobs, refresh_engines, validate_weights
 from searchr1.tracking.loggers import hosted_loggers, require_backends
 from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.run_log import RunLog
@@ -60,11 +60,12 @@ def train(config: Config) -> Path:
         step = folder.step
         folder.load(groups)
         health = Health.open(config, folder.path, folder.resume_from, step)
+        probe = [sample.prompt_ids for sample in data.train[:8]] if config.rollout.validate_weight_first_sync else []
+        expected = actor_logprobs(groups, probe, timeout_s) if probe else []
         refresh_engines(groups, step, timeout_s)
-        if config.rollout.validate_weight_first_sync:
-            probe = [sample.prompt_ids for sample in data.train[:8]]
+        if probe:
             precisions = (config.actor.model.precision, config.rollout.model.precision)
-            validate_weights(groups, probe, precisions, timeout_s)
+            validate_weights(groups, probe, expected, precisions, timeout_s)
         # Up to `begin` nothing is written: a run that is refused leaves the folder as it was.
         hosted = hosted_loggers(folder.path, config.runner, dataclasses.asdict(config), step)
         folder.begin()

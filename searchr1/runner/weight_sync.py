@@ -50,21 +50,31 @@ def refresh_engines(groups: Groups, version: int, timeout_s: float) -> float:
     return time.perf_counter() - started
 
 
-def validate_weights(groups: Groups, probe: list[list[int]], precisions: Sequence[str], timeout_s: float) -> float:
+def actor_logprobs(groups: Groups, probe: list[list[int]], timeout_s: float) -> list[list[float]]:
+    """Log-probabilities of probe sequences under the actor's weights, for `validate_weights`.
+
+    Ask before the engines wake: a forward pass beside a KV cache need not fit.
+    """
+    found: list[list[float]] = _actor(groups).call("probe_logprobs", probe).wait(timeout_s)[0]
+    return found
+
+
+def validate_weights(
+    groups: Groups, probe: list[list[int]], expected: list[list[float]], precisions: Sequence[str], timeout_s: float
+) -> float:
     """Compare both sides' log-probabilities of probe sequences. Returns the largest difference.
 
     Args:
-        groups: with an actor.
+        groups: with engines that have the actor's weights.
         probe: token ids.
+        expected: what `actor_logprobs` gave for them.
         precisions: the actor's and the engine's; the coarser of them says what rounding explains.
-        timeout_s: for each side.
+        timeout_s: for the engines.
 
     Raises:
         UserError: it is larger than rounding explains: the engines do not run the actor's weights.
     """
     engines = groups.rollout.call("probe_logprobs", probe)
-    actor = _actor(groups).call("probe_logprobs", probe)
-    expected = actor.wait(timeout_s)[0]
     worst = 0.0
     for found in engines.wait(timeout_s):
         for ours, theirs in zip(expected, found, strict=True):
