@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,13 +14,15 @@ import pytest
 from transformers import Qwen2ForCausalLM
 
 from searchr1.agent.settings import GenerateParams
-from searchr1.rollout.backend import Finished
+from searchr1.rollout.backend import KV_CACHE, WEIGHTS, Finished
 from searchr1.rollout.engine import Engine, EngineError
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import VllmBackend
 from searchr1.rollout.weights import publish_weights, release
 
-SETTINGS = EngineSettings(max_model_len=100, startup_timeout_s=5.0, request_timeout_s=5.0, update_timeout_s=5.0)
+SETTINGS = EngineSettings(
+    max_model_len=100, sleep_mode=True, startup_timeout_s=5.0, request_timeout_s=5.0, update_timeout_s=5.0
+)
 
 
 class TwoDeepCore:
@@ -114,17 +117,19 @@ class TwoDeepEngine:
 
     def sleep(self, level: int, mode: str) -> None:
         self.note("sleep")
+        self.away = {"weights", "kv_cache"}
         self.core.paused = self.core.model_executor.is_sleeping = True
 
-    def wake_up(self, tags: Any = None) -> None:
-        self.core.paused = self.core.model_executor.is_sleeping = False
+    def wake_up(self, tags: list[str]) -> None:
+        self.away -= set(tags)
+        self.core.paused = self.core.model_executor.is_sleeping = bool(self.away)
 
 
 def two_deep_backend() -> VllmBackend:
     """The real backend around the stand-in, on a device that can sleep."""
     backend = object.__new__(VllmBackend)
     engine = TwoDeepEngine()
-    backend._settings, backend._device = SETTINGS, SimpleNamespace(supports_sleep=True)  # type: ignore[assignment]
+    backend._settings, backend._device = SETTINGS, SimpleNamespace(is_cuda=True)  # type: ignore[assignment]
     backend._llm, backend._core = engine, engine.core  # type: ignore[assignment]
     backend._tokenizer, backend._adapter = None, None
     backend._internal_ids, backend._listeners, backend._decoded_at_end, backend._ended = {}, {}, set(), []
@@ -159,7 +164,7 @@ def test_what_ends_while_the_engine_settles_is_kept(call: str) -> None:
         assert not backend.has_work
         return
     if call == "sleep":
-        backend.wake()
+        backend.wake((WEIGHTS, KV_CACHE))
     assert not backend._core.paused
     rest: list[Finished] = []
     while backend.has_work:
@@ -181,10 +186,18 @@ def test_between_the_parts_of_an_update_nothing_runs_and_an_abort_does_not_chang
 def test_new_weights_do_not_let_an_engine_schedule_whose_cache_still_sleeps() -> None:
     backend = two_deep_backend()
     backend.sleep(1)
+    backend.wake((WEIGHTS,))
     backend.load_weights(("a",), 1)
     assert backend._core.paused
-    backend.wake()
+    backend.wake((KV_CACHE,))
     assert not backend._core.paused
+
+
+def test_an_engine_without_sleep_mode_does_not_pretend_to_sleep() -> None:
+    backend = two_deep_backend()
+    backend._settings = replace(SETTINGS, sleep_mode=False)
+    with pytest.raises(RuntimeError, match="sleep_mode"):
+        backend.sleep(1)
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -196,7 +209,7 @@ def test_what_ends_as_an_engine_falls_asleep_is_answered_then_and_not_when_it_wa
         def fall_asleep(_: Any) -> None:
             backend.step()
             backend.sleep(1)
-            engine._asleep = True
+            engine._asleep = {WEIGHTS, KV_CACHE}
             if fails:
                 raise RuntimeError("torn")
 
