@@ -1,8 +1,8 @@
 """A machine with GPUs that exists in a test only: the real groups, workers, policy and engine thread run in one process, and
 every tensor that a process would hold on a GPU is a small one whose bytes are counted.
 
-What is replaced: Ray and RLinf's scheduler (ranks are objects, a group's call runs on all of them), the channel, the models'
-arithmetic, the agent loop and vLLM. What is real, and so cannot differ from a run: train(), Groups, the workers' methods,
+What is replaced: Ray (ranks are objects, a group's call runs on all of them), the channel, the models' arithmetic, the agent
+loop and vLLM. What is real, and so cannot differ from a run: train(), Groups, RLinf's placement, the workers' methods,
 `Policy.train_step`, `Offload`, the engine's states, checkpoints and logs.
 """
 
@@ -23,13 +23,28 @@ from searchr1.agent.settings import GenerateParams
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.algorithms.sums import Sums
 from searchr1.config.layout import actor_layout, critic_layout
-from searchr1.config.placement import group_ranks
 from searchr1.device import Device
 from searchr1.rollout.backend import Finished
 from searchr1.rollout.engine import Engine
 
 WEIGHT_ELEMENTS = 4
 """Of the one tensor that travels to the engines."""
+
+
+def rlinf_cluster():
+    """RLinf's view of one node with eight GPUs, without Ray."""
+    from rlinf.scheduler.cluster.node import NodeGroupInfo, NodeInfo
+    from rlinf.scheduler.hardware import Accelerator
+    from rlinf.scheduler.hardware.hardware import HardwareInfo, HardwareResource
+
+    hardware = [HardwareResource(type="Accelerator", infos=[HardwareInfo("Accelerator", "NV_GPU:H100")] * 8)]
+    assert Accelerator.HW_TYPE == "Accelerator"
+    node = NodeInfo(
+        node_labels=[], node_rank=0, ray_id="a", node_ip="127.0.0.1", num_cpus=8, python_interpreter_path="python",
+        default_env_vars={}, env_vars={}, hardware_resources=hardware,
+    )  # fmt: skip
+    group = NodeGroupInfo(label=NodeGroupInfo.DEFAULT_GROUP_LABEL, nodes=[node])
+    return SimpleNamespace(num_nodes=1, get_node_info=lambda rank: node, get_node_group=lambda label=None: group)
 
 
 class Machine:
@@ -133,9 +148,10 @@ class Launcher:
     def launch(self, cluster, placement_strategy, name, catch_system_failure):
         machine = self._machine
         component = self._worker.__name__.removesuffix("Worker").lower()
-        ranks = group_ranks(machine.config, component, machine.device)
-        for rank, slots in enumerate(ranks):
-            machine.starting = SimpleNamespace(rank=rank, world=len(ranks), slots=slots)
+        placements = placement_strategy.get_placement(cluster)
+        for placement in placements:
+            slots, rank = [int(gpu) for gpu in placement.visible_accelerators], placement.rank
+            machine.starting = SimpleNamespace(rank=rank, world=len(placements), slots=slots)
             before = dict(os.environ)
             os.environ.clear()
             try:
@@ -350,7 +366,7 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     monkeypatch.setattr(
         scheduler.Worker, "create_group", classmethod(lambda cls, *args: Launcher(machine, cls, args)), raising=True
     )
-    monkeypatch.setattr(scheduler, "Cluster", lambda **_: SimpleNamespace())
+    monkeypatch.setattr(scheduler, "Cluster", lambda **_: rlinf_cluster())
     monkeypatch.setattr(scheduler, "Channel", SimpleNamespace(create=lambda name: Channel(machine)))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(Device, "detect", classmethod(lambda cls, setting="auto": machine.device))

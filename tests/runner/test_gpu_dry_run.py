@@ -109,6 +109,17 @@ def test_nobody_is_on_a_gpu_while_its_engine_measures_what_is_free(shared):
     assert machine.calls[1][:2] == ("rollout", "sleep")
 
 
+def test_every_process_stands_on_the_gpus_of_its_slots(shared):
+    layout, config, machine = shared
+    found = {group: [worker.slots for worker in workers] for group, workers in machine.workers.items()}
+    each = [[gpu] for gpu in range(8)]
+    pairs = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    engines = {"tensor parallel": pairs, "some shared": each[:4]}.get(layout, each)
+    expected = {"rollout": engines, "actor": each, "reward": [[]] * 8}
+    expected |= {"inference": each} if config.algorithm.kl_beta else {}
+    assert found == expected | ({"critic": each} if layout == "critic" else {})
+
+
 def test_a_step_has_one_order(shared):
     layout, _, machine = shared
     calls = [f"{component}.{method}" for component, method, *_ in machine.calls]

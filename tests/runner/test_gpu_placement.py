@@ -7,8 +7,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
+import gpu_machine
 import pytest
 
 from searchr1.config.schema import Config
@@ -21,19 +21,7 @@ DRIVER = Path(__file__).with_name("gpu_workers.py")
 
 @pytest.fixture(scope="module")
 def cluster():
-    """RLinf's view of one node with eight GPUs, without Ray."""
-    from rlinf.scheduler.cluster.node import NodeGroupInfo, NodeInfo
-    from rlinf.scheduler.hardware import Accelerator
-    from rlinf.scheduler.hardware.hardware import HardwareInfo, HardwareResource
-
-    hardware = [HardwareResource(type="Accelerator", infos=[HardwareInfo("Accelerator", "NV_GPU:H100")] * 8)]
-    assert Accelerator.HW_TYPE == "Accelerator"
-    node = NodeInfo(
-        node_labels=[], node_rank=0, ray_id="a", node_ip="127.0.0.1", num_cpus=8, python_interpreter_path="python",
-        default_env_vars={}, env_vars={}, hardware_resources=hardware,
-    )  # fmt: skip
-    group = NodeGroupInfo(label=NodeGroupInfo.DEFAULT_GROUP_LABEL, nodes=[node])
-    return SimpleNamespace(num_nodes=1, get_node_info=lambda rank: node, get_node_group=lambda label=None: group)
+    return gpu_machine.rlinf_cluster()
 
 
 class Launched:
