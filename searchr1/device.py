@@ -254,6 +254,17 @@ def usable_cores() -> int:
     return cores
 
 
+def usable_memory() -> int:
+    """Bytes of host memory this process may use: the machine's, cut by a container's limit."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(path).read_text()))
+        except (OSError, ValueError):  # no such group, or "max"
+            continue
+    return min(limits)
+
+
 def cpu_flags() -> set[str]:
     """Instruction sets of the first CPU; empty where the system does not list them."""
     try:

@@ -37,7 +37,10 @@ class FsdpModel:
     @torch.no_grad()
     def forward(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
         """Log-probabilities [P] of each batch's policy tokens."""
-        return [policy_logprobs(self.model, batch, temperature).logprobs_M for batch in batches]
+        found = [policy_logprobs(self.model, batch, temperature).logprobs_M for batch in batches]
+        # Of embedding and output layer, which stay gathered for a backward pass that does not come.
+        self.model.reshard()  # type: ignore[operator]  # an FSDPModule since `shard_model`
+        return found
 
 
 class FsdpTraining:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from searchr1.config.memory_layout import PRECISION_BYTES
-from searchr1.config.memory_plan import CONTEXT_BYTES, GIB, PHASES, Line, MemoryPlan, engine_problem
+from searchr1.config.memory_plan import CONTEXT_BYTES, GIB, Line, MemoryPlan, engine_problem
 from searchr1.config.memory_shapes import ModelShape
 from searchr1.config.placement import group_ranks
 from searchr1.config.schema import Config
@@ -28,7 +28,7 @@ def plan_evaluation(model: ModelShape, config: Config, gpus: int, gpu_bytes: int
     room = rollout.gpu_memory_utilization * gpu_bytes
     text = f"gpu_memory_utilization {rollout.gpu_memory_utilization:g} x {gpu_bytes / GIB:g} GiB, of which weights "
     lines = (
-        Line("rollout engine", round(room), f"{text}{weights / GIB:.1f} GiB", PHASES[:1]),
-        Line("context", CONTEXT_BYTES, "assumed: 1 GiB", PHASES[:1]),
+        Line("rollout engine", round(room), f"{text}{weights / GIB:.1f} GiB", ("rollout",)),
+        Line("context", CONTEXT_BYTES, "assumed: 1 GiB", ("rollout",)),
     )
     return MemoryPlan(0, model.parameters, lines, engine_problem(weights, room))

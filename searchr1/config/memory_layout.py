@@ -16,6 +16,8 @@ from searchr1.errors import UserError
 
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a number in each precision."""
+PROBES = 8
+"""Prompts of the probe of the first weight update (runner/train.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,20 @@ class Layout:
     """GPUs of one engine."""
     engine_bytes: int = 2
     """Of a number in the engine's precision."""
+    engine_eager: bool = False
+    """No CUDA graphs."""
+    engine_cache: int | None = None
+    """Bytes of the engine's cache, if a size is given instead of `engine_share`."""
+    longest: int = 0
+    """Tokens of a trajectory; one must fit into the engine's cache."""
+    probe_tokens: int = 0
+    """Of the probe of the first weight update; 0: there is none."""
+    reference_apart: bool = False
+    """There is a reference model on GPUs that are not the actor's."""
+    reference_by_engine: bool = False
+    """And engines are on its GPUs."""
+    critic_apart: bool = False
+    """The critic is on GPUs that are not the actor's."""
 
     @property
     def dp(self) -> int:
@@ -156,7 +172,9 @@ class Layout:
         ]
 
 
-def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str = "actor") -> Layout:
+def layout_of(
+    config: Config, gpus: int, policy_share: float = 1.0, section: str = "actor", device: Device | None = None
+) -> Layout:
     """The layout that a run's YAML asks for.
 
     Args:
@@ -164,6 +182,7 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str
         gpus: what `all` means in `cluster.component_placement`.
         policy_share: of a micro-batch's tokens, those that the policy sampled, at most.
         section: `actor`, or `critic` for `critic_run` of a configuration.
+        device: where the groups run, if not on that many GPUs.
 
     Raises:
         UserError: a placement that does not fit, or a value that is not known.
@@ -176,9 +195,10 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str
     if backend not in ("fsdp", "megatron"):
         raise UserError(f"{section}.training_backend: {backend!r} is not one of fsdp, megatron")
     with_critic = section == "actor" and config.critic.use_critic_model
-    critic = layout_of(critic_run(config), gpus, policy_share, "critic") if with_critic else None
-    config = replace(config, cluster=replace(config.cluster, slots=gpus))
-    device = Device(kind="cuda", slots=gpus, cores=1)
+    critic = layout_of(critic_run(config), gpus, policy_share, "critic", device) if with_critic else None
+    if device is None:
+        config = replace(config, cluster=replace(config.cluster, slots=gpus))
+        device = Device(kind="cuda", slots=gpus, cores=1)
     slots, engine = group_slots(config, section, device), group_slots(config, "rollout", device)
     group_ranks(config, "rollout", device)  # refuses engines that do not fit
     inference = group_slots(config, "inference", device)
@@ -189,6 +209,9 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str
     recompute = recompute or "none"
     if recompute not in ("none", "full", "selective"):
         raise UserError(f"actor.model.recompute_granularity: {recompute!r} is not one of null, full, selective")
+    reference = section == "actor" and config.algorithm.kl_beta > 0
+    critic_slots = group_slots(config, "critic", device) if critic is not None else slots
+    cache = rollout.vllm.kv_cache_memory_gb
     return Layout(
         backend=backend,
         gpus=len(slots),
@@ -208,6 +231,9 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str
         max_tokens=config.runner.max_tokens_per_mbs,
         policy_share=policy_share,
         reference=config.algorithm.kl_beta > 0 and bool(set(inference) & set(slots)),
+        reference_apart=reference and bool(set(inference) - set(slots)),
+        reference_by_engine=reference and bool((set(inference) - set(slots)) & set(engine)),
+        critic_apart=bool(set(critic_slots) - set(slots)),
         reference_gpus=len(inference),
         lora_rank=actor.lora.rank,
         adapter_updates=bool(actor.lora.rank) and actor.lora.weight_update == "adapter",
@@ -219,4 +245,8 @@ def layout_of(config: Config, gpus: int, policy_share: float = 1.0, section: str
         engine_share=rollout.gpu_memory_utilization,
         engine_tp=rollout.tensor_parallel_size * rollout.pipeline_parallel_size,
         engine_bytes=PRECISION_BYTES[rollout.model.precision],
+        engine_eager=rollout.enforce_eager,
+        engine_cache=None if cache is None else round(cache * (1 << 30)),
+        longest=config.runner.seq_length,
+        probe_tokens=PROBES * config.data.max_prompt_length if rollout.validate_weight_first_sync else 0,
     )

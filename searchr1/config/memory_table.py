@@ -13,12 +13,14 @@ from searchr1.config.memory_shapes import SHAPES, ModelShape
 from searchr1.errors import UserError
 
 MODELS = ("qwen3-0.6b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-14b", "qwen2.5-32b", "qwen2.5-72b")
-GPUS = (1, 8, 16, 64)
+GPUS = (1, 2, 4, 8)
 GPU_BYTES = 80 * GIB
 TOKENS = 11008
 PER_NODE = 8
 """TP and an engine stay within a node."""
-HEAD = "| model | GPUs | TP | PP | DP | recompute | offload | engine | rollout | update | train | largest of training |"
+SHOWN = PHASES[:-1]
+"""The last is a rollout without the reference model's work."""
+HEAD = f"| model | GPUs | TP | PP | DP | recompute | offload | engine | {' | '.join(SHOWN)} | largest of training |"
 
 
 def candidates(backend: str, gpus: int) -> Iterator[tuple[float, Layout]]:
@@ -61,13 +63,13 @@ def best_layout(model: ModelShape, backend: str, gpus: int) -> tuple[Layout, Mem
 def row(name: str, layout: Layout, plan: MemoryPlan) -> str:
     """One line of the table."""
     largest = max((line for line in plan.lines if "train" in line.phases), key=lambda line: line.size)
-    totals = [f"{plan.total(phase) / GIB:.1f}" for phase in PHASES]
+    totals = [f"{plan.total(phase) / GIB:.1f}" for phase in SHOWN]
     away = "always (cpu_offload)" if layout.cpu_offload else "in rollout" if layout.offload_weight else "no"
     megatron = layout.backend == "megatron"
     cut = [str(layout.tp), str(layout.pp), str(layout.dp)] if megatron else ["–", "–", str(layout.gpus)]
     if not plan.fits(GPU_BYTES):
         totals = [
-            f"**{text}**" if plan.total(phase) > GPU_BYTES else text for text, phase in zip(totals, PHASES, strict=True)
+            f"**{text}**" if plan.total(phase) > GPU_BYTES else text for text, phase in zip(totals, SHOWN, strict=True)
         ]
         name += " **does not fit**" + (" (engine)" if plan.problem else "")
     engine = f"TP {layout.engine_tp}, {layout.engine_share:g}"

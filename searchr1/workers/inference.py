@@ -47,4 +47,5 @@ class InferenceWorker(Worker):
             count += len(chunk.trajectories)
             if chunk.trajectories:
                 await channels.put(self._channel, chunk, channels.FINISHED, timeout)
+        self._device.empty_cache()  # the actor on the same GPU trains next
         return count

@@ -72,6 +72,10 @@ def line(plan, name):
     return next(item for item in plan.lines if item.name.startswith(name))
 
 
+def held(plan, name, phase):
+    return sum(item.size for item in plan.lines if item.name.startswith(name) and phase in item.phases)
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_are_what_transformers_builds(name, tmp_path):
     shape = SHAPES[name]
@@ -178,6 +182,18 @@ def test_fsdp_state_is_exact(process_group, shape, precision):
     assert local_bytes(p.grad for p in parameters) == line(plan, "gradients (fp32)").size
     moments = [t for state in actor.optimizer.state.values() for name, t in state.items() if name != "step"]
     assert local_bytes(moments) == line(plan, "Adam moments").size
+
+
+def test_nothing_stays_gathered_after_scoring(process_group):
+    from torch.distributed.tensor import DTensor
+
+    from searchr1.actor.fsdp import FsdpModel
+
+    model = FsdpModel(Actor(TINY).model, CPU)
+    (found,) = model.forward([batch_of()], 1.0)
+    assert found.numel() == 4 * 28
+    assert all(isinstance(parameter, DTensor) for parameter in model.model.parameters())
+    assert torch.equal(model.forward([batch_of()], 1.0)[0], found)
 
 
 class Saved:
@@ -452,12 +468,10 @@ def test_engine_and_reference():
     shape = SHAPES["qwen2.5-3b"]
     plan = plan_memory(shape, Layout())
     assert line(plan, "rollout engine").size == 60 * GIB
-    assert line(plan, "rollout engine").phases == ("rollout", "update")
-    root = 151936 * 2048 + 2048
-    assert line(plan, "reference").size == 4 * shard_parameters(shape, 8) + 2 * root
+    assert line(plan, "rollout engine").phases == ("rollout", "wake")
+    assert line(plan, "reference").size == 4 * shard_parameters(shape, 8)
     apart = plan_memory(shape, Layout(shared=False, reference=False))
-    assert line(apart, "rollout engine").size == 0
-    assert not any(item.name == "reference model" for item in apart.lines)
+    assert not any(item.name.startswith(("rollout engine", "reference", "sleeping")) for item in apart.lines)
     # 14.4 GiB of weights need two GPUs of 16 GiB.
     seven = SHAPES["qwen2.5-7b"]
     assert "rollout.tensor_parallel_size" in plan_memory(seven, Layout(gpus=64), 16 * GIB).problem
@@ -469,8 +483,9 @@ def test_offloads():
     layout = Layout("megatron", offload_weight=True, offload_grad=True, offload_optimizer=True)
     kept, away = plan_memory(shape, replace(layout, offload_weight=False)), plan_memory(shape, layout)
     assert kept.total("rollout") - away.total("rollout") == line(away, "weights").size
-    assert kept.total("update") == away.total("update")
-    assert line(away, "Adam").phases == ("train",)
+    assert kept.total("sync") == away.total("sync")
+    assert line(away, "Adam").phases == ("start", "train", "save")
+    assert line(away, "gradients").phases == ("start", "train")
     host = plan_memory(shape, Layout(cpu_offload=True))
     assert [line(host, name).size for name in ("weights", "Adam", "gradients (fp32)")] == [0, 0, 0]
 
@@ -530,11 +545,13 @@ def test_layout_of_the_recipe():
         offload_weight=True,
         offload_grad=True,
         offload_optimizer=True,
+        longest=7096,
+        probe_tokens=8 * 4096,
     )
     fsdp = ["actor.training_backend=fsdp", "actor.model.gradient_checkpointing=True", "actor.offload_weight=False"]
     fsdp += ["actor.offload_grad=False", "actor.offload_optimizer=False"]
     assert replace(layout_of(load_config(RECIPE, fsdp), 8), recompute_method="uniform", recompute_layers=1) == Layout(
-        recompute="full"
+        recompute="full", longest=7096, probe_tokens=8 * 4096
     )
     config = load_config(
         RECIPE,
@@ -554,10 +571,10 @@ def test_a_critic_is_counted_in_every_phase():
     without, plan = plan_memory(shape, Layout()), plan_memory(shape, Layout(critic=Layout(section="critic")))
     # Weights and moments; the gradients are there when it trains, and the actor's are not.
     value = replace(shape, value_head=True)
-    assert line(plan, "critic").size == 12 * shard_parameters(value, 8)
-    assert line(plan, "critic in training").size == 0
-    for phase in ("rollout", "update"):
-        assert plan.total(phase) == without.total(phase) + line(plan, "critic").size + (1 << 30)  # and a process more
+    state = 12 * shard_parameters(value, 8)
+    for phase in ("start", "rollout", "save", "sync", "wake"):
+        assert plan.total(phase) == without.total(phase) + state + (1 << 30)  # and a process more
+    assert next(item for item in plan.lines if item.name == "critic").size == state
     # An untied output layer is not the critic's.
     seven = replace(SHAPES["qwen2.5-7b"], value_head=True)
     assert sum(map(prod, seven.root_tensors)) == 152064 * 3584 + 2 * 3584
@@ -575,16 +592,18 @@ def test_a_critic_on_megatron():
     first, last = (stage_parameters(value, 2, 2, stage) for stage in (0, 1))
     assert first - last == 152064 * 3584 // 2 - 2 * 3584  # the embedding, against final norm and head
     # bf16 weights and fp32 gradients; master weights and moments over two replicas. The first stage needs most.
-    assert line(plan, "critic").size == 6 * first + 12 * first // 2
+    assert held(plan, "critic", "rollout") == 6 * first + 12 * first // 2
     away = {"offload_weight": True, "offload_grad": True, "offload_optimizer": True}
     layout = Layout("megatron", 8, recompute="full", critic=replace(critic, **away), **away)
     gone = plan_memory(shape, layout)
-    assert line(gone, "critic").size == 0
+    assert held(gone, "critic", "rollout") == held(gone, "critic", "sync") == 0
+    assert held(gone, "critic", "start") == 6 * first + 12 * first // 2
+    assert held(gone, "critic", "save") == 2 * first + 12 * first // 2
     assert gone.total("train") >= plan_memory(shape, replace(layout, critic=None)).total("train")
     # Without recomputing, its activations are more than all that the actor has then.
-    assert line(gone, "critic in training").size == 0
+    assert held(gone, "critic", "train") == 0
     plain = replace(layout, critic=replace(layout.critic, tp=1, pp=1))
-    assert line(plan_memory(shape, plain), "critic in training").size > 0
+    assert held(plan_memory(shape, plain), "critic", "train") > 0
     with pytest.raises(UserError, match=r"critic\.model\.tensor_model_parallel_size: 8 does not divide"):
         plan_memory(shape, Layout(critic=replace(critic, tp=8, pp=1)))
 
