@@ -69,5 +69,16 @@ def precision_warnings(config: Config, for_training: bool) -> Iterator[str]:
             yield f"{key}: {precision} has no instructions on this {device.kind.upper()} and is emulated, slowly; use fp32"
 
 
+def require_precision(config: Config, device: Device) -> Iterator[str]:
+    """Give the warnings for an engine alone, in a command that checks little else.
+
+    Raises:
+        UserError: vLLM does not run in that precision here.
+    """
+    for problem in check_precisions(config, device):
+        raise UserError(str(problem))
+    yield from precision_warnings(config, for_training=False)
+
+
 def _joined(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -30,6 +30,8 @@ CPU_CACHE = GIB
 """Of an engine on a CPU, unless `rollout.vllm.kv_cache_memory_gb` says otherwise."""
 CPU_ENGINE_WORK = GIB // 2
 """Assumed of an engine on a CPU beside weights and cache."""
+CPU_LOSS_BYTES = 64 << 20
+"""Of the loss, as in `Layout.loss_bytes`."""
 CPU_PHASES = ("rollout", "train", "sync")
 """Nothing leaves a CPU's memory between phases; these differ by what is needed for a moment."""
 
@@ -82,7 +84,7 @@ def plan_cpu(model: ModelShape, config: Config, for_training: bool, policy_share
     lines = [*_cpu_engine(model, config, processes), *_overhead(processes, CPU_PROCESS)]
     if for_training:
         layout = layout_of(config, 0, policy_share, device=device).both(
-            offload_weight=False, offload_grad=False, offload_optimizer=False, cpu_offload=False
+            offload_weight=False, offload_grad=False, offload_optimizer=False, cpu_offload=False, loss_bytes=CPU_LOSS_BYTES
         )
         layout = replace(layout, reference_gpus=processes.reference)
         layout.check(model)

@@ -47,6 +47,8 @@ class Layout:
     """FSDP: shards and optimizer state always in host memory."""
     max_tokens: int = 11008
     """Of a micro-batch."""
+    loss_bytes: int = 256 << 20
+    """Four fp32 copies of the logits that the loss works on at a time (algorithms/entropy.py)."""
     policy_share: float = 1.0
     """Of these tokens, at most so many reach the output layer."""
     reference: bool = True

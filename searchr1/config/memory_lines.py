@@ -18,8 +18,6 @@ from searchr1.config.memory_shapes import (
 GIB = 1 << 30
 PHASES = ("start", "rollout", "train", "save", "sync", "wake")
 """In the order of time; what happens in each is in docs/layouts.md."""
-LOSS_BYTES = 64 << 20
-"""The loss works on the logits in fp32, 16 MiB at a time, four copies of it at most (algorithms/entropy.py)."""
 CONTEXT_BYTES = GIB
 """Assumed for each process on a GPU: CUDA context, NCCL's and cuBLAS's buffers."""
 SLEEPING_BYTES = GIB // 2
@@ -163,7 +161,7 @@ def train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     vocab, policy = model.vocab_size, ceil(tokens * layout.policy_share)
     if layout.backend == "megatron":
         vocab = padded_vocab(model) // layout.tp
-    logits = 2 * c * policy * vocab + LOSS_BYTES if last and not model.value_head else 0
+    logits = 2 * c * policy * vocab + layout.loss_bytes if last and not model.value_head else 0
     norm = 4 + c if layout.backend == "fsdp" else c
     end = (tokens * norm + policy * c) * model.hidden_size if last else 0
     flight = f" x {layout.pp - stage} micro-batches in flight" if layout.pp - stage > 1 else ""
@@ -177,7 +175,8 @@ def train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
         Line(
             "logits",
             logits,
-            f"{c} B x {policy:,} policy tokens x {vocab:,} words, and their gradient; 64 MiB for the loss",
+            f"{c} B x {policy:,} policy tokens x {vocab:,} words, and their gradient; "
+            f"{layout.loss_bytes >> 20} MiB for the loss",
             ("train",),
         ),
         Line(
@@ -194,7 +193,7 @@ def forward_bytes(model: ModelShape, layout: Layout, tokens: int, policy: int) -
     c, root = layout.compute_bytes, sum(map(prod, model.root_tensors))
     vocab = model.vocab_size if layout.backend == "fsdp" else padded_vocab(model) // layout.tp
     gathered = c * (3 * model.layer_parameters + root) if layout.backend == "fsdp" else 0
-    return gathered + max(round(layer_activation(model, layout) * tokens), c * policy * vocab + LOSS_BYTES)
+    return gathered + max(round(layer_activation(model, layout) * tokens), c * policy * vocab + layout.loss_bytes)
 
 
 def reference_lines(model: ModelShape, layout: Layout) -> list[Line]:

@@ -15,7 +15,6 @@ from searchr1.config.memory_lines import (
     CONTEXT_BYTES,
     ENGINE_WORK,
     GIB,
-    LOSS_BYTES,
     PHASES,
     Line,
     cache_token_bytes,
@@ -33,7 +32,7 @@ from searchr1.config.memory_shapes import SHAPES, ModelShape, stage_parameters
 from searchr1.errors import UserError
 
 __all__ = [
-    "CONTEXT_BYTES", "GIB", "LOSS_BYTES", "PHASES", "SHAPES", "Layout", "Line", "MemoryPlan", "engine_problem",
+    "CONTEXT_BYTES", "GIB", "PHASES", "SHAPES", "Layout", "Line", "MemoryPlan", "engine_problem",
     "kept_activations", "knobs", "layer_activation", "plan_memory", "remedy",
 ]  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
+from searchr1.config.check_device import require_precision
 from searchr1.config.check_lora import without_adapters
 from searchr1.config.check_positions import positions_of
 from searchr1.config.schema import Config
@@ -43,6 +44,8 @@ async def open_session(plan: Plan) -> Session:
     path = config.rollout.model.model_path
     if plan.auto_precision and not device.is_cuda:
         config.rollout.model.precision = "fp32"
+    for text in require_precision(config, device):
+        print(f"warning: {text}", file=sys.stderr)
     tokenizer = load_tokenizer(path)
     fit_to_model(config, plan.auto_length)
     try:

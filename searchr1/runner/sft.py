@@ -53,6 +53,8 @@ def train(args: argparse.Namespace) -> list[float]:
     device = Device.detect(args.device, "--device")
     init_process_group(device)
     lead = dist.get_rank() == 0
+    if lead and not device.computes_in(args.precision):
+        print(f"warning: --precision {args.precision} has no instructions on this CPU and is emulated, slowly; use fp32")
     if args.model:
         try:
             check_model_folder(args.model)

@@ -8,6 +8,7 @@ import pytest
 
 import searchr1.device
 from searchr1.config.check import check_config, warnings
+from searchr1.config.check_device import require_precision
 from searchr1.config.cli import main as check_config_command
 from searchr1.config.load import load_config
 from searchr1.config.memory_plan_cli import main as plan_memory_command
@@ -135,6 +136,19 @@ def test_bf16_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
     assert "rollout.model.precision" not in {p.key for p in check_config(run_of("fsdp", "bf16"), for_training=True)}
     assert told(run_of("fsdp", "bf16")) == []
+
+
+def test_an_engine_alone_is_judged_alike(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(searchr1.device, "cpu_flags", lambda: {"avx2"})
+    config = run_of("fsdp", "bf16")
+    (text,) = require_precision(config, Device.detect("cpu"))
+    assert text.startswith("rollout.model.precision: bf16 has no instructions on this CPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 0))
+    with pytest.raises(UserError, match=r"rollout\.model\.precision: bf16 needs a GPU of compute capability 8\.0"):
+        list(require_precision(config, Device(kind="cuda", slots=1, cores=1)))
 
 
 def test_every_problem_is_named_at_once():

@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "examples/searchr1/config"
 RECIPE = CONFIGS / "qwen2.5-3b-tool-1node.yaml"
 OFFLOADS = {"offload_weight": True, "offload_grad": True, "offload_optimizer": True}
 
-MIB64 = 64 << 20
+LOSS = 256 << 20
 LAYER_06B = 1024 * (2048 + 1024 + 1024 + 2048 + 3 * 3072) + 2 * 128 + 2 * 1024
 """Parameters of a layer of Qwen3-0.6B: q, k, v, output, three of the MLP; norms of queries and keys, two of the layer."""
 ROOT_06B = 151936 * 1024 + 1024
@@ -37,7 +37,7 @@ def test_7b_on_8_gpus_in_every_phase():
     reference, contexts, asleep = 4 * eighth, 3 * GIB, GIB // 2
     plan = plan_memory(shape, Layout("megatron", 8, tp=2, **OFFLOADS))
     assert plan.total("start") == 6 * own + 12 * own // 4 + reference + contexts + asleep
-    scoring = 2 * (3 * (2 * layer - 2 * h) + 2 * table + h) + 2 * 11008 * 152064 + MIB64
+    scoring = 2 * (3 * (2 * layer - 2 * h) + 2 * table + h) + 2 * 11008 * 152064 + LOSS
     assert plan.total("rollout") == 60 * GIB + reference + scoring + contexts
     assert plan.total("save") == 2 * own + 12 * own // 4 + reference + contexts + asleep
     sync = 2 * own + 2 * 2 * table + reference + contexts + asleep  # twice with TP
@@ -64,7 +64,7 @@ def test_the_reference_scores_during_the_rollout():
     shape = SHAPES["qwen3-0.6b"]
     layout = Layout(gpus=1, reference_gpus=1, max_tokens=4096, cpu_offload=True, recompute="full")
     plan = plan_memory(shape, layout)
-    forward = 2 * (3 * LAYER_06B + ROOT_06B) + 2 * 4096 * 151936 + MIB64
+    forward = 2 * (3 * LAYER_06B + ROOT_06B) + 2 * 4096 * 151936 + LOSS
     assert plan.total("rollout") - plan.total("wake") == forward
     half = plan_memory(shape, replace(layout, policy_share=0.5))
     assert plan.total("rollout") - half.total("rollout") == 4096 * 151936
@@ -80,7 +80,7 @@ def test_the_probe_runs_while_the_engine_sleeps():
     layout = Layout(gpus=1, reference=False, max_tokens=4096)
     plain, probed = plan_memory(shape, layout), plan_memory(shape, replace(layout, probe_tokens=1024))
     more = {phase: probed.total(phase) - plain.total(phase) for phase in PHASES}
-    forward = 2 * (3 * LAYER_06B + ROOT_06B) + 2 * 1024 * 151936 + MIB64
+    forward = 2 * (3 * LAYER_06B + ROOT_06B) + 2 * 1024 * 151936 + LOSS
     assert more == dict.fromkeys(PHASES, 0) | {"start": forward}
     longer = plan_memory(shape, replace(layout, probe_tokens=9000))  # a micro-batch has no more than 4096
     assert longer.total("start") - probed.total("start") == 2 * 3072 * 151936
@@ -108,7 +108,7 @@ def test_groups_on_gpus_without_the_actor():
     assert (found.shared, found.reference, found.reference_by_engine) == (False, False, True)
     (engine,) = [plan for plan in [plan_memory(shape, replace(found, engine_share=0.94))] if plan.where == "engine"]
     # In the rollout: engine, a quarter of the reference's shards, its pass, two contexts.
-    scoring = 2 * (3 * shape.layer_parameters + 151936 * 2048 + 2048) + 2 * 11008 * 151936 + MIB64
+    scoring = 2 * (3 * shape.layer_parameters + 151936 * 2048 + 2048) + 2 * 11008 * 151936 + LOSS
     quarter = shape.parameters // 4
     assert engine.total("rollout") == pytest.approx(round(0.94 * 80 * GIB) + 4 * quarter + scoring + 2 * GIB, rel=1e-6)
     found = layout("{actor: 0-3, rollout: 0-3, reward: 0, critic: 4-7}", "algorithm.adv_type=gae", "algorithm.group_size=1",
@@ -163,7 +163,7 @@ def test_the_12_gb_recipe(capsys):
     assert main([path, "--gpu-gib", "11.99"]) == 0
     plan = plan_memory(SHAPES["qwen3-0.6b"], layout_of(load_config(path), 1), 12 * GIB)
     parameters = 28 * LAYER_06B + ROOT_06B
-    scoring = 2 * (3 * LAYER_06B + ROOT_06B) + 2 * 4096 * 151936 + MIB64
+    scoring = 2 * (3 * LAYER_06B + ROOT_06B) + 2 * 4096 * 151936 + LOSS
     assert plan.worst == "rollout"
     assert plan.peak == round(0.4 * 12 * GIB) + 4 * parameters + scoring + 3 * GIB
     # The public set-up's share leaves no room for the reference model's pass.

@@ -18,7 +18,6 @@ from searchr1.config.load import load_config
 from searchr1.config.memory_layout import layout_of
 from searchr1.config.memory_plan import (
     GIB,
-    LOSS_BYTES,
     PHASES,
     SHAPES,
     Layout,
@@ -103,6 +102,14 @@ def test_published_sizes():
     expected = {"0.5b": 0.49, "3b": 3.09, "7b": 7.61, "14b": 14.7, "32b": 32.5, "72b": 72.7}
     for name, billions in expected.items():
         assert SHAPES[f"qwen2.5-{name}"].parameters / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_what_the_loss_works_on():
+    from searchr1.algorithms.entropy import CHUNK_ELEMENTS
+    from searchr1.config.memory_host import CPU_LOSS_BYTES
+
+    assert Layout().loss_bytes == 4 * 4 * CHUNK_ELEMENTS["cuda"]
+    assert 4 * 4 * CHUNK_ELEMENTS["cpu"] == CPU_LOSS_BYTES
 
 
 def test_vocabulary_is_padded():
@@ -276,7 +283,7 @@ def test_peak_of_a_training_step(process_group, checkpointing):
     (peak,) = [sizes["Total"] for sizes in tracker.get_tracker_snapshot("peak").values()]
     layout = Layout(
         gpus=1, compute_bytes=4, max_tokens=batch.tokens, policy_share=124 / 128, reference=False, shared=False,
-        recompute="full" if checkpointing else "none",
+        loss_bytes=64 << 20, recompute="full" if checkpointing else "none",
     )  # fmt: skip
     plan = plan_memory(shape, layout)
     planned = plan.total("train") - line(plan, "contexts").size - line(plan, "margin").size
@@ -424,7 +431,7 @@ def test_megatron_bytes_of_7b_on_8_gpus():
     assert line(single, "fp32 master").size == 0
     assert line(single, "weights").size == 4 * own
     # Vocabulary-parallel logits and their gradient in bf16.
-    assert line(plan, "logits").size == 2 * 2 * 11008 * 152064 // 2 + LOSS_BYTES
+    assert line(plan, "logits").size == 2 * 2 * 11008 * 152064 // 2 + (256 << 20)
 
 
 def test_megatron_layer_by_hand():
