@@ -146,7 +146,7 @@ def _cpu_training(model: ModelShape, layout: Layout, ranks: int, name: str) -> l
 def plan_gpu_host(model: ModelShape, config: Config, layout: Layout | None, gpus: int) -> MemoryPlan:
     """Plan the host memory of a run on GPUs; `layout` is None for an evaluation.
 
-    Weights are read from files that are mapped: pages that the system can drop at any time are not counted.
+    What a rank reads at a time while it loads is part of what is assumed for its process.
 
     Raises:
         UserError: a placement that does not fit.
