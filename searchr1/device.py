@@ -165,6 +165,8 @@ class Device:
                 # Requests have seeds, which FlashInfer's top-k and top-p kernels cannot follow: vLLM would import it,
                 # check its compiler at run time, and then never call it.
                 env["VLLM_USE_FLASHINFER_SAMPLER"] = os.environ.get("VLLM_USE_FLASHINFER_SAMPLER", "0")
+                # Attention in float32 is Triton's, which would multiply in TF32: log-probabilities off by 1e-3 to 1e-2.
+                env["TRITON_F32_DEFAULT"] = "ieee"
             return env
         env["OMP_NUM_THREADS"] = str(self.threads_for(role, workers))
         # Threads that spin while they wait make a busy machine ten times slower (measured: 360 against 3,100 tokens/s).

@@ -112,6 +112,7 @@ def test_rollout_workers_keep_vllm_in_their_own_process() -> None:
     for device in (CPU, CUDA):
         assert device.worker_env("rollout")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         assert not any(name.startswith("VLLM") for name in device.worker_env("actor"))
+    assert CUDA.worker_env("rollout")["TRITON_F32_DEFAULT"] == "ieee"
     assert all(isinstance(value, str) for value in CPU.worker_env("rollout").values())
 
 

@@ -15,6 +15,11 @@ class RolloutModelConfig:
     """`fp32`, `bf16` or `fp16`: what the engine computes in."""
 
 
+MAX_NUM_BATCHED_TOKENS = 8192
+"""Tokens of an engine's step where `rollout.vllm.max_num_batched_tokens` is null. vLLM's own choice for an engine that runs
+in the worker's process is 2048: a search result that joins 256 running sequences would be read in many small pieces."""
+
+
 @dataclass
 class VllmConfig:
     """vLLM's own settings."""
@@ -24,7 +29,7 @@ class VllmConfig:
     enable_prefix_caching: bool = True
     """Keep the prompt's cache between turns and between attempts at one question."""
     max_num_batched_tokens: int | None = None
-    """Tokens per engine step; null is vLLM's choice."""
+    """Tokens per engine step; null: 8192."""
     kv_cache_memory_gb: float | None = None
     """Size of the cache; null: 1 GiB on a CPU, what `gpu_memory_utilization` leaves on a GPU."""
     block_size: int | None = None
@@ -55,7 +60,7 @@ class RolloutConfig:
     """GPUs that share one layer."""
     pipeline_parallel_size: int = 1
     """GPUs that share the layers."""
-    max_running_requests: int = 128
+    max_running_requests: int = 256
     """Sequences generated at once per engine."""
     validate_weight_first_sync: bool = False
     """Compare log-probabilities of engine and actor on a probe after the first weight update."""

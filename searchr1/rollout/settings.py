@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from searchr1.config.schema_model import MAX_NUM_BATCHED_TOKENS
+
 if TYPE_CHECKING:
     from searchr1.config.schema import Config
 
@@ -32,10 +34,9 @@ class EngineSettings:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     """GPU only, see `Device.chunked_prefill`."""
-    max_num_batched_tokens: int | None = None
-    """Tokens per engine step; None: vLLM's choice on a GPU, 8192 on a CPU; raised to `max_model_len` where prompts must
-    not be split."""
-    max_num_seqs: int = 128
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
+    """Tokens per engine step; raised to `max_model_len` where prompts must not be split."""
+    max_num_seqs: int = 256
     """Sequences generated at once."""
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
@@ -69,7 +70,9 @@ class EngineSettings:
             enforce_eager=rollout.enforce_eager,
             enable_prefix_caching=rollout.vllm.enable_prefix_caching,
             enable_chunked_prefill=rollout.vllm.enable_chunked_prefill,
-            max_num_batched_tokens=rollout.vllm.max_num_batched_tokens,
+            max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS
+            if rollout.vllm.max_num_batched_tokens is None
+            else rollout.vllm.max_num_batched_tokens,
             max_num_seqs=rollout.max_running_requests,
             tensor_parallel_size=rollout.tensor_parallel_size,
             pipeline_parallel_size=rollout.pipeline_parallel_size,

@@ -15,8 +15,6 @@ from searchr1.nvidia import vllm_mismatch
 from searchr1.rollout.backend import Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 
-# On a CPU large steps cost nothing but latency; prompts are short next to this.
-_CPU_BATCHED_TOKENS = 8192
 _ADAPTER = "policy"
 _ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """That vLLM's buffers can have; smaller adapters are padded."""
@@ -293,6 +291,7 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
         "seed": settings.seed,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "pipeline_parallel_size": settings.pipeline_parallel_size,
@@ -308,17 +307,12 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
     if settings.adapter_rank:
         rank = next(rank for rank in _ADAPTER_RANKS if rank >= settings.adapter_rank)
         arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
+    if not arguments["enable_chunked_prefill"]:
+        arguments["max_num_batched_tokens"] = max(settings.max_num_batched_tokens, settings.max_model_len)
     if settings.block_size is not None:
         arguments["block_size"] = settings.block_size
     if settings.executor_backend is not None and settings.tensor_parallel_size * settings.pipeline_parallel_size > 1:
         arguments["distributed_executor_backend"] = settings.executor_backend
-    batched = settings.max_num_batched_tokens
-    if batched is None and not device.is_cuda:
-        batched = _CPU_BATCHED_TOKENS
-    if batched is not None:
-        if not arguments["enable_chunked_prefill"]:
-            batched = max(batched, settings.max_model_len)
-        arguments["max_num_batched_tokens"] = batched
     return arguments
 
 

@@ -41,12 +41,22 @@ def test_a_gpu_goes_by_the_settings() -> None:
     arguments = engine_arguments("model", CUDA, dataclasses.replace(SETTINGS, max_num_batched_tokens=100))
     assert arguments["enable_chunked_prefill"] is True
     assert arguments["max_num_batched_tokens"] == 100
-    assert "max_num_batched_tokens" not in engine_arguments("model", CUDA, SETTINGS)
     off = dataclasses.replace(SETTINGS, max_num_batched_tokens=100, enable_chunked_prefill=False)
     assert engine_arguments("model", CUDA, off)["max_num_batched_tokens"] == 2048
     assert "distributed_executor_backend" not in arguments
     parallel = dataclasses.replace(SETTINGS, tensor_parallel_size=2, executor_backend="mp")
     assert engine_arguments("model", CUDA, parallel)["distributed_executor_backend"] == "mp"
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA])
+def test_a_step_is_large_enough_for_prompts_beside_many_sequences_unless_the_yaml_says_otherwise(device: Device) -> None:
+    config = Config()
+    arguments = engine_arguments("model", device, EngineSettings.from_config(config))
+    assert (arguments["max_num_batched_tokens"], arguments["max_num_seqs"]) == (8192, 256)
+    config.runner.seq_length, config.rollout.max_running_requests = 500, 32
+    config.rollout.vllm.max_num_batched_tokens = 1024
+    arguments = engine_arguments("model", device, EngineSettings.from_config(config))
+    assert (arguments["max_num_batched_tokens"], arguments["max_num_seqs"]) == (1024, 32)
 
 
 def test_settings_from_a_config() -> None:
