@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from policy_ranks import make_trajectories
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +17,6 @@ from searchr1.actor.packing import pack
 from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device
 
-CPU = Device.detect("cpu")
 PIECE_BYTES = 4096
 
 
@@ -23,7 +24,9 @@ def differences(job: dict[str, Any]) -> list[str]:
     """Names of all tensors and properties that are not the same, bit by bit; none if all is well."""
     from searchr1.actor.model import init_process_group
 
-    init_process_group(CPU)
+    if job["name"] == "loading-small":
+        return small_differences(Path(job["model"]))
+    init_process_group(device_of(job), host_tensors=job.get("cpu_offload", False))
     models, randoms = [], []
     for load in (load_whole, load_rows):
         torch.manual_seed(7)
@@ -34,10 +37,45 @@ def differences(job: dict[str, Any]) -> list[str]:
     found += [f"{name} is still empty" for name, tensor in tensors_of(rows) if tensor.is_meta]
     found += compare("", dict(tensors_of(whole)), dict(tensors_of(rows)))
     found += compare("output", run(whole, job), run(rows, job))
+    if job.get("device"):  # sums on a GPU have no fixed order
+        return found
     gradients = [{name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in models]
     if not job.get("reference"):
         assert gradients[0]
     return found + compare("gradient", *gradients)
+
+
+class Small(nn.Module):
+    """Fewer rows than ranks, and buffers that are stored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.three = nn.Linear(5, 1), nn.Linear(5, 3)
+        self.register_buffer("scalar", torch.tensor(1.5))
+        self.register_buffer("vector", torch.arange(3, dtype=torch.int32))
+
+
+def small_differences(folder: Path) -> list[str]:
+    """Of a module of our own, filled from the file in `folder`."""
+    from torch.distributed.fsdp import fully_shard
+
+    from searchr1.actor.loading import fill
+    from searchr1.actor.model import init_process_group
+
+    init_process_group(Device.detect("cpu"))
+    with torch.device("meta"):
+        model = Small()
+    fully_shard(model)
+    fill(model, folder, on_host=False)
+    expected = load_file(folder / "model.safetensors")
+    found = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in model.state_dict().items()
+    }
+    return compare("", expected, {name: found[name] for name in expected}) + sorted(set(found) ^ set(expected))
+
+
+def device_of(job: dict[str, Any]) -> Device:
+    return Device.detect(job.get("device", "cpu"))
 
 
 def lora_of(job: dict[str, Any]) -> LoraConfig | None:
@@ -85,9 +123,17 @@ def start(job: dict[str, Any]) -> nn.Module:
 
         run = critic_run(critic_config(job["model"]))
         run.actor.seed = 7
-        return FsdpValueBackend.start(run, CPU, None).model
-    settings = {"precision": job.get("precision", "fp32"), "trainable": not job.get("reference"), "lora": lora_of(job)}
-    return load_model(job["model"], CPU, **settings)
+        return FsdpValueBackend.start(run, device_of(job), None).model
+    return load_model(job["model"], device_of(job), **settings_of(job))
+
+
+def settings_of(job: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "precision": job.get("precision", "fp32"),
+        "trainable": not job.get("reference"),
+        "lora": lora_of(job),
+        "cpu_offload": job.get("cpu_offload", False),
+    }
 
 
 def load_whole(job: dict[str, Any]) -> nn.Module:
@@ -100,10 +146,11 @@ def load_whole(job: dict[str, Any]) -> nn.Module:
     lora, precision = lora_of(job), job.get("precision", "fp32")
     held = COMPUTE_DTYPES[precision] if lora and lora.base_precision == "compute" else torch.float32
     kind = AutoModel if job.get("critic") else AutoModelForCausalLM
-    model = kind.from_pretrained(job["model"], dtype=held, attn_implementation=CPU.attention_implementation)
+    device = device_of(job)
+    model = kind.from_pretrained(job["model"], dtype=held, attn_implementation=device.attention_implementation)
     if job.get("critic"):
         model = ValueModel(model)
-    return shard_model(model, CPU, precision=precision, trainable=not job.get("reference"), lora=lora)
+    return shard_model(model, device, **settings_of(job))
 
 
 def tensors_of(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,6 +167,7 @@ def run(model: nn.Module, job: dict[str, Any]) -> dict[str, torch.Tensor]:
 
     found = {}
     for number, batch in enumerate(pack(make_trajectories(1)[0], 200)[:2]):
+        batch = batch.to(device_of(job).torch_device())
         with torch.set_grad_enabled(not job.get("reference")):
             values = model(batch) if job.get("critic") else policy_logprobs(model, batch, 0.8).logprobs_M
             if not job.get("reference"):
@@ -145,7 +193,7 @@ def same(left: torch.Tensor, right: torch.Tensor) -> bool:
         if left.placements != right.placements:
             return False
         left, right = left.to_local(), right.to_local()
-    if left.shape != right.shape or left.device != right.device:
+    if (left.shape, left.device, left.is_pinned()) != (right.shape, right.device, right.is_pinned()):
         return False
     as_bytes = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (left, right)]
     return torch.equal(*as_bytes)

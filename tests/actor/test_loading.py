@@ -69,6 +69,7 @@ JOBS: list[dict[str, Any]] = [
         "name": "loading-lora-on-the-output-layer",
         "lora": LORA | {"target_modules": ["lm_head", "v_proj"]},
     },
+    {"model": "tied", "name": "loading-cpu-offload", "cpu_offload": True},
     {"model": "tied", "name": "loading-critic", "critic": True},
     {"model": "bf16", "name": "loading-critic-of-bf16", "critic": True},
 ]
@@ -90,8 +91,21 @@ def test_one_rank_holds_and_computes_the_same(jobs, number):
 
 
 def test_two_ranks_hold_and_compute_the_same(jobs, tmp_path):
-    found = ranks.run(2, jobs, tmp_path)
+    torch.manual_seed(0)
+    save_file(loading_ranks.Small().state_dict(), tmp_path / "model.safetensors")
+    found = ranks.run(2, [*jobs, {"name": "loading-small", "model": str(tmp_path)}], tmp_path)
     assert {name: differences for name, differences in found.items() if any(differences)} == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tied", "bf16", "gemma", "cpu-offload", "computed-in-bf16", "reference", "critic"])
+def test_one_gpu_holds_and_computes_the_same(jobs, name):
+    job = next(job for job in jobs if job["name"] == f"loading-{name}") | {"device": "cuda"}
+    code = "import json, sys, loading_ranks; print(json.dumps(loading_ranks.differences(json.loads(sys.argv[1]))))"
+    # A process of its own: a process group is for one device.
+    command = [sys.executable, "-c", code, json.dumps(job)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
 
 
 BF16: dict[str, Any] = {"dtype": torch.bfloat16, "attention": "sdpa"}
