@@ -144,6 +144,9 @@ class Layout:
         share = round(self.engine_share - 0.1, 2)
         if share > 0.2:
             changes.append((f"rollout.gpu_memory_utilization: {share:g}", replace(self, engine_share=share)))
+        if self.engine_cache is not None:
+            half = self.engine_cache // 2
+            changes.append((f"rollout.vllm.kv_cache_memory_gb: {half / (1 << 30):g}", replace(self, engine_cache=half)))
         for size in (2, 4, 8):
             if size > self.engine_tp and self.gpus % size == 0:
                 changes.append((f"rollout.tensor_parallel_size: {size}", replace(self, engine_tp=size)))
@@ -190,9 +193,8 @@ def layout_of(
         UserError: a placement that does not fit, or a value that is not known.
     """
     actor, model, rollout = config.actor, config.actor.model, config.rollout
-    for key, name in (("actor.model.precision", model.precision), ("rollout.model.precision", rollout.model.precision)):
-        if name not in PRECISION_BYTES:
-            raise UserError(f"{key}: {name!r} is not one of {', '.join(PRECISION_BYTES)}")
+    if model.precision not in PRECISION_BYTES:
+        raise UserError(f"actor.model.precision: {model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
     backend = actor.training_backend
     if backend not in ("fsdp", "megatron"):
         raise UserError(f"{section}.training_backend: {backend!r} is not one of fsdp, megatron")
@@ -213,8 +215,7 @@ def layout_of(
         raise UserError(f"actor.model.recompute_granularity: {recompute!r} is not one of null, full, selective")
     reference = section == "actor" and config.algorithm.kl_beta > 0
     critic_slots = group_slots(config, "critic", device) if critic is not None else slots
-    cache = rollout.vllm.kv_cache_memory_gb
-    return Layout(
+    layout = Layout(
         backend=backend,
         gpus=len(slots),
         tp=model.tensor_model_parallel_size if megatron else 1,
@@ -244,11 +245,26 @@ def layout_of(
         critic=critic,
         section=section,
         shared=bool(set(slots) & set(engine)),
+        probe_tokens=PROBES * config.data.max_prompt_length if rollout.validate_weight_first_sync else 0,
+    )
+    return with_engine(layout, config)
+
+
+def with_engine(layout: Layout, config: Config) -> Layout:
+    """Fill in what a run's YAML says about its engines.
+
+    Raises:
+        UserError: a precision that is not known.
+    """
+    rollout, cache = config.rollout, config.rollout.vllm.kv_cache_memory_gb
+    if rollout.model.precision not in PRECISION_BYTES:
+        raise UserError(f"rollout.model.precision: {rollout.model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
+    return replace(
+        layout,
         engine_share=rollout.gpu_memory_utilization,
         engine_tp=rollout.tensor_parallel_size * rollout.pipeline_parallel_size,
         engine_bytes=PRECISION_BYTES[rollout.model.precision],
         engine_eager=rollout.enforce_eager,
         engine_cache=None if cache is None else round(cache * (1 << 30)),
         longest=config.runner.seq_length,
-        probe_tokens=PROBES * config.data.max_prompt_length if rollout.validate_weight_first_sync else 0,
     )

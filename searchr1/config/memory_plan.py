@@ -119,7 +119,7 @@ def _stage_plan(model: ModelShape, layout: Layout, gpu_bytes: int, stage: int) -
         lines += update_lines(model, layout)
     lines.append(_contexts(1 + layout.shared + layout.reference + bool(critic)))
     lines.append(_margin(lines))
-    return MemoryPlan(stage, own, tuple(lines), _engine_problem(model, layout, gpu_bytes), layout.section)
+    return MemoryPlan(stage, own, tuple(lines), engine_problem(model, layout, gpu_bytes), layout.section)
 
 
 def _margin(lines: list[Line]) -> Line:
@@ -146,19 +146,10 @@ def _other_plans(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Memo
     return found
 
 
-def _engine_problem(model: ModelShape, layout: Layout, gpu_bytes: int) -> str:
-    weights = layout.engine_bytes * model.parameters / layout.engine_tp
-    return engine_problem(weights, engine_room(model, layout, gpu_bytes), cache_token_bytes(model, layout) * layout.longest)
-
-
-def engine_problem(weights: float, room: float, longest: int = 0) -> str:
-    """Say why an engine cannot start; empty if it can.
-
-    Args:
-        weights: bytes on one GPU.
-        room: what it may take there.
-        longest: bytes of the cache of the longest trajectory; vLLM refuses a cache that holds none.
-    """
+def engine_problem(model: ModelShape, layout: Layout, gpu_bytes: int) -> str:
+    """Say why an engine cannot start; empty if it can. vLLM refuses a cache that cannot hold the longest trajectory."""
+    weights, room = layout.engine_bytes * model.parameters / layout.engine_tp, engine_room(model, layout, gpu_bytes)
+    longest = cache_token_bytes(model, layout) * layout.longest
     if weights + ENGINE_WORK + longest <= room:
         return ""
     need = f"weights {weights / GIB:.1f}, {ENGINE_WORK / GIB:g} to work in, cache of one trajectory {longest / GIB:.1f} GiB"

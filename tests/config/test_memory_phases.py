@@ -9,7 +9,7 @@ import pytest
 
 from searchr1.config.load import load_config
 from searchr1.config.memory_layout import layout_of
-from searchr1.config.memory_plan import GIB, PHASES, SHAPES, Layout, engine_problem, plan_memory
+from searchr1.config.memory_plan import GIB, PHASES, SHAPES, Layout, knobs, plan_memory
 from searchr1.config.memory_plan_cli import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/searchr1/config"
@@ -143,6 +143,20 @@ def test_a_cache_of_a_given_size_goes_before_the_share():
     shape = SHAPES["qwen2.5-3b"]
     plan = plan_memory(shape, Layout(engine_cache=4 * GIB))
     assert plan.total("wake") - plan_memory(shape, Layout()).total("wake") == 2 * shape.parameters + 6 * GIB - 60 * GIB
+    too_much = Layout(engine_cache=76 * GIB)
+    (found,) = [plan for text, _, plan in knobs(shape, too_much, 80 * GIB) if "kv_cache_memory_gb: 38" in text]
+    assert found.fits(80 * GIB)
+
+
+def test_an_evaluations_engine(capsys):
+    # 4.5 GiB for a model of 1.1: 2 to work in, and a cache of 1.4, that is 13,000 tokens of 114,688 bytes.
+    words = [str(CONFIGS / "qwen2.5-3b-tool-1node-eval.yaml"), "--shape", "qwen3-0.6b", "--gpu-gib", "6"]
+    assert main([*words, "rollout.gpu_memory_utilization=0.75", "runner.seq_length=12000"]) == 0
+    assert main([*words, "rollout.gpu_memory_utilization=0.75", "runner.seq_length=14000"]) == 1
+    assert "cache of one trajectory 1.5 GiB" in " ".join(capsys.readouterr().out.split())
+    # A given size goes before the share here too: 1.1 + 2 + 2 and the context.
+    assert main([*words, "rollout.vllm.kv_cache_memory_gb=2.0"]) == 1
+    assert "Does not fit: 0.1 GiB too much" in capsys.readouterr().out
 
 
 def test_the_cache_holds_one_trajectory():
@@ -150,7 +164,6 @@ def test_the_cache_holds_one_trajectory():
     shape, gpu = SHAPES["qwen2.5-3b"], 16 * GIB
     weights = 2 * shape.parameters
     fits = round(weights + 2 * GIB + 7096 * 36864)
-    assert engine_problem(weights, fits, 7096 * 36864) == ""
     layout = Layout(longest=7096, engine_share=fits / gpu, gpus=64, reference=False)
     assert not plan_memory(shape, layout, gpu).problem
     problem = plan_memory(shape, replace(layout, longest=7200), gpu).problem
