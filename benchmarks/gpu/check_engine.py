@@ -173,6 +173,7 @@ class Checks:
             max_model_len=2048 if self.small else 4096,
             dtype="bfloat16" if self.precision == "bf16" else "float32",
             max_num_seqs=args.sequences,
+            sleep_mode=True,
             gpu_memory_utilization=args.utilization,
             kv_cache_memory_gb=None if self.device.is_cuda else 0.25,
             enforce_eager=args.eager,

@@ -46,7 +46,7 @@ class EngineSettings:
     """Above 0 the weight updates are LoRA adapters of this rank for the model as it was loaded."""
     load_format: LoadFormat = "auto"
     """"dummy" starts with random weights (the first update brings the real ones)."""
-    sleep_mode: bool = True
+    sleep_mode: bool = False
     """GPU only: the engine can hand its memory to other processes (`Engine.sleep`); vLLM then allocates in its own way."""
     detokenize: bool = True
     """Off: no tokenizer is loaded, generations have no text and stop strings are refused."""

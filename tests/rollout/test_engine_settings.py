@@ -79,7 +79,6 @@ def test_settings_from_a_config() -> None:
         max_num_batched_tokens=1000,
         max_num_seqs=9,
         executor_backend="mp",
-        sleep_mode=False,
         request_timeout_s=99.0,
     )
     assert settings.kv_cache_bytes == 1 << 29

@@ -205,7 +205,8 @@ class Trainer(Holder):
         return Nothing() if value is None else value
 
     def resident(self, kind):
-        yield self.tensors[kind]
+        if kind in self.tensors:
+            yield self.tensors[kind]
 
     def clip_gradients(self, max_norm):
         self.require("weight", "grad", "optimizer")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import signal
+from collections import defaultdict
 from pathlib import Path
 
 import gpu_machine
@@ -11,6 +12,8 @@ import pytest
 
 from searchr1.actor.checkpoint import checkpoint_steps
 from searchr1.config.load import load_config
+from searchr1.config.memory_layout import layout_of
+from searchr1.config.memory_plan import GIB, SHAPES, plan_memory
 from searchr1.device import Device
 from searchr1.runner.groups import launch
 from searchr1.runner.train import train
@@ -35,6 +38,7 @@ LAYOUTS = {
     "some shared": (MEGATRON, "cluster.component_placement.rollout=0-3"),
     "separated": (MEGATRON, "cluster.component_placement.actor=0-3", "cluster.component_placement.rollout=4-7"),
     "background": (MEGATRON, "runner.async_save=True"),
+    "kept": (MEGATRON, "actor.offload_weight=False", "actor.offload_grad=False", "actor.offload_optimizer=False"),
 }  # fmt: skip
 SIZES = {
     "rollout": {"weights": 60, "kv_cache": 500},
@@ -50,12 +54,12 @@ def configured(layout, folder):
     return load_config(RECIPES / name, [*SHORT, f"runner.output_dir={folder}", *overrides])
 
 
-def executed(config, run=train):
+def executed(config, run=train, sizes=None):
     """The machine on which a run has ended."""
     root = Path(config.runner.output_dir) / config.runner.experiment_name
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(signal, "signal", lambda *_: None)
-        machine = gpu_machine.build(patch, config, SIZES, lambda: checkpoint_steps(root / "checkpoints"))
+        machine = gpu_machine.build(patch, config, sizes or SIZES, lambda: checkpoint_steps(root / "checkpoints"))
         try:
             run(config)
         finally:
@@ -63,7 +67,7 @@ def executed(config, run=train):
     return machine
 
 
-@pytest.fixture(scope="module", params=[name for name in LAYOUTS if name != "separated"])
+@pytest.fixture(scope="module", params=[name for name in LAYOUTS if name not in ("separated", "kept")])
 def shared(request, tmp_path_factory):
     config = configured(request.param, tmp_path_factory.mktemp("run"))
     return request.param, config, executed(config)
@@ -184,15 +188,58 @@ def test_engines_on_gpus_of_their_own_never_sleep(tmp_path):
     assert {slot for worker in machine.workers["actor"] for slot in worker.slots} == {0, 1, 2, 3}
 
 
-def test_what_the_user_keeps_on_the_gpu_stays_there(tmp_path):
-    """`offload_…: False` is a wish that the memory plan counts."""
-    config = configured("megatron", tmp_path)
-    config.actor.offload_weight = config.actor.offload_grad = False
-    machine = executed(config)
-    generating = [note for note in machine.notes if (note.phase, note.by) == ("rollout", "rollout")]
-    assert generating
-    for note in generating:
-        assert set(note.held) == ENGINE | {"inference/weight", "actor/weight", "actor/grad"}
+TENSORS = {
+    "weights": "weight", "weights (fp32, also the master copy)": "weight", "fp32 master weights": "optimizer",
+    "Adam moments": "optimizer", "gradients (fp32 buffer)": "grad",
+}  # fmt: skip
+"""The memory plan's lines of a model in training that are tensors of a lasting size (FSDP's gradients are not)."""
+OTHERS = {"reference model": "inference/weight", "rollout engine": "rollout/kv_cache", "engine's weights": "rollout/weights"}
+
+
+def planned(config):
+    """Of a 3B model on 8 GPUs: `group/kind` -> MiB on the fullest, `group/kind` -> phases, and MiB of all in a phase."""
+    plan = plan_memory(SHAPES["qwen2.5-3b"], layout_of(config, 8), 80 * GIB)
+    sizes, phases = defaultdict(int), {}
+    for line in plan.lines:
+        group, _, name = line.name.rpartition(": ")
+        key = f"{group or 'actor'}/{TENSORS[name]}" if name in TENSORS else OTHERS.get(line.name)
+        if key is not None:
+            sizes[key] += line.size >> 20
+            assert phases.setdefault(key, line.phases) == line.phases
+    phases["rollout/weights"] += phases["rollout/kv_cache"]  # the line of the engine is of both
+    sizes["rollout/kv_cache"] -= sizes["rollout/weights"]
+    return sizes, phases, lambda phase: plan.total(phase) >> 20
+
+
+PHASE_OF = {"load": "start", ("probe", "actor"): "start", ("probe", "rollout"): "rollout"}
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name not in ("separated", "some shared", "background")])
+def test_every_process_holds_in_each_phase_what_the_memory_plan_says(layout, tmp_path):
+    """The plan's sizes, a byte for each MiB; which of them are on a GPU at once comes from the run."""
+    config = configured(layout, tmp_path)
+    sizes, phases, total = planned(config)
+    by_group = {group: {} for group in SIZES}
+    for key, size in sizes.items():
+        group, kind = key.split("/")
+        by_group[group][kind] = size
+    machine = executed(config, sizes=by_group)
+    most = dict.fromkeys(("start", "rollout", "train", "save", "sync", "wake"), frozenset())
+    for note in machine.notes:
+        if (note.phase, note.by) == ("start", "rollout"):
+            continue  # alone
+        phase = PHASE_OF.get((note.phase, note.by), PHASE_OF.get(note.phase, note.phase))
+        assert sum(note.held.values()) <= total(phase), note
+        most[phase] = max(most[phase], frozenset(note.held), key=lambda keys: sum(sizes[key] for key in keys))
+    for phase, held in most.items():
+        expected = {key for key, named in phases.items() if phase in named and sizes[key]}
+        if phase == "train":  # a critic trains before the actor; the plan counts the larger of the two
+            expected -= {key for key in expected if key.startswith("critic/")}
+        if held & CRITIC:  # then the actor is away, and the other way round; the plan counts both, or the larger
+            expected = expected - ACTOR | {key for key in CRITIC if sizes[key]}
+        else:
+            expected -= CRITIC
+        assert held == expected, phase
 
 
 def test_an_evaluation_has_no_one_to_sleep_for(tmp_path):
