@@ -88,6 +88,11 @@ def summary(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def machine_overrides(overrides: list[str]) -> list[str]:
+    """Pick what an evaluation needs of the training's overrides: what the machine asks for."""
+    return [override for override in overrides if override.startswith(("cluster.", "rollout.model.precision="))]
+
+
 def configs(overrides: list[str]) -> tuple[Path, Path]:
     """Pick the YAMLs of training and evaluation: those for the GPU where there is one, unless an override says otherwise.
 
@@ -118,16 +123,18 @@ def run(args: argparse.Namespace, train_config: Path, eval_config: Path) -> None
         shutil.rmtree(model, ignore_errors=True)  # a run that went on has a newer checkpoint
         kind = "mg2hf" if (steps[-1] / "actor/metadata.json").exists() else "fsdp2hf"
         command("convert", kind, "--checkpoint", steps[-1] / "actor", "--output", model)
-        command("eval", eval_config, "runner.overwrite=True", env=env)
+        on_machine = machine_overrides(args.overrides)
+        command("eval", eval_config, "runner.overwrite=True", *on_machine, env=env)
         if args.checks:
             off = ["runner.experiment_name=eval-search-off", "tools.search.dummy_mode=True", "runner.overwrite=True"]
-            command("eval", eval_config, *off, env=env)
+            command("eval", eval_config, *off, *on_machine, env=env)
     if args.checks:
         other = out / "new-world" / "world"
         command("demo-world", "--seed", NEW_WORLD_SEED, "--out", other)
         with retrieval_server(other, out / "retrieval-new-world.log") as address:
             env = {"SEARCHR1_DEMO_DIR": str(out / "new-world"), "SEARCHR1_SEARCH_ADDR": address}
-            command("eval", eval_config, f"rollout.model.model_path={model}", "runner.overwrite=True", env=env)
+            words = [f"rollout.model.model_path={model}", "runner.overwrite=True", *on_machine]
+            command("eval", eval_config, *words, env=env)
     command("report", out / "train")
     print(f"\n{summary(out)}\n")
     if args.checks:

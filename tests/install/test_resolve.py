@@ -59,7 +59,11 @@ def compile_pins(*arguments: str, find_links: bool = False) -> subprocess.Comple
     if find_links:
         for link in settings.get("find-links", "").split():
             words += ["--find-links", link]
+    for host in settings.get("trusted-host", "").split():
+        words += ["--allow-insecure-host", host]
     env = dict(os.environ)
+    if timeout := settings.get("timeout", settings.get("default-timeout")):
+        env.setdefault("UV_HTTP_TIMEOUT", str(timeout))
     if certificate := settings.get("cert"):
         env.setdefault("SSL_CERT_FILE", certificate)
     return subprocess.run([*words, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)

@@ -87,6 +87,21 @@ def test_the_gpu_s_yamls_are_those_of_the_cpu_but_for_the_device():
         assert cpu.rollout.model.model_path == gpu.rollout.model.model_path
 
 
+def test_what_the_machine_asks_for_holds_for_the_evaluation_too(monkeypatch, commands, tmp_path):
+    seen = []
+    make_files = demo.command
+
+    def command(name, *words, env=None):
+        seen.append((name, words))
+        make_files(name, *words, env=env)
+
+    monkeypatch.setattr(demo, "command", command)
+    words = ["cluster.device=cpu", "rollout.model.precision=fp16", "rollout.max_running_requests=4"]
+    assert demo.main(["--out", str(tmp_path), "--steps", "1", *words]) == 0
+    (evaluation,) = [words for name, words in seen if name == "eval"]
+    assert evaluation == (demo.EVAL_CONFIG, "runner.overwrite=True", "cluster.device=cpu", "rollout.model.precision=fp16")
+
+
 def test_the_user_s_word_on_the_device_goes_first(monkeypatch):
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 8)
     assert demo.configs(["cluster.device=cpu", "runner.seed=1"]) == (demo.TRAIN_CONFIG, demo.EVAL_CONFIG)
