@@ -27,7 +27,8 @@ class ClusterConfig:
     num_nodes: int = 1
     """Machines of a run: 1 only."""
     component_placement: dict[str, Any] = field(default_factory=lambda: {"actor,rollout,reward": "all"})
-    """Group names (several with commas) -> slots: `all`, `0-3` or `0,2`. A slot is a GPU, or a process on a CPU."""
+    """Group names (several with commas) -> slots: `all`, `0-3` or `0,2`. A slot is a GPU (slot 0 is the first that
+    CUDA_VISIBLE_DEVICES names), or a process on a CPU."""
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
     slots: int | None = None
