@@ -230,6 +230,7 @@ def run_job(job: dict, out: Path) -> None:
             torch.save(str(error), out / f"{job['name']}-{rank}.pt")
         return
     if "load" in job:
+        policy.offload("weight", "grad", "optimizer")  # as a worker does when its start ends
         policy.load(Path(job["load"]))
     for step in range(*job.get("steps", (0, STEPS))):
         trajectories, advantages = make_trajectories(step)
@@ -243,7 +244,6 @@ def run_job(job: dict, out: Path) -> None:
         if job.get("offload"):
             policy.bring_back("optimizer")
             result["freed"] = {kind: offload.out() for kind, offload in policy.offloads.items()}
-    policy.bring_back("weight")
     if "save" in job:
         background = job.get("background", False)
         policy.save(Path(job["save"]), background)
@@ -251,6 +251,7 @@ def run_job(job: dict, out: Path) -> None:
             trajectories, advantages = make_trajectories(7)
             policy.train_step(trajectories[rank::2], advantages[rank::2], [0] * len(trajectories[rank::2]))
         policy.finish_save()
+    policy.bring_back("weight")
     named = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}
     shells = {name: tensor.shape for name, tensor in named.items()}
     result["shapes"], result["weights"] = shells, named if rank == 0 else {}
