@@ -352,11 +352,11 @@ class Checks:
         await self.updates()
         await self.speed("warm-up", False)
         await self.speed("loop idle", False)
-        default = sys.getswitchinterval()
-        for interval in (default, 0.002, 0.0005, 0.0001):
+        own = sys.getswitchinterval()
+        for interval in (0.005, 0.002, own, 0.0001):
             sys.setswitchinterval(interval)
             await self.speed(f"loop busy, threads switch after {1000 * interval:g} ms", True)
-        sys.setswitchinterval(default)
+        sys.setswitchinterval(own)
         await self.engine.close()
 
 

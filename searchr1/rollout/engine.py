@@ -15,6 +15,7 @@ import contextlib
 import itertools
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from searchr1.agent.settings import GenerateParams, Generation
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.rollout.backend import KV_CACHE, WEIGHTS, Backend, Finished, OnText
+from searchr1.rollout.handover import Command, Pending, across_threads, deliver
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import VllmBackend
 from searchr1.rollout.weights import WeightManifest
@@ -32,6 +34,12 @@ from searchr1.rollout.weights import WeightManifest
 logger = logging.getLogger(__name__)
 
 _CLOSE_SECONDS = 30.0
+_SWITCH_SECONDS = 0.0005
+"""How long one of the process's threads may keep another waiting for the interpreter. The engine's thread gives it away at
+every call into torch, and behind a busy event loop got it back after CPython's 5 ms. Measured on two shared cores, 32
+sequences of a model of 4 layers beside a loop that is busy a third of its time (benchmarks/gpu/check_engine.py): 874
+tokens/s at 5 ms, 1,975, 1,781 and 1,987 at 2, 0.5 and 0.1 ms, 2,347 beside an idle loop; and the loop's own turns came
+5.3 ms late at 5 ms, 0.9 ms at 0.5 ms."""
 
 
 class EngineError(RuntimeError):
@@ -64,28 +72,6 @@ class EngineStats:
         return self.cached_prompt_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
-@dataclass(slots=True, eq=False)
-class _Pending:
-    """A future of an event loop that the engine's thread owes an answer."""
-
-    future: asyncio.Future[Any]
-    loop: asyncio.AbstractEventLoop
-    weight_version: int = 0
-    answer: Any = None
-    error: BaseException | None = None
-
-
-@dataclass(slots=True)
-class _Command:
-    """Work for the engine's thread, between two steps."""
-
-    run: Callable[[Backend], Any]
-    pending: _Pending | None = None
-    """Who waits; None: nobody."""
-    answers_later: bool = False
-    """`run` only registers a request; a later step answers."""
-
-
 class Engine:
     """One vLLM engine; safe to use from any coroutine, and from more than one event loop.
 
@@ -101,13 +87,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="rollout-engine", daemon=True)
         # Guarded by `_wakeup`.
         self._wakeup = threading.Condition()
-        self._commands: list[_Command] = []
+        self._commands: list[Command] = []
         self._closing = False
         self._stop_reason: str | None = None
         self._cause: BaseException | None = None
         # Written by the engine's thread only.
-        self._requests: dict[str, _Pending] = {}
-        self._outbox: list[_Pending] = []
+        self._requests: dict[str, Pending] = {}
+        self._outbox: list[Pending] = []
         self._stats = EngineStats()
         self._weight_version = 0
         self._asleep: set[str] = set()
@@ -118,13 +104,15 @@ class Engine:
     async def start(cls, model_path: str, device: Device, settings: EngineSettings) -> Engine:
         """Loads the model and starts the thread.
 
-        One engine per process: vLLM keeps its parallel state in module globals.
+        One engine per process: vLLM keeps its parallel state in module globals. So the process's threads may be made to
+        take turns more often, too.
 
         Raises:
             UserError: the model or the environment cannot be used.
             EngineError: the engine did not come up (`__cause__` says why).
             EngineTimeout: it took longer than `startup_timeout_s`.
         """
+        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         return await cls.start_backend(lambda: VllmBackend(model_path, device, settings), settings)
 
     @classmethod
@@ -170,12 +158,12 @@ class Engine:
         pending = self._expect()
         prompt_ids = list(prompt_ids)
 
-        listener = None if on_text is None else _across_threads(pending.loop, on_text)
+        listener = None if on_text is None else across_threads(pending.loop, on_text)
 
         def add(backend: Backend) -> None:
             self._add(request_id, pending, lambda: backend.add(request_id, prompt_ids, params, listener))
 
-        self._send(_Command(add, pending, answers_later=True))
+        self._send(Command(add, pending, answers_later=True))
         timeout_s = timeout_s or self._settings.request_timeout_s
         result: Generation = await self._wait(pending, timeout_s, "generate", request_id)
         return result
@@ -288,35 +276,35 @@ class Engine:
         def add(backend: Backend) -> None:
             self._add(request_id, pending, lambda: backend.add_scoring(request_id, token_ids))
 
-        self._send(_Command(add, pending, answers_later=True))
+        self._send(Command(add, pending, answers_later=True))
         timeout_s = timeout_s or self._settings.request_timeout_s
         result: list[float] = await self._wait(pending, timeout_s, "score tokens", request_id)
         return result
 
     async def _call(self, run: Callable[[Backend], Any], timeout_s: float, what: str) -> Any:
         pending = self._expect()
-        self._send(_Command(run, pending))
+        self._send(Command(run, pending))
         return await self._wait(pending, timeout_s, what)
 
-    def _expect(self) -> _Pending:
+    def _expect(self) -> Pending:
         loop = asyncio.get_running_loop()
-        return _Pending(loop.create_future(), loop)
+        return Pending(loop.create_future(), loop)
 
-    def _send(self, command: _Command) -> None:
+    def _send(self, command: Command) -> None:
         with self._wakeup:
             if self._stop_reason is not None or self._closing:
                 raise self._stopped()
             self._commands.append(command)
             self._wakeup.notify()
 
-    async def _wait(self, pending: _Pending, timeout_s: float, what: str, request_id: str | None = None) -> Any:
+    async def _wait(self, pending: Pending, timeout_s: float, what: str, request_id: str | None = None) -> Any:
         try:
             async with asyncio.timeout(timeout_s):
                 return await pending.future
         except (TimeoutError, asyncio.CancelledError) as error:
             if request_id is not None:
                 with contextlib.suppress(EngineError, UserError):
-                    self._send(_Command(lambda backend: self._settle(backend.abort([request_id]))))
+                    self._send(Command(lambda backend: self._settle(backend.abort([request_id]))))
             if isinstance(error, TimeoutError):
                 raise EngineTimeout(f"the rollout engine did not {what} within {timeout_s:g} s") from error
             raise
@@ -377,13 +365,14 @@ class Engine:
             self._stats.busy_seconds += time.perf_counter() - started
             self._stats.steps += 1
             self._settle(finished)
-        self._deliver()
+        deliver(self._outbox)
+        self._outbox = []
         return True
 
     def _can_step(self, backend: Backend) -> bool:
         return backend.has_work and not self._asleep and not self._updating and not self._dropped
 
-    def _add(self, request_id: str, pending: _Pending, add: Callable[[], None]) -> None:
+    def _add(self, request_id: str, pending: Pending, add: Callable[[], None]) -> None:
         if pending.future.done():
             return  # given up while it waited
         try:
@@ -428,35 +417,8 @@ class Engine:
             pending.error = self._stopped()
             self._outbox.append(pending)
         self._requests.clear()
-        self._deliver()
-
-    def _deliver(self) -> None:
-        """Hands answers over: one call into each waiting event loop, however many requests ended."""
-        outbox, self._outbox = self._outbox, []
-        loops: dict[asyncio.AbstractEventLoop, list[_Pending]] = {}
-        for pending in outbox:
-            loops.setdefault(pending.loop, []).append(pending)
-        for loop, batch in loops.items():
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
-                loop.call_soon_threadsafe(_resolve, batch)
-
-
-def _resolve(batch: list[_Pending]) -> None:
-    for pending in batch:
-        if pending.future.done():
-            continue
-        if pending.error is not None:
-            pending.future.set_exception(pending.error)
-        else:
-            pending.future.set_result(pending.answer)
-
-
-def _across_threads(loop: asyncio.AbstractEventLoop, on_text: OnText) -> OnText:
-    def tell(text: str) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
-            loop.call_soon_threadsafe(on_text, text)
-
-    return tell
+        deliver(self._outbox)
+        self._outbox = []
 
 
 def _check_files(manifest: WeightManifest) -> None:

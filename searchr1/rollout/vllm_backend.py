@@ -309,6 +309,8 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
         arguments |= {"enable_lora": True, "max_loras": 1, "max_cpu_loras": 1, "max_lora_rank": rank}
     if not arguments["enable_chunked_prefill"]:
         arguments["max_num_batched_tokens"] = max(settings.max_num_batched_tokens, settings.max_model_len)
+    # Each running sequence takes at least one token of a step: vLLM refuses more of them, which could not run.
+    arguments["max_num_seqs"] = min(settings.max_num_seqs, arguments["max_num_batched_tokens"])
     if settings.block_size is not None:
         arguments["block_size"] = settings.block_size
     if settings.executor_backend is not None and settings.tensor_parallel_size * settings.pipeline_parallel_size > 1:

@@ -57,6 +57,8 @@ def test_a_step_is_large_enough_for_prompts_beside_many_sequences_unless_the_yam
     config.rollout.vllm.max_num_batched_tokens = 1024
     arguments = engine_arguments("model", device, EngineSettings.from_config(config))
     assert (arguments["max_num_batched_tokens"], arguments["max_num_seqs"]) == (1024, 32)
+    few = EngineSettings(max_model_len=2048, max_num_batched_tokens=100)
+    assert engine_arguments("model", CUDA, few)["max_num_seqs"] == 100
 
 
 def test_settings_from_a_config() -> None:

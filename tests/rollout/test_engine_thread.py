@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from searchr1.agent.settings import GenerateParams
+from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.rollout.backend import Finished
 from searchr1.rollout.engine import Engine, EngineError, EngineTimeout
@@ -90,6 +92,25 @@ def play(scene: Callable[[Engine, ScriptedBackend], Coroutine[Any, Any, None]]) 
         assert backend.closed
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.005, 0.0005), (0.0001, 0.0001)])
+def test_a_busy_loop_holds_the_engine_up_for_half_a_millisecond_at_most(
+    monkeypatch: pytest.MonkeyPatch, before: float, after: float
+) -> None:
+    monkeypatch.setattr("searchr1.rollout.engine.VllmBackend", lambda *args: ScriptedBackend())
+    own = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(before)
+
+        async def scene() -> None:
+            engine = await Engine.start("model", Device("cpu", 1, 1), SETTINGS)
+            await engine.close()
+
+        asyncio.run(scene())
+        assert sys.getswitchinterval() == pytest.approx(after, abs=2e-6)
+    finally:
+        sys.setswitchinterval(own)
 
 
 def test_one_thread_steps_and_answers_everyone() -> None:
