@@ -15,7 +15,9 @@ from searchr1.config.load import load_config
 from searchr1.config.memory_layout import layout_of
 from searchr1.config.memory_plan import GIB, SHAPES, plan_memory
 from searchr1.device import Device
+from searchr1.runner import train as train_module
 from searchr1.runner.groups import launch
+from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.train import train
 from searchr1.tracking.loggers import read_metrics
 
@@ -156,6 +158,51 @@ def test_a_checkpoint_counts_when_its_step_has_been_evaluated(shared):
     rows = read_metrics(root / "metrics.jsonl")
     assert [row["step"] for row in rows if "reward/mean" in row] == [1, 2]
     assert [row["step"] for row in rows if "val/exact_match" in row] == [0, 1, 2]
+
+
+class Killed(BaseException):
+    """Ends a run where it stands."""
+
+
+@pytest.mark.parametrize("moment", ["save", "sync", "evaluation", "evaluated"])
+@pytest.mark.parametrize("layout", ["megatron", "background"])
+def test_a_run_killed_between_saving_and_the_end_of_its_step_repeats_all_of_it(layout, moment, tmp_path, monkeypatch):
+    """Neither the metrics nor the evaluation of a step are lost or written twice."""
+    config = configured(layout, tmp_path)
+    real_refresh, real_evaluate, real_save = train_module.refresh_engines, train_module.evaluate, RunFolder.save
+
+    def kill(when, step):
+        if (when, step) == (moment, 2):
+            raise Killed
+
+    def save(folder, groups, loader, step):
+        real_save(folder, groups, loader, step)
+        kill("save", step)
+
+    def refresh_engines(groups, step, timeout_s):
+        seconds = real_refresh(groups, step, timeout_s)
+        kill("sync", step)
+        return seconds
+
+    def evaluate(groups, samples, config, log, step):
+        kill("evaluation", step)
+        real_evaluate(groups, samples, config, log, step)
+        kill("evaluated", step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", save)
+        patch.setattr(train_module, "refresh_engines", refresh_engines)
+        patch.setattr(train_module, "evaluate", evaluate)
+        with pytest.raises(Killed):
+            executed(config)
+    root = tmp_path / config.runner.experiment_name
+    assert checkpoint_steps(root / "checkpoints") == [1]
+    executed(config)
+    assert checkpoint_steps(root / "checkpoints") == [1, 2]
+    rows = read_metrics(root / "metrics.jsonl")
+    assert [row["step"] for row in rows if "reward/mean" in row] == [1, 2]
+    assert [row["step"] for row in rows if "val/exact_match" in row] == [0, 1, 2]
+    assert [path.name for path in (root / "checkpoints").iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_resume_loads_while_the_engines_sleep(shared):
