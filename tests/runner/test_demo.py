@@ -111,3 +111,17 @@ def test_the_user_s_word_on_the_device_goes_first(monkeypatch):
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 0)
     with pytest.raises(UserError, match="cuda was asked for"):
         demo.configs(["cluster.device=cuda"])
+
+
+def test_a_machine_with_a_gpu_runs_on_the_cpu_only_if_that_was_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(device, "_cuda_device_count", lambda: 0)
+    monkeypatch.setattr(device.nvidia, "device_files", lambda: ("/dev/nvidia0",))
+    monkeypatch.delenv("SEARCHR1_EXTRA", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(device.nvidia, "RECORD", "no-record")
+    with pytest.raises(UserError, match="auto finds a GPU"):
+        demo.configs([])
+    monkeypatch.setenv("SEARCHR1_EXTRA", "cpu")
+    device.nvidia._report_once.cache_clear()
+    assert demo.configs([]) == (demo.TRAIN_CONFIG, demo.EVAL_CONFIG)
+    assert "auto is the CPU although a GPU is here (/dev/nvidia0): SEARCHR1_EXTRA=cpu" in capsys.readouterr().err
