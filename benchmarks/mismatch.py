@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from charts import Chart, drawing
 from demo_runs import TRAIN, Run, mean_curve, numbers, run_missing
 
+from searchr1.rollout.weights import WeightPublisher, WeightReader
 from searchr1.tracking.svg import Series
 
 DELAY = 4
@@ -91,22 +92,26 @@ class OldWeights:
 
     def __init__(self, delay: int, folder: Path) -> None:
         self._delay = delay
-        self._folder = folder
-        self._kept: deque[Any] = deque()
+        self._kept: deque[tuple[int, dict[str, torch.Tensor]]] = deque()
+        self._reader = WeightReader(torch.device("cpu"))
+        self._publisher = WeightPublisher(folder, 64 << 20)
 
     def sync(self, groups: Any, version: int, timeout_s: float) -> float:
         """In place of `searchr1.runner.weight_sync.sync_weights`."""
         started = time.perf_counter()
-        published = groups.actor.call("publish_weights", version).wait(timeout_s)[0]
-        if not published.last:
-            raise RuntimeError("this benchmark keeps weights of one bucket only")
-        copy = self._folder / f"version-{version}.safetensors"
-        shutil.copyfile(published.files[0], copy)
-        groups.actor.call("release_weights", published).wait(timeout_s)
-        self._kept.append(replace(published, files=(str(copy),)))
+        named: dict[str, torch.Tensor] = {}
+        self._reader.start()
+        bucket = groups.actor.call("publish_weights", version).wait(timeout_s)[0]
+        while True:
+            named |= {name: tensor.clone() for name, tensor in self._reader.read(bucket)}
+            if bucket.last:
+                break
+            bucket = groups.actor.call("next_bucket").wait(timeout_s)[0]
+        groups.actor.call("release_weights", bucket).wait(timeout_s)
+        self._kept.append((version, named))
         if len(self._kept) > self._delay + 1:
-            Path(self._kept.popleft().files[0]).unlink()
-        self._load(groups, self._kept[0], timeout_s)
+            self._kept.popleft()
+        self._load(groups, *self._kept[0], timeout_s)
         return time.perf_counter() - started
 
     def evaluate(self, groups: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
@@ -114,13 +119,16 @@ class OldWeights:
         from searchr1.runner.evaluate import evaluate
 
         timeout_s = config.runner.step_timeout_s
-        self._load(groups, self._kept[-1], timeout_s)
+        self._load(groups, *self._kept[-1], timeout_s)
         metrics = evaluate(groups, samples, config, log, step)
-        self._load(groups, self._kept[0], timeout_s)
+        self._load(groups, *self._kept[0], timeout_s)
         return metrics
 
-    def _load(self, groups: Any, weights: Any, timeout_s: float) -> None:
-        groups.rollout.call("update_weights", weights).wait(timeout_s)
+    def _load(self, groups: Any, version: int, named: dict[str, torch.Tensor], timeout_s: float) -> None:
+        elements = sum(tensor.numel() for tensor in named.values())
+        for bucket in self._publisher.publish(named.items(), version, elements):
+            groups.rollout.call("update_weights", bucket).wait(timeout_s)
+        self._publisher.release()
 
 
 def train_with_old_weights(delay: int, arguments: list[str]) -> int:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from searchr1.device import Device
     from searchr1.rollout.engine import Engine
+    from searchr1.rollout.weights import WeightPublisher
 
 Array = npt.NDArray[np.float64]
 
@@ -151,6 +152,7 @@ class Checks:
         self.args, self.folder, self.report = args, folder, report
         self.device: Device = Device.detect(args.device)
         self.precision: str = args.dtype or ("bf16" if self.device.is_cuda else "fp32")
+        self.publisher: WeightPublisher | None = None
         self.dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         self.limit = LIMITS[self.precision]
         self.small, self.vocabulary = args.shape == "small", SHAPES[args.shape]["vocab_size"]
@@ -244,22 +246,26 @@ class Checks:
 
     async def update(self, version: int, named: dict[str, torch.Tensor]) -> None:
         """Send weights to the engine, a bucket at a time, as the actor does."""
-        from searchr1.rollout.weights import publish_buckets, release, weight_directory
+        from searchr1.rollout.shared_buffer import weight_directory
+        from searchr1.rollout.weights import WeightPublisher, bucket_size
 
         self.device.synchronize()
         began = time.perf_counter()
         total = sum(value.numel() for value in named.values())
-        manifest: Any = None
-        pending: asyncio.Task[None] | None = None
-        for manifest in publish_buckets(iter(named.items()), version, weight_directory(GIB, self.folder.parent), total):
-            if pending is not None:
-                await pending
-            pending = asyncio.create_task(self.engine.update_weights(manifest))
+        if self.publisher is None:
+            size = bucket_size(total, self.dtype)
+            self.publisher = WeightPublisher(weight_directory(2 * size, self.folder.parent), size)
+        pending: asyncio.Task[list[str]] | None = None
+        for bucket in self.publisher.publish(named.items(), version, total):
+            for warning in bucket.warnings + tuple(await pending if pending is not None else ()):
+                self.report.note("weight update", warning)
+            pending = asyncio.create_task(self.engine.update_weights(bucket))
             await asyncio.sleep(0)
         assert pending is not None
-        await pending
+        for warning in await pending:
+            self.report.note("weight update", warning)
         seconds = time.perf_counter() - began
-        release(manifest)
+        self.publisher.release()
         size = sum(value.nbytes for value in named.values()) / 1e9
         self.report.note("weight update", f"{size:.2f} GB in {seconds:.2f} s, {size / seconds:.2f} GB/s")
 

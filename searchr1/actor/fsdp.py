@@ -81,8 +81,7 @@ class FsdpTraining:
 
     def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
         """Full tensors under their Hugging Face names, here on every rank; adapters merged, a tied output layer left out."""
-        for name, full in full_weights(self.model):
-            yield name, full if dtype is None else full.to(dtype)
+        yield from full_weights(self.model, dtype)
 
     @property
     def replica(self) -> int:

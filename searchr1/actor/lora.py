@@ -118,20 +118,25 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 @torch.no_grad()
-def full_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def full_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
     """Full tensors under their Hugging Face names, adapters merged; a collective, one tensor at a time.
 
-    A tied output layer is left out. What no adapter changes keeps its precision, and may share memory with the model.
+    A tied output layer is left out. What no adapter changes may share memory with the model.
+
+    Args:
+        model: sharded or not, with adapters or without.
+        dtype: of the tensors; shards are cast before they travel. None keeps the precision of what no adapter changes.
     """
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             continue
-        full = _full(parameter)
         if name.endswith(f"{_BASE}weight"):
             layer: Any = model.get_submodule(name.removesuffix(f"{_BASE}weight"))
             a, b = _full(layer.lora_A[_ADAPTER].weight), _full(layer.lora_B[_ADAPTER].weight)
-            full = merge(full, a, b, layer.scaling[_ADAPTER])
-        yield base_name(name), full
+            merged = merge(_full(parameter), a, b, layer.scaling[_ADAPTER])
+            yield base_name(name), merged if dtype is None else merged.to(dtype)
+        else:
+            yield base_name(name), _full(parameter if dtype is None else parameter.to(dtype))
 
 
 @torch.no_grad()

@@ -114,14 +114,19 @@ class Policy(ScoringModel, TrainedModel):
 
         return cls(FsdpBackend.start(config, device, total_steps), config)
 
+    @property
+    def rollout_dtype(self) -> torch.dtype:
+        """Of the rollout engine's weights."""
+        return COMPUTE_DTYPES[self._config.rollout.model.precision]
+
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """As the rollout engine holds them: in its precision unless `dtype` says otherwise. On ranks but the first, a
         tensor may be an empty shell; every rank must go through all of them."""
-        return self.backend.named_weights(dtype or COMPUTE_DTYPES[self._config.rollout.model.precision])
+        return self.backend.named_weights(dtype or self.rollout_dtype)
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
         """LoRA's matrices under peft's names, in the engine's precision; a collective."""
-        return self.backend.named_adapters(COMPUTE_DTYPES[self._config.rollout.model.precision])
+        return self.backend.named_adapters(self.rollout_dtype)
 
     def train_step(
         self, trajectories: Sequence[Trajectory], advantages: Sequence[float | FloatArray], minibatch_ids: Sequence[int]

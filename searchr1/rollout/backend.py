@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from searchr1.agent.settings import FinishReason, GenerateParams
+from searchr1.rollout.weights import WeightManifest
 
 OnText = Callable[[str], None]
 """Told the text so far of a generation that goes on."""
@@ -52,8 +53,11 @@ class Backend(Protocol):
     def abort(self, request_ids: list[str]) -> list[Finished]:
         """Ends requests; returns what they had."""
 
-    def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None:
-        """Replaces the weights between two steps and empties the caches; from `first` to `last` nothing may run."""
+    def load_weights(self, bucket: WeightManifest) -> list[str]:
+        """Replace the weights between two steps and empty the caches; from the first bucket to the last nothing may run.
+
+        Once it returns, the bucket's buffer may be written again. Returns what made it slower than it should be.
+        """
 
     def load_adapter(self, folder: str, version: int) -> None:
         """Replaces the LoRA adapter between two steps and empties the caches."""

@@ -179,33 +179,40 @@ class Engine:
         """
         return list(await asyncio.gather(*(self._score(sequence, timeout_s) for sequence in sequences)))
 
-    async def update_weights(self, manifest: WeightManifest) -> None:
-        """Loads published weights and empties the prefix cache.
+    async def update_weights(self, manifest: WeightManifest) -> list[str]:
+        """Load published weights and empty the prefix cache.
 
         Loses no request: what is running goes on with the new weights, its cache recomputed. Weights may come in several
         parts, in order; from the first to the last the engine stands still.
 
+        Returns:
+            What made it slower than it should be, as sentences.
+
         Raises:
-            EngineError: a file is missing or the weights are asleep (the engine goes on as before), or loading failed (the
+            EngineError: the file is missing or the weights are asleep (the engine goes on as before), or loading failed (the
                 engine stops, because its weights are a mixture).
             EngineTimeout: not done after `update_timeout_s`.
         """
-        _check_files(manifest)
+        _check_file(manifest)
 
-        def load(backend: Backend) -> None:
+        def load(backend: Backend) -> list[str]:
             if WEIGHTS in self._asleep:
                 raise EngineError(f"weights of version {manifest.version} came while the weights' memory is away; wake it")
+            warnings: list[str] = []
             if manifest.adapter:
                 backend.load_adapter(manifest.directory, manifest.version)
             else:
-                backend.load_weights(manifest.files, manifest.version, manifest.first, manifest.last)
+                warnings = backend.load_weights(manifest)
             self._updating = not manifest.last
             if manifest.last:
                 self._dropped = self._dropped and manifest.adapter  # an adapter does not bring the rest
                 self._weight_version = manifest.version
                 self._stats.weight_updates += 1
+            return warnings
 
-        await self._call(load, self._settings.update_timeout_s, f"load weights of version {manifest.version}")
+        timeout_s = self._settings.update_timeout_s
+        slow: list[str] = await self._call(load, timeout_s, f"load weights of version {manifest.version}")
+        return slow
 
     async def reset_prefix_cache(self) -> None:
         """Forgets cached prompts (an update does so by itself)."""
@@ -421,7 +428,6 @@ class Engine:
         self._outbox = []
 
 
-def _check_files(manifest: WeightManifest) -> None:
-    for path in manifest.files:
-        if not os.path.exists(path):
-            raise EngineError(f"weights of version {manifest.version} are gone: {path}; publish them again")
+def _check_file(manifest: WeightManifest) -> None:
+    if manifest.fresh and not os.path.exists(manifest.path):
+        raise EngineError(f"weights of version {manifest.version} are gone: {manifest.path}; publish them again")

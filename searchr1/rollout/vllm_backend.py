@@ -14,6 +14,7 @@ from searchr1.errors import UserError
 from searchr1.nvidia import vllm_mismatch
 from searchr1.rollout.backend import Finished, OnText
 from searchr1.rollout.settings import EngineSettings
+from searchr1.rollout.weights import WeightManifest
 
 _ADAPTER = "policy"
 _ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -162,23 +163,30 @@ class VllmBackend:
             self._llm.abort_request([internal], internal=True)
         return partial
 
-    def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None:
-        """Replaces the weights, in one call or several. Running requests go on with the new ones, caches recomputed."""
-        if first:
+    def load_weights(self, bucket: WeightManifest) -> list[str]:
+        """Replace the weights, in one call or several. Running requests go on with the new ones, caches recomputed.
+
+        Returns:
+            What made it slower than it should be, as sentences; empty before the last bucket.
+        """
+        if bucket.first:
             self._settle()
         done = False
+        warnings: list[str] = []
         try:
-            if first:
+            if bucket.first:
                 self._llm.collective_rpc("start_weight_update")
-            self._llm.collective_rpc("update_weights", args=({"files": list(files)},))
-            if last:
+            self._llm.collective_rpc("update_weights", args=({"bucket": bucket},))
+            if bucket.last:
                 self._llm.collective_rpc("finish_weight_update")
+                warnings = [text for worker in self._llm.collective_rpc("take_weight_warnings") for text in worker]
                 self._forget_cache()
-                self._llm.set_weight_version(str(version))
-            done = not last  # the next part follows; nothing runs until then
+                self._llm.set_weight_version(str(bucket.version))
+            done = not bucket.last  # the next part follows; nothing runs until then
         finally:
             if not done:
                 self._resume()
+        return warnings
 
     def load_adapter(self, folder: str, version: int) -> None:
         """Puts a LoRA adapter in the place of the one before. Running requests go on with the new one, caches recomputed.

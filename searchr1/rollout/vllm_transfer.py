@@ -6,11 +6,14 @@ it registers the engine.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -19,8 +22,9 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from searchr1.rollout.weights import read_weights
+from searchr1.rollout.weights import WeightManifest, WeightReader
 
 BACKEND = "shm"
 
@@ -32,13 +36,13 @@ class ShmInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class ShmUpdateInfo(WeightTransferUpdateInfo):
-    """Which files to load."""
+    """What to load."""
 
-    files: list[str]
+    bucket: WeightManifest
 
 
 class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
-    """Maps safetensors files and feeds them to the model's own loader, which cuts them to any TP or PP layout."""
+    """Feeds buckets to the model's own loader, which cuts tensors to any TP or PP layout."""
 
     init_info_cls = ShmInitInfo
     update_info_cls = ShmUpdateInfo
@@ -48,39 +52,42 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         super().__init__(*args, **kwargs)
         self._parameters = {name for name, _ in self.model.named_parameters()}
         self._loaded: set[str] = set()
+        self.reader = WeightReader(self.device)
 
     def init_transfer_engine(self, init_info: ShmInitInfo) -> None:
         """Nothing to connect."""
 
     def start_weight_update(self) -> None:
-        """Puts the model into loading state; it cannot run until `finish_weight_update`."""
+        """Put the model into loading state; it cannot run until `finish_weight_update`."""
         self._loaded = set()
+        self.reader.start()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Loads one set of files. (The base class would synchronize an accelerator that a CPU does not have.)"""
+        """Load one bucket; the trainer may write its buffer again as soon as this returns.
+
+        (The base class would synchronize an accelerator that a CPU does not have.)
+        """
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def receive_weights(self, update_info: ShmUpdateInfo) -> None:
-        """Maps the files and loads them."""
-        self._loaded |= set(self.model.load_weights(read_weights(update_info.files)) or ())
+        """Read the bucket and load its tensors."""
+        with _quiet():
+            self._loaded |= set(self.model.load_weights(self.reader.read(update_info.bucket)) or ())
+        _own_what_waits(self.model, self.reader)
 
     def finish_weight_update(self) -> None:
-        """Makes the new weights live.
+        """Make the new weights live.
 
         Raises:
             RuntimeError: a parameter got no new value.
         """
-        # It warns about modules without weights of their own; what matters is checked below.
-        logger = logging.getLogger(finalize_layerwise_reload.__module__)
-        level = logger.level
-        logger.setLevel(logging.ERROR)
-        try:
+        with _quiet():
             finalize_layerwise_reload(self.model, self.model_config)
-        finally:
-            logger.setLevel(level)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # the copies on the way; a trainer may share the GPU
         if self.device.type == "cpu":
             _repack_shared_weights(self.model)
         # vLLM itself only warns, and goes on with a mixture of old and new weights.
@@ -89,7 +96,36 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
             raise RuntimeError(f"the weight update left {len(missing)} parameters as they were: {missing[:5]}")
 
     def shutdown(self) -> None:
-        """Nothing to release."""
+        """Unmap the buffers."""
+        self.reader.close()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without vLLM's warnings about modules that have no weights of their own and about two layers loading at once.
+
+    What matters is checked at the end: that every parameter got its value.
+    """
+    logger = logging.getLogger(finalize_layerwise_reload.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _own_what_waits(model: torch.nn.Module, reader: WeightReader) -> None:
+    """vLLM keeps the tensors of a layer until it has all of them, which may be buckets later; the buffer is written again
+    before that, so what waits there gets memory of its own."""
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone() if reader.holds(tensor) else tensor
+
+    for module in model.modules():
+        for _, bound in get_layerwise_info(module).loaded_weights:
+            for name, value in bound.arguments.items():
+                bound.arguments[name] = tree_map_only(torch.Tensor, own, value)
 
 
 def _repack_shared_weights(model: torch.nn.Module) -> None:
@@ -103,6 +139,12 @@ def _repack_shared_weights(model: torch.nn.Module) -> None:
 
 class WorkerExtension:
     """Mixed into every vLLM worker; naming it makes each worker process import this module."""
+
+    weight_transfer_engine: Any
+
+    def take_weight_warnings(self) -> list[str]:
+        """What made the last update slower than it should be in this worker."""
+        return list(self.weight_transfer_engine.reader.take_warnings())
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -1,150 +1,320 @@
-"""Weights on their way from the trainer to the rollout engines, as files in shared memory.
+"""Weights on their way from the trainer to the rollout engines, through two buffers in shared memory.
 
-The trainer writes a bucket of tensors at a time; every engine process on the node maps the same pages. While the engines
-load one bucket the next is written, and no more than two exist. Folders of killed processes are found by their lock (a
-dead process holds none) and removed by the next publisher.
+The trainer fills one buffer while the engines load the other, and both are used again and again, in this update and the next
+(shared_buffer.py). A bucket is what one buffer holds: whole tensors one after the other, cut where it is full.
+LoRA adapters travel as the files that peft writes instead: vLLM loads them from a folder.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import fcntl
 import json
-import os
-import shutil
-import time
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from searchr1.errors import UserError
+from searchr1.rollout.shared_buffer import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    PREFIX,
+    SHARED_MEMORY,
+    SharedBuffer,
+    SharedFolder,
+    remove_folder,
+)
 
-SHARED_MEMORY = Path("/dev/shm")
 DEFAULT_BUCKET_BYTES = 512 << 20
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""Peft's names of an adapter's files, and vLLM's."""
-_PREFIX = "searchr1-weights-"
-_LOCK = ".lock"
-# A folder this young may belong to a publisher that has not locked it yet.
-_STALE_AFTER_SECONDS = 60.0
-
-_held_locks: dict[str, int] = {}
+"""A message to all engines and its answer cost some 10 ms, as much as half a GB at 50 GB/s."""
 
 
 @dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """One published tensor."""
+class TensorPart:
+    """Elements of one tensor in a bucket; all of them unless it is cut."""
 
     name: str
     shape: tuple[int, ...]
+    """Of the whole tensor."""
     dtype: str
     """Torch's name without the module: "float32", "bfloat16"."""
+    start: int
+    """The first element, counted over the flat tensor."""
+    elements: int
+    offset: int
+    """In the buffer, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeightManifest:
-    """What `publish_weights` wrote; small, picklable, valid on this node until `release`."""
+    """One bucket of weights, or an adapter; small, picklable, valid on this node until the next but one."""
 
     version: int
     directory: str
-    files: tuple[str, ...]
-    """Absolute paths of safetensors files, in loading order."""
-    tensors: tuple[TensorInfo, ...]
+    """Of the buffers, or the folder of the adapter as peft would write it."""
+    path: str
+    """Of the buffer that holds the bucket (or of the adapter's weights)."""
+    parts: tuple[TensorPart, ...]
     total_bytes: int
     first: bool = True
     last: bool = True
-    """Weights may come in several parts (`publish_buckets`), from the first to the last."""
+    fresh: bool = True
+    """The file has its name still. Later every reader must have mapped it."""
     adapter: bool = False
-    """These are the matrices of a LoRA adapter; `directory` is the folder that peft would write."""
+    warnings: tuple[str, ...] = ()
+    """What makes the way slower than it should be."""
 
 
-def weight_directory(needed_bytes: int, fallback: Path) -> Path:
-    """Chooses where to publish: shared memory if it is writable and has twice the room that is needed, else `fallback`."""
-    try:
-        if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= 2 * needed_bytes:
-            return SHARED_MEMORY
-    except OSError:
-        pass
-    return fallback
+def bucket_size(total_elements: int, dtype: torch.dtype) -> int:
+    """Bytes of a bucket: no more than the model has."""
+    return max(dtype.itemsize, min(DEFAULT_BUCKET_BYTES, total_elements * dtype.itemsize))
 
 
-def publish_weights(
-    named: Iterable[tuple[str, torch.Tensor]],
-    version: int,
-    directory: Path | str,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-) -> WeightManifest:
-    """Writes all tensors into a new folder under `directory`, a bucket at a time; they stay there until `release`.
+class WeightPublisher:
+    """The trainer's side: two buffers for the length of the run."""
 
-    Args:
-        named: Hugging Face names and full tensors, on any device; read once, in order.
-        version: the optimizer step that produced the weights.
-        directory: usually `weight_directory(...)`.
-        bucket_bytes: how much to gather before writing a file.
+    def __init__(self, directory: Path | str, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> None:
+        """Nothing is made before the first bucket.
 
-    Raises:
-        UserError: the folder cannot be written or is full.
-        ValueError: no tensors, or a name comes twice.
+        Args:
+            directory: usually `weight_directory(2 * bucket_bytes, ...)`.
+            bucket_bytes: size of each buffer.
+        """
+        self._root = Path(directory)
+        self._bucket_bytes = bucket_bytes
+        self._folder: SharedFolder | None = None
+        self._buffers: list[SharedBuffer] = []
+        self._stream: Any = None
+        self._warnings: list[str] = []
+
+    def publish(self, named: Iterable[tuple[str, Tensor]], version: int, total_elements: int) -> Iterator[WeightManifest]:
+        """Fill the buffers in turns.
+
+        Ask for bucket n + 1 while bucket n is being read; before n + 2 is asked for, every reader must have read n.
+        After the last bucket has been read, call `release`.
+
+        Args:
+            named: Hugging Face names and full tensors, on any device; read once, in order.
+            version: the optimizer step that produced the weights.
+            total_elements: of all tensors together.
+
+        Raises:
+            UserError: the folder cannot be written or is full.
+            ValueError: no tensors, a name comes twice, or not `total_elements` elements in all.
+        """
+        try:
+            yield from self._fill(named, version, total_elements)
+        except Exception:
+            self.close()  # readers may have mapped some of it
+            raise
+
+    def release(self) -> None:
+        """Remove the buffers' names: every reader has mapped them. The buffers stay for the next update."""
+        if self._folder is not None:
+            self._folder.remove()
+            self._folder = None
+
+    def close(self) -> None:
+        """Give the buffers up. The next update makes new ones."""
+        self._wait()
+        self.release()
+        for buffer in self._buffers:
+            buffer.close()
+        self._buffers = []
+
+    def _fill(self, named: Iterable[tuple[str, Tensor]], version: int, total_elements: int) -> Iterator[WeightManifest]:
+        names: set[str] = set()
+        parts: list[TensorPart] = []
+        number, elements = 0, 0
+        for piece in cut(named, self._bucket_bytes):
+            if piece is None:
+                yield self._bucket(version, number, parts, last=False)
+                number, parts = number + 1, []
+                continue
+            part, source = piece
+            if part.start == 0:
+                if part.name in names:
+                    raise ValueError(f"the weights have {part.name!r} twice")
+                names.add(part.name)
+            self._copy(number, version, part, source)
+            parts.append(part)
+            elements += part.elements
+        if not names or elements != total_elements:
+            raise ValueError(f"the weights must have {total_elements} elements in all and have {elements}")
+        yield self._bucket(version, number, parts, last=True)
+
+    def _bucket(self, version: int, number: int, parts: list[TensorPart], last: bool) -> WeightManifest:
+        self._wait()
+        path = Path(self._buffers[number % 2].path)
+        size = sum(part.elements * _dtype(part).itemsize for part in parts)
+        warnings, self._warnings = tuple(self._warnings), []
+        return WeightManifest(
+            version,
+            str(path.parent),
+            str(path),
+            tuple(parts),
+            size,
+            number == 0,
+            last,
+            self._folder is not None,
+            warnings=warnings,
+        )
+
+    def _copy(self, number: int, version: int, part: TensorPart, source: Tensor) -> None:
+        if number % 2 == len(self._buffers):
+            self._add_buffer(version, pinned=source.is_cuda)
+        target = self._buffers[number % 2].view(source.dtype, part.offset, part.elements)
+        if not source.is_cuda:
+            target.copy_(source)
+            return
+        # On a stream of its own, beside the gathering of the next tensors; `_wait` ends every bucket.
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(source.device)
+        self._stream.wait_stream(torch.cuda.current_stream(source.device))
+        with torch.cuda.stream(self._stream):
+            target.copy_(source, non_blocking=True)
+        source.record_stream(self._stream)
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _add_buffer(self, version: int, pinned: bool) -> None:
+        if self._folder is None:
+            self._folder = SharedFolder(self._root, version)
+            if self._root != SHARED_MEMORY:
+                self._warnings.append(
+                    f"weight sync: {SHARED_MEMORY} has no room for twice {2 * self._bucket_bytes >> 20} MiB, so the weights "
+                    f"pass through {self._root}, which may be slower; enlarge it (docker: --shm-size)"
+                )
+        with self._folder.removed_on_failure():
+            buffer = SharedBuffer.create(self._folder.path / f"bucket-{len(self._buffers)}", self._bucket_bytes)
+        self._buffers.append(buffer)
+        if pinned and (warning := buffer.register()):
+            self._warnings.append(warning)
+
+
+def cut(named: Iterable[tuple[str, Tensor]], bucket_bytes: int) -> Iterator[tuple[TensorPart, Tensor] | None]:
+    """Lay tensors out in buckets. Yields each part with its elements (flat); None where a bucket is full and more follow.
+
+    Only shapes and dtypes count for the cuts, so that ranks with empty shells cut where the first rank does.
     """
-    folder = _new_folder(Path(directory), version)
-    with _removed_on_failure(folder):
-        parts = [_write_bucket(folder, number, bucket) for number, bucket in enumerate(_buckets(named, bucket_bytes))]
-        tensors = tuple(tensor for _, part in parts for tensor in part)
-        _check_names([tensor.name for tensor in tensors])
-    files = tuple(path for path, _ in parts)
-    return WeightManifest(version, str(folder), files, tensors, sum(os.path.getsize(path) for path in files))
+    offset = 0
+    for name, tensor in named:
+        flat = tensor.detach().reshape(-1)
+        width = tensor.element_size()
+        if bucket_bytes < width:
+            raise ValueError(f"a bucket of {bucket_bytes} bytes holds no element of {tensor.dtype}")
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        if flat.numel() == 0:
+            yield TensorPart(name, shape, dtype, 0, 0, 0), flat
+        start = 0
+        while start < flat.numel():
+            offset += -offset % width
+            count = min((bucket_bytes - offset) // width, flat.numel() - start)
+            if count < 1:
+                yield None
+                offset = 0
+                continue
+            yield TensorPart(name, shape, dtype, start, count, offset), flat[start : start + count]
+            offset += count * width
+            start += count
 
 
-def publish_buckets(
-    named: Iterable[tuple[str, torch.Tensor]],
-    version: int,
-    directory: Path | str,
-    total_elements: int,
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-) -> Iterator[WeightManifest]:
-    """The same in parts, for a reader that keeps up: no more than two buckets exist at any time.
+def same_buckets(named: Iterable[tuple[str, Tensor]], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[None]:
+    """Go through the tensors in the steps of `WeightPublisher.publish` without writing, as the trainer's other ranks do."""
+    for piece in cut(named, bucket_bytes):
+        if piece is None:
+            yield None
+    yield None
 
-    Ask for part n + 1 while part n is being read; when part n + 2 is asked for, part n must have been read and goes.
 
-    Args:
-        named: as in `publish_weights`.
-        version: likewise.
-        directory: likewise.
-        total_elements: of all tensors together: what tells the last bucket.
-        bucket_bytes: size of a part.
+class WeightReader:
+    """An engine's side: the buffers stay mapped between updates."""
 
-    Raises:
-        UserError: the folder cannot be written or is full.
-        ValueError: no tensors, a name comes twice, or not `total_elements` elements in all.
-    """
-    folder = _new_folder(Path(directory), version)
-    with _removed_on_failure(folder):
-        names: list[str] = []
-        elements, last = 0, False
-        for number, bucket in enumerate(_buckets(named, bucket_bytes)):
-            if number >= 2:
-                _bucket_path(folder, number - 2).unlink(missing_ok=True)
-            path, tensors = _write_bucket(folder, number, bucket)
-            names += bucket
-            _check_names(names)
-            elements += sum(tensor.numel() for tensor in bucket.values())
-            last = elements == total_elements
-            yield WeightManifest(version, str(folder), (path,), tensors, os.path.getsize(path), number == 0, last)
-        if not last:
-            raise ValueError(f"publish_buckets needs {total_elements} elements and got {elements}")
+    def __init__(self, device: torch.device) -> None:
+        """Args:
+        device: where the engine's weights are.
+        """
+        self._device = device
+        self._buffers: dict[str, SharedBuffer] = {}
+        self._cut: tuple[TensorPart, Tensor] | None = None
+        self._warnings: list[str] = []
+
+    def start(self) -> None:
+        """Begin an update."""
+        self._cut = None
+
+    def read(self, manifest: WeightManifest) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors that are whole with this bucket.
+
+        On a GPU they are copies there, under way on the current stream: synchronize before the bucket counts as read. On a
+        CPU they may be the buffer itself: copy what outlives the bucket (`holds`).
+
+        Raises:
+            ValueError: the manifest does not fit the buffer, or a part of a tensor is missing.
+            OSError: the buffer is gone.
+        """
+        buffer = self._attach(manifest.path)
+        for part in manifest.parts:
+            dtype = _dtype(part)
+            view = buffer.view(dtype, part.offset, part.elements)
+            total = torch.Size(part.shape).numel()
+            if part.start == 0 and self._cut is None and part.elements == total:
+                yield part.name, view.to(self._device, non_blocking=True).reshape(part.shape)
+                continue
+            if part.start == 0 and self._cut is None:
+                whole = torch.empty(total, dtype=dtype, device=self._device)
+            elif self._cut is not None and _follows(part, self._cut[0]):
+                whole = self._cut[1]
+            else:
+                raise ValueError(f"the weights of version {manifest.version} do not go on where they were cut: {part}")
+            stop = part.start + part.elements
+            if stop > total:
+                raise ValueError(f"a tensor of {total} elements has no part up to {stop}: {part}")
+            whole[part.start : stop].copy_(view, non_blocking=True)
+            self._cut = (part, whole)
+            if stop == total:
+                self._cut = None
+                yield part.name, whole.reshape(part.shape)
+        if manifest.last and self._cut is not None:
+            raise ValueError(f"the weights of version {manifest.version} end within a tensor: {self._cut[0]}")
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether the tensor is (part of) a buffer, which the trainer will write again."""
+        return any(buffer.holds(tensor) for buffer in self._buffers.values())
+
+    def take_warnings(self) -> list[str]:
+        """What made the way slower since the last call."""
+        warnings, self._warnings = self._warnings, []
+        return warnings
+
+    def close(self) -> None:
+        """Give the buffers up."""
+        for buffer in self._buffers.values():
+            buffer.close()
+        self._buffers = {}
+
+    def _attach(self, path: str) -> SharedBuffer:
+        if path not in self._buffers:
+            if not Path(path).parent.name.startswith(PREFIX):
+                raise ValueError(f"{path} was not made by WeightPublisher")
+            buffer = SharedBuffer.attach(path)
+            while len(self._buffers) >= 2:  # of a publisher that has gone: one has two, used in turns
+                self._buffers.pop(next(iter(self._buffers))).close()
+            self._buffers[path] = buffer
+            if self._device.type == "cuda" and (warning := buffer.register()):
+                self._warnings.append(warning)
+        self._buffers[path] = self._buffers.pop(path)  # the one used last is the last
+        return self._buffers[path]
 
 
 def publish_adapter(
-    named: Iterable[tuple[str, torch.Tensor]], version: int, directory: Path | str, settings: dict[str, Any]
+    named: Iterable[tuple[str, Tensor]], version: int, directory: Path | str, settings: dict[str, Any]
 ) -> WeightManifest:
-    """Writes a LoRA adapter as peft does, into a new folder under `directory`; it stays there until `release`.
+    """Write a LoRA adapter as peft does, into a new folder under `directory`; it stays there until `release`.
 
     Args:
         named: peft's names and full tensors, on any device.
@@ -156,147 +326,38 @@ def publish_adapter(
         UserError: the folder cannot be written or is full.
         ValueError: no tensors, or a name comes twice.
     """
-    folder = _new_folder(Path(directory), version)
-    with _removed_on_failure(folder):
-        buckets = list(_buckets(named, 1 << 62))
-        _check_names([name for bucket in buckets for name in bucket])
-        path, tensors = _write(folder / ADAPTER_WEIGHTS, buckets[0])
-        (folder / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}))
-    return WeightManifest(version, str(folder), (path,), tensors, os.path.getsize(path), adapter=True)
-
-
-def same_buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Iterator[None]:
-    """Goes through the tensors in the steps of `publish_buckets` without writing: what the trainer's other ranks do.
-
-    Their tensors may be empty shells (on the "meta" device); only shape and dtype count.
-    """
-    size = 0
-    for _, tensor in named:
-        size += tensor.numel() * tensor.element_size()
-        if size >= bucket_bytes:
-            yield None
-            size = 0
-    if size:
-        yield None
-
-
-def _new_folder(root: Path, version: int) -> Path:
-    folder = root / f"{_PREFIX}v{version}-{uuid.uuid4().hex[:12]}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_stale(root)
-        folder.mkdir()
-        _held_locks[str(folder)] = _lock(folder)
-    except OSError as error:
-        raise UserError(f"cannot write weights below {root}: {error.strerror}; give a writable folder") from error
-    return folder
-
-
-@contextlib.contextmanager
-def _removed_on_failure(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException as error:
-        _remove(folder)
-        if _is_full(error):
-            raise UserError(
-                f"no room for the weights below {folder.parent}: {error}; free space there, enlarge /dev/shm "
-                "(docker: --shm-size), or publish to another folder"
-            ) from error
-        raise
-
-
-def _bucket_path(folder: Path, number: int) -> Path:
-    return folder / f"bucket-{number:05d}.safetensors"
-
-
-def _write_bucket(folder: Path, number: int, bucket: dict[str, torch.Tensor]) -> tuple[str, tuple[TensorInfo, ...]]:
-    return _write(_bucket_path(folder, number), bucket)
-
-
-def _write(path: Path, bucket: dict[str, torch.Tensor]) -> tuple[str, tuple[TensorInfo, ...]]:
-    partial = path.with_suffix(".partial")
-    save_file(bucket, str(partial))
-    partial.rename(path)
-    tensors = (
-        TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in bucket.items()
-    )
-    return str(path), tuple(tensors)
-
-
-def _check_names(names: list[str]) -> None:
-    if not names or len(set(names)) != len(names):
-        raise ValueError("publish_weights needs at least one tensor, and each name once")
-
-
-def read_weights(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors of published files, mapped rather than read: each costs memory only where it is touched."""
-    for path in files:
-        with safe_open(path, framework="pt", device="cpu") as handle:
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield name, handle.get_tensor(name)
+    folder = SharedFolder(Path(directory), version)
+    with folder.removed_on_failure():
+        tensors: dict[str, Tensor] = {}
+        for name, tensor in named:
+            if name in tensors:
+                raise ValueError(f"the adapter has {name!r} twice")
+            # safetensors refuses tensors that share memory.
+            tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        if not tensors:
+            raise ValueError("an adapter needs at least one tensor")
+        path, partial = folder.path / ADAPTER_WEIGHTS, folder.path / "adapter.partial"
+        save_file(tensors, str(partial))
+        partial.rename(path)
+        (folder.path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}))
+    return WeightManifest(version, str(folder.path), str(path), (), path.stat().st_size, adapter=True)
 
 
 def release(manifest: WeightManifest) -> None:
-    """Deletes what `publish_weights` made, and nothing else. Deleting twice does no harm."""
+    """Remove the names of what was published, and nothing else. Removing twice does no harm."""
     folder = Path(manifest.directory)
-    if not folder.name.startswith(_PREFIX):
-        raise ValueError(f"{folder} was not made by publish_weights")
-    _remove(folder)
+    if not folder.name.startswith(PREFIX):
+        raise ValueError(f"{folder} was not made by publish_adapter or WeightPublisher")
+    remove_folder(folder)
 
 
-def _buckets(named: Iterable[tuple[str, torch.Tensor]], bucket_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    bucket: dict[str, torch.Tensor] = {}
-    storages: set[int] = set()
-    size = 0
-    for name, tensor in named:
-        host = tensor.detach().to("cpu").contiguous()
-        # safetensors refuses tensors that share memory (tied weights given under both names).
-        if host.untyped_storage().data_ptr() in storages:
-            host = host.clone()
-        storages.add(host.untyped_storage().data_ptr())
-        if name in bucket:
-            raise ValueError(f"publish_weights got {name!r} twice")
-        bucket[name] = host
-        size += host.numel() * host.element_size()
-        if size >= bucket_bytes:
-            yield bucket
-            bucket, storages, size = {}, set(), 0
-    if bucket:
-        yield bucket
+def _dtype(part: TensorPart) -> torch.dtype:
+    dtype = getattr(torch, part.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{part.dtype!r} is no dtype of torch: {part}")
+    return dtype
 
 
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _remove(folder: Path) -> None:
-    written = ("bucket-*.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG)
-    for pattern in (*written, "*.partial", _LOCK):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # gone already, or someone keeps a file of their own there
-        folder.rmdir()
-    descriptor = _held_locks.pop(str(folder), None)
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def _remove_stale(root: Path) -> None:
-    for folder in root.glob(f"{_PREFIX}v*"):
-        if str(folder) in _held_locks:
-            continue
-        try:
-            if time.time() - folder.stat().st_mtime < _STALE_AFTER_SECONDS:
-                continue
-            descriptor = _lock(folder)
-        except OSError:
-            continue  # another process publishes there, or it is not ours
-        os.close(descriptor)
-        _remove(folder)
-
-
-def _is_full(error: BaseException) -> bool:
-    return (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
+def _follows(part: TensorPart, before: TensorPart) -> bool:
+    same = (part.name, part.shape, part.dtype) == (before.name, before.shape, before.dtype)
+    return same and part.start == before.start + before.elements

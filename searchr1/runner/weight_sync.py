@@ -21,14 +21,17 @@ def sync_weights(groups: Groups, version: int, timeout_s: float) -> float:
     started = time.perf_counter()
     actor = _actor(groups)
     bucket = actor.call("publish_weights", version).wait(timeout_s)[0]
+    warnings: list[str] = []
     while True:
         update = groups.rollout.call("update_weights", bucket)
         following = None if bucket.last else actor.call("next_bucket").wait(timeout_s)[0]
-        update.wait(timeout_s)
+        warnings += [*bucket.warnings, *(text for engine in update.wait(timeout_s) for text in engine)]
         if following is None:
             break
         bucket = following
     actor.call("release_weights", bucket).wait(timeout_s)
+    for text in dict.fromkeys(warnings):  # buffers are made once, and so is each of these
+        logger.warning("%s", text)
     return time.perf_counter() - started
 
 

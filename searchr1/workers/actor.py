@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rlinf.scheduler import Worker
 
@@ -15,6 +15,9 @@ from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.workers import channels
 from searchr1.workers.failure import reported
+
+if TYPE_CHECKING:
+    from searchr1.rollout.weights import WeightPublisher
 
 
 @dataclass(slots=True)
@@ -37,6 +40,7 @@ class ActorWorker(Worker):
         self._optimizer_steps = optimizer_steps
         self._device = device
         self._channel = channel
+        self._publisher: WeightPublisher | None = None
         os.environ.update(device.worker_env("actor", self._world_size))
 
     @reported
@@ -63,25 +67,30 @@ class ActorWorker(Worker):
     @reported
     async def publish_weights(self, version: int) -> Any:
         """Write the first bucket of weights where the rollout group can map it. Rank 0 returns its manifest."""
-        from searchr1.rollout.weights import DEFAULT_BUCKET_BYTES, publish_buckets, same_buckets, weight_directory
+        from searchr1.rollout.shared_buffer import weight_directory
+        from searchr1.rollout.weights import WeightPublisher, bucket_size, same_buckets
 
         lora = self._config.actor.lora
         if lora.rank and lora.weight_update == "adapter":
             return self._publish_adapter(version)
         named, elements = self._policy.named_weights(), self._policy.backend.parameter_count
+        size = bucket_size(elements, self._policy.rollout_dtype)
         self._policy.bring_back("weight")
         self._buckets: Iterator[Any]
         if self._rank == 0:
-            root = weight_directory(2 * DEFAULT_BUCKET_BYTES, Path(self._config.runner.output_dir) / "weights")
-            self._buckets = publish_buckets(named, version, root, elements)
+            if self._publisher is None:
+                root = weight_directory(2 * size, Path(self._config.runner.output_dir) / "weights")
+                self._publisher = WeightPublisher(root, size)
+            self._buckets = self._publisher.publish(named, version, elements)
         else:  # gathering a tensor takes all ranks
-            self._buckets = same_buckets(named)
+            self._buckets = same_buckets(named, size)
         return next(self._buckets)
 
     def _publish_adapter(self, version: int) -> Any:
         """LoRA's matrices alone, all at once."""
         from searchr1.actor.lora import peft_settings
-        from searchr1.rollout.weights import publish_adapter, weight_directory
+        from searchr1.rollout.shared_buffer import weight_directory
+        from searchr1.rollout.weights import publish_adapter
 
         self._policy.bring_back("weight")
         named, lora = list(self._policy.named_adapters()), self._config.actor.lora
@@ -98,10 +107,13 @@ class ActorWorker(Worker):
 
     @reported
     async def release_weights(self, manifest: Any) -> None:
-        """Delete published weights that everyone has taken over."""
+        """End an update that everyone has taken over."""
+        self._buckets = iter(())  # it holds the last tensor
         self._policy.offload("weight")
         self._device.empty_cache()
-        if self._rank == 0:
+        if self._publisher is not None:
+            self._publisher.release()
+        elif self._rank == 0:
             from searchr1.rollout.weights import release
 
             release(manifest)

@@ -152,9 +152,9 @@ class RolloutWorker(Worker):
         )
 
     @reported
-    async def update_weights(self, manifest: Any) -> None:
-        """Take over published weights."""
-        await self._engine.update_weights(manifest)
+    async def update_weights(self, manifest: Any) -> list[str]:
+        """Take over published weights. Returns what made it slower than it should be."""
+        return await self._engine.update_weights(manifest)
 
     @reported
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:

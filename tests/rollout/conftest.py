@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,6 +70,19 @@ def until() -> Callable[[Callable[[], bool]], Coroutine[Any, Any, None]]:
                 await asyncio.sleep(0.001)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def publish_once() -> Callable[[Iterable[tuple[str, Any]], int, Path], Any]:
+    """`publish_once(named, version, directory)`: all of the weights in one bucket."""
+    from searchr1.rollout.weights import WeightPublisher
+
+    def publish(named: Iterable[tuple[str, Any]], version: int, directory: Path) -> Any:
+        named = list(named)
+        publisher = WeightPublisher(directory, sum(tensor.nbytes for _, tensor in named))
+        return next(publisher.publish(named, version, sum(tensor.numel() for _, tensor in named)))
+
+    return publish
 
 
 @pytest.fixture(scope="session")

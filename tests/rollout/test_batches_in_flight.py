@@ -18,7 +18,7 @@ from searchr1.rollout.backend import KV_CACHE, WEIGHTS, Finished
 from searchr1.rollout.engine import Engine, EngineError
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import VllmBackend
-from searchr1.rollout.weights import publish_weights, release
+from searchr1.rollout.weights import WeightManifest, release
 
 SETTINGS = EngineSettings(
     max_model_len=100, sleep_mode=True, startup_timeout_s=5.0, request_timeout_s=5.0, update_timeout_s=5.0
@@ -101,8 +101,9 @@ class TwoDeepEngine:
             del self.core.left[request_id]
             del self.output_processor.request_states[request_id]
 
-    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> None:
+    def collective_rpc(self, method: str, args: tuple[Any, ...] = ()) -> list[Any]:
         self.note(method)
+        return [[]]  # one worker, which has no warnings
 
     def add_lora(self, request: Any) -> bool:
         self.note("add_lora")
@@ -136,8 +137,12 @@ def two_deep_backend() -> VllmBackend:
     return backend
 
 
+def part(first: bool, last: bool) -> WeightManifest:
+    return WeightManifest(1, "folder", "folder/bucket-0", (), 0, first, last)
+
+
 CALLS: dict[str, Callable[[VllmBackend], Any]] = {
-    "update_weights": lambda backend: backend.load_weights(("file",), 1),
+    "update_weights": lambda backend: backend.load_weights(part(first=True, last=True)),
     "add_lora": lambda backend: backend.load_adapter("folder", 1),
     "reset_prefix_cache": lambda backend: backend.reset_prefix_cache(),
     "sleep": lambda backend: backend.sleep(1),
@@ -176,10 +181,10 @@ def test_between_the_parts_of_an_update_nothing_runs_and_an_abort_does_not_chang
     backend = two_deep_backend()
     backend.add("long", [1], GenerateParams(max_new_tokens=5))
     backend.step()
-    backend.load_weights(("a",), 1, first=True, last=False)
+    backend.load_weights(part(first=True, last=False))
     assert len(backend.abort(["long"])) == 1
     assert backend._core.paused
-    backend.load_weights(("b",), 1, first=False, last=True)
+    backend.load_weights(part(first=False, last=True))
     assert not backend._core.paused
 
 
@@ -187,7 +192,7 @@ def test_new_weights_do_not_let_an_engine_schedule_whose_cache_still_sleeps() ->
     backend = two_deep_backend()
     backend.sleep(1)
     backend.wake((WEIGHTS,))
-    backend.load_weights(("a",), 1)
+    backend.load_weights(part(first=True, last=True))
     assert backend._core.paused
     backend.wake((KV_CACHE,))
     assert not backend._core.paused
@@ -253,9 +258,9 @@ def two_deep(engine: Engine, run: Any) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("call", ["update", "reset", "abort"])
 def test_real_vllm_with_a_batch_in_flight_loses_nothing(
-    two_deep: Engine, model_path: Path, tmp_path: Path, run: Any, call: str
+    two_deep: Engine, model_path: Path, tmp_path: Path, run: Any, publish_once: Any, call: str
 ) -> None:
-    manifest = publish_weights(Qwen2ForCausalLM.from_pretrained(model_path).named_parameters(), 0, tmp_path)
+    manifest = publish_once(Qwen2ForCausalLM.from_pretrained(model_path).named_parameters(), 0, tmp_path)
     params = GenerateParams(max_new_tokens=6, min_new_tokens=6, seed=3)
     expected = run(two_deep.generate([5, 9, 200], params)).token_ids
 
@@ -265,7 +270,7 @@ def test_real_vllm_with_a_batch_in_flight_loses_nothing(
         assert len(backend._core.batch_queue) == 1
         backend.add("long", [5, 9, 200], params)
         if call == "update":
-            backend.load_weights(manifest.files, 0)
+            backend.load_weights(manifest)
         elif call == "reset":
             backend.reset_prefix_cache()
         else:
@@ -281,8 +286,10 @@ def test_real_vllm_with_a_batch_in_flight_loses_nothing(
     assert [one.token_ids for one in ended] == [expected[:1], expected]
 
 
-def test_real_vllm_ends_every_request_across_updates(two_deep: Engine, model_path: Path, tmp_path: Path, run: Any) -> None:
-    manifest = publish_weights(Qwen2ForCausalLM.from_pretrained(model_path).named_parameters(), 0, tmp_path)
+def test_real_vllm_ends_every_request_across_updates(
+    two_deep: Engine, model_path: Path, tmp_path: Path, run: Any, publish_once: Any
+) -> None:
+    manifest = publish_once(Qwen2ForCausalLM.from_pretrained(model_path).named_parameters(), 0, tmp_path)
 
     async def scene() -> list[Any]:
         params = [GenerateParams(max_new_tokens=1 + i % 12, min_new_tokens=1 + i % 12, seed=i) for i in range(64)]

@@ -19,7 +19,7 @@ from searchr1.agent.settings import GenerateParams
 from searchr1.device import Device
 from searchr1.rollout.engine import Engine, EngineError
 from searchr1.rollout.settings import EngineSettings
-from searchr1.rollout.weights import publish_weights
+from searchr1.rollout.weights import WeightPublisher
 
 async def main(model_path, directory):
     settings = EngineSettings(
@@ -33,12 +33,28 @@ async def main(model_path, directory):
         scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
 
-    async def difference():
+    async def difference():  # from `expected` as it is at the time
         scored, = await engine.logprobs([ids])
         return float((torch.tensor(scored[1:]) - expected).abs().max())
 
+    publisher = WeightPublisher(directory, 50_000)
+
+    async def update(named, version):
+        for bucket in publisher.publish(named, version, sum(p.numel() for _, p in named)):
+            await engine.update_weights(bucket)
+        publisher.release()
+
     assert await difference() > 0.1
-    await engine.update_weights(publish_weights(model.named_parameters(), 1, directory))
+    await update(list(model.named_parameters()), 1)
+    assert await difference() < 1e-4
+    # Again through the same buffers, whose files have no names any more.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = scores[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    assert await difference() > 1e-3
+    await update(list(model.named_parameters()), 1)
     assert await difference() < 1e-4
     answer = await engine.generate(ids, GenerateParams(max_new_tokens=3, min_new_tokens=3))
     assert len(answer.token_ids) == 3 and answer.text == "" and answer.weight_version == 1
@@ -54,7 +70,7 @@ async def main(model_path, directory):
 
     half = [(n, p) for n, p in model.named_parameters() if "layers.1." not in n]
     try:
-        await engine.update_weights(publish_weights(half, 2, directory))
+        await update(half, 2)
     except EngineError as error:
         print("UPDATE", error)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+import torch
 
 from searchr1.agent.settings import GenerateParams
 from searchr1.device import Device
@@ -17,7 +18,7 @@ from searchr1.errors import UserError
 from searchr1.rollout.backend import Finished
 from searchr1.rollout.engine import Engine, EngineError, EngineTimeout
 from searchr1.rollout.settings import EngineSettings
-from searchr1.rollout.weights import WeightManifest
+from searchr1.rollout.weights import WeightManifest, WeightPublisher
 
 SETTINGS = EngineSettings(max_model_len=100, startup_timeout_s=5.0, request_timeout_s=5.0, update_timeout_s=5.0)
 PARAMS = GenerateParams(max_new_tokens=3)
@@ -70,7 +71,9 @@ class ScriptedBackend:
         ended, self.ended = self.ended, []
         return ended
 
-    def load_weights(self, files: tuple[str, ...], version: int, first: bool = True, last: bool = True) -> None: ...
+    def load_weights(self, bucket: WeightManifest) -> list[str]:
+        return ["slow"] if bucket.last else []
+
     def load_adapter(self, folder: str, version: int) -> None: ...
     def reset_prefix_cache(self) -> None: ...
     def sleep(self, level: int) -> None: ...
@@ -186,12 +189,20 @@ def test_a_crash_fails_everyone_with_the_reason() -> None:
     play(scene)
 
 
+def bucket(directory: Any) -> WeightManifest:
+    return next(WeightPublisher(directory, 64).publish([("a", torch.ones(1))], 1, 1))
+
+
+def test_an_update_returns_what_slowed_it_down(tmp_path: Any) -> None:
+    async def scene(engine: Engine, backend: ScriptedBackend) -> None:
+        assert await engine.update_weights(bucket(tmp_path)) == ["slow"]
+        assert engine.weight_version == 1
+
+    play(scene)
+
+
 def test_a_failed_update_stops_the_engine(tmp_path: Any) -> None:
     async def scene(engine: Engine, backend: ScriptedBackend) -> None:
-        import torch
-
-        from searchr1.rollout.weights import publish_weights
-
         def fail(*args: object) -> None:
             raise RuntimeError("left 3 parameters as they were")
 
@@ -199,7 +210,7 @@ def test_a_failed_update_stops_the_engine(tmp_path: Any) -> None:
         running = asyncio.create_task(engine.generate([1], GenerateParams(max_new_tokens=10**9)))
         await asyncio.sleep(0.01)
         with pytest.raises(EngineError, match="left 3 parameters"):
-            await engine.update_weights(publish_weights([("a", torch.ones(1))], 1, tmp_path))
+            await engine.update_weights(bucket(tmp_path))
         with pytest.raises(EngineError, match="left 3 parameters"):
             await running
         assert engine.weight_version == 0
@@ -264,7 +275,7 @@ def test_requests_wait_while_the_engine_sleeps() -> None:
 
 
 def manifest(last: bool = True, adapter: bool = False) -> WeightManifest:
-    return WeightManifest(version=7, directory="", files=(), tensors=(), total_bytes=0, last=last, adapter=adapter)
+    return WeightManifest(7, directory="", path="", parts=(), total_bytes=0, last=last, fresh=False, adapter=adapter)
 
 
 def test_nothing_is_generated_between_dropped_weights_and_new_ones() -> None:

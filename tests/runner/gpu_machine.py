@@ -226,7 +226,7 @@ class Trainer(Holder):
     def named_weights(self, dtype):
         self.require("weight")
         self.machine.note("sync", self)
-        yield "model.norm.weight", torch.ones(WEIGHT_ELEMENTS, dtype=torch.float32)
+        yield "model.norm.weight", torch.ones(WEIGHT_ELEMENTS, dtype=dtype)
 
     def named_adapters(self, dtype):
         self.require("weight")
@@ -286,6 +286,7 @@ class EngineMemory(Holder):
         self.require("weights")
         self.machine.note("sync", self)
         self.valid = True
+        return []
 
     def load_adapter(self, folder, version):
         self.require("weights")

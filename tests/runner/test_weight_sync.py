@@ -1,0 +1,62 @@
+"""The order in which trainer and engines take turns in a weight update, with groups that only take notes."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from searchr1.rollout.weights import WeightManifest
+from searchr1.runner.weight_sync import sync_weights
+
+BUCKETS = [
+    WeightManifest(3, "d", f"d/bucket-{i % 2}", (), 8, first=i == 0, last=i == 3, warnings=("slow folder",) if i < 2 else ())
+    for i in range(4)
+]
+
+
+def groups(log: list[str], buckets: list[WeightManifest]) -> Any:
+    left = iter(buckets)
+
+    def actor(method: str, *args: Any) -> Any:
+        log.append(f"actor.{method}")
+        answer = [None, None] if method == "release_weights" else [next(left), None]
+        return SimpleNamespace(wait=lambda timeout_s: answer)
+
+    def rollout(method: str, bucket: WeightManifest) -> Any:
+        number = buckets.index(bucket)
+        log.append(f"load {number}")
+
+        def wait(timeout_s: float) -> list[list[str]]:
+            log.append(f"loaded {number}")
+            return [["no pinned memory"], []] if bucket.last else [[], []]
+
+        return SimpleNamespace(wait=wait)
+
+    return SimpleNamespace(actor=SimpleNamespace(call=actor), rollout=SimpleNamespace(call=rollout))
+
+
+def test_a_bucket_is_written_while_one_is_read_and_never_over_it(caplog: pytest.LogCaptureFixture) -> None:
+    log: list[str] = []
+    with caplog.at_level(logging.WARNING):
+        sync_weights(groups(log, BUCKETS), 3, 10.0)
+    assert log == [
+        "actor.publish_weights",
+        "load 0", "actor.next_bucket", "loaded 0",
+        "load 1", "actor.next_bucket", "loaded 1",
+        "load 2", "actor.next_bucket", "loaded 2",
+        "load 3", "loaded 3",
+        "actor.release_weights",
+    ]  # fmt: skip
+    # Bucket 2 goes where 0 was: it is asked for after all engines have loaded 0.
+    assert log.index("loaded 0") < log.index("load 1")
+    assert [record.message for record in caplog.records] == ["slow folder", "no pinned memory"]
+
+
+def test_a_model_of_one_bucket_takes_three_messages() -> None:
+    log: list[str] = []
+    sync_weights(groups(log, [replace(BUCKETS[0], last=True)]), 3, 10.0)
+    assert log == ["actor.publish_weights", "load 0", "loaded 0", "actor.release_weights"]
