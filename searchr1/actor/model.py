@@ -24,6 +24,8 @@ from searchr1.device import Device
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
 """fp16 needs loss scaling, which bf16 does not; recipes that say fp16 compute in bf16 here."""
+ENGINE_DTYPES = COMPUTE_DTYPES | {"fp16": torch.float16}
+"""An engine needs none: it gets weights that are rounded once, to what it computes in."""
 
 
 def init_process_group(device: Device, timeout_minutes: float = 30, host_tensors: bool = False) -> None:

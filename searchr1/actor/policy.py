@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from searchr1.actor.backend import Backend, ScoringBackend
 from searchr1.actor.batch_stats import all_reduce_denominators, count_denominators
 from searchr1.actor.flops import training_flops
-from searchr1.actor.model import COMPUTE_DTYPES
+from searchr1.actor.model import ENGINE_DTYPES
 from searchr1.actor.packing import PackedBatch, unpack_all
 from searchr1.actor.trained import TrainedModel, micro_batches
 from searchr1.agent.trajectory import Sample, Trajectory
@@ -117,7 +117,7 @@ class Policy(ScoringModel, TrainedModel):
     @property
     def rollout_dtype(self) -> torch.dtype:
         """Of the rollout engine's weights."""
-        return COMPUTE_DTYPES[self._config.rollout.model.precision]
+        return ENGINE_DTYPES[self._config.rollout.model.precision]
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """As the rollout engine holds them: in its precision unless `dtype` says otherwise. On ranks but the first, a

@@ -21,7 +21,7 @@ from searchr1.config.schema import Config
 from searchr1.device import Device
 
 BUCKET_BYTES = 512 << 20
-"""Of each of the two buffers that weights travel in (rollout/weights.py); a larger tensor needs a larger one."""
+"""Of each of the two buffers that weights travel in (rollout/weights.py), at most."""
 CPU_PROCESS, GPU_PROCESS = 3 * GIB // 4, 2 * GIB
 """Assumed of a process: its libraries, and on a GPU what CUDA and NCCL keep in host memory."""
 RAY_BYTES = GIB
@@ -197,8 +197,7 @@ def _buckets(model: ModelShape, layout: Layout) -> Line:
     size = layout.engine_bytes * model.parameters
     if layout.adapter_updates:
         size = layout.engine_bytes * shard_adapters(model, layout.lora_rank, layout.lora_targets, 1)
-    bucket = max(BUCKET_BYTES, layout.engine_bytes * model.embedding)
-    return Line("weight buffers", min(size, 2 * bucket), "in /dev/shm: two, each for the largest tensor at least")
+    return Line("weight buffers", min(size, 2 * BUCKET_BYTES), "two of 512 MiB at most, in /dev/shm")
 
 
 def _overhead(processes: Processes, each: int) -> list[Line]:
