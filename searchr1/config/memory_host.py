@@ -8,6 +8,7 @@ from searchr1.config.memory_layout import PRECISION_BYTES, Layout, layout_of
 from searchr1.config.memory_lines import (
     GIB,
     Line,
+    bucket_bytes,
     cache_token_bytes,
     in_phase,
     reference_lines,
@@ -20,8 +21,6 @@ from searchr1.config.placement import group_ranks
 from searchr1.config.schema import Config
 from searchr1.device import Device
 
-BUCKET_BYTES = 512 << 20
-"""Of each of the two buffers that weights travel in (rollout/weights.py), at most."""
 CPU_PROCESS, GPU_PROCESS = 3 * GIB // 4, 2 * GIB
 """Assumed of a process: its libraries, and on a GPU what CUDA and NCCL keep in host memory."""
 RAY_BYTES = GIB
@@ -194,10 +193,10 @@ def _outside(model: ModelShape, layout: Layout, name: str) -> list[Line]:
 
 
 def _buckets(model: ModelShape, layout: Layout) -> Line:
-    size = layout.engine_bytes * model.parameters
     if layout.adapter_updates:
         size = layout.engine_bytes * shard_adapters(model, layout.lora_rank, layout.lora_targets, 1)
-    return Line("weight buffers", min(size, 2 * BUCKET_BYTES), "two of 512 MiB at most, in /dev/shm")
+        return Line("weight buffers", size, "in /dev/shm: the adapters")
+    return Line("weight buffers", 2 * bucket_bytes(model, layout), "in /dev/shm: two, for the length of the run")
 
 
 def _overhead(processes: Processes, each: int) -> list[Line]:

@@ -24,6 +24,8 @@ SLEEPING_BYTES = GIB // 2
 """Assumed of a sleeping engine beside its context: CUDA graphs."""
 ENGINE_WORK = 2 * GIB
 """Assumed of an engine beside weights and cache: activations of a batch, logits, CUDA graphs."""
+BUCKET_BYTES = 512 << 20
+"""Of each of the two buffers that weights travel in (rollout/weights.py)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +222,14 @@ def engine_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
     text = f"{share}, of which weights {weights / GIB:.1f} and cache about {cache / GIB:.1f} GiB ({cache // token:,} tokens)"
     asleep = ("start", "train", "save", "sync")
     kept = 0 if layout.engine_eager else SLEEPING_BYTES
-    incoming = layout.engine_bytes * model.embedding // layout.engine_tp
+    largest = layout.engine_bytes * model.embedding
+    incoming = largest + largest // layout.engine_tp
     if layout.adapter_updates:
         incoming = layout.engine_bytes * shard_adapters(model, layout.lora_rank, layout.lora_targets, 1)
     return [
         Line("rollout engine", room, text, ("rollout", "wake")),
         Line("engine's weights", weights, f"{layout.engine_bytes} B x {model.parameters:,} / {layout.engine_tp}", ("sync",)),
-        Line("engine's new weights", incoming, "the largest tensor on its way into the engine", ("sync",)),
+        Line("engine's new weights", incoming, "the largest tensor on its way: whole, and the engine's share", ("sync",)),
         Line("sleeping engine", kept, "CUDA graphs stay; assumed: 0.5 GiB" if kept else "no CUDA graphs", asleep),
     ]
 
@@ -244,15 +247,20 @@ def cache_token_bytes(model: ModelShape, layout: Layout) -> int:
     return 2 * layout.engine_bytes * model.num_hidden_layers * width
 
 
+def bucket_bytes(model: ModelShape, layout: Layout) -> int:
+    """Of one buffer that weights travel in."""
+    return min(BUCKET_BYTES, layout.engine_bytes * model.parameters)
+
+
 def update_lines(model: ModelShape, layout: Layout) -> list[Line]:
     """What the actor gathers to send its weights, and its side of the probe of the first update."""
-    # FSDP gathers in fp32 and casts; Megatron gathers the parts of a layer, then joins them.
-    full = 4 + layout.engine_bytes if layout.backend == "fsdp" else layout.compute_bytes * (2 if layout.tp > 1 else 1)
-    size, text = (
-        full * model.embedding,
-        f"the embedding whole, {full} B x {model.embedding:,}; the buckets lie in host memory",
-    )
+    # FSDP casts its shards and gathers them; Megatron gathers the parts of a layer, then joins them.
+    fsdp, bucket = layout.backend == "fsdp", bucket_bytes(model, layout)
+    full = layout.engine_bytes if fsdp else layout.compute_bytes * (2 if layout.tp > 1 else 1)
+    size = full * model.embedding + bucket
+    text = f"the embedding whole, {full} B x {model.embedding:,}, and a bucket that is being copied"
     if layout.adapter_updates:
+        full = 4 + layout.engine_bytes if fsdp else full
         whole = shard_adapters(model, layout.lora_rank, layout.lora_targets, 1)
         size, text = full * whole, f"all adapters whole, {full} B x {whole:,}"
     if layout.cpu_offload:
