@@ -266,8 +266,8 @@ class Checks:
             self.report.note("weight update", warning)
         seconds = time.perf_counter() - began
         self.publisher.release()
-        size = sum(value.nbytes for value in named.values()) / 1e9
-        self.report.note("weight update", f"{size:.2f} GB in {seconds:.2f} s, {size / seconds:.2f} GB/s")
+        gigabytes = sum(value.nbytes for value in named.values()) / 1e9
+        self.report.note("weight update", f"{gigabytes:.2f} GB in {seconds:.2f} s, {gigabytes / seconds:.2f} GB/s")
 
     async def updates(self) -> None:
         """New weights: taken over, kept while asleep, and no generation lost when they come in mid-flight."""
