@@ -29,20 +29,24 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 """Arguments of some models that change the attention itself; ignoring one would be silently wrong."""
 
 
+class Borders:
+    """Where the sequences of a packed row begin and end. Not a tuple or a dataclass: torch.compile would look into those and
+    compile a layer again for every number of sequences."""
+
+    def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> None:
+        """Tokens of each sequence, and [S + 1] int32 borders on the model's device, read on a GPU only."""
+        self.lengths = lengths
+        self.cu_seqlens = cu_seqlens
+
+
 def packed_model_inputs(batch: PackedBatch) -> dict[str, Any]:
     """Keyword arguments for a causal language model's forward: one row of T tokens."""
-    borders = batch.cu_seqlens
-    longest = max(batch.lengths)
     return {
         "input_ids": batch.input_ids_T[None],
         "position_ids": batch.position_ids_T[None],
         "attention_mask": None,
         "use_cache": False,
-        "packed_lengths": batch.lengths,
-        "cu_seq_lens_q": borders,
-        "cu_seq_lens_k": borders,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "packed_borders": Borders(batch.lengths, batch.cu_seqlens),
     }
 
 
@@ -55,8 +59,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    packed_lengths: tuple[int, ...] | None = None,
-    cu_seq_lens_q: Tensor | None = None,
+    packed_borders: Borders | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a packed row, in the signature that transformers calls.
@@ -74,8 +77,7 @@ def packed_attention(
         dropout: must be 0.
         scaling: of the scores; None takes D^-0.5.
         sliding_window: must not be shorter than the longest sequence.
-        packed_lengths: tokens of each sequence, which sum to T.
-        cu_seq_lens_q: [S + 1] int32 borders; read on a GPU only.
+        packed_borders: of the sequences, whose lengths sum to T.
         kwargs: whatever else the model passes along.
 
     Returns:
@@ -84,27 +86,28 @@ def packed_attention(
     Raises:
         UserError: the model asks for something that this attention does not do.
     """
-    if packed_lengths is None:
+    if packed_borders is None:
         raise UserError(
             f"attention '{NAME}' got no sequence borders: the model was called without packed_model_inputs, or its "
             "forward does not pass keyword arguments on to its attention layers"
         )
+    lengths = packed_borders.lengths
     unsupported = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if dropout:
         unsupported.append("attention_dropout")
     if attention_mask is not None:
         unsupported.append("attention_mask")
-    if sliding_window is not None and sliding_window < max(packed_lengths):
-        unsupported.append(f"sliding_window={sliding_window} with a sequence of {max(packed_lengths)} tokens")
+    if sliding_window is not None and sliding_window < max(lengths):
+        unsupported.append(f"sliding_window={sliding_window} with a sequence of {max(lengths)} tokens")
     if unsupported:
         raise UserError(f"attention '{NAME}' does not support {', '.join(unsupported)}, which this model uses")
-    if query.shape[0] != 1 or query.shape[2] != sum(packed_lengths):
-        raise ValueError(f"queries {tuple(query.shape)} are not one packed row of {sum(packed_lengths)} tokens")
+    if query.shape[0] != 1 or query.shape[2] != sum(lengths):
+        raise ValueError(f"queries {tuple(query.shape)} are not one packed row of {sum(lengths)} tokens")
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        if cu_seq_lens_q is None:
-            raise ValueError("cu_seq_lens_q is missing; call the model with packed_model_inputs")
-        return _varlen(query, key, value, scaling, max(packed_lengths), cu_seq_lens_q), None
-    return _per_sequence(query, key, value, scaling, packed_lengths), None
+        if packed_borders.cu_seqlens is None:
+            raise ValueError("the borders have no cu_seqlens; call the model with packed_model_inputs")
+        return _varlen(query, key, value, scaling, max(lengths), packed_borders.cu_seqlens), None
+    return _per_sequence(query, key, value, scaling, lengths), None
 
 
 def _per_sequence(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lengths: tuple[int, ...]) -> Tensor:

@@ -251,6 +251,7 @@ class Policy(ScoringModel, TrainedModel):
                     rollout_logprobs_T=batch.rollout_logprobs_T,
                     weight_scale=weight_scale,
                     policy_positions_P=batch.policy_positions_P,
+                    sequences=len(batch.lengths),
                     ref_logprobs_T=self._reference(batch),
                     entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
                 ),

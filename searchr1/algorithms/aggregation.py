@@ -37,7 +37,9 @@ def check_aggregation(name: str) -> LossAggregation:
     raise UserError(f"algorithm.loss_agg_func: unknown '{name}'; use one of {', '.join(get_args(LossAggregation))}")
 
 
-def token_weights(aggregation: LossAggregation, segment_ids_P: Tensor, denominators: Denominators) -> Tensor:
+def token_weights(
+    aggregation: LossAggregation, segment_ids_P: Tensor, denominators: Denominators, sequences: int | None = None
+) -> Tensor:
     """Weight of each policy token; the loss is the sum of weight times token loss.
 
     Because the denominators are global, the sum over all micro-batches and ranks is the loss of the whole
@@ -51,18 +53,28 @@ def token_weights(aggregation: LossAggregation, segment_ids_P: Tensor, denominat
             sequences, so that no response is favoured for its length (https://arxiv.org/abs/2503.20783).
         segment_ids_P: [P] int, the sequence of each policy token; numbers start at 0.
         denominators: of the whole mini-batch.
+        sequences: how many there are here; None counts them, for which the host waits for a GPU.
 
     Returns:
         [P] float64 weights.
     """
     # max(1, ·): a mini-batch without any policy token has loss 0, not NaN.
-    sequences = max(1, denominators.sequences)
+    all_sequences = max(1, denominators.sequences)
     weights_P = torch.ones(segment_ids_P.shape, dtype=torch.float64, device=segment_ids_P.device)
     if aggregation == "token-mean":
         return weights_P / max(1, denominators.tokens)
     if aggregation == "seq-mean-token-sum":
-        return weights_P / sequences
+        return weights_P / all_sequences
     if aggregation == "seq-mean-token-sum-norm":
-        return weights_P / (sequences * max(1, denominators.longest))
-    tokens_S = torch.bincount(segment_ids_P)
-    return weights_P / (tokens_S[segment_ids_P.long()] * sequences)
+        return weights_P / (all_sequences * max(1, denominators.longest))
+    tokens_S = tokens_of_sequences(segment_ids_P, sequences)
+    return weights_P / (tokens_S[segment_ids_P.long()] * all_sequences)
+
+
+def tokens_of_sequences(segment_ids_P: Tensor, sequences: int | None) -> Tensor:
+    """[S] int64, how many tokens each sequence has; `sequences` None makes S as large as the numbers need."""
+    if sequences is None:
+        return torch.bincount(segment_ids_P)
+    return torch.zeros(sequences, dtype=torch.int64, device=segment_ids_P.device).index_add_(
+        0, segment_ids_P, torch.ones_like(segment_ids_P, dtype=torch.int64)
+    )

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from searchr1.algorithms.aggregation import tokens_of_sequences
 from searchr1.algorithms.kl import EXPONENT_LIMIT
 
 Level = Literal["token", "sequence", "geometric"]
@@ -53,21 +54,25 @@ class Correction:
     """bool: the token belongs to a sequence that was dropped by the veto."""
 
 
-def correction_weights(d_P: Tensor, segment_ids_P: Tensor, settings: CorrectionSettings) -> Correction:
+def correction_weights(
+    d_P: Tensor, segment_ids_P: Tensor, settings: CorrectionSettings, sequences: int | None = None
+) -> Correction:
     """The weights of one micro-batch's policy tokens; sequences must lie whole within it.
 
     Args:
         d_P: log-probability of the training model (with the weights that sampled) minus the engine's.
         segment_ids_P: int, which sequence a token belongs to.
         settings: see the module.
+        sequences: how many there are; None counts them, for which the host waits for a GPU.
     """
     d_P = d_P.detach()
-    sequences = int(segment_ids_P.max()) + 1 if len(segment_ids_P) else 0
+    if sequences is None:
+        sequences = int(segment_ids_P.max()) + 1 if len(segment_ids_P) else 0
     exponent_P = d_P
     if settings.level != "token":
         sum_S = d_P.new_zeros(sequences).index_add_(0, segment_ids_P, d_P)
         if settings.level == "geometric":
-            sum_S = sum_S / torch.bincount(segment_ids_P, minlength=sequences).clamp(min=1).to(sum_S.dtype)
+            sum_S = sum_S / tokens_of_sequences(segment_ids_P, sequences).clamp(min=1).to(sum_S.dtype)
         exponent_P = sum_S[segment_ids_P]
     raw_P = exponent_P.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
     above_P, below_P = raw_P > settings.upper, raw_P < settings.lower
@@ -82,8 +87,7 @@ def correction_weights(d_P: Tensor, segment_ids_P: Tensor, settings: CorrectionS
     vetoed_P = torch.zeros_like(bounded_P)
     if settings.veto > 0:
         catastrophic_P = d_P.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp() < settings.veto
-        vetoed_S = torch.zeros(sequences, dtype=torch.bool, device=d_P.device)
-        vetoed_S[segment_ids_P[catastrophic_P]] = True
-        vetoed_P = vetoed_S[segment_ids_P]
+        vetoed_S = torch.zeros(sequences, dtype=torch.int64, device=d_P.device)
+        vetoed_P = (vetoed_S.index_add_(0, segment_ids_P, catastrophic_P.long()) > 0)[segment_ids_P]
         weights_P = weights_P.masked_fill(vetoed_P, 0.0)
     return Correction(weights_P, bounded_P, vetoed_P)

@@ -21,7 +21,7 @@ from torch import Tensor
 Gate = Literal["action", "response"]
 
 
-def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, action_ids_P: Tensor) -> Tensor:
+def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, action_ids_P: Tensor, actions: int) -> Tensor:
     """[P] each policy token's part.
 
     Args:
@@ -29,20 +29,21 @@ def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, actio
         old_logprobs_P: of the policy that took the tokens.
         advantages_P: of the tokens.
         action_ids_P: int from 0, which action a token belongs to (`action_ids`).
+        actions: larger than every id.
     """
     fallen_P = old_logprobs_P.detach() - logprobs_P
     if len(fallen_P) == 0:
         return fallen_P
-    sum_A = fallen_P.new_zeros(int(action_ids_P.max()) + 1).index_add_(0, action_ids_P, fallen_P.detach())
+    sum_A = fallen_P.new_zeros(actions).index_add_(0, action_ids_P, fallen_P.detach())
     is_on_P = (sum_A > 0)[action_ids_P] & (advantages_P >= 0)
     return fallen_P.clamp(min=0) * is_on_P
 
 
-def action_ids(gate: Gate, segment_ids_T: Tensor, loss_mask_T: Tensor) -> Tensor:
+def action_ids(gate: Gate, segment_ids_T: Tensor, loss_mask_T: Tensor, policy_P: Tensor) -> Tensor:
     """[P] for each policy token of a packed row: its sequence, or its unbroken run of policy tokens."""
     if gate == "response":
-        return segment_ids_T[loss_mask_T]
+        return segment_ids_T[policy_P]
     before_T = torch.zeros_like(loss_mask_T)
     before_T[1:] = loss_mask_T[:-1] & (segment_ids_T[1:] == segment_ids_T[:-1])
     starts_T = loss_mask_T & ~before_T
-    return (starts_T.cumsum(0) - 1)[loss_mask_T]
+    return (starts_T.cumsum(0) - 1)[policy_P]

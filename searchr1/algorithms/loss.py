@@ -55,6 +55,8 @@ class LossInputs:
     """Multiplies the correction's weights: 1 / their mean over the mini-batch, if they are to be normalised."""
     policy_positions_P: Tensor | None = None
     """Where `loss_mask_T` is True, if the caller knows: looking for them makes the host wait for a GPU."""
+    sequences: int | None = None
+    """How many sequences there are, likewise."""
     ref_logprobs_T: Tensor | None = None
     """Needed when `kl_beta` is not 0; measured whenever given."""
     entropy_T: Tensor | None = None
@@ -96,10 +98,10 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
     old_logprobs_P = inputs.old_logprobs_T[policy_P].detach().to(logprobs_P.dtype)
     advantages_P = inputs.advantages_T[policy_P].to(logprobs_P.dtype)
     segment_ids_P = inputs.segment_ids_T[policy_P]
-    weights_P = token_weights(config.aggregation, segment_ids_P, inputs.denominators)
+    weights_P = token_weights(config.aggregation, segment_ids_P, inputs.denominators, inputs.sequences)
     weights_P = weights_P.to(logprobs_P.dtype)
 
-    policy_inputs = PolicyInputs(logprobs_P, old_logprobs_P, advantages_P, segment_ids_P)
+    policy_inputs = PolicyInputs(logprobs_P, old_logprobs_P, advantages_P, segment_ids_P, inputs.sequences)
     token = policy_loss(config.loss_type)(policy_inputs, config.clip)
     correction = _correction(inputs, config, policy_P, policy_inputs)
     token_loss_P = token.loss_P if correction is None else token.loss_P * correction.weights_P
@@ -122,8 +124,8 @@ def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
             "correction_vetoed": total(correction.vetoed_P),
         }
     if config.llds_coef != 0.0:
-        actions_P = action_ids(config.llds_gate, inputs.segment_ids_T, inputs.loss_mask_T)
-        llds_P = llds(logprobs_P, old_logprobs_P, advantages_P, actions_P)
+        actions_P = action_ids(config.llds_gate, inputs.segment_ids_T, inputs.loss_mask_T, policy_P)
+        llds_P = llds(logprobs_P, old_logprobs_P, advantages_P, actions_P, len(inputs.loss_mask_T))
         loss = loss + config.llds_coef * (llds_P * weights_P).sum()
         totals["llds"] = total(llds_P)
     if inputs.ref_logprobs_T is not None:
@@ -152,7 +154,7 @@ def _correction(inputs: LossInputs, config: LossConfig, policy_P: Tensor, policy
     rollout_P = inputs.rollout_logprobs_T[policy_P].detach().to(policy.logprobs_P.dtype)
     # With the engine's as old ones, the trained model's own are those that sampled, as near as anybody knows.
     train_P = policy.logprobs_P.detach() if config.ratio_is_correction else policy.old_logprobs_P
-    found = correction_weights(train_P - rollout_P, policy.segment_ids_P, config.correction)
+    found = correction_weights(train_P - rollout_P, policy.segment_ids_P, config.correction, inputs.sequences)
     if config.ratio_is_correction:
         kept_P = (found.weights_P > 0).to(found.weights_P.dtype)
         return replace(found, weights_P=kept_P)

@@ -14,9 +14,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
+from host_reads import HostReads
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.config.schema import Config
@@ -182,6 +184,22 @@ def run_critic(job: dict, out: Path) -> None:
     torch.save(result, out / f"{job['name']}-{rank}.pt")
 
 
+def host_reads(policy, trajectories, advantages) -> list[str]:
+    """Of the forward and backward passes of three micro-batches or more."""
+    batches, watch = policy._pack(trajectories, advantages), HostReads()
+    assert len(batches) >= 3
+    run = policy.backend.forward_backward
+
+    def watched(*args):
+        with watch:
+            run(*args)
+
+    with mock.patch.object(policy.backend, "forward_backward", watched):
+        policy._accumulate(batches, trajectories)
+    policy.backend.zero_grad()
+    return watch.found
+
+
 def run_job(job: dict, out: Path) -> None:
     """Log-probabilities, then `STEPS` training steps (or those in `steps`), with what was measured, into `out`."""
     from functools import partial
@@ -240,6 +258,8 @@ def run_job(job: dict, out: Path) -> None:
             result["logprobs"] = dict(zip(share, policy.logprobs(part[0]), strict=True))
             if job.get("gradients"):
                 result["gradients"] = gradients(policy, *part)
+            if job.get("host_reads"):
+                result["host_reads"] = host_reads(policy, *part)
         result["metrics"].append(policy.train_step(*part, [0] * len(share)))
         if job.get("offload"):
             policy.bring_back("optimizer")
@@ -252,6 +272,10 @@ def run_job(job: dict, out: Path) -> None:
             policy.train_step(trajectories[rank::2], advantages[rank::2], [0] * len(trajectories[rank::2]))
         policy.finish_save()
     policy.bring_back("weight")
+    if job.get("backend", "megatron") == "megatron":
+        from searchr1.actor.megatron.optimizer import torch_optimizers
+
+        result["fused"] = [g["fused"] for part in torch_optimizers(backend.optimizer) for g in part.param_groups]
     named = {name: tensor.clone() for name, tensor in policy.named_weights(torch.float32)}
     shells = {name: tensor.shape for name, tensor in named.items()}
     result["shapes"], result["weights"] = shells, named if rank == 0 else {}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
-from searchr1.actor.attention import packed_attention, packed_model_inputs
+from searchr1.actor.attention import Borders, packed_attention, packed_model_inputs
 from searchr1.actor.packing import PackedBatch, PackedSequence
 from searchr1.errors import UserError
 
@@ -104,7 +104,7 @@ def test_changing_a_sequence_changes_no_other_at_all(changed: int) -> None:
 
 def test_no_gradient_crosses_a_border() -> None:
     query, key, value = (torch.randn(1, 4, sum(LENGTHS), 8, requires_grad=True) for _ in range(3))
-    output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed_lengths=LENGTHS)
+    output, _ = packed_attention(torch.nn.Module(), query, key, value, None, packed_borders=Borders(LENGTHS))
     output[0, 8:20].sum().backward()
     for tensor in (query, key, value):
         assert tensor.grad is not None
@@ -124,7 +124,7 @@ def test_the_future_is_not_seen() -> None:
 
 def test_scaling_is_passed_on() -> None:
     query, key, value = torch.randn(3, 1, 4, 6, 8).unbind()
-    found, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.5, packed_lengths=(6,))
+    found, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.5, packed_borders=Borders((6,)))
     expected = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.5).transpose(1, 2)
     assert found.shape == (1, 6, 4, 8)
     torch.testing.assert_close(found, expected)
@@ -147,7 +147,7 @@ def test_a_call_without_borders_is_refused() -> None:
 )
 def test_what_it_cannot_do_is_refused(arguments: dict[str, object], named: str) -> None:
     query, key, value = torch.randn(3, 1, 4, 6, 8).unbind()
-    call: dict[str, object] = {"attention_mask": None, "packed_lengths": (6,), "sliding_window": 6, **arguments}
+    call: dict[str, object] = {"attention_mask": None, "packed_borders": Borders((6,)), "sliding_window": 6, **arguments}
     with pytest.raises(UserError, match=named):
         packed_attention(torch.nn.Module(), query, key, value, **call)  # type: ignore[arg-type]
 
@@ -155,7 +155,7 @@ def test_what_it_cannot_do_is_refused(arguments: dict[str, object], named: str) 
 def test_borders_that_do_not_fit_are_refused() -> None:
     query, key, value = torch.randn(3, 1, 4, 6, 8).unbind()
     with pytest.raises(ValueError, match="one packed row of 5 tokens"):
-        packed_attention(torch.nn.Module(), query, key, value, None, packed_lengths=(3, 2))
+        packed_attention(torch.nn.Module(), query, key, value, None, packed_borders=Borders((3, 2)))
 
 
 @pytest.mark.gpu
@@ -167,7 +167,7 @@ def test_gpu_half_precision_equals_fp32(key_value_heads: int) -> None:
     outputs, grads = [], []
     for dtype in (torch.bfloat16, torch.float32):
         leaves = [tensor.detach().to(dtype).clone().requires_grad_() for tensor in tensors]
-        output, _ = packed_attention(torch.nn.Module(), *leaves, None, packed_lengths=LENGTHS, cu_seq_lens_q=borders)
+        output, _ = packed_attention(torch.nn.Module(), *leaves, None, packed_borders=Borders(LENGTHS, borders))
         output.float().square().sum().backward()
         outputs.append(output.float())
         grads.append([leaf.grad for leaf in leaves])

@@ -115,6 +115,10 @@ def more(models, tmp_path_factory):
          "recompute_num_layers": 3},
         {"name": "uniform", "model": untied, "pp": 2, "recompute_granularity": "full"},
         {"name": "selective", "model": tied, "tp": 2, "recompute_granularity": "selective", "max_tokens": 4096},
+        {"name": "reads-tp2", "model": normed, "tp": 2, "sequence_parallel": True, "recompute_granularity": "full",
+         "recompute_method": "uniform", "recompute_num_layers": 1, "max_tokens": 70, "steps": [0, 1], "host_reads": True},
+        {"name": "reads-dp2", "model": tied, "max_tokens": 60, "steps": [0, 1], "host_reads": True},
+        {"name": "reads-fsdp2", "model": untied, "backend": "fsdp", "max_tokens": 60, "steps": [0, 1], "host_reads": True},
         {"name": "overlap", "model": tied, "overlap": True},
         {"name": "bf16", "model": tied, "tp": 2, "precision": "bf16"},
         {"name": "fp16", "model": tied, "pp": 2, "precision": "fp16"},
@@ -180,8 +184,22 @@ def test_corrected_losses_are_the_same_in_every_layout(more, oracles, recompute)
         assert all(torch.allclose(other[0]["weights"][n], w, atol=1e-5) for n, w in one[0]["weights"].items())
 
 
+@pytest.mark.parametrize("layout", ["tp2", "dp2", "fsdp2"])
+def test_no_micro_batch_makes_the_host_wait_for_a_gpu(more, layout):
+    """Kernels are launched ahead only as long as nobody reads a result back."""
+    for rank in more[f"reads-{layout}"]:
+        # Megatron compares states of the host's random generator, which are never on a GPU.
+        assert [place for place in rank["host_reads"] if "megatron/core/tensor_parallel/random.py" not in place] == []
+
+
 def test_overlapping_communication_changes_nothing(more, oracles):
     assert_equal(more["overlap"], oracles["qwen2", True])
+
+
+@pytest.mark.parametrize("name", ["reads-dp2", "go-on-tp2", "go-on-pp2", "go-on-dp2"])
+def test_adam_updates_in_one_kernel_also_after_a_resume(more, name):
+    for rank in more[name]:
+        assert rank["fused"] == [True] * len(rank["fused"]) != []
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

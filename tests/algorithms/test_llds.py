@@ -14,8 +14,8 @@ from searchr1.algorithms.policy_losses import ClipSettings
 def test_actions_are_unbroken_runs_of_policy_tokens():
     segments = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2])
     mask = torch.tensor([1, 1, 0, 1, 1, 1, 1, 0, 1], dtype=torch.bool)
-    assert action_ids("action", segments, mask).tolist() == [0, 0, 1, 1, 2, 2, 3]
-    assert action_ids("response", segments, mask).tolist() == [0, 0, 0, 0, 1, 1, 2]
+    assert action_ids("action", segments, mask, mask.nonzero().squeeze(-1)).tolist() == [0, 0, 1, 1, 2, 2, 3]
+    assert action_ids("response", segments, mask, mask.nonzero().squeeze(-1)).tolist() == [0, 0, 0, 0, 1, 1, 2]
 
 
 def inputs(tensors, tokens):

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from torch import Tensor, nn
 
-from searchr1.actor.attention import packed_attention
+from searchr1.actor.attention import Borders, packed_attention
 
 
 class RMSNorm(nn.Module):
@@ -65,8 +65,7 @@ class PackedAttention(nn.Module):
             value.transpose(0, 1)[None],
             None,
             scaling=self._scale,
-            packed_lengths=packed_seq_params.lengths,
-            cu_seq_lens_q=packed_seq_params.cu_seqlens,
+            packed_borders=packed_seq_params.borders,
         )
         return output[0].flatten(1)
 
@@ -81,8 +80,7 @@ class PackedRow(PackedSeqParams):
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor) -> None:
         super().__init__(qkv_format="thd", max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths))
-        self.lengths = lengths
-        self.cu_seqlens = cu_seqlens
+        self.borders = Borders(lengths, cu_seqlens)
 
 
 def layer_spec(config: Any, layers_here: int) -> Any:

@@ -6,8 +6,7 @@ Its limits are far narrower than PPO's: the paper takes `clip_ratio_low` 3e-4 an
 
 from __future__ import annotations
 
-import torch
-
+from searchr1.algorithms.aggregation import tokens_of_sequences
 from searchr1.algorithms.policy_losses.inputs import ClipSettings, PolicyInputs, TokenLosses
 from searchr1.algorithms.policy_losses.ppo_clip import clipped_surrogate
 
@@ -19,7 +18,7 @@ def gspo(inputs: PolicyInputs, clip: ClipSettings) -> TokenLosses:
     its length has the gradient of s; the value is s.
     """
     log_ratio_P = inputs.log_ratio_P()
-    tokens_S = torch.bincount(inputs.segment_ids_P).clamp(min=1)
+    tokens_S = tokens_of_sequences(inputs.segment_ids_P, inputs.sequences).clamp(min=1)
     sums_S = log_ratio_P.new_zeros(len(tokens_S)).index_add_(0, inputs.segment_ids_P.long(), log_ratio_P.detach())
     sequence_P = (sums_S / tokens_S)[inputs.segment_ids_P.long()]
     ratio_P = (sequence_P + log_ratio_P - log_ratio_P.detach()).exp()

@@ -52,6 +52,8 @@ class PolicyInputs:
     advantages_P: Tensor
     segment_ids_P: Tensor
     """int, the sequence of each token; numbers start at 0."""
+    sequences: int | None = None
+    """How many sequences there are, if the caller knows: counting them makes the host wait for a GPU."""
 
     def log_ratio_P(self) -> Tensor:
         """logp - old logp, held within ±20, so that no ratio overflows."""
