@@ -41,7 +41,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "num_attention_heads": 16,
                    "num_key_value_heads": 2, "vocab_size": 151936},
 }  # fmt: skip
-BACKENDS = ("transformers", "fsdp", "megatron")
+BACKENDS = ("transformers", "fsdp", "fsdp-unfused", "fsdp-compiled", "megatron")
+"""Of fsdp also without Liger's kernels (which it takes where they are installed), and with compiled layers instead."""
+DEFAULT_BACKENDS = ("transformers", "fsdp", "megatron")
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 """Dense bf16, by what is in the GPU's name."""
 
@@ -90,9 +92,11 @@ def prepare_policy(args: argparse.Namespace, device: Device) -> Step:
     config.rollout.model.model_path = str(args.model)
     config.runner.max_tokens_per_mbs = args.max_tokens
     config.algorithm.kl_beta = 0.0
-    config.actor.training_backend = args.backend
+    config.actor.training_backend = args.backend.split("-")[0]
     config.actor.model.precision = args.precision
-    if args.recompute and args.backend == "fsdp":
+    config.actor.fsdp.compile = args.backend == "fsdp-compiled"
+    config.actor.fsdp.liger = None if args.backend == "fsdp" else False
+    if args.recompute and config.actor.training_backend == "fsdp":
         config.actor.model.gradient_checkpointing = True
     elif args.recompute:
         config.actor.model.recompute_granularity = "full"
@@ -234,7 +238,7 @@ def main() -> None:
     """Every shape on every backend."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["qwen2.5-0.5b", "qwen2.5-3b"])
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(DEFAULT_BACKENDS))
     parser.add_argument("--trajectories", type=int, default=16)
     parser.add_argument("--longest", type=int, default=7096, help="tokens of a trajectory, at most")
     parser.add_argument("--max-tokens", type=int, default=11008, help="tokens of a micro-batch")
@@ -253,7 +257,7 @@ def main() -> None:
         measure(args)
         return
     words = ("tokens/s", "vs plain", "TFLOP/s", "MFU", "MFU 6NT", "peak GiB")
-    print(f"{'shape':<14}{'backend':<14}" + "".join(f"{word:>10}" for word in words) + "  micro-batch", flush=True)
+    print(f"{'shape':<14}{'backend':<15}" + "".join(f"{word:>10}" for word in words) + "  micro-batch", flush=True)
     rows: list[dict[str, Any]] = []
     failed = 0
     for shape in args.shapes:
@@ -285,7 +289,7 @@ def as_line(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ratio = f"{row['tokens_per_second'] / plain[0]:.2f}" if plain else "-"
     mfu, dense = (f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("mfu", "mfu_6nt"))
     return (
-        f"{row['shape']:<14}{row['backend']:<14}{row['tokens_per_second']:>10.0f}{ratio:>10}{row['tflops']:>10.2f}"
+        f"{row['shape']:<14}{row['backend']:<15}{row['tokens_per_second']:>10.0f}{ratio:>10}{row['tflops']:>10.2f}"
         f"{mfu:>10}{dense:>10}{row['peak_gib']:>10.1f}  {row['max_tokens']} tokens, {row['device']}"
     )
 

@@ -135,11 +135,6 @@ class Device:
         """The torch.distributed backend."""
         return "nccl" if self.is_cuda else "gloo"
 
-    @property
-    def attention_implementation(self) -> str:
-        """Transformers' name for the actor's packed attention."""
-        return "searchr1_packed"
-
     def driver_env(self) -> dict[str, str]:
         """Environment variables that all workers inherit from the driver, because torch reads them when it is imported."""
         return {} if self.is_cuda else {"OMP_WAIT_POLICY": "PASSIVE", "TORCHDYNAMO_DISABLE": "1"}

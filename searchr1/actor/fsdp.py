@@ -173,6 +173,7 @@ class FsdpBackend(FsdpTraining, FsdpModel):
             cpu_offload=config.actor.fsdp.cpu_offload,
             gradient_checkpointing=config.actor.model.gradient_checkpointing,
             lora=config.actor.lora,
+            kernels=config.actor.fsdp,
         )
         return cls(model, device, config.actor.optim, config.actor.lr_sched, total_steps, path, config.actor.lora)
 
@@ -181,7 +182,8 @@ class FsdpBackend(FsdpTraining, FsdpModel):
         """Join the process group and load the weights that training starts from, frozen."""
         init_process_group(device, config.actor.megatron.distributed_timeout_minutes)
         path = config.inference.model_path or config.actor.model.path or config.rollout.model.model_path
-        return FsdpModel(load_model(path, device, precision=config.actor.model.precision, trainable=False), device)
+        precision, kernels = config.actor.model.precision, config.actor.fsdp
+        return FsdpModel(load_model(path, device, precision=precision, trainable=False, kernels=kernels), device)
 
     def forward_backward(
         self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss

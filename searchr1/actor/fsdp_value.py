@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from searchr1.actor.attention import packed_model_inputs
+from searchr1.actor.attention import NAME, packed_model_inputs
 from searchr1.actor.backend import ValueLoss
 from searchr1.actor.fsdp import FsdpTraining
 from searchr1.actor.loading import build_model
@@ -61,9 +61,8 @@ class FsdpValueBackend(FsdpTraining):
         init_process_group(device, actor.megatron.distributed_timeout_minutes, actor.fsdp.cpu_offload)
         torch.manual_seed(actor.seed)
         path = actor.model.path or config.rollout.model.model_path
-        attention = device.attention_implementation
         try:
-            decoder, folder = build_model(AutoModel, path, dtype=torch.float32, attention=attention, decoder_only=True)
+            decoder, folder = build_model(AutoModel, path, dtype=torch.float32, attention=NAME, decoder_only=True)
         except UserError as error:
             raise UserError(f"critic.model_path: {error}") from error
         model = shard_model(
@@ -74,6 +73,7 @@ class FsdpValueBackend(FsdpTraining):
             reshard_after_forward=actor.fsdp.reshard_after_forward,
             cpu_offload=actor.fsdp.cpu_offload,
             gradient_checkpointing=actor.model.gradient_checkpointing,
+            kernels=actor.fsdp,
         )
         return cls(model, device, actor.optim, actor.lr_sched, total_steps, path)
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from searchr1.actor import attention  # noqa: F401  (registers the packed attention)
+from searchr1.actor import attention
 from searchr1.actor.attention import packed_model_inputs
+from searchr1.actor.fused import use_compile, use_liger
 from searchr1.actor.loading import build_model, fill
 from searchr1.actor.lora import add_adapters
 from searchr1.actor.packing import PackedBatch
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
-from searchr1.config.schema_model import LoraConfig
+from searchr1.config.schema_model import FsdpConfig, LoraConfig
 from searchr1.device import Device
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.bfloat16}
@@ -66,6 +67,7 @@ def load_model(
     cpu_offload: bool = False,
     gradient_checkpointing: bool = False,
     lora: LoraConfig | None = None,
+    kernels: FsdpConfig | None = None,
 ) -> nn.Module:
     """A causal language model from a Hugging Face folder, sharded over the process group with FSDP2.
 
@@ -79,7 +81,7 @@ def load_model(
 
     in_compute = lora is not None and lora.rank > 0 and lora.base_precision == "compute"
     held = COMPUTE_DTYPES[precision] if in_compute else torch.float32
-    model, folder = build_model(AutoModelForCausalLM, path, dtype=held, attention=device.attention_implementation)
+    model, folder = build_model(AutoModelForCausalLM, path, dtype=held, attention=attention.NAME)
     return shard_model(
         model,
         device,
@@ -90,6 +92,7 @@ def load_model(
         cpu_offload=cpu_offload,
         gradient_checkpointing=gradient_checkpointing,
         lora=lora,
+        kernels=kernels,
     )
 
 
@@ -104,8 +107,12 @@ def shard_model(
     cpu_offload: bool = False,
     gradient_checkpointing: bool = False,
     lora: LoraConfig | None = None,
+    kernels: FsdpConfig | None = None,
 ) -> nn.Module:
-    """Shard a model, one FSDP2 unit per decoder layer and one for the rest, and fill it from `folder` where it is empty."""
+    """Shard a model, one FSDP2 unit per decoder layer and one for the rest, and fill it from `folder` where it is empty.
+
+    `kernels` says what is fused in its layers: `liger` and `compile`.
+    """
     model.config.use_cache = False
     model.requires_grad_(trainable)
     if lora is not None and lora.rank > 0:
@@ -113,6 +120,10 @@ def shard_model(
     model.train(trainable)
     if gradient_checkpointing and trainable:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if kernels is not None:
+        use_liger(model, device, kernels.liger)
+        if kernels.compile:
+            use_compile(model.model.layers, device)
     mesh = init_device_mesh(device.torch_device().type, (dist.get_world_size(),))
     compute = COMPUTE_DTYPES[precision]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)

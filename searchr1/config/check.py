@@ -10,7 +10,7 @@ from pathlib import Path
 from searchr1.algorithms.lookup import find_function, is_dotted_path
 from searchr1.config.check_algorithm import algorithm_warnings, check_algorithm
 from searchr1.config.check_backend import check_backends
-from searchr1.config.check_device import check_nodes, check_precisions, precision_warnings
+from searchr1.config.check_device import check_kernels, check_nodes, check_precisions, precision_warnings
 from searchr1.config.check_evaluation import check_evaluation
 from searchr1.config.check_health import check_health
 from searchr1.config.check_lora import check_lora
@@ -212,6 +212,8 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
         if config.cluster.device == "cpu" and (mismatch := vllm_mismatch("cpu")):
             yield Problem("cluster.device", mismatch)
         yield from check_precisions(config, device)
+        if for_training:
+            yield from check_kernels(config.actor.fsdp, device)
         if device.is_cuda:
             visible_gpus(device, os.environ)
         groups = ["rollout", "reward", *(["actor"] if for_training else [])]

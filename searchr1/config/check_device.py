@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 
 from searchr1.config.critic import critic_run
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
+from searchr1.config.schema_model import FsdpConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
 
@@ -59,6 +61,7 @@ def precision_warnings(config: Config, for_training: bool) -> Iterator[str]:
         return  # a problem of its own
     used = {"rollout.model.precision": rollout}
     if for_training:
+        yield from kernel_warnings(config, device)
         used["actor.model.precision"] = "bf16" if asked == "fp16" and "actor" in in_bf16 else asked
     for key, precision in used.items():
         if device.is_cuda:
@@ -78,6 +81,30 @@ def require_precision(config: Config, device: Device) -> Iterator[str]:
     for problem in check_precisions(config, device):
         raise UserError(str(problem))
     yield from precision_warnings(config, for_training=False)
+
+
+def check_kernels(fsdp: FsdpConfig, device: Device) -> Iterator[Problem]:
+    """Refuse kernels that this machine cannot run."""
+    for name, asked in (("liger", fsdp.liger), ("compile", fsdp.compile)):
+        if asked and not device.is_cuda:
+            yield Problem(f"actor.fsdp.{name}", "needs a GPU; leave the key out")
+    if fsdp.liger and device.is_cuda and not have_liger():
+        yield Problem("actor.fsdp.liger", "liger_kernel is not installed; pip install liger-kernel, or leave the key out")
+
+
+def kernel_warnings(config: Config, device: Device) -> Iterator[str]:
+    """Say that the FSDP actor's small operations will not be fused."""
+    asked = config.actor.fsdp.liger is None and not config.actor.fsdp.compile
+    if config.actor.training_backend == "fsdp" and asked and device.is_cuda and not have_liger():
+        yield (
+            "actor.fsdp.liger: norms, rotations and SwiGLU are not fused, because liger_kernel is not installed; "
+            "pip install liger-kernel, or set it to False"
+        )
+
+
+def have_liger() -> bool:
+    """Whether Liger's kernels are installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def _joined(names: list[str]) -> str:

@@ -59,6 +59,7 @@ ENGINE = Ignored("a setting of SGLang or of vLLM's kernels; the engine is vLLM w
 SHAPE = Ignored("the model's config.json says it")
 FUSED = Ignored("chosen by what is installed; the arithmetic is the same")
 MEMORY = Ignored("about memory and traffic only; the trainer is FSDP2")
+LIGER = Ignored("they are taken on a GPU where liger_kernel is installed; actor.fsdp.liger: False leaves them out")
 CONVERTED = Ignored(
     "weights are read from the Hugging Face folder, nothing is converted; after training: searchr1 convert mg2hf"
 )
@@ -69,7 +70,7 @@ REFERENCE = Ignored("the reference model is held as the actor is")
 
 FSDP_MEMORY = """
     strategy sharding_strategy offload_pin_memory enable_gradient_accumulation forward_prefetch limit_all_gathers
-    backward_prefetch use_orig_params use_liger_kernel fsdp_size gradient_checkpointing_use_reentrant
+    backward_prefetch use_orig_params fsdp_size gradient_checkpointing_use_reentrant
     init_model_with_meta_device save_full_model_weights
 """
 FSDP_PRECISION = """
@@ -224,6 +225,7 @@ KEYS: dict[str, Entry] = {
     "actor.fsdp_config.reshard_after_forward": Renamed("actor.fsdp.reshard_after_forward"),
     "actor.fsdp_config.gradient_checkpointing": Renamed("actor.model.gradient_checkpointing"),
     **_all("actor.fsdp_config", FSDP_MEMORY, MEMORY),
+    "actor.fsdp_config.use_liger_kernel": LIGER,
     "actor.fsdp_config.wrap_policy": Section("each layer is a unit of its own"),
     **_all("actor.megatron", "ckpt_format use_dist_ckpt", Ignored("checkpoints are torch_dist, which any layout can load")),
     "actor.megatron.use_hf_ckpt": Ignored(
@@ -247,7 +249,7 @@ KEYS: dict[str, Entry] = {
         (None, True), "the reference model starts as the policy; inference.model_path names another"
     ),
     **_all("inference.model", "tensor_model_parallel_size pipeline_model_parallel_size sequence_parallel", REFERENCE),
-    **_all("inference.fsdp_config", f"{FSDP_MEMORY} {FSDP_PRECISION}", REFERENCE),
+    **_all("inference.fsdp_config", f"{FSDP_MEMORY} {FSDP_PRECISION} use_liger_kernel", REFERENCE),
     **_all("inference.fsdp_config", "cpu_offload reshard_after_forward gradient_checkpointing", REFERENCE),
     "inference.fsdp_config.wrap_policy": Section("the reference model is held as the actor is"),
 }

@@ -192,6 +192,10 @@ class FsdpConfig:
     """Free gathered weights between forward and backward: less memory, more traffic."""
     cpu_offload: bool = False
     """Keep weights and optimizer state in host memory."""
+    liger: bool | None = None
+    """Liger's kernels for norms, rotations and SwiGLU; null takes them on a GPU where `liger_kernel` is installed."""
+    compile: bool = False
+    """Compile the decoder layers with torch.compile, on a GPU; the first steps take minutes longer."""
 
 
 @dataclass

@@ -147,7 +147,7 @@ def load_whole(job: dict[str, Any]) -> nn.Module:
     held = COMPUTE_DTYPES[precision] if lora and lora.base_precision == "compute" else torch.float32
     kind = AutoModel if job.get("critic") else AutoModelForCausalLM
     device = device_of(job)
-    model = kind.from_pretrained(job["model"], dtype=held, attn_implementation=device.attention_implementation)
+    model = kind.from_pretrained(job["model"], dtype=held, attn_implementation="searchr1_packed")
     if job.get("critic"):
         model = ValueModel(model)
     return shard_model(model, device, **settings_of(job))
