@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import searchr1.device
+from searchr1.config import check_device
 from searchr1.config.check import check_config, warnings
 from searchr1.config.check_device import require_precision
 from searchr1.config.cli import main as check_config_command
@@ -127,6 +128,7 @@ def test_bf16_on_an_old_gpu(monkeypatch):
     import torch
 
     old = Device(kind="cuda", slots=1, cores=1)
+    monkeypatch.setattr(check_device, "have_liger", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
     monkeypatch.setattr(Device, "detect", classmethod(lambda cls, setting="auto": old))
@@ -154,3 +156,52 @@ def test_an_engine_alone_is_judged_alike(monkeypatch):
 def test_every_problem_is_named_at_once():
     config = load_config(TRAIN, [NODES, "runner.seq_length=0"])
     assert {"cluster.num_nodes", "runner.seq_length"} <= {p.key for p in check_config(config, for_training=True)}
+
+
+def on_gpu(monkeypatch, has_liger):
+    import torch
+
+    gpu = Device(kind="cuda", slots=8, cores=8)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(Device, "detect", classmethod(lambda cls, setting="auto": gpu))
+    monkeypatch.setattr(check_device, "have_liger", lambda: has_liger)
+
+
+@pytest.mark.parametrize(
+    ("backend", "liger", "compiled", "has_liger", "warned"),
+    [
+        ("fsdp", None, False, False, True),
+        ("fsdp", None, False, True, False),
+        ("fsdp", None, True, False, False),
+        ("fsdp", False, False, False, False),
+        ("megatron", None, False, False, False),
+    ],
+)
+def test_operations_that_are_not_fused_are_named(backend, liger, compiled, has_liger, warned, monkeypatch):
+    on_gpu(monkeypatch, has_liger)
+    config = run_of(backend, "bf16")
+    config.actor.fsdp.liger, config.actor.fsdp.compile = liger, compiled
+    assert any(text.startswith("actor.fsdp.liger:") for text in warnings(config)) == warned
+
+
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_kernels_that_cannot_run_here_are_refused(has_gpu, monkeypatch):
+    if has_gpu:
+        on_gpu(monkeypatch, has_liger=False)
+    config = run_of("fsdp", "bf16")
+    config.actor.fsdp.liger = config.actor.fsdp.compile = True
+    found = {problem.key: problem.message for problem in check_config(config, for_training=True) if "fsdp." in problem.key}
+    if has_gpu:
+        assert list(found) == ["actor.fsdp.liger"]
+        assert "not installed" in found["actor.fsdp.liger"]
+    else:
+        assert found == dict.fromkeys(("actor.fsdp.liger", "actor.fsdp.compile"), "needs a GPU; leave the key out")
+
+
+def test_a_fused_rotation_is_said_not_to_be_there():
+    config = run_of("megatron", "fp32")
+    config.actor.model.apply_rope_fusion = True
+    assert any(
+        "apply_rope_fusion: not fused, because Transformer Engine is not supported yet" in t for t in warnings(config)
+    )
