@@ -122,7 +122,7 @@ def start(job: dict[str, Any]) -> nn.Module:
         from searchr1.config.critic import critic_run
 
         run = critic_run(critic_config(job["model"]))
-        run.actor.seed = 7
+        run.actor.seed, run.actor.fsdp.liger = 7, False
         return FsdpValueBackend.start(run, device_of(job), None).model
     return load_model(job["model"], device_of(job), **settings_of(job))
 
