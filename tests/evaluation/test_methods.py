@@ -189,7 +189,10 @@ def test_rlinfs_evaluation_recipe_runs_with_only_its_paths_edited(tmp_path, caps
 
     (tmp_path / "eval.jsonl").write_text("{}\n")
     fixture = Path(__file__).parents[1] / "config/fixtures/rlinf-eval.yaml"
-    words = [f"rollout.model.model_path={MODEL}", f"data.val_data_paths=[{tmp_path}/eval.jsonl]", "cluster.device=cpu"]
+    model = shutil.copytree(MODEL, tmp_path / "model")
+    shape = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(shape | {"max_position_embeddings": 8192}))  # RLinf's sequences: 7,096
+    words = [f"rollout.model.model_path={model}", f"data.val_data_paths=[{tmp_path}/eval.jsonl]", "cluster.device=cpu"]
     assert main(["--eval", str(fixture), *words]) == 0
     printed = capsys.readouterr().out
     assert "evaluation  search; greedy" in printed
