@@ -15,7 +15,7 @@ from searchr1.actor.batch_stats import all_reduce_denominators, count_denominato
 from searchr1.actor.packing import FloatArray, PackedBatch, unpack_all
 from searchr1.actor.trained import TrainedModel, micro_batches
 from searchr1.agent.trajectory import Trajectory
-from searchr1.algorithms.sums import Sums, total
+from searchr1.algorithms.sums import Sums, on_host, total
 from searchr1.algorithms.value_loss import clipped_value_loss
 from searchr1.config.critic import critic_run
 from searchr1.config.schema import Config
@@ -90,7 +90,7 @@ class Critic(TrainedModel):
                 logger.warning("an update of the critic was skipped: gradient norm %s", norm)
             self.backend.zero_grad()
         self.offload("weight", "grad", "optimizer")
-        totals = {name: float(value) for name, value in sums.totals.items()}
+        totals = on_host(sums.totals)
         tokens = max(1.0, totals["tokens"])
         variance = totals["returns_squared"] / tokens - (totals["returns"] / tokens) ** 2
         return {

@@ -12,7 +12,7 @@ from searchr1.algorithms.correction import Correction, CorrectionSettings, corre
 from searchr1.algorithms.kl import EXPONENT_LIMIT, kl_function
 from searchr1.algorithms.llds import Gate, action_ids, llds
 from searchr1.algorithms.policy_losses import ClipSettings, PolicyInputs, policy_loss
-from searchr1.algorithms.sums import Sums, peak, total
+from searchr1.algorithms.sums import Sums, on_host, peak, total
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +168,7 @@ def loss_metrics(sums: Sums) -> dict[str, float]:
     `clip_fraction`, `dual_clip_fraction` and `correction_…` are means over policy tokens; `ratio_max` is the largest ratio.
     `approx_kl` is against the old policy and has either sign, its k3 form has not.
     """
-    totals = {name: float(value) for name, value in sums.totals.items()}
+    totals = on_host(sums.totals)
     tokens = max(1.0, totals["tokens"])
     metrics: dict[str, float] = {name: totals[name] for name in ("loss", "policy_loss", "kl_loss") if name in totals}
     per_token = {"clipped": "clip_fraction", "dual_clipped": "dual_clip_fraction"}

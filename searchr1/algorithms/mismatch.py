@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from searchr1.algorithms.kl import EXPONENT_LIMIT
-from searchr1.algorithms.sums import Sums, peak, total
+from searchr1.algorithms.sums import Sums, on_host, peak, total
 
 USUAL_WEIGHTS = (0.5, 2.0)
 """Importance weights that most corrections leave as they are; what lies outside counts as `clipped`."""
@@ -56,7 +56,7 @@ def mismatch_metrics(sums: Sums) -> dict[str, float]:
     is outside `USUAL_WEIGHTS`; `correlation` is Pearson's, of the log-probabilities (1 if they have no spread).
     Without tokens: no mismatch.
     """
-    totals = {name: float(value) for name, value in sums.totals.items()}
+    totals, peaks = on_host(sums.totals), on_host(sums.peaks)
     tokens = totals["tokens"]
     if tokens == 0:
         totals |= {"weight": 1.0, "weight_squared": 1.0}
@@ -66,9 +66,9 @@ def mismatch_metrics(sums: Sums) -> dict[str, float]:
         "kl": -totals["d"] / tokens,
         "kl_k3": totals["k3"] / tokens,
         "logprob_gap": totals["abs_d"] / tokens,
-        "logprob_gap_max": float(sums.peaks["abs_d"]),
+        "logprob_gap_max": peaks["abs_d"],
         "probability_gap": totals["probability_gap"] / tokens,
-        "probability_gap_max": float(sums.peaks["probability_gap"]),
+        "probability_gap_max": peaks["probability_gap"],
         "perplexity_gap": _perplexity(train) - _perplexity(rollout),
         "effective_sample_size": totals["weight"] ** 2 / (tokens * totals["weight_squared"]),
         "clipped": totals["clipped"] / tokens,
