@@ -82,7 +82,7 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         """Make the new weights live.
 
         Raises:
-            RuntimeError: a parameter got no new value.
+            RuntimeError: a parameter got no new value, or the model's loader does not say which did.
         """
         with _quiet():
             finalize_layerwise_reload(self.model, self.model_config)
@@ -91,7 +91,9 @@ class ShmWeightTransferEngine(WeightTransferEngine[ShmInitInfo, ShmUpdateInfo]):
         if self.device.type == "cpu":
             _repack_shared_weights(self.model)
         # vLLM itself only warns, and goes on with a mixture of old and new weights.
-        missing = sorted(self._parameters - self._loaded) if self._loaded else []
+        if not self._loaded:
+            raise RuntimeError(f"{type(self.model).__name__}.load_weights does not report what it loaded")
+        missing = sorted(self._parameters - self._loaded)
         if missing:
             raise RuntimeError(f"the weight update left {len(missing)} parameters as they were: {missing[:5]}")
 
