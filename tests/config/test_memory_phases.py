@@ -129,7 +129,7 @@ def test_adapters_and_eager_engines():
     sent = plan_memory(shape, Layout(gpus=1, reference=False, adapter_updates=True, **adapters))
     matrices = 36 * 16 * (2048 + 2048)
     table = 151936 * 2048
-    # Merged: a table gathered, a bucket that is copied, the table twice in the engine. Alone: gathered in fp32, cast, loaded.
+    # Merged: a table gathered, a bucket on its way, the table twice in the engine. Alone: gathered in fp32, cast, loaded.
     assert merged.total("sync") - sent.total("sync") == (2 + 2 * 2) * table + (512 << 20) - (6 + 2) * matrices
     eager = plan_memory(shape, Layout(gpus=1, reference=False, engine_eager=True, **adapters))
     assert {phase: merged.total(phase) - eager.total(phase) for phase in PHASES} == {
