@@ -3,6 +3,7 @@ spends as long on as on a third of the matrix products."""
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -60,6 +61,8 @@ def apply_liger(model: Any) -> None:
     so for every model of the family in this process."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
+    # It tries backends for other hardware as well, and warns of each that is not there.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](
         rope=True, rms_norm=True, swiglu=True, cross_entropy=False, fused_linear_cross_entropy=False, model=model.model
     )
