@@ -44,7 +44,8 @@ if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.searchr1-stamp" 2>/dev/null || 
   exit 0
 fi
 
-echo "install.sh: installing into $venv ($extra); this takes two to five minutes"
+if [ "$extra" = cpu ]; then takes="this takes two to five minutes"; else takes="5 GB are downloaded"; fi
+echo "install.sh: installing into $venv ($extra); $takes"
 start=$(date +%s)
 # The packages of one extra would pass for those of the other, or hide them.
 if [ -n "$recorded" ] && [ "${recorded%% *}" != "$extra" ]; then

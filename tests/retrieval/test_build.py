@@ -156,17 +156,21 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     train_tokenizer().save_pretrained(tmp_path / "encoder")
     code = "import resource, sys; from searchr1.cli import main; main(sys.argv[1:]); " \
            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"  # fmt: skip
+    # With env.sh's settings the allocator keeps what is freed, and how much of it fits again is luck.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     peaks = []
     for rows in (5 * PART_ROWS, 80_000):
         corpus = tmp_path / f"{rows}.jsonl"
         corpus.write_text("".join(f'{{"contents": "passage {row % 100}"}}\n' for row in range(rows)))
         words = command(corpus, tmp_path / f"index{rows}", str(tmp_path / "encoder"))
         done = subprocess.run(
-            [sys.executable, "-c", code, "build-index", *words], check=True, capture_output=True, text=True, timeout=250
-        )
+            [sys.executable, "-c", code, "build-index", *words], env=environment, check=True, capture_output=True, text=True,
+            timeout=250,
+        )  # fmt: skip
         peaks.append(int(done.stdout.split()[-1]) / 1024)
     assert (tmp_path / "index80000" / "e5_Flat.index").stat().st_size > 300 << 20
-    assert peaks[1] - peaks[0] < 60, peaks
+    # Less than half of the vectors; from run to run peaks differ by 60 MiB.
+    assert peaks[1] - peaks[0] < 150, peaks
 
 
 def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_path, monkeypatch):
