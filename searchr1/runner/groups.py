@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import signal
@@ -14,13 +13,12 @@ from typing import Any
 from searchr1.config.placement import describe_device, group_ranks, shares_gpus, visible_gpus
 from searchr1.config.schema import Config
 from searchr1.device import Device
-from searchr1.errors import UserError
+from searchr1.runner.ray_start import own_ray, worker_logs
 from searchr1.workers import channels
 from searchr1.workers.failure import WorkerError, unwrap
 
 POLL_SECONDS = 0.005
 START_TIMEOUT_S = 900.0
-SHOW_WORKER_LOGS = "SEARCHR1_WORKER_LOGS"
 
 
 class Call:
@@ -87,7 +85,7 @@ class Groups:
         # Ray's workers inherit the driver's environment; some of it must be there before they import torch.
         for name, value in device.driver_env().items():
             os.environ.setdefault(name, value)
-        with _own_ray(config.cluster.num_nodes):
+        with own_ray(config.cluster.num_nodes):
             self._cluster = Cluster(num_nodes=config.cluster.num_nodes)
         # RLinf answers a dying worker process by ending the driver with a signal; we want to save and explain first.
         signal.signal(signal.SIGUSR1, _worker_died)
@@ -186,43 +184,3 @@ def _worker_died(signum: int, frame: object) -> None:
     raise WorkerError(
         f"a worker process died (out of memory, or killed from outside); its last words are in {worker_logs()}"
     )
-
-
-def worker_logs() -> str:
-    """Where Ray keeps what workers print; `SEARCHR1_WORKER_LOGS=1` shows it on the console as well."""
-    import ray
-
-    try:
-        return str(ray._private.worker._global_node.get_logs_dir_path())
-    except AttributeError:
-        return "Ray's log folder (<tmp>/ray/session_latest/logs)"
-
-
-@contextmanager
-def _own_ray(num_nodes: int) -> Iterator[None]:
-    """A Ray of our own on a single node, and the user's (`ray start`, RAY_ADDRESS) for more.
-
-    RLinf joins whatever Ray it finds on the machine; two runs would then share one cluster and end together.
-    """
-    import ray
-
-    if num_nodes > 1 or os.environ.get("RAY_ADDRESS"):
-        yield
-        return
-    original = ray.init
-
-    @functools.wraps(original)
-    def init(**kwargs: Any) -> Any:
-        if kwargs.get("address") == "auto":
-            raise ConnectionError("a cluster of our own is wanted")
-        show = os.environ.get(SHOW_WORKER_LOGS) == "1"
-        kwargs["logging_level"] = logging.ERROR
-        return original(address="local", include_dashboard=False, log_to_driver=show, **kwargs)
-
-    ray.init = init
-    try:
-        yield
-    except ConnectionError as error:
-        raise UserError(f"cannot start Ray on this machine: {error}") from error
-    finally:
-        ray.init = original

@@ -37,7 +37,8 @@ def main() -> None:
 
     from searchr1.config.placement import visible_gpus
     from searchr1.runner.gpu_placement import without_gpus
-    from searchr1.runner.groups import Groups, _own_ray
+    from searchr1.runner.groups import Groups
+    from searchr1.runner.ray_start import own_ray
 
     config = Config()
     config.cluster.component_placement = {"actor": "0,2", "rollout": "0-1", "reward": "0"}
@@ -46,7 +47,7 @@ def main() -> None:
     groups = object.__new__(Groups)
     groups._config, groups._device = config, Device("cuda", slots=len(visible.split(",")) if visible else 8, cores=2)
     groups._gpus = visible_gpus(groups._device, os.environ)
-    with _own_ray(1):
+    with own_ray(1):
         groups._cluster = Cluster(num_nodes=1)
     with without_gpus(groups._cluster):
         channel = Channel.create("items")
