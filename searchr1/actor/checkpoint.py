@@ -227,12 +227,12 @@ def save_hf_files(model_path: str, folder: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)
-    AutoConfig.from_pretrained(model_path).save_pretrained(folder)
+    AutoConfig.from_pretrained(model_path, trust_remote_code=False).save_pretrained(folder)
     # A model without a generation configuration or a tokenizer of its own is fine here.
     with suppress(OSError, ValueError):
-        GenerationConfig.from_pretrained(model_path).save_pretrained(folder)
+        GenerationConfig.from_pretrained(model_path, trust_remote_code=False).save_pretrained(folder)
     with suppress(OSError, ValueError):
-        AutoTokenizer.from_pretrained(model_path).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(model_path, trust_remote_code=False).save_pretrained(folder)
 
 
 def _random_state() -> dict[str, Any]:

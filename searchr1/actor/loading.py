@@ -54,7 +54,8 @@ def build_model(
         return _load_whole(kind, path, "it has no safetensors files", decoder_only, settings), None
     check_model_folder(folder, decoder_only=decoder_only)
     with torch.device("meta"):
-        model = kind.from_config(AutoConfig.from_pretrained(folder), **settings)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model = kind.from_config(config, trust_remote_code=False, **settings)
     if renames_tensors(model):
         why = f"transformers renames or fuses the tensors of a {model.config.model_type} while it reads them"
         return _load_whole(kind, str(folder), why, decoder_only, settings), None

@@ -95,7 +95,8 @@ class Policy(ScoringModel, TrainedModel):
         actor = config.actor
         self._model_config: Any = None
         if actor.calculate_flops:
-            self._model_config = AutoConfig.from_pretrained(actor.model.path or config.rollout.model.model_path)
+            path = actor.model.path or config.rollout.model.model_path
+            self._model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
 
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None = None) -> Policy:

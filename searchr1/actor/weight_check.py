@@ -110,7 +110,7 @@ class ExpectedWeights:
 
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except (ValueError, KeyError) as error:
             raise UserError(f"config.json: no causal language model ({str(error).splitlines()[0]})") from error
         model.tie_weights()
@@ -217,7 +217,9 @@ def load_pretrained(kind: Any, path: str, *, decoder_only: bool = False, **setti
         UserError: no model there, or tensors are missing, unexpected or misshapen, by name.
     """
     try:
-        model, report = kind.from_pretrained(path, output_loading_info=True, ignore_mismatched_sizes=True, **settings)
+        model, report = kind.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
+        )
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise UserError(f"cannot load a model from {path}: {error}") from error
     allowed = (OUTPUT_LAYER, *HEADS) if decoder_only else ()
@@ -246,7 +248,7 @@ def _config(folder: Path) -> Any:
             )
         raise UserError(f"{folder}: has no config.json; give a model folder")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
 

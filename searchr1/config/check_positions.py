@@ -46,7 +46,7 @@ def model_positions(path: str) -> int | None:
     if not path or (folder.is_dir() and not (folder / "config.json").is_file()):
         return None
     try:
-        return positions_of(AutoConfig.from_pretrained(path, local_files_only=True).to_dict())
+        return positions_of(AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False).to_dict())
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not downloaded yet, or what loading it reports
 

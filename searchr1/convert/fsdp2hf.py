@@ -134,7 +134,8 @@ def expected_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
 
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_folder))
+            config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model_folder}: no usable config.json ({str(error).splitlines()[0]})") from error
     model.tie_weights()

@@ -120,6 +120,6 @@ def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_
         config = LoraConfig(**settings, task_type="CAUSAL_LM", base_model_name_or_path=base, inference_mode=True)
         config.save_pretrained(str(target))
         if (tokenizer / "tokenizer_config.json").is_file():
-            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(target)
+            AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(target)
         settings_line = carry_settings(folder.folder, target)
     return [f"{len(specs)} adapter matrices of rank {record.rank} for {base} -> {output}", settings_line]

@@ -73,7 +73,7 @@ def compare_logits(source: MegatronSource, config: Path, folder: Path, dtype: to
     ids_T = (torch.arange(PROBE_TOKENS) * 7919 + 1) % arch.vocab
     with torch.inference_mode():
         expected = megatron_logits(source, arch, rotary_frequencies(settings), ids_T, dtype)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
         if dtype is not None:
             for parameter in model.parameters():
                 parameter.copy_(parameter.to(dtype))

@@ -160,7 +160,7 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_path {path}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
@@ -175,7 +175,7 @@ def fit_to_model(config: Config, may_cut: bool) -> None:
 
     path = config.rollout.model.model_path
     try:
-        positions = positions_of(AutoConfig.from_pretrained(path).to_dict())
+        positions = positions_of(AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict())
     except (OSError, ValueError) as error:
         raise UserError(f"--model_path {path}: is no model ({first_line(error)})") from error
     runner, data = config.runner, config.data

@@ -113,7 +113,9 @@ class Encoder:
 
         if not Path(self.path, "modules.json").is_file():
             raise UserError(f"--retriever_model {self.path}: no folder of sentence-transformers (modules.json is missing)")
-        self._model: Any = SentenceTransformer(self.path, device=self._device, model_kwargs={"dtype": dtype})
+        self._model: Any = SentenceTransformer(
+            self.path, device=self._device, trust_remote_code=False, model_kwargs={"dtype": dtype}
+        )
         self.max_length = int(min(self._model.max_seq_length or self.max_length, self.max_length))
         self._model.max_seq_length = self.max_length
         self.dimension = int(self._model.get_embedding_dimension())
@@ -126,9 +128,10 @@ class Encoder:
                 f"--retriever_model {self.path}: ends in a layer ({dense[0].name}) that --retriever_name {self.name} would "
                 "leave out; use --retriever_name sentence-transformers"
             )
-        config: Any = transformers.AutoConfig.from_pretrained(self.path)
-        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.path)
-        model, loaded = self._kind(config, family).from_pretrained(self.path, dtype=dtype, output_loading_info=True)
+        config: Any = transformers.AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        kind = self._kind(config, family)
+        model, loaded = kind.from_pretrained(self.path, dtype=dtype, output_loading_info=True, trust_remote_code=False)
         missing = [key for key in sorted(loaded["missing_keys"]) if "pooler" not in key or family.pooling == "pooler"]
         if missing:
             raise UserError(f"--retriever_model {self.path}: has no weights for {missing[0]} and {len(missing) - 1} more")

@@ -72,8 +72,8 @@ class CrossEncoder:
         torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[check_device(device, dtype)]
         kind: Any = transformers.AutoModelForSequenceClassification
         try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path)
-            model, loaded = kind.from_pretrained(path, dtype=torch_dtype, output_loading_info=True)
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model, loaded = kind.from_pretrained(path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--reranker_model {path}: cannot load a cross-encoder: {error}") from error
         if loaded["missing_keys"]:

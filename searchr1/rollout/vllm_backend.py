@@ -295,6 +295,7 @@ def engine_arguments(model_path: str, device: Device, settings: EngineSettings) 
     """vLLM's `EngineArgs` for these settings on this device."""
     arguments: dict[str, Any] = {
         "model": model_path,
+        "trust_remote_code": False,
         "dtype": settings.dtype,
         "seed": settings.seed,
         "max_model_len": settings.max_model_len,

@@ -35,7 +35,7 @@ def load_tokenizer(config: Config) -> Any:
 
     path = config.rollout.model.model_path
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"rollout.model.model_path: no tokenizer in {path}: {error}") from error
 

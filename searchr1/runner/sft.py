@@ -60,13 +60,13 @@ def train(args: argparse.Namespace) -> list[float]:
             check_model_folder(args.model)
         except UserError as error:
             raise UserError(f"--model {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=False)
     rows, too_long = load_rows(args.data, tokenizer, longest_row(args))
     tokens = sum(map(sequence_length, rows))
     steps = args.max_steps or max(1, round(args.epochs * tokens / args.tokens_per_batch))
     with _start_folder(args, lead) as folder:
         backend = Policy.start(run_config(args, folder, dist.get_world_size()), device, steps).backend
-        hf_config = AutoConfig.from_pretrained(folder)
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if lead:
         left_out = f" ({too_long} longer ones left out)" if too_long else ""
         print(f"{len(rows)} rows, {tokens} tokens{left_out}; {steps} steps of {args.tokens_per_batch} tokens", flush=True)
@@ -185,7 +185,8 @@ def _start_folder(args: argparse.Namespace, lead: bool) -> Iterator[str]:
     try:
         if lead:
             torch.manual_seed(args.seed)
-            fresh: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.fresh), dtype=torch.float32)
+            config = AutoConfig.from_pretrained(args.fresh, trust_remote_code=False)
+            fresh: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             fresh.save_pretrained(folder)
         dist.barrier()
         yield str(folder)

@@ -81,7 +81,7 @@ def load_token_text(model_path: str) -> TokenText | None:
     from transformers import AutoTokenizer
 
     try:
-        found = TokenText.of_tokenizer(AutoTokenizer.from_pretrained(model_path))
+        found = TokenText.of_tokenizer(AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
         reason = "an unknown kind of tokenizer"
     except (OSError, ValueError) as error:
         found, reason = None, str(error).split("\n")[0]

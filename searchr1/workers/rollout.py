@@ -58,7 +58,7 @@ class RolloutWorker(Worker):
         from searchr1.rollout.settings import EngineSettings
 
         config = self._config
-        self._tokenizer = AutoTokenizer.from_pretrained(config.rollout.model.model_path)
+        self._tokenizer = AutoTokenizer.from_pretrained(config.rollout.model.model_path, trust_remote_code=False)
         self._settings: dict[Mode, AgentSettings] = {
             "train": AgentSettings.from_config(config, "train"),
             "eval": AgentSettings.from_config(config, "eval"),

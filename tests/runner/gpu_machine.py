@@ -425,7 +425,7 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     monkeypatch.setattr(rollout_module, "run_group", answer)
     monkeypatch.setattr(rollout_module, "build_tools", lambda *_: {})
     monkeypatch.setattr(scorer_module, "Scorer", Scorer)
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path: SimpleNamespace())
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path, **_: SimpleNamespace())
     monkeypatch.setattr(run_log, "load_token_text", lambda path: None)
     questions = [Sample(f"s/{i}", i, [1, 2, 3], f"Q{i}", ["a"]) for i in range(16)]
     monkeypatch.setattr(train_module, "load_data", lambda config: SimpleNamespace(train=questions, val=questions[:8]))

@@ -127,7 +127,7 @@ def read_architecture(folder: str | Path) -> tuple[Architecture, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
     return Architecture.of(config), config

@@ -162,7 +162,7 @@ def _tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(model)
+        found = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"--chat-template {model}: no tokenizer there ({str(error).partition(chr(10))[0]})") from error
     if not getattr(found, "chat_template", None):
