@@ -360,7 +360,9 @@ def main() -> None:
             for row in rows
         ]
         settings = {name: str(value) for name, value in vars(arguments).items()}
-        arguments.out.write_text(json.dumps({"device": DEVICE.kind, "settings": settings, "rows": results}, indent=2))
+        arguments.out.write_text(
+            json.dumps({"device": DEVICE.kind, "settings": settings, "rows": results}, indent=2), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -174,7 +174,8 @@ def main() -> None:
             )
     if args.out:
         args.out.write_text(
-            json.dumps({"rows": args.rows, "dimension": args.dimension, "results": results}, indent=2) + "\n"
+            json.dumps({"rows": args.rows, "dimension": args.dimension, "results": results}, indent=2) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -49,7 +49,7 @@ def write_world(folder: Path, rows: int) -> tuple[Corpus, list[str]]:
     rng = np.random.default_rng(0)
     sources = set(rng.choice(rows, min(QUERIES, rows), replace=False).tolist())
     queries = []
-    with (folder / "corpus.jsonl").open("w") as file:
+    with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
         for row, text in enumerate(texts(rng, rows)):
             file.write(json.dumps({"id": str(row), "contents": text}) + "\n")
             if row in sources:
@@ -129,7 +129,9 @@ def main() -> None:
             print(f"{label:24}" + "".join(f"{number:12,.0f}" for number in numbers[label]), flush=True)
     if args.out:
         settings = {"rows": args.rows, "topk": args.topk, "threads": args.threads, "batches": BATCHES}
-        args.out.write_text(json.dumps({**settings, "build_per_second": built, "queries_per_second": numbers}, indent=2))
+        args.out.write_text(
+            json.dumps({**settings, "build_per_second": built, "queries_per_second": numbers}, indent=2), encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def main() -> None:
         result = measure(Path(folder), args.shape, args.repeats, args.verify)
     print(table(result))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

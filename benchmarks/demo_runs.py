@@ -41,7 +41,7 @@ class Run:
         path = self.result_path(folder)
         if not path.exists():
             return None
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         same = found["budget"] == list(self.budget) and found["overrides"] == list(self.overrides)
         return found if same else None
 
@@ -50,7 +50,7 @@ class Run:
         path = self.result_path(folder)
         partial = path.with_suffix(".partial")
         settings = {"budget": list(self.budget), "overrides": list(self.overrides)}
-        partial.write_text(json.dumps(found | settings, indent=1) + "\n")
+        partial.write_text(json.dumps(found | settings, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
 
     def result_path(self, folder: Path) -> Path:
@@ -81,13 +81,15 @@ class Surroundings:
         words += [f"runner.experiment_name=runs/{run.name}", "runner.overwrite=True"]
         words += [f"data.val_data_paths=[{self.folder / 'held-out.jsonl'}]"]
         log = path / "train.log"
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             try:
                 code = subprocess.call(words, stdout=output, stderr=output, env=os.environ | environment, timeout=timeout_s)
             except subprocess.TimeoutExpired as error:
                 raise RuntimeError(f"{run.name} took longer than {timeout_s:.0f} s and was ended; see {log}") from error
         if code:
-            raise RuntimeError(f"{run.name} ended with exit code {code}; {log} ends with: {log.read_text()[-1500:]}")
+            raise RuntimeError(
+                f"{run.name} ended with exit code {code}; {log} ends with: {log.read_text(encoding='utf-8')[-1500:]}"
+            )
         return path
 
 

@@ -151,7 +151,7 @@ def main() -> None:
     median = statistics.median(row["ratio"] for row in found)
     print(f"median ratio {median:.2f} over {len(found)} rounds")
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"median_ratio": median, "rounds": found}, indent=2) + "\n")
+        arguments.out.write_text(json.dumps({"median_ratio": median, "rounds": found}, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Load:
 
 def vocabulary() -> list[str]:
     """About 20,000 English words, the frequent ones first."""
-    lines = (MODEL / "vocab.txt").read_text().split()
+    lines = (MODEL / "vocab.txt").read_text(encoding="utf-8").split()
     return [word for word in lines if word.isascii() and word.isalpha() and len(word) > 1]
 
 
@@ -70,7 +70,7 @@ def words(rng: np.random.Generator, count: int) -> list[str]:
 def write_corpus(path: Path, passages: int) -> None:
     """The passages."""
     rng = np.random.default_rng(0)
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for row in range(passages):
             text = " ".join(words(rng, PASSAGE_WORDS))
             file.write(json.dumps({"id": str(row), "contents": f'"Title {row}"\n{text}'}) + "\n")
@@ -288,7 +288,7 @@ def main() -> None:
     if "bm25" in results:
         print(f"bm25   searchr1/bm25s' own batch search = {results['bm25']['searchr1/bm25s']:.2f}")
     if args.out:
-        args.out.write_text(json.dumps(results, indent=2) + "\n")
+        args.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -216,7 +216,7 @@ def measure(args: argparse.Namespace) -> None:
         "mfu_6nt": dense_flops(config, lengths) / median / peak if peak else None,
         "peak_gib": peak_bytes / 2**30,
     }  # fmt: skip
-    Path(args.result).write_text(json.dumps(row))
+    Path(args.result).write_text(json.dumps(row), encoding="utf-8")
     if args.profile:
         part = one_micro_batch(trajectories, args.max_tokens)
         print(f"profile of {args.shape} on {args.backend}, {sum(map(length, part))} tokens", flush=True)
@@ -276,10 +276,10 @@ def main() -> None:
                     print(f"{shape} on {backend} failed (exit code {done.returncode})", flush=True)
                     failed += 1
                     continue
-                rows.append(json.loads(result.read_text()))
+                rows.append(json.loads(result.read_text(encoding="utf-8")))
                 print(as_line(rows[-1], rows), flush=True)
                 if args.json:
-                    Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+                    Path(args.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     sys.exit(bool(failed))
 
 

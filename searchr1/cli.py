@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import sys
 
 from searchr1 import __version__
 from searchr1.errors import UserError
+from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, open_streams, output_is_broken
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("searchr1.runner.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
@@ -30,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 RETRIEVAL = {"retrieval-server", "rerank-server", "build-index"}
 """Commands that need the `retrieval` extra only."""
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a full disk, a used-up quota and a limit on the size of files."""
 
 
 def usage() -> str:
@@ -50,7 +55,30 @@ def usage() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one sub-command. Returns its exit code; 2 for a user's mistake, told without a traceback."""
+    open_streams(for_children=argv is None)
     args = sys.argv[1:] if argv is None else argv
+    try:
+        try:
+            code = _main(args)
+        except SystemExit:  # argparse's, after a help text or a wrong flag
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()  # a failure is seen here, not as the interpreter ends
+    except BrokenPipeError:
+        if not output_is_broken():
+            raise
+        drop_output()
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        _report(f"searchr1 {args[0]}: {error.filename or 'the output'}: {error.strerror}; make room and start again")
+        drop_output()
+        return 2
+    return code
+
+
+def _main(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -59,22 +87,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     command, *rest = args
     if command not in COMMANDS:
-        print(f"searchr1: no command {command!r}\n\n{usage()}", file=sys.stderr)
+        _report(f"searchr1: no command {command!r}\n\n{usage()}")
         return 2
     try:
         return int(importlib.import_module(COMMANDS[command][0]).main(rest))
     except UserError as error:
-        print(f"searchr1 {command}: {error}", file=sys.stderr)
+        _report(f"searchr1 {command}: {error}")
         return 2
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "searchr1":
             raise
         extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
-        print(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'", file=sys.stderr)
+        _report(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'")
         return 2
     except KeyboardInterrupt:
-        print(f"searchr1 {command}: stopped", file=sys.stderr)
+        _report(f"searchr1 {command}: stopped")
         return 130
+
+
+def _report(text: str) -> None:
+    with contextlib.suppress(OSError):  # the exit code says it too
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

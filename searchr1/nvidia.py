@@ -86,7 +86,7 @@ def device_files(folder: Path = Path("/dev")) -> tuple[str, ...]:
 def kernel_driver(folder: Path = Path("/proc/driver/nvidia")) -> tuple[int, str | None]:
     """GPUs and version of the kernel's driver. A container sees them even where none of the GPUs is given to it."""
     try:
-        version = _version((folder / "version").read_text())
+        version = _version((folder / "version").read_text(encoding="utf-8"))
     except OSError:
         version = None
     return len(list(folder.glob("gpus/*"))), version
@@ -112,7 +112,7 @@ def cpu_choice(environment: Mapping[str, str] = os.environ, prefix: str = sys.pr
     if visible is not None and visible.strip().lower() in HIDDEN:
         return f"CUDA_VISIBLE_DEVICES={visible!r}"
     try:
-        recorded = (Path(prefix) / RECORD).read_text().split()
+        recorded = (Path(prefix) / RECORD).read_text(encoding="utf-8").split()
     except OSError:
         return None
     return f"{prefix} was installed with {USE_CPU}" if recorded == ["cpu", "chosen"] else None

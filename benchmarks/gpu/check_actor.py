@@ -142,7 +142,7 @@ def main() -> None:
         for name, (process, result, log) in running.items():
             process.wait()
             if process.returncode:
-                print(f"FAIL {args.backend} {name}: did not run\n{log.read_text()[-2500:]}")
+                print(f"FAIL {args.backend} {name}: did not run\n{log.read_text(encoding='utf-8')[-2500:]}")
                 failed.append(name)
                 continue
             found[name] = torch.load(result, weights_only=False)  # written by our own process

@@ -104,7 +104,7 @@ def verify_checkpoint(folder: Path) -> None:
         UserError: a file is missing or truncated; names it, and the next older checkpoint.
     """
     try:
-        sizes: dict[str, int] = json.loads((folder / SIZES).read_text())
+        sizes: dict[str, int] = json.loads((folder / SIZES).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is no complete checkpoint: {SIZES} is missing or unreadable ({error})") from error
     for name, size in sizes.items():
@@ -260,7 +260,7 @@ def _restore_random_state(state: dict[str, Any]) -> None:
 def _write_sizes(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n")
+    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

@@ -184,14 +184,14 @@ class LoraRecord:
         if not path.exists():
             return None
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
 
     def write(self, folder: Path) -> None:
         """Beside the adapters."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n")
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @property
     def scale(self) -> float:

@@ -307,7 +307,7 @@ def _check_index(folder: Path, places: dict[str, str]) -> None:
 def _check_tokenizer(folder: Path, vocab_size: int) -> None:
     """Tokens beyond the embedding; ordinary ones would stop the first prompt that has one, added ones may never be used."""
     try:
-        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = tokenizer["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = [int(item["id"]) for item in tokenizer.get("added_tokens") or ()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 import types
 import typing
@@ -14,6 +15,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from searchr1.config.overrides import Override, quoted, read_override
 from searchr1.config.rlinf import Note, is_rlinf, translate
 from searchr1.config.rlinf_keys import KEYS, READ
 from searchr1.config.schema import ALIASES, RETIRED, Config
@@ -62,21 +64,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         ConfigError: unknown keys, wrong types, unresolvable values.
         UserError: no such file, or not YAML.
     """
-    tree = _compose(Path(path), overrides)
+    read = [read_override(override) for override in overrides]
+    tree = _compose(Path(path), read)
     problems: list[Problem] = []
     values = _resolve(tree, problems)
-    named = [override.partition("=")[0].lstrip("+~") for override in overrides]
-    notes: list[Note] = []
+    named = [override.key for override in read]
+    notes = [Note("ignored", key, "is a setting of Hydra's launcher") for key in named if key.startswith("hydra.")]
     known = list(known_keys())
     if is_rlinf(values, named):
         known += [*KEYS, *READ]
-        notes, rejected = translate(values, named)
+        translated, rejected = translate(values, named)
+        notes += translated
         problems += [Problem(key, message) for key, message in rejected]
     _rename_aliases(values, problems)
     notes += _drop_retired(values)
     config = _build(Config, values, "", problems, known)
     if problems:
-        raise ConfigError(str(path), problems)
+        written = {override.key: override.text for override in read}
+        raise ConfigError(str(path), [_with_advice(problem, written) for problem in problems])
     config.given = frozenset(leaves(values))
     config.notes = [str(note) for note in sorted(notes)]
     return config
@@ -110,7 +115,7 @@ def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the whole tree, defaults included; `load_config` reads it back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))), encoding="utf-8")
 
 
 def given_keys(config: Config) -> set[str]:
@@ -118,7 +123,19 @@ def given_keys(config: Config) -> set[str]:
     return set(config.given)
 
 
-def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
+def _with_advice(problem: Problem, written: dict[str, str]) -> Problem:
+    """How to write a value on the command line that was read as something else."""
+    text = written.get(problem.key)
+    if text is None:
+        return problem
+    if "interpolation" in problem.message.lower() or problem.message.startswith("expects text"):
+        return Problem(problem.key, f"{problem.message}; a text as it stands is written {quoted(problem.key, text)}")
+    if problem.message.startswith("expects a list") and text.strip()[:1] != "[":
+        return Problem(problem.key, f"{problem.message}; a list is written {shlex.quote(f'{problem.key}=[{text}]')}")
+    return problem
+
+
+def _compose(path: Path, overrides: Sequence[Override]) -> DictConfig:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -129,19 +146,25 @@ def _compose(path: Path, overrides: Sequence[str]) -> DictConfig:
         raise UserError(f"{path}: a configuration's name ends in .yaml")
     for name, function in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override}: overrides look like key=value")
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
-            # `++` sets keys that the file leaves out as well; a misspelt one is found below, with the nearest name.
-            forced = [o if o.startswith(("+", "~")) else "++" + o for o in overrides]
-            return compose(path.stem, overrides=forced)
+            return compose(path.stem, overrides=[override.hydra for override in overrides])
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(_refused(path, overrides, str(error))) from error
     except Exception as error:  # the YAML parser's own errors have no common base outside the parser
         raise UserError(f"{path}: not readable as YAML: {error}") from error
+
+
+def _refused(path: Path, overrides: Sequence[Override], message: str) -> str:
+    """What Hydra refused, in our words where an override is the cause."""
+    for override in overrides:
+        if repr(override.key) in message and message.startswith("Could not append"):
+            return f"{override.key}: {path} sets it already; leave the + out"
+        named = repr(override.key) in message or f"'{override.key}=" in message
+        if named and message.startswith("Could not delete"):
+            return f"{override.key}: cannot be removed from {path} ({message.partition('. ')[2].strip()}); leave it out"
+    return f"{path}: {message}"
 
 
 def _resolve(tree: DictConfig, problems: list[Problem]) -> dict[str, Any]:

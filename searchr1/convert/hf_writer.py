@@ -91,7 +91,7 @@ def _file_name(number: int, count: int) -> str:
 
 def _write_index(folder: Path, weight_map: dict[str, str], specs: Sequence[TensorSpec]) -> None:
     index = {"metadata": {"total_size": sum(spec.nbytes for spec in specs)}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_hf_files(source: Path, output: Path, dtype: torch.dtype | None) -> None:
@@ -105,12 +105,12 @@ def copy_hf_files(source: Path, output: Path, dtype: torch.dtype | None) -> None
             shutil.copyfile(path, output / path.name)
     if dtype is not None:
         try:
-            config: dict[str, Any] = json.loads((source / "config.json").read_text())
+            config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{source / 'config.json'} is damaged: {error}") from error
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
-        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def config_folder(given: Path | None, checkpoint: Path) -> Path:

@@ -106,7 +106,7 @@ def _here(folder: Path, given: Path) -> Located | None:
 
 
 def _latest(folder: Path) -> Path:
-    text = (folder / LATEST).read_text(errors="replace").strip()
+    text = (folder / LATEST).read_text(errors="replace", encoding="utf-8").strip()
     names = ["release"] if text == "release" else []
     if text.isdecimal() and len(text) < 12:
         names = [f"iter_{int(text):07d}", f"global_step_{int(text)}"]

@@ -105,7 +105,7 @@ class TorchDistWriter:
         )
         (self._folder / METADATA).write_bytes(pickle.dumps(metadata))
         torch.save(_COMMON, self._folder / "common.pt")
-        (self._folder / "metadata.json").write_text(json.dumps(_MEGATRON))
+        (self._folder / "metadata.json").write_text(json.dumps(_MEGATRON), encoding="utf-8")
 
     def close(self) -> None:
         """Finish the current file."""

@@ -147,8 +147,8 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
 
 def page() -> tuple[bytes, str]:
     """The page with its style and script in it, and the policy that lets these two run and nothing else."""
-    style, script = (ROOM / "chat.css").read_text(), (ROOM / "chat.js").read_text()
-    html = (ROOM / "chat.html").read_text().replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
+    style, script = (ROOM / "chat.css").read_text(encoding="utf-8"), (ROOM / "chat.js").read_text(encoding="utf-8")
+    html = (ROOM / "chat.html").read_text(encoding="utf-8").replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
     policy = (
         f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

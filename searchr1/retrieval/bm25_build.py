@@ -221,7 +221,7 @@ def write_lists(counted: Counted, folder: Path) -> None:
         "k1": K1, "b": B, "delta": 0.5, "method": "lucene", "idf_method": "lucene", "dtype": "float32", "int_dtype": "int32",
         "num_docs": rows, "backend": "numpy", "version": bm25s_version(),
     }  # fmt: skip
-    (folder / PARAMETERS_FILE).write_text(json.dumps(parameters, indent=2))
+    (folder / PARAMETERS_FILE).write_text(json.dumps(parameters, indent=2), encoding="utf-8")
 
 
 def reserve(path: Path, dtype: type[np.generic], size: int) -> np.memmap[Any, Any]:

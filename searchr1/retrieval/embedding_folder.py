@@ -66,7 +66,7 @@ class EmbeddingFolder:
             UserError: the folder holds something else, parts of another plan, or the disk is too small.
         """
         if self.started():
-            self._check_same(json.loads(self._known.read_text()))
+            self._check_same(json.loads(self._known.read_text(encoding="utf-8")))
             if self.vectors.is_file() and self.vectors.stat().st_size == self.bytes:
                 return
         elif self._folder.exists() and {file.name for file in self._folder.iterdir()} - {"plan.partial"}:
@@ -82,7 +82,7 @@ class EmbeddingFolder:
         with self.vectors.open("wb") as file:
             file.truncate(self.bytes)
         partial = self._known.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self.plan), indent=2) + "\n")
+        partial.write_text(json.dumps(asdict(self.plan), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self._known)
 
     def _check_same(self, before: dict[str, Any]) -> None:
@@ -148,7 +148,7 @@ class EmbeddingFolder:
     def discard(self) -> None:
         """Remove what an unfinished build left: its vector file, marks and plan."""
         if self.started():
-            before = json.loads(self._known.read_text())
+            before = json.loads(self._known.read_text(encoding="utf-8"))
             (self.vectors.parent / Path(before["file"]).name).unlink(missing_ok=True)
             self.remove()
 

@@ -59,7 +59,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it last: an index folder without a manifest is unfinished."""
     values = {key: value for key, value in asdict(manifest).items() if value is not None}
     partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
 
 
@@ -74,7 +74,7 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
         print(f"{folder}: has no {MANIFEST}; only the number of its vectors can be compared with the corpus", flush=True)
         return None
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         version = values.get("version", 1)
         if version != VERSION:
             raise UserError(
@@ -121,7 +121,7 @@ def remove_files(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         names = [values[key] for key in ("file", "vectors", "embedding") if key in values]
     except (ValueError, TypeError):
         names = []  # damaged: nothing is known to be ours

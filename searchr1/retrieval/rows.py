@@ -240,13 +240,13 @@ def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator
 
 
 def _read_summary(table: Path) -> Summary:
-    values = json.loads((table / "summary.json").read_text())
+    values = json.loads((table / "summary.json").read_text(encoding="utf-8"))
     return Summary(**values | {"stamp": Stamp(**values["stamp"])})
 
 
 def _write_summary(table: Path, summary: Summary) -> None:
     partial = table / f"summary.{os.getpid()}.partial"
-    partial.write_text(json.dumps(asdict(summary), ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(asdict(summary), ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, table / "summary.json")
 
 

@@ -67,5 +67,5 @@ def write_address(place: str | Path, address: str) -> None:
         path = path / f"Host{host}_IP{port}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f"{path.name}.partial")
-    partial_path.write_text(address)
+    partial_path.write_text(address, encoding="utf-8")
     os.replace(partial_path, path)

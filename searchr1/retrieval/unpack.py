@@ -101,7 +101,7 @@ def note_of(output: Path) -> Path:
 def read_note(output: Path) -> tuple[Stamp, Stamp] | None:
     """Return the stamps of the packed file and of the unpacked one, None where there is no note."""
     try:
-        note = json.loads(note_of(output).read_text())
+        note = json.loads(note_of(output).read_text(encoding="utf-8"))
         return (Stamp(**note["source"]), Stamp(**note["unpacked"])) if note["format"] == NOTE_FORMAT else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -115,7 +115,9 @@ def write_note(output: Path, source: Stamp, unpacked: Stamp) -> None:
     """
     partial = note_of(output).with_name(f"{note_of(output).name}.{os.getpid()}.partial")
     try:
-        partial.write_text(json.dumps({"format": NOTE_FORMAT, "source": asdict(source), "unpacked": asdict(unpacked)}))
+        partial.write_text(
+            json.dumps({"format": NOTE_FORMAT, "source": asdict(source), "unpacked": asdict(unpacked)}), encoding="utf-8"
+        )
         os.replace(partial, note_of(output))
     finally:
         partial.unlink(missing_ok=True)

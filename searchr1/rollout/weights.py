@@ -339,7 +339,7 @@ def publish_adapter(
         path, partial = folder.path / ADAPTER_WEIGHTS, folder.path / "adapter.partial"
         save_file(tensors, str(partial))
         partial.rename(path)
-        (folder.path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}))
+        (folder.path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}), encoding="utf-8")
     return WeightManifest(version, str(folder.path), str(path), (), path.stat().st_size, adapter=True)
 
 

@@ -58,16 +58,17 @@ def retrieval_server(world: Path, log: Path) -> Iterator[str]:
     words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(world / "corpus.jsonl")]
     words += ["--pages_path", str(world / "pages.jsonl"), "--port", "0", "--save-address-to", str(address_file)]
     print(f"\n$ searchr1 {shlex.join(words)} &", flush=True)
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         server = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *words], stdout=output, stderr=output)
     try:
         deadline = time.monotonic() + SERVER_TIMEOUT_S
         while not address_file.exists():
             if server.poll() is not None or time.monotonic() > deadline:
-                raise UserError(f"the retrieval server did not start; its last words: {log.read_text()[-500:]}")
+                said = log.read_text(encoding="utf-8", errors="replace")[-500:]
+                raise UserError(f"the retrieval server did not start; its last words: {said}")
             time.sleep(0.05)
-        print(log.read_text().strip(), flush=True)
-        yield address_file.read_text()
+        print(log.read_text(encoding="utf-8", errors="replace").strip(), flush=True)
+        yield address_file.read_text(encoding="utf-8")
     finally:
         server.terminate()
         try:
@@ -79,7 +80,7 @@ def retrieval_server(world: Path, log: Path) -> Iterator[str]:
 def summary(folder: Path) -> str:
     """What came of it, for people."""
     rows = [row for row in read_metrics(folder / "train/metrics.jsonl") if "val/exact_match" in row]
-    exported = json.loads((folder / "eval/eval.json").read_text())
+    exported = json.loads((folder / "eval/eval.json").read_text(encoding="utf-8"))
     columns = [("before training", rows[0]), (f"after {rows[-1]['step']} steps", rows[-1]), ("converted model", exported)]
     lines = ["held-out questions" + "".join(f"{name:>20}" for name, _ in columns)]
     for label, key in [("exact match", "val/exact_match"), *((f"  {h}", f"val/{h}/exact_match") for h in HOPS)]:
@@ -139,7 +140,7 @@ def run(args: argparse.Namespace, train_config: Path, eval_config: Path) -> None
     print(f"\n{summary(out)}\n")
     if args.checks:
         for label, path in (("search off", "eval-search-off"), (f"world {NEW_WORLD_SEED}", "new-world/eval")):
-            metrics = json.loads((out / path / "eval.json").read_text())
+            metrics = json.loads((out / path / "eval.json").read_text(encoding="utf-8"))
             print(f"exact match, {label}: {metrics['val/exact_match']:.3f}")
     print(f"model   {model}\ntable   {out / 'eval/eval.json'}\npage    {out / 'train/report.html'}")
     print(f"everything took {(time.perf_counter() - started) / 60:.1f} minutes")

@@ -215,7 +215,7 @@ class RunFolder:
         trained = [("actor", groups.actor), *([("critic", groups.critic)] if groups.critic is not None else [])]
         with new_checkpoint(self.path / "checkpoints", step) as folder:
             state = {"step": step, "loader": loader.state_dict()}
-            (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n")
+            (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for name, group in trained:
                 group.call("save", folder / name, self.config.runner.async_save).wait(SAVE_TIMEOUT_S)
             self.model_settings.write(folder / "actor" / HF_FOLDER)

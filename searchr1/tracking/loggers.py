@@ -89,14 +89,14 @@ class ModuleLogger:
         self._module = module
         self._id_file = folder / f"{module.__name__}_id"
         goes_on = first_step and self._id_file.is_file()
-        self._id = self._id_file.read_text() if goes_on else hashlib.sha256(os.urandom(16)).hexdigest()[:16]
+        self._id = self._id_file.read_text(encoding="utf-8") if goes_on else hashlib.sha256(os.urandom(16)).hexdigest()[:16]
         self._id_is_written = False
         module.init(project=project, name=name, config=config, id=self._id, resume="allow")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Send a step."""
         if not self._id_is_written:
-            self._id_file.write_text(self._id)
+            self._id_file.write_text(self._id, encoding="utf-8")
             self._id_is_written = True
         self._module.log(metrics, step=step)
 

@@ -356,7 +356,7 @@ class Ranks:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        self.logs = [tempfile.TemporaryFile("w+") for _ in range(world)]  # noqa: SIM115
+        self.logs = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(world)]  # noqa: SIM115
         self.processes = [
             subprocess.Popen(
                 [sys.executable, __file__, str(rank), str(world), str(port)],

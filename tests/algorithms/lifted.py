@@ -23,7 +23,7 @@ import torch
 
 @functools.cache
 def _functions(file: Path) -> dict[str, ast.FunctionDef]:
-    tree = ast.parse(file.read_text())
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     return {node.name: _Bare().visit(node) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 

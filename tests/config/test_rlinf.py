@@ -83,7 +83,7 @@ def written(values: dict[str, Any], folder: Path) -> Path:
 
 def edit(path: Path, overrides: list[str]) -> list[str]:
     """Only the paths that stand in the file, edited."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     return [word for word in overrides if word.partition("=")[0].rpartition(".")[2].replace("model_path", "model_") in text
             or word.startswith("cluster.")]  # fmt: skip
 

@@ -25,7 +25,7 @@ FLASHRAG = {"id": "test_3", "question": "Who?", "golden_answers": ["Ann"]}
 
 
 def write_jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
     return path
 
 

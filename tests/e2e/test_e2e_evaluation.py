@@ -44,7 +44,7 @@ def wait_for_rows(path: Path, count: int, process: subprocess.Popen[str]) -> Non
 
 
 def answers(path: Path) -> dict[tuple[int, int], object]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     found = {
         (row["number"], row["replica"]): (
             row["stop"],

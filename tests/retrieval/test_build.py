@@ -70,7 +70,7 @@ def stopped(words, folder, by):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.005)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
         if by == signal.SIGINT:  # as Ctrl-C: to the whole group
             os.killpg(process.pid, by)
         else:
@@ -85,7 +85,7 @@ def stopped(words, folder, by):
 def ended(process):
     """Whether a process is gone, or only waits for somebody to ask how it ended."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
 

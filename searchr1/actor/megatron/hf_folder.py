@@ -258,7 +258,7 @@ def read_index(path: Path) -> dict[str, str]:
         UserError: it is damaged, or names a file outside of the folder.
     """
     try:
-        found: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         outside = [name for name in found.values() if Path(name).name != name]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error!r}); get it again") from error

@@ -103,5 +103,5 @@ def write_world(seed: int, out: Path) -> dict[str, Any]:
         table = pa.Table.from_pylist([parquet_row(q, i, split) for i, q in enumerate(questions)])
         pq.write_table(table, out / f"{split}.parquet")
         counts[split] = {name: sum(q.hops == hops for q in questions) for hops, name in HOP_NAMES.items()}
-    (out / "world.json").write_text(json.dumps(counts, indent=2) + "\n")
+    (out / "world.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
     return counts
