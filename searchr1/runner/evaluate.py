@@ -33,7 +33,7 @@ from searchr1.runner.eval_tasks import (
     with_judge,
 )
 from searchr1.runner.groups import Groups, launch
-from searchr1.runner.passages import require_server
+from searchr1.runner.passages import require_server, watch_servers
 from searchr1.runner.stream import Streamed, stream
 from searchr1.tracking.eval_progress import EvalProgress
 from searchr1.tracking.loggers import file_loggers, hosted_loggers, require_backends
@@ -120,7 +120,7 @@ def answer_pending(config: Config, device: Device, every: list[Task], questions:
     pending = {
         task.method.name: add_passages(config, task, questions) if task.method.retrieves else task.pending for task in tasks
     }
-    with launch(config, device) as groups:
+    with launch(config, device) as groups, watch_servers(config, any(task.method.searches for task in tasks)):
         begin(config, folder, every)
         for task in tasks:
             answer(groups, task, pending[task.method.name], config)

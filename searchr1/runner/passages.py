@@ -11,6 +11,7 @@ from searchr1.agent.tools import as_document
 from searchr1.config.schema import Config, SearchToolConfig
 from searchr1.errors import UserError
 from searchr1.retrieval.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
+from searchr1.retrieval.outages import OutageWatch
 
 QUERIES_PER_CALL = 32
 CALLS_AT_ONCE = 8
@@ -23,6 +24,16 @@ def require_server(config: Config) -> None:
         UserError: it does not answer.
     """
     asyncio.run(_search(config.tools.search, ["Who wrote the first encyclopedia?"], lambda count: None))
+
+
+def watch_servers(config: Config, searched: bool = True) -> OutageWatch:
+    """Say while the block runs that a retrieval server does not answer; there is none to watch without searches.
+
+    A loop of one's own need not search: it misses a server only after that has answered once.
+    """
+    search = config.tools.search
+    servers = _addresses(search) if searched and not search.dummy_mode else []
+    return OutageWatch(servers, search.timeout_s, awaited=config.agentloop.generate_fn is None)
 
 
 def retrieve_passages(
@@ -45,9 +56,9 @@ def retrieve_passages(
 
 async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Callable[[int], None]) -> list[list[Document]]:
     """A client of its own for the whole list: `QUERIES_PER_CALL` queries a call, `CALLS_AT_ONCE` calls at once."""
-    addresses = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
+    addresses = _addresses(search)
     client = SearchClient(
-        [str(address) for address in addresses],
+        addresses,
         topk=search.topk,
         timeout_s=search.timeout_s,
         retries=search.retries,
@@ -65,9 +76,10 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
         progress(len(part))
 
     try:
-        async with asyncio.TaskGroup() as calls:
-            for start in range(0, len(queries), QUERIES_PER_CALL):
-                calls.create_task(one_call(start))
+        with OutageWatch(addresses, search.timeout_s):
+            async with asyncio.TaskGroup() as calls:
+                for start in range(0, len(queries), QUERIES_PER_CALL):
+                    calls.create_task(one_call(start))
     except ExceptionGroup as errors:
         first = errors.exceptions[0]
         if not isinstance(first, SearchUnavailable):
@@ -79,3 +91,8 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
     finally:
         await client.aclose()
     return results
+
+
+def _addresses(search: SearchToolConfig) -> list[str]:
+    found = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
+    return [str(address) for address in found]

@@ -26,6 +26,7 @@ from searchr1.runner.dynamic_sampling import Filled, collect_with_spread
 from searchr1.runner.evaluate import evaluate
 from searchr1.runner.groups import Groups, launch
 from searchr1.runner.health import Health
+from searchr1.runner.passages import watch_servers
 from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.weight_sync import actor_logprobs, refresh_engines, validate_weights
 from searchr1.tracking.loggers import hosted_loggers, require_backends
@@ -55,7 +56,7 @@ def train(config: Config) -> Path:
     require_backends(config.runner.logger.logger_backends)
     if description := folder.describe():
         print(description, flush=True)
-    with launch(config, device, total_steps * config.algorithm.n_minibatches) as groups:
+    with launch(config, device, total_steps * config.algorithm.n_minibatches) as groups, watch_servers(config) as servers:
         timeout_s = config.runner.step_timeout_s
         step = folder.step
         folder.load(groups)
@@ -87,6 +88,7 @@ def train(config: Config) -> Path:
                     folder.save(groups, loader, step)
                 update_seconds = refresh_engines(groups, step, timeout_s)
                 metrics = step_metrics(batch.trajectories) | batch.metrics() | filled.metrics() | actor_metrics
+                metrics |= servers.metrics()
                 metrics |= {"time/weight_update": update_seconds, "time/step": step_seconds + update_seconds}
                 log.step(step, batch.trajectories, metrics)
                 health.check(step, metrics)

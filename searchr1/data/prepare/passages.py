@@ -12,6 +12,7 @@ from typing import Any
 from searchr1.agent.protocol import Document, render_body
 from searchr1.errors import UserError
 from searchr1.retrieval.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
+from searchr1.retrieval.outages import OutageWatch
 
 QUESTIONS_PER_CALL = 32
 CALLS_AT_ONCE = 8
@@ -94,9 +95,10 @@ async def _search_all(
             keep(call, [render_body([[Document(d.title, d.text) for d in documents]], "searchr1") for documents in results])
 
     try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(CALLS_AT_ONCE, len(calls))):
-                group.create_task(work())
+        with OutageWatch(addresses, TIMEOUT_S, key="--search", limit=""):
+            async with asyncio.TaskGroup() as group:
+                for _ in range(min(CALLS_AT_ONCE, len(calls))):
+                    group.create_task(work())
     except* SearchUnavailable as errors:
         raise errors.exceptions[0] from errors
     finally:
