@@ -1,0 +1,44 @@
+"""`searchr1 ARGUMENTS…`, which also writes one line to a file descriptor when a call to a worker group begins or ends.
+
+    python benchmarks/kills/driver.py FD train CONFIG.yaml [key=value ...]
+
+The lines say when a phase begins, to the millisecond; nothing else differs from the command itself.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+
+def main(descriptor: int, arguments: list[str]) -> int:
+    """Run a sub-command."""
+    os.set_inheritable(descriptor, False)
+    # As a terminal has them, whoever started this.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    from searchr1 import cli
+    from searchr1.runner.groups import Call, Group
+
+    def mark(text: str) -> None:
+        os.write(descriptor, f"{text}\n".encode())
+
+    call, wait = Group.call, Call.wait
+
+    def marked_call(self, method, *words):
+        mark(f"begin {self.name}.{method}")
+        return call(self, method, *words)
+
+    def marked_wait(self, timeout_s):
+        result = wait(self, timeout_s)
+        mark(f"end {self._name}")
+        return result
+
+    Group.call, Call.wait = marked_call, marked_wait
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
