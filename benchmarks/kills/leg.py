@@ -91,6 +91,8 @@ class Setting:
     server: Server
     steps: int
     overrides: tuple[str, ...] = ()
+    program: tuple[str, ...] = (sys.executable, str(Path(__file__).with_name("driver.py")))
+    """Called with a file descriptor for what phases begin, and `searchr1`'s arguments."""
 
     def command(self, experiment: str) -> list[str]:
         """What `searchr1` is called with."""
@@ -161,9 +163,8 @@ class Leg:
 
     def _start(self) -> None:
         reading, writing = os.pipe()
-        words = [sys.executable, str(Path(__file__).with_name("driver.py")), str(writing)]
         self._process = subprocess.Popen(
-            [*words, *self.setting.command(self.setting.run.name)],
+            [*self.setting.program, str(writing), *self.setting.command(self.setting.run.name)],
             env=self.setting.environment(),
             cwd=ROOT,
             stdin=subprocess.DEVNULL,
