@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ MANIFEST = "evaluation.json"
 
 
 class Ledger:
-    """The rows of one method in one folder.
+    """The rows of one method in one folder, which this process has for itself (`folder_lock`).
 
     `open` only reads, so that an evaluation that is refused leaves the folder as it was; `begin` starts to write. As a
     context manager it begins and closes.
@@ -55,8 +54,8 @@ class Ledger:
             anew: whatever the folder holds, begin without it.
 
         Raises:
-            UserError: the folder holds answers of another model, other questions or other settings; a damaged line; another
-                process is writing to it; it cannot be written.
+            UserError: the folder holds answers of another model, other questions or other settings; a damaged line;
+                it cannot be written.
         """
         ledger = cls(folder, manifest, token_text)
         path = ledger._path
@@ -67,10 +66,8 @@ class Ledger:
         except OSError as error:
             raise UserError(f"runner.output_dir: cannot write {folder}: {error.strerror}") from error
         try:
-            if ledger._file is not None:
-                _lock(ledger._file, folder)
-                if not anew:
-                    ledger._scan_rows(ledger._file)
+            if ledger._file is not None and not anew:
+                ledger._scan_rows(ledger._file)
         except BaseException:
             ledger.close()
             raise
@@ -93,7 +90,6 @@ class Ledger:
             if self._file is None or not self._path.exists():
                 self.close()  # of a file that was removed to begin anew
                 self._file = self._path.open("w+b")
-                _lock(self._file, self._folder)
             self._file.truncate(self._end)
             self._file.seek(self._end)
         except OSError as error:
@@ -164,15 +160,6 @@ def _check_manifest(folder: Path, manifest: Manifest, has_rows: bool) -> None:
     if found := list(differences(ours, theirs if isinstance(theirs, dict) else {})):
         told = "".join(f"\n  - {difference}" for difference in found)
         raise UserError(f"{folder} holds an evaluation that this one cannot go on with; {advice}. What differs:{told}")
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{folder}: another evaluation is writing there; wait for it, or give another name") from None
-    except OSError:
-        pass  # a file system without locks
 
 
 def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], set[int], int]:

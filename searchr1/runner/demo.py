@@ -21,6 +21,7 @@ from searchr1.config.check_device import require_one_node
 from searchr1.config.load import load_config
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.folder_lock import folder_lock
 from searchr1.tracking.loggers import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,9 +108,14 @@ def configs(overrides: list[str]) -> tuple[Path, Path]:
 
 def run(args: argparse.Namespace, train_config: Path, eval_config: Path) -> None:
     """Run the whole demo."""
-    started = time.perf_counter()
     out: Path = args.out or Path(f"runs/demo-seed{args.seed}")
-    out.mkdir(parents=True, exist_ok=True)
+    with folder_lock(out, "--out", "searchr1 demo"):
+        run_in(out, args, train_config, eval_config)
+
+
+def run_in(out: Path, args: argparse.Namespace, train_config: Path, eval_config: Path) -> None:
+    """Run it in a folder that no other process writes to."""
+    started = time.perf_counter()
     world = out / "world"
     if not (world / "world.json").exists():
         command("demo-world", "--seed", args.seed, "--out", world)

@@ -20,6 +20,7 @@ from searchr1.evaluation.methods import sampling_note
 from searchr1.evaluation.model_folder import billions
 from searchr1.evaluation.results import Results, method_result, write_results
 from searchr1.evaluation.summary import flat_metrics
+from searchr1.folder_lock import FolderLock, folder_lock
 from searchr1.runner.collect import collect
 from searchr1.runner.eval_tasks import (
     Questions,
@@ -33,6 +34,7 @@ from searchr1.runner.eval_tasks import (
     with_judge,
 )
 from searchr1.runner.groups import Groups, launch
+from searchr1.runner.output import NAMED_BY, run_path
 from searchr1.runner.passages import require_server, watch_servers
 from searchr1.runner.stream import Streamed, stream
 from searchr1.tracking.eval_progress import EvalProgress
@@ -67,6 +69,12 @@ def run(config: Config) -> tuple[Results, Path]:
     Raises:
         UserError: something the user can put right; what was finished is kept, and the same call goes on from there.
     """
+    with folder_lock(run_path(config), NAMED_BY, "searchr1 eval") as lock:
+        return run_in(lock, config)
+
+
+def run_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
+    """Evaluate in a folder that no other process writes to."""
     config = without_adapters(with_judge(config))
     device = Device.detect(config.cluster.device)
     questions = load_questions(config)
@@ -76,7 +84,7 @@ def run(config: Config) -> tuple[Results, Path]:
     tasks = open_tasks(config, folder, questions)
     print(f"attempts: {sampling_note(tasks[0].settings, config.algorithm.group_size)}", flush=True)
     try:
-        answer_pending(config, device, tasks, questions, folder)
+        answer_pending(lock, config, device, tasks, questions, folder)
     except UserError as error:
         raise UserError(f"{error}\n{kept(tasks, folder, config.runner.overwrite)}") from error
     except BaseException:
@@ -99,7 +107,9 @@ def kept(tasks: list[Task], folder: Path, overwrite: bool) -> str:
     return f"{done} of {total} questions are finished and kept in {folder}; {again} goes on from there"
 
 
-def answer_pending(config: Config, device: Device, every: list[Task], questions: Questions, folder: Path) -> None:
+def answer_pending(
+    lock: FolderLock, config: Config, device: Device, every: list[Task], questions: Questions, folder: Path
+) -> None:
     """Answer what is not finished. No process is started if everything is.
 
     Nothing is written before the groups have started: an evaluation that is refused leaves the folder as it was.
@@ -121,16 +131,18 @@ def answer_pending(config: Config, device: Device, every: list[Task], questions:
         task.method.name: add_passages(config, task, questions) if task.method.retrieves else task.pending for task in tasks
     }
     with launch(config, device) as groups, watch_servers(config, any(task.method.searches for task in tasks)):
+        lock.require()
         begin(config, folder, every)
         for task in tasks:
-            answer(groups, task, pending[task.method.name], config)
+            answer(lock, groups, task, pending[task.method.name], config)
 
 
-def answer(groups: Groups, task: Task, samples: list[Sample], config: Config) -> Streamed:
+def answer(lock: FolderLock, groups: Groups, task: Task, samples: list[Sample], config: Config) -> Streamed:
     """Answer one method's questions; each is in the ledger as soon as it is finished."""
     attempts = config.algorithm.group_size
 
     def receive(trajectories: list[Trajectory]) -> None:
+        lock.require()
         task.ledger.append(trajectories)
         numbers = {trajectory.sample.index for trajectory in trajectories}
         task.ledger.finished |= numbers

@@ -8,6 +8,9 @@ from pathlib import Path
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 
+NAMED_BY = "runner.experiment_name"
+"""The key that a user changes to get another folder."""
+
 
 def run_path(config: Config) -> Path:
     """`{runner.output_dir}/{runner.experiment_name}`, which need not exist; nothing is written.

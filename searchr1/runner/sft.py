@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from searchr1.config.schema_model import LrSchedConfig, OptimConfig
 from searchr1.convert.hf_writer import DTYPES, write_weights
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.folder_lock import folder_lock, is_lock
 from searchr1.runner.sft_data import batches, load_rows
 from searchr1.runner.sft_settings import rows_settings
 
@@ -221,7 +223,11 @@ class _Report:
 
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
-    train(parse(argv))
+    args = parse(argv)
+    lead = os.environ.get("RANK", "0") == "0"
+    with folder_lock(args.output, "--output", "searchr1 sft") if lead else nullcontext():
+        _require_new(args.output)
+        train(args)
     return 0
 
 
@@ -270,6 +276,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--lora-rank: random weights are not worth freezing; leave it out, or start from --model")
     if min(args.tensor_parallel, args.pipeline_parallel) < 1 or args.lora_rank < 0 or args.lora_alpha <= 0:
         raise UserError("--tensor-parallel, --pipeline-parallel and --lora-alpha must be more than 0, --lora-rank 0 or more")
-    if args.output.exists() and any(args.output.iterdir()):
-        raise UserError(f"--output {args.output}: exists and is not empty; give a new folder")
+    _require_new(args.output)
     return args
+
+
+def _require_new(output: Path) -> None:
+    if output.exists() and any(not is_lock(path.name) for path in output.iterdir()):
+        raise UserError(f"--output {output}: exists and is not empty; give a new folder")

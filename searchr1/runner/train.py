@@ -18,6 +18,7 @@ from searchr1.config.load import load_for_command
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
+from searchr1.folder_lock import FolderLock, folder_lock
 from searchr1.runner.collect import Batch, collect
 from searchr1.runner.credit import Advantage, assign_credit
 from searchr1.runner.critic import train_critic
@@ -26,6 +27,7 @@ from searchr1.runner.dynamic_sampling import Filled, collect_with_spread
 from searchr1.runner.evaluate import evaluate
 from searchr1.runner.groups import Groups, launch
 from searchr1.runner.health import Health
+from searchr1.runner.output import NAMED_BY, run_path
 from searchr1.runner.passages import watch_servers
 from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.weight_sync import actor_logprobs, refresh_engines, validate_weights
@@ -42,6 +44,12 @@ def train(config: Config) -> Path:
     Raises:
         UserError: something the user can put right; nothing that was saved is lost.
     """
+    with folder_lock(run_path(config), NAMED_BY, "searchr1 train") as lock:
+        return train_in(lock, config)
+
+
+def train_in(lock: FolderLock, config: Config) -> Path:
+    """The algorithm, in a folder that no other process writes to."""
     device = Device.detect(config.cluster.device)
     data = load_data(config)
     loader = PromptLoader(
@@ -69,6 +77,7 @@ def train(config: Config) -> Path:
             validate_weights(groups, probe, expected, precisions, timeout_s)
         # Up to `begin` nothing is written: a run that is refused leaves the folder as it was.
         hosted = hosted_loggers(folder.path, config.runner, dataclasses.asdict(config), step)
+        lock.require()
         folder.begin()
         with RunLog(folder.path, config, hosted, first_step=step, total_steps=total_steps) as log:
             if step == 0 and config.runner.val_before_train:
@@ -83,6 +92,7 @@ def train(config: Config) -> Path:
                 groups.sleep_engines(timeout_s)
                 actor_metrics = train_on(groups, batch.trajectories, config, step)
                 step_seconds = time.perf_counter() - started
+                lock.require()
                 saves = is_due(step, total_steps, config.runner.save_interval)
                 if saves:  # while the engines sleep: it takes weights and optimizer state on the GPU
                     folder.save(groups, loader, step)

@@ -105,13 +105,6 @@ def test_looking_changes_nothing(tmp_path, make_trajectory, anew):
     assert not (tmp_path / "fresh").exists()
 
 
-def test_two_evaluations_do_not_write_to_one_folder(tmp_path):
-    with Ledger.open(tmp_path, manifest()):
-        with pytest.raises(UserError, match="another evaluation is writing"):
-            Ledger.open(tmp_path, manifest())
-    Ledger.open(tmp_path, manifest()).close()
-
-
 def test_questions_that_a_failed_tool_spoiled_are_asked_again(tmp_path, make_trajectory):
     spoiled, broken = make_trajectory(1), make_trajectory(2, stop="error")
     spoiled.turns[0].tool_error = "no answer"
