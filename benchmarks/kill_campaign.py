@@ -61,7 +61,7 @@ SURVIVED = {
     "megatron": "server rollout KILL actor save STOP driver update STOP",
 }
 """What a leg survives: each is done in a step of its own before the leg's end."""
-STEPS = {"fsdp": 140, "megatron": 50}
+STEPS = {"fsdp": 110, "megatron": 36}
 OVERRIDES = {"fsdp": (), "megatron": ("actor.training_backend=megatron",)}
 TIMING = ("time/", "tool/seconds", "tool/retries", "tool/server_rests", "rollout/tokens_per_second", "rollout/engine_busy")
 """Metrics of how long something took: they are not compared."""

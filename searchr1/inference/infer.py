@@ -138,13 +138,18 @@ async def run(session: Session, questions: list[str], *, as_rows: bool, full: bo
 
 async def load_and_run(chosen: Plan, questions: list[str], *, as_rows: bool, full: bool) -> bool:
     """Everything, in one event loop."""
+    from searchr1.inference.finders import addresses
     from searchr1.inference.load import open_session
+    from searchr1.retrieval.outages import OutageWatch
 
     session = await open_session(chosen)
+    search = chosen.config.tools.search
+    servers = [] if chosen.engine or search.dummy_mode else addresses(search)
     try:
         # As many again as the engine takes at once: some wait for a search, and none waits so long that it is given up.
         at_once = 2 * chosen.config.rollout.max_running_requests
-        return await run(session, questions, as_rows=as_rows, full=full, at_once=at_once)
+        with OutageWatch(servers, search.timeout_s, key="--retriever-url", limit="", awaited=chosen.check):
+            return await run(session, questions, as_rows=as_rows, full=full, at_once=at_once)
     finally:
         await session.aclose()
 

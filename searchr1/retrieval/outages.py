@@ -18,7 +18,7 @@ from typing import Self
 
 from searchr1.retrieval.client import base_url
 
-ASK_EVERY_S = 5.0
+ASK_EVERY_S = 2.0
 ANSWER_WITHIN_S = 2.0
 AGAIN_AFTER_S = 1.0
 IN_A_ROW = 2

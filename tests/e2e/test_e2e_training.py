@@ -39,7 +39,7 @@ def test_demo_with_two_steps_ends_with_a_model_a_table_and_a_page(tmp_path):
     assert all(row["rollout/refills"] == 0 for row in steps)
 
 
-DIES = ("runner.save_interval=1", "runner.max_steps=500", "tools.search.timeout_s=2")
+DIES = ("runner.save_interval=1", "runner.max_steps=500", "tools.search.timeout_s=5")
 
 
 @pytest.mark.slow
@@ -59,4 +59,6 @@ def test_server_that_dies_mid_run_ends_it_with_a_clear_error(demo, address):
     assert "tools.search.server_addr" in message
     assert "calls failed" in message
     assert "Traceback" not in message
+    noticed = f"tools.search.server_addr: http://{address} does not answer (connection refused)"
+    assert noticed in output[: output.index(message)], "the outage is said before the run gives up"
     assert (folder / "checkpoints/global_step_1/sizes.json").is_file()
