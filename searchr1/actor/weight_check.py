@@ -29,6 +29,7 @@ from searchr1.actor.megatron.hf_folder import (
     refuse_misfits,
     weight_files,
 )
+from searchr1.checkpoints.torch_files import load_weights
 from searchr1.convert.safetensors_file import SafetensorsReader
 from searchr1.errors import UserError
 
@@ -274,25 +275,14 @@ def _read_pickles(folder: Path) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for file in files:
         path = folder / file
-        try:
-            part = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing; {PICKLED_INDEX} names it") from error
-        except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            raise UserError(f"{path} is damaged, cut short or holds more than tensors ({reason}); get it again") from error
-        if not isinstance(part, dict) or not all(isinstance(value, Tensor) for value in part.values()):
-            raise UserError(f"{path} holds no dictionary of tensors; save the model with save_pretrained")
+        if not path.is_file():
+            raise UserError(f"{path} is missing; {PICKLED_INDEX} names it")
+        part = load_weights(path)
         for name in part:
             if name in found:
                 raise UserError(f"{folder}: {name} is in two files; get the folder again")
         found |= part
     return found
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def _check_index(folder: Path, places: dict[str, str]) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from searchr1.checkpoints.torch_files import check_checksums, load_tensors
 from searchr1.convert.locate import FULL_WEIGHTS, Located
-from searchr1.convert.safe_load import check_checksums, load_tensors
 from searchr1.errors import UserError
 
 _RANK = re.compile(r"model_world_size_(\d+)_rank_(\d+)\.pt")

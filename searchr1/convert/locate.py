@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from searchr1.convert.dcp_metadata import METADATA
+from searchr1.checkpoints.metadata import METADATA
 from searchr1.errors import UserError
 
 Kind = Literal["distributed", "megatron_ranks", "fsdp_ranks", "full_weights"]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from searchr1.actor.megatron.mapping import TABLES, VALUE_HEAD, Kind, checkpoint_name
+from searchr1.checkpoints.torch_files import check_checksums, load_tensors
 from searchr1.convert.locate import RANK_FILES
-from searchr1.convert.safe_load import check_checksums, load_tensors
 from searchr1.errors import UserError
 
 _RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?(_\d+)?")

@@ -18,6 +18,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.errors import UserError
 
 DTYPE_NAMES = {
@@ -40,8 +41,6 @@ DTYPE_NAMES = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 _PIECE_BYTES = 32 << 20
 """How much is converted and written at a time."""
-_MAX_HEADER = 100_000_000
-"""The library's own limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,37 +136,14 @@ class SafetensorsReader:
         Raises:
             UserError: missing, cut short or no safetensors file; names it.
         """
-        try:
-            self._file = path.open("rb", buffering=0)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} is missing") from error
-        self.path = path
-        try:
-            self.specs, self._places = self._read_header()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self._file.close()
-            raise UserError(f"{path} is damaged or cut short ({error}); get it again") from error
-
-    def _read_header(self) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-        size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise ValueError("its header is not whole")
-        header = json.loads(self._file.read(length))
-        specs, places = {}, {}
+        header = read_header(path)
         for name, item in header.items():
-            if name == "__metadata__":
-                continue
-            if item["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} is of the unknown type {item['dtype']}")
-            spec = TensorSpec(name, tuple(item["shape"]), _DTYPES[item["dtype"]])
-            start, end = item["data_offsets"]
-            if end - start != spec.nbytes or start < 0:
-                raise ValueError(f"{name} has a wrong place")
-            if 8 + length + end > size:
-                raise ValueError(f"{size} bytes, but {name} ends at {8 + length + end}")
-            specs[name], places[name] = spec, 8 + length + start
-        return specs, places
+            if item.dtype not in _DTYPES:
+                raise UserError(f"{path} is damaged or cut short ({name} is of the unknown type {item.dtype}); get it again")
+        self.path = path
+        self.specs = {name: TensorSpec(name, item.shape, _DTYPES[item.dtype]) for name, item in header.items()}
+        self._places = {name: item.start for name, item in header.items()}
+        self._file = path.open("rb", buffering=0)
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
         """Part of a tensor along a dimension; rows are read alone, for columns all rows are, a few megabytes at a time.

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import gc
 import io
-import os
-import pickle
+import math
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -20,7 +19,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
 from searchr1.actor.checkpoint import SIZES, verify_checkpoint
-from searchr1.convert.dcp_metadata import METADATA, read_metadata
+from searchr1.checkpoints.metadata import METADATA, read_metadata, reason
+from searchr1.checkpoints.parts import FilePart
+from searchr1.checkpoints.torch_files import load_part
 from searchr1.errors import UserError
 
 _LARGE_BYTES = 256 << 20
@@ -69,24 +70,7 @@ class TorchDistFolder:
         self.tensors: dict[str, TensorStorageMetadata] = {
             name: item for name, item in found.state_dict_metadata.items() if isinstance(item, TensorStorageMetadata)
         }
-        self._check_files()
         self._open: tuple[str, IO[bytes]] | None = None
-
-    def _check_files(self) -> None:
-        ends: dict[str, int] = {}
-        for info in self._storage.values():
-            ends[info.relative_path] = max(ends.get(info.relative_path, 0), info.offset + info.length)
-        for name, end in sorted(ends.items()):
-            path = self.folder / name
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                raise UserError(f"{self.folder / METADATA} points to {name}, outside of the checkpoint; use another one")
-            if not path.is_file():
-                raise UserError(f"{path} is missing: the checkpoint is damaged; copy it again or use another one")
-            if path.stat().st_size < end:
-                raise UserError(
-                    f"{path} has {path.stat().st_size} bytes instead of {end} or more: the checkpoint is damaged; copy it "
-                    "again or use another one"
-                )
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a whole tensor."""
@@ -120,36 +104,38 @@ class TorchDistFolder:
         return target if layer is None else target[0]
 
     def _assemble(self, name: str, box: Box, found: list[tuple[ChunkStorageMetadata, Box]], check: bool) -> Tensor:
-        target = torch.empty([stop - start for start, stop in box], dtype=self.dtype(name))
-        missing = target.numel()
+        sizes = [stop - start for start, stop in box]
+        missing = math.prod(sizes) - sum(math.prod(stop - start for start, stop in common) for _, common in found)
+        if missing:  # before memory is taken for it
+            raise UserError(f"{self.folder}: {name} is not whole: {missing} of its elements are in no file")
+        target = torch.empty(sizes, dtype=self.dtype(name))
         for chunk, common in found:
             part = target[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))]
             part.copy_(self._chunk(name, chunk, check)[_within(common, chunk)])
-            missing -= part.numel()
-        if missing:
-            raise UserError(f"{self.folder}: {name} is not whole: {missing} of its elements are in no file")
         return target
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata, check: bool) -> Tensor:
         info = self._storage.get(MetadataIndex(name, chunk.offsets))
-        if info is None or getattr(info, "transform_descriptors", None):
-            raise UserError(f"{self.folder / METADATA} does not say where {name} is, or it is packed in an unknown way")
+        if info is None:
+            raise UserError(f"{self.folder / METADATA} does not say where {name} is; use another checkpoint")
         file = self._file(info.relative_path)
         try:
             if check:
-                with zipfile.ZipFile(_Part(file, info.offset, info.length)) as archive:
+                with zipfile.ZipFile(FilePart(file, info.offset, info.length)) as archive:
                     bad = archive.testzip()
                 if bad:
                     raise ValueError(f"wrong checksum of {bad}")
-            part = io.BufferedReader(_Part(file, info.offset, info.length))
-            found: Tensor = torch.load(part, map_location="cpu", weights_only=True)
+            part = io.BufferedReader(FilePart(file, info.offset, info.length))
+            found = load_part(part)
+            if not isinstance(found, Tensor):
+                raise ValueError("it is no tensor")
             # torch.load leaves reference cycles that keep its storages; broken now, the memory goes when the tensor does.
             gc.collect(2 if found.nbytes >= _LARGE_BYTES else 0)
             if found.shape != chunk.sizes or found.dtype != self.dtype(name):
                 raise ValueError(f"it is {tuple(found.shape)}, {found.dtype}")
-        except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged part can raise anything
             raise UserError(
-                f"{self.folder / info.relative_path} is damaged where {name} should be ({str(error).splitlines()[0]}); copy "
+                f"{self.folder / info.relative_path} is damaged where {name} should be ({reason(error)}); copy "
                 "the checkpoint again or use another one"
             ) from error
         return found
@@ -165,38 +151,6 @@ class TorchDistFolder:
         if self._open is not None:
             self._open[1].close()
             self._open = None
-
-
-class _Part(io.RawIOBase):
-    """Part of a file as a file of its own. (PyTorch's own view cannot seek from its end, which zipfile does.)"""
-
-    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
-        self._number, self._start, self._length = file.fileno(), start, length
-        self._position = 0
-
-    def readable(self) -> bool:
-        """It is."""
-        return True
-
-    def seekable(self) -> bool:
-        """It is."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move."""
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
-        return self._position
-
-    def tell(self) -> int:
-        """Where the next read starts."""
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fill a buffer as far as one read of the file does."""
-        view = memoryview(buffer)[: max(self._length - self._position, 0)]
-        count = os.preadv(self._number, [view], self._start + self._position)
-        self._position += count
-        return count
 
 
 def _overlap(chunk: ChunkStorageMetadata, box: Box) -> Box | None:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from searchr1.convert.dcp_metadata import METADATA
+from searchr1.checkpoints.metadata import METADATA
 
 FILE_BYTES = 4 << 30
 _MEGATRON = {

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files, verify_checkpoint
 from searchr1.actor.megatron.mapping import VALUE_HEAD
 from searchr1.actor.megatron.optimizer import torch_optimizers, use_fused_adam
+from searchr1.checkpoints.megatron import load_megatron
 from searchr1.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,8 +65,6 @@ def load_checkpoint(backend: MegatronTraining, folder: Path) -> None:
     Raises:
         UserError: damaged, of another model, or of the other backend.
     """
-    from megatron.core import dist_checkpointing
-
     verify_checkpoint(folder.parent)
     if not (folder / "metadata.json").is_file():
         raise UserError(
@@ -76,7 +75,7 @@ def load_checkpoint(backend: MegatronTraining, folder: Path) -> None:
     state = _sharded_state(backend, is_loading=True)
     try:
         with _quiet():
-            loaded: dict[str, Any] = dist_checkpointing.load(state, str(folder))
+            loaded = load_megatron(state, folder)
         backend.module.load_state_dict(loaded["model"])
         with _steps_left_out(backend):
             backend.optimizer.load_state_dict(loaded["optimizer"])
@@ -95,14 +94,14 @@ def load_weights(module: Any, folder: Path) -> None:
     Raises:
         UserError: damaged, or of another model.
     """
-    from megatron.core import dist_checkpointing
-
     try:
         with _quiet():
             wanted = module.sharded_state_dict(metadata=dict(_METADATA))
             has_head = wanted.pop(VALUE_HEAD, None) is not None
-            loaded = dist_checkpointing.load({"model": wanted}, str(folder))
+            loaded = load_megatron({"model": wanted}, folder)
         module.load_state_dict(loaded["model"], strict=not has_head)
+    except UserError as error:
+        raise UserError(f"actor.model.megatron_checkpoint: {error}") from error
     except _unreadable() as error:
         raise UserError(
             f"actor.model.megatron_checkpoint: cannot load {folder}: it is damaged or belongs to another model "
