@@ -8,8 +8,9 @@ passages that can still win. The scores are the same as if every list had been r
 
 from __future__ import annotations
 
-import numba
 import numpy as np
+
+from searchr1.retrieval.compiled import numba
 
 LOOKUP_COST = 16
 """Looking up one passage in a list costs about as much as reading so many entries."""

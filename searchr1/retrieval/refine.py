@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.retrieval.compiled import numba
 
 DTYPES = {".f16": np.float16, ".f32": np.float32}
 

@@ -1,44 +1,43 @@
-"""Rows of a jsonl file by number: their places lie in a memory-mapped file beside it, the text stays on disk."""
+"""Rows of a jsonl file by number: their places lie in a memory-mapped table beside it, the text stays on disk."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from searchr1 import caches
 from searchr1.errors import UserError
-from searchr1.retrieval.stamp import BAR_BYTES, Stamp, confirm, stamp
+from searchr1.retrieval.row_table import (
+    COLUMNS,
+    Column,
+    Summary,
+    Table,
+    open_table,
+    read_summary,
+    write_summary,
+    write_table,
+)
+from searchr1.retrieval.stamp import BAR_BYTES, confirm, stamp
 from searchr1.retrieval.unpack import as_jsonl
+from searchr1.text_rows import LineTooLong, not_utf8, other_encoding, parse_json, require_shallow, split_lines
 
-FORMAT = 2
 SCAN_BYTES = 16 << 20
-FLUSH_ROWS = 1 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Key = Callable[[Any], int | Sequence[str]]
 """Checks a parsed row (KeyError, TypeError, ValueError: it is none); gives a 64-bit key to find it by, or what to count."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """What `summary.json` says of a file."""
-
-    format: int
-    rows: int
-    stamp: Stamp
-    counts: dict[str, int]
-    """What is peculiar about rows, and how many are so."""
 
 
 class Rows:
@@ -57,13 +56,13 @@ class Rows:
         self._flag, self._kind = flag, kind
         if file.stat().st_size == 0:
             raise UserError(f"{flag} {path}: the file is empty")
-        table, self.summary = self._finished_table(report=True) or self._make_table(key)
-        self._starts = np.load(table / "starts.npy", mmap_mode="r")
-        self._lengths = np.load(table / "lengths.npy", mmap_mode="r")
-        keys = table / "keys.npy"
-        self._keys = np.load(keys, mmap_mode="r") if keys.exists() else None
-        self._order = np.load(table / "order.npy", mmap_mode="r") if keys.exists() else None
+        self._table = self._finished_table(report=True) or self._make_table(key)
         self._descriptor = os.open(file, os.O_RDONLY)
+
+    @property
+    def summary(self) -> Summary:
+        """What is known of the file."""
+        return self._table.summary
 
     def __len__(self) -> int:
         return self.summary.rows
@@ -72,13 +71,21 @@ class Rows:
         """One row, parsed.
 
         Raises:
-            UserError: the file was changed under us.
+            UserError: its bytes are not those that were read when the table was made.
         """
-        line = os.pread(self._descriptor, int(self._lengths[row]), int(self._starts[row]))
+        start, length = int(self._table.starts[row]), int(self._table.lengths[row])
         try:
-            return parse(line)
-        except ValueError as error:
-            raise UserError(f"{self._flag} {self.path}: was changed while it was in use; start again") from error
+            line = os.pread(self._descriptor, length, start)
+            if zlib.crc32(line) == int(self._table.sums[row]):
+                return parse(line)
+            problem = "its bytes have changed"
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        repair = "restore the file" if self._file == self.path else f"delete {self._file}, which is made again"
+        raise UserError(
+            f"{self._flag} {self._file}: row {row + 1}, {length} bytes from byte {start} on, is not what it was when the "
+            f"file was read ({problem}): it is damaged, or was changed while it was in use; {repair}, and start again"
+        )
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):
@@ -86,51 +93,49 @@ class Rows:
 
     def with_key(self, key: int) -> list[int]:
         """Numbers of the rows that have this key, in the file's order."""
-        if self._keys is None or self._order is None:
+        keys, order = self._table.keys, self._table.order
+        if keys is None or order is None:
             return []
         wanted = np.uint64(key)
-        first, last = np.searchsorted(self._keys, wanted, "left"), np.searchsorted(self._keys, wanted, "right")
-        return sorted(self._order[first:last].tolist())
+        first, last = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
+        return sorted(order[first:last].tolist())
 
     def _places(self) -> list[Path]:
         """Beside the file, or in the user's cache where that folder cannot be written."""
-        digest = hashlib.sha256(str(self._file.resolve()).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "searchr1" / "rows" / digest
-        return [self._file.with_name(f"{self._file.name}.{self._kind}"), cache / self._kind]
+        return caches.beside_or_cached(self._file, self._kind)
 
-    def _finished_table(self, report: bool = False) -> tuple[Path, Summary] | None:
-        """Return a table that was made of the file as it is now; `report` prints why one is not used."""
-        for table in self._places():
-            if not table.is_dir():
+    def _finished_table(self, report: bool = False) -> Table | None:
+        """Return a whole table that was made of the file as it is now; `report` prints why one is not used."""
+        for folder in self._places():
+            if not folder.is_dir():
                 continue
             try:
-                summary = _read_summary(table)
-            except (OSError, ValueError, TypeError, KeyError):
-                summary = None
-            current = confirm(self._file, summary.stamp) if summary and summary.format == FORMAT else None
-            if summary is None or current is None:
+                summary = read_summary(folder)
+                current = confirm(self._file, summary.stamp)
+                if current is None:
+                    raise ValueError(f"is not of the present contents of {self._file.name}")
+                if current != summary.stamp:
+                    summary = replace(summary, stamp=current)
+                    with suppress(OSError):  # not ours to write: it is checked again the next time
+                        write_summary(folder, summary)
+                return open_table(folder, summary, self._file.stat().st_size)
+            except (OSError, ValueError) as error:
                 if report:
-                    print(f"{table}: is not of the present contents of {self._file.name}; made again", flush=True)
-                continue
-            if current != summary.stamp:
-                summary = replace(summary, stamp=current)
-                with suppress(OSError):  # not ours to write: it is checked again the next time
-                    _write_summary(table, summary)
-            return table, summary
+                    print(f"{folder}: {error}; made again", flush=True)
         return None
 
-    def _make_table(self, key: Key) -> tuple[Path, Summary]:
+    def _make_table(self, key: Key) -> Table:
         problem: OSError | None = None
-        for table in self._places():
-            partial = table.with_name(f"{table.name}.{os.getpid()}.partial")
+        for folder in self._places():
+            partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
             try:
                 partial.mkdir(parents=True)
                 summary = self._scan(partial, key)
                 if (finished := self._finished_table()) is not None:  # another process was faster
                     return finished
-                shutil.rmtree(table, ignore_errors=True)
-                os.replace(partial, table)
-                return table, summary
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(partial, folder)
+                return open_table(folder, summary, self._file.stat().st_size)
             except OSError as error:
                 problem = problem or error
             finally:
@@ -138,72 +143,48 @@ class Rows:
         finished = self._finished_table()  # another process may have been faster
         if finished is None:
             raise UserError(
-                f"{self._flag} {self.path}: cannot write the table of its rows ({problem}); make room"
+                f"{self._flag} {self.path}: cannot write the table of its rows ({problem}); make room, or {caches.HINT}"
             ) from problem
         return finished
 
-    def _scan(self, table: Path, key: Key) -> Summary:
+    def _scan(self, folder: Path, key: Key) -> Summary:
         """Read the file once: places, keys, hash, and a check of every row."""
         before, read_ns = self._file.stat(), time.time_ns()
-        digest = hashlib.sha256()
+        digest = sha256()
         counts: Counter[str] = Counter()
-        starts, lengths, keys = _Column(np.int64), _Column(np.uint32), _Column(np.uint64)
-        for number, start, line in _lines(self._file, digest.update, f"reading {self.path.name}, once"):
-            if not line.strip():
-                continue
-            try:
-                found = key(parse(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{self._flag} {self.path}: line {number}: {_reason(error)}") from error
-            starts.add(start)
-            lengths.add(len(line))
-            if isinstance(found, int):
-                keys.add(found)
-            else:
-                counts.update(found)
-        if not len(starts):
+        columns = {name: Column(dtype) for name, dtype in COLUMNS.items()}
+        keys = Column(np.uint64)
+        with self._file.open("rb") as file:
+            encoding = other_encoding(file.read(32))
+        if encoding is not None:
+            raise UserError(f"{self._flag} {self.path}: line 1: not UTF-8, but {encoding}; save the file as UTF-8")
+        try:
+            for number, start, line in _lines(self._file, digest.update, f"reading {self.path.name}, once"):
+                if not line.strip():
+                    continue
+                try:
+                    found = key(parse(line))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise UserError(f"{self._flag} {self.path}: line {number}: {_reason(error)}") from error
+                columns["starts"].add(start)
+                columns["lengths"].add(len(line))
+                columns["sums"].add(zlib.crc32(line))
+                if isinstance(found, int):
+                    keys.add(found)
+                else:
+                    counts.update(found)
+        except LineTooLong as error:
+            raise UserError(f"{self._flag} {self.path}: line {error.line}: {error}") from error
+        if not len(columns["starts"]):
             raise UserError(f"{self._flag} {self.path}: the file has no rows")
-        np.save(table / "starts.npy", starts.array())
-        np.save(table / "lengths.npy", lengths.array())
+        arrays = {name: column.array() for name, column in columns.items()}
         if len(keys):
             order = np.argsort(keys.array(), kind="stable")
-            np.save(table / "keys.npy", keys.array()[order])
-            np.save(table / "order.npy", order)
+            arrays |= {"keys": keys.array()[order], "order": order}
         made = stamp(before, digest.hexdigest(), read_ns)
         if stamp(self._file.stat(), made.sha256, read_ns) != made:
             raise UserError(f"{self._flag} {self.path}: was changed while it was read; start again")
-        summary = Summary(FORMAT, len(starts), made, dict(counts))
-        _write_summary(table, summary)
-        return summary
-
-
-class _Column:
-    """A growing array: Python numbers are only kept for the latest rows."""
-
-    def __init__(self, dtype: npt.DTypeLike) -> None:
-        self._dtype = dtype
-        self._blocks: list[npt.NDArray[Any]] = []
-        self._latest: list[int] = []
-
-    def __len__(self) -> int:
-        return sum(map(len, self._blocks)) + len(self._latest)
-
-    def add(self, value: int) -> None:
-        """Append one value."""
-        self._latest.append(value)
-        if len(self._latest) == FLUSH_ROWS:
-            self._flush()
-
-    def array(self) -> npt.NDArray[Any]:
-        """All values."""
-        self._flush()
-        self._blocks = [np.concatenate(self._blocks)] if self._blocks else [np.empty(0, self._dtype)]
-        return self._blocks[0]
-
-    def _flush(self) -> None:
-        if self._latest:
-            self._blocks.append(np.array(self._latest, self._dtype))
-            self._latest = []
+        return write_table(folder, arrays, made, dict(counts))
 
 
 def parse(line: bytes) -> Any:
@@ -215,9 +196,9 @@ def parse(line: bytes) -> Any:
     import orjson
 
     try:
-        return orjson.loads(line)
-    except ValueError:
-        return json.loads(line)  # half surrogate pairs and NaN, which orjson refuses
+        return require_shallow(orjson.loads(line), line.count(b"[") + line.count(b"{"))
+    except orjson.JSONDecodeError:  # also half surrogate pairs and NaN, which are read
+        return parse_json(line.removeprefix(BYTE_ORDER_MARK).decode("utf-8", "surrogatepass"))
 
 
 def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator[tuple[int, int, bytes]]:
@@ -226,29 +207,17 @@ def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with path.open("rb") as file, Progress(*columns, disable=size < BAR_BYTES) as progress:
         task = progress.add_task(what, total=size)
-        number, start, rest = 0, 0, b""
-        while block := file.read(SCAN_BYTES):
+
+        def read(count: int) -> bytes:
+            block = file.read(count)
             update(block)
             progress.advance(task, len(block))
-            *whole, rest = (rest + block).split(b"\n")
-            for line in whole:
-                number += 1
-                yield number, start, line
-                start += len(line) + 1
-        if rest:
-            yield number + 1, start, rest
+            return block
 
-
-def _read_summary(table: Path) -> Summary:
-    values = json.loads((table / "summary.json").read_text(encoding="utf-8"))
-    return Summary(**values | {"stamp": Stamp(**values["stamp"])})
-
-
-def _write_summary(table: Path, summary: Summary) -> None:
-    partial = table / f"summary.{os.getpid()}.partial"
-    partial.write_text(json.dumps(asdict(summary), ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, table / "summary.json")
+        yield from split_lines(read, block_bytes=SCAN_BYTES)
 
 
 def _reason(error: Exception) -> str:
-    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, UnicodeDecodeError):
+        return not_utf8(error)
+    return f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)

@@ -1,14 +1,17 @@
 """Packed corpora and pages as plain jsonl: rows are then read in place, whatever the file was.
 
 What is unpacked is a stream: nothing else is written than the rows, and names inside an archive are never used as paths.
+Memory is bounded whatever an archive says of itself, and the disk is never filled to its end.
 """
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import time
 import zlib
@@ -16,24 +19,38 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, Self
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from searchr1 import caches
 from searchr1.errors import UserError
+from searchr1.parquet_rows import parquet_rows
+from searchr1.retrieval.sealed import read_sealed, write_sealed
 from searchr1.retrieval.stamp import BAR_BYTES, BLOCK_BYTES, Stamp, confirm, hash_file, stamp
+from searchr1.text_rows import MAX_LINE_BYTES, LineTooLong
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".tar", ".tar.gz", ".tgz")
 GZIP_MAGIC = b"\x1f\x8b"
-NOTE_FORMAT = 1
-DAMAGED = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError)
+UNPACKED = "unpacked.jsonl"
+NOTE_FORMAT = 4
+OLD_NOTE_FORMAT = 1
+"""Without a checksum. (The numbers differ in two bits: one flipped bit cannot make one of the other.)"""
+DAMAGED = (OSError, EOFError, ValueError, zlib.error, tarfile.TarError, RecursionError)
 """What the readers of packed files raise."""
+MAX_MEMBERS = 10_000
+"""Files in an archive; each takes memory while it is read."""
+MAX_HEADER_BYTES = 1 << 20
+"""Of the names and notes before a file in an archive, which are read into memory."""
+ROOM_BYTES = 1 << 30
+"""Left free on the disk, or a fiftieth of a small one."""
 
 
 def as_jsonl(path: Path, flag: str) -> Path:
-    """Return `path` if it is a jsonl file; else a jsonl file beside it, written unless it was made of the same contents.
+    """Return `path` if it is a jsonl file; else a jsonl file, written unless it was made of the same contents.
 
-    A .jsonl or .gz file that holds a tar archive, as the published wiki-18.jsonl.gz does, is read too.
+    It lies beside `path`, or in the user's cache where that folder cannot be written. A .jsonl or .gz file that
+    holds a tar archive, as the published wiki-18.jsonl.gz does, is read too.
 
     Raises:
         UserError: missing, another format, damaged, or no room for the unpacked file; names `flag`.
@@ -47,7 +64,33 @@ def as_jsonl(path: Path, flag: str) -> Path:
     by_download = path.with_suffix("")  # download.py has unpacked it under its own name
     if path.name.endswith(".jsonl.gz") and read_note(by_download) and is_made_of(by_download, path):
         return by_download
-    return unpack(path, path.with_name(f"{path.name}.unpacked.jsonl"), flag)
+    places = caches.beside_or_cached(path, UNPACKED)
+    made = next((place for place in places if place.exists() and is_made_of(place, path)), None)
+    if made is not None:
+        return made
+    output = next(filter(_can_be_written, places), None)
+    if output is None:
+        raise UserError(
+            f"{flag} {path}: cannot unpack it: neither its folder nor this user's cache can be written; {caches.HINT}"
+        )
+    if output != places[0]:
+        print(f"{path.parent}: cannot be written; {path.name} is unpacked into the cache, {output.parent}", flush=True)
+    return _unpack(path, output, flag)
+
+
+def _can_be_written(output: Path) -> bool:
+    partial = _partial_of(output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        partial.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def _partial_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.{os.getpid()}.partial")
 
 
 def is_packed(path: Path) -> bool:
@@ -72,14 +115,15 @@ def unpack(path: Path, output: Path, flag: str) -> Path:
     Raises:
         UserError: damaged, without rows, or no room.
     """
+    return output if output.exists() and is_made_of(output, path) else _unpack(path, output, flag)
+
+
+def _unpack(path: Path, output: Path, flag: str) -> Path:
     if output.exists():
-        if is_made_of(output, path):
-            return output
         print(f"{output}: is not known to be the contents of {path.name}; written again", flush=True)
     else:
         print(f"{path}: unpacking into {output.name}, once", flush=True)
-    partial = output.with_name(f"{output.name}.{os.getpid()}.partial")
-    note = note_of(output)
+    partial, note = _partial_of(output), note_of(output)
     try:
         source, digest = _write(path, partial)
         note.unlink(missing_ok=True)
@@ -87,9 +131,11 @@ def unpack(path: Path, output: Path, flag: str) -> Path:
         unpacked = stamp(output.stat(), digest, time.time_ns())
         write_note(output, source, unpacked)
     except DAMAGED as error:
-        raise UserError(f"{flag} {path}: cannot unpack it into {output} ({type(error).__name__}: {error})") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{flag} {path}: cannot unpack it into {output} ({type(error).__name__}: {reason})") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     return output
 
 
@@ -99,10 +145,11 @@ def note_of(output: Path) -> Path:
 
 
 def read_note(output: Path) -> tuple[Stamp, Stamp] | None:
-    """Return the stamps of the packed file and of the unpacked one, None where there is no note."""
+    """Return the stamps of the packed file and of the unpacked one, None where there is no whole note."""
     try:
-        note = json.loads(note_of(output).read_text(encoding="utf-8"))
-        return (Stamp(**note["source"]), Stamp(**note["unpacked"])) if note["format"] == NOTE_FORMAT else None
+        note = read_sealed(note_of(output), unsealed=(OLD_NOTE_FORMAT,))
+        known = note["format"] in (NOTE_FORMAT, OLD_NOTE_FORMAT)
+        return (Stamp(**note["source"]), Stamp(**note["unpacked"])) if known else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -113,14 +160,8 @@ def write_note(output: Path, source: Stamp, unpacked: Stamp) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    partial = note_of(output).with_name(f"{note_of(output).name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(
-            json.dumps({"format": NOTE_FORMAT, "source": asdict(source), "unpacked": asdict(unpacked)}), encoding="utf-8"
-        )
-        os.replace(partial, note_of(output))
-    finally:
-        partial.unlink(missing_ok=True)
+    values = {"format": NOTE_FORMAT, "source": asdict(source), "unpacked": asdict(unpacked)}
+    write_sealed(note_of(output), values)
 
 
 def is_made_of(output: Path, path: Path) -> bool:
@@ -147,21 +188,64 @@ def is_made_of(output: Path, path: Path) -> bool:
 def _write(path: Path, output: Path) -> tuple[Stamp, str]:
     """Write the rows; return the stamp of the packed file and the SHA-256 of the rows."""
     found, read_ns = path.stat(), time.time_ns()
-    digest = hashlib.sha256()
-    with output.open("wb") as target:
-
-        def use(block: bytes) -> None:
-            target.write(block)
-            digest.update(block)
-
+    with output.open("wb") as file:
+        rows = _Output(file, output.parent)
         if path.suffix == ".parquet":
             sha256 = hash_file(path)
-            _write_rows(path, use)
+            _write_parquet(path, rows.write)
         else:
             with _opened(path) as packed:
-                _write_lines(packed, use)
+                _write_lines(packed, rows.write)
                 sha256 = packed.finish()
-    return stamp(found, sha256, read_ns), digest.hexdigest()
+    return stamp(found, sha256, read_ns), rows.sha256()
+
+
+class _Output:
+    """The rows as they are written: hashed, no line longer than can be read, and never to the end of the disk."""
+
+    def __init__(self, file: IO[bytes], folder: Path) -> None:
+        self._file, self._folder = file, folder
+        self._digest = hashlib.sha256()
+        self._line, self._length = 1, 0
+        self._unchecked = BLOCK_BYTES
+        """Bytes written since the disk was looked at."""
+
+    def write(self, block: bytes) -> None:
+        """Write a block of at most `BLOCK_BYTES`, or one row.
+
+        Raises:
+            LineTooLong: a line is longer than is read.
+            OSError: the disk is (nearly) full.
+        """
+        end = block.find(b"\n")
+        if self._length + (len(block) if end < 0 else end) > MAX_LINE_BYTES:
+            raise LineTooLong(self._line, MAX_LINE_BYTES)
+        if end < 0:
+            self._length += len(block)
+        else:
+            self._length = len(block) - block.rfind(b"\n") - 1
+            self._line += block.count(b"\n")
+        self._unchecked += len(block)
+        if self._unchecked > BLOCK_BYTES:
+            self._unchecked = 0
+            require_room(self._folder)
+        self._file.write(block)
+        self._digest.update(block)
+
+    def sha256(self) -> str:
+        """SHA-256 of what was written."""
+        return self._digest.hexdigest()
+
+
+def require_room(folder: Path) -> None:
+    """Refuse to fill a disk that others write to as well.
+
+    Raises:
+        OSError: it is nearly full.
+    """
+    usage = shutil.disk_usage(folder)
+    if usage.free < min(ROOM_BYTES, usage.total // 50):
+        raise OSError(errno.ENOSPC, f"the disk has only {usage.free >> 20} MiB left", str(folder))
 
 
 class _Packed:
@@ -236,11 +320,15 @@ def _write_member(stream: _Again, use: Callable[[bytes], object]) -> None:
     taken: str | None = None
     others: list[str] = []
     source: Any = stream
-    with tarfile.open(fileobj=source, mode="r|", bufsize=1 << 20) as archive:
-        for member in archive:
+    with tarfile.open(fileobj=source, mode="r|", bufsize=1 << 20, tarinfo=_Header) as archive:
+        for count, member in enumerate(archive):
+            if count == MAX_MEMBERS:
+                raise ValueError(f"holds more than {MAX_MEMBERS} files")
             name = PurePosixPath(member.name).name
             if member.isdir() or name.startswith("."):  # hidden files: what macOS adds
                 continue
+            if member.issparse():
+                raise ValueError(f"holds {name!r} with gaps (a sparse file); pack it again without")
             if not member.isreg() or not name.endswith((".jsonl", ".json")):
                 others.append(name)
                 continue
@@ -254,6 +342,26 @@ def _write_member(stream: _Again, use: Callable[[bytes], object]) -> None:
         print(f"only {taken!r} of the archive is read, not {', '.join(map(repr, others[:5]))}", flush=True)
 
 
+class _Header(tarfile.TarInfo):
+    """A header of an archive that does not make its reader take more memory than it should."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read a header.
+
+        Raises:
+            ValueError: it wants too much.
+        """
+        found = super().frombuf(buf, encoding, errors)
+        notes = found.type in (*_NOTES, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if found.size < 0 or (notes and found.size > MAX_HEADER_BYTES):
+            raise ValueError(f"has a damaged header: {found.size} bytes of names and notes")
+        return found
+
+
+_NOTES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+
+
 def _copy_member(member: IO[bytes] | None, size: int, use: Callable[[bytes], object]) -> None:
     while member is not None and (block := member.read(BLOCK_BYTES)):
         size -= len(block)
@@ -262,10 +370,11 @@ def _copy_member(member: IO[bytes] | None, size: int, use: Callable[[bytes], obj
         raise ValueError("ends in the middle of its file of rows")
 
 
-def _write_rows(path: Path, use: Callable[[bytes], object]) -> None:
-    import pyarrow.parquet
+def _write_parquet(path: Path, use: Callable[[bytes], object]) -> None:
+    for row, _ in parquet_rows(path):
+        use((json.dumps(row, ensure_ascii=False, default=_as_text) + "\n").encode("utf-8", "surrogatepass"))
 
-    with pyarrow.parquet.ParquetFile(path) as table:
-        for batch in table.iter_batches(batch_size=4096):
-            rows = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in batch.to_pylist())
-            use("".join(rows).encode("utf-8", "surrogatepass"))
+
+def _as_text(value: object) -> str:
+    """What JSON has no form for: bytes are text of columns that do not say so, the rest are times and the like."""
+    return value.decode() if isinstance(value, bytes) else str(value)
