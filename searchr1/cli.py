@@ -8,7 +8,8 @@ import importlib
 import sys
 
 from searchr1 import __version__
-from searchr1.errors import UserError
+from searchr1.errors import UserError, WorkerDied
+from searchr1.runner.shutdown import Stopped, leave, stops_cleanly
 from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, open_streams, output_is_broken
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -36,6 +37,9 @@ RETRIEVAL = {"retrieval-server", "rerank-server", "build-index"}
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a full disk, a used-up quota and a limit on the size of files."""
 
+OWN_SIGNALS = {"retrieval-server", "rerank-server", "serve-chat", "chat", "watch"}
+"""Commands that handle signals themselves: servers end them as a normal end, and a chat goes on."""
+
 
 def usage() -> str:
     """The help text: one line per command."""
@@ -54,7 +58,10 @@ def usage() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one sub-command. Returns its exit code; 2 for a user's mistake, told without a traceback."""
+    """Run one sub-command. Returns its exit code; 2 for a user's mistake, which is printed without a traceback.
+
+    A signal that asks for a stop ends the process with 128 + its number, and a process of the run that has died with 1.
+    """
     open_streams(for_children=argv is None)
     args = sys.argv[1:] if argv is None else argv
     try:
@@ -89,20 +96,27 @@ def _main(args: list[str]) -> int:
     if command not in COMMANDS:
         _report(f"searchr1: no command {command!r}\n\n{usage()}")
         return 2
-    try:
-        return int(importlib.import_module(COMMANDS[command][0]).main(rest))
-    except UserError as error:
-        _report(f"searchr1 {command}: {error}")
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "searchr1":
-            raise
-        extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
-        _report(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'")
-        return 2
-    except KeyboardInterrupt:
-        _report(f"searchr1 {command}: stopped")
-        return 130
+    with contextlib.nullcontext() if command in OWN_SIGNALS else stops_cleanly():
+        try:
+            return int(importlib.import_module(COMMANDS[command][0]).main(rest))
+        except UserError as error:
+            _report(f"searchr1 {command}: {error}")
+            return 2
+        except WorkerDied as error:
+            _report(f"searchr1 {command}: {error}")
+            leave(1)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.split(".")[0] == "searchr1":
+                raise
+            extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
+            _report(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'")
+            return 2
+        except Stopped as stop:
+            _report(f"searchr1 {command}: {stop}")
+            leave(stop.exit_code)
+        except KeyboardInterrupt:
+            _report(f"searchr1 {command}: stopped")
+            return 130
 
 
 def _report(text: str) -> None:

@@ -1,42 +1,23 @@
 """Buffers of bytes that processes of one node share: a file that all of them map, registered with CUDA where there is one.
 
 The names of the files live only until every reader has mapped them (`SharedFolder.remove`); after that the memory belongs to
-the processes and goes with the last of them, however they end. Folders of processes that were killed before are found by
-their lock (a dead process holds none) and removed by the next one that makes a folder.
+the processes and goes with the last of them, however they end.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import mmap
 import os
-import shutil
 import stat
-import time
-import uuid
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from searchr1.errors import UserError
-
-SHARED_MEMORY = Path("/dev/shm")
-PREFIX = "searchr1-weights-"
-ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""Peft's names of an adapter's files, and vLLM's."""
-_OURS = ("bucket-*", ADAPTER_WEIGHTS, ADAPTER_CONFIG, "*.partial")
-_LOCK = ".lock"
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# A folder this young may belong to a process that has not locked it yet.
-_STALE_AFTER_SECONDS = 60.0
 _PORTABLE = 1
 """cudaHostRegisterPortable: pinned for all CUDA contexts."""
-
-_held_locks: dict[str, int] = {}
 
 
 class SharedBuffer:
@@ -126,82 +107,3 @@ class SharedBuffer:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(self._bytes.data_ptr()))
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self.size = 0
-
-
-class SharedFolder:
-    """A locked folder for files that other processes map or read."""
-
-    def __init__(self, root: Path, version: int) -> None:
-        """Make it under `root`, after removing what killed processes left there.
-
-        Raises:
-            UserError: `root` cannot be written.
-        """
-        self.path = root / f"{PREFIX}v{version}-{uuid.uuid4().hex[:12]}"
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            _remove_stale(root)
-            self.path.mkdir(mode=0o700)
-            _held_locks[str(self.path)] = _lock(self.path)
-        except OSError as error:
-            raise UserError(f"cannot write weights below {root}: {error.strerror}; give a writable folder") from error
-
-    @contextlib.contextmanager
-    def removed_on_failure(self) -> Iterator[None]:
-        """Remove the folder when the block raises; "no room" becomes a `UserError`."""
-        try:
-            yield
-        except BaseException as error:
-            remove_folder(self.path)
-            if (isinstance(error, OSError) and error.errno in _NO_ROOM) or "No space left" in str(error):
-                raise UserError(
-                    f"no room for the weights below {self.path.parent}: {error}; free space there, enlarge /dev/shm "
-                    "(docker: --shm-size), or publish to another folder"
-                ) from error
-            raise
-
-    def remove(self) -> None:
-        """Remove the names; what is mapped stays mapped."""
-        remove_folder(self.path)
-
-
-def weight_directory(needed_bytes: int, fallback: Path) -> Path:
-    """Choose where to publish: shared memory if it is writable and has twice the room that is needed, else `fallback`."""
-    try:
-        if os.access(SHARED_MEMORY, os.W_OK) and shutil.disk_usage(SHARED_MEMORY).free >= 2 * needed_bytes:
-            return SHARED_MEMORY
-    except OSError:
-        pass
-    return fallback
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove the files of a `SharedFolder`, and the folder unless someone keeps a file of their own there."""
-    for pattern in (*_OURS, _LOCK):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # gone already, or not empty
-        folder.rmdir()
-    descriptor = _held_locks.pop(str(folder), None)
-    if descriptor is not None:
-        os.close(descriptor)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _remove_stale(root: Path) -> None:
-    for folder in root.glob(f"{PREFIX}v*"):
-        if str(folder) in _held_locks:
-            continue
-        try:
-            if time.time() - folder.stat().st_mtime < _STALE_AFTER_SECONDS:
-                continue
-            descriptor = _lock(folder)
-        except OSError:
-            continue  # another process publishes there, or it is not ours
-        os.close(descriptor)
-        remove_folder(folder)

@@ -15,7 +15,7 @@ from searchr1.config.load import given_keys, load_for_command
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
 from searchr1.device import Device
-from searchr1.errors import UserError
+from searchr1.errors import UserError, WorkerDied
 from searchr1.evaluation.methods import sampling_note
 from searchr1.evaluation.model_folder import billions
 from searchr1.evaluation.results import Results, method_result, write_results
@@ -36,6 +36,7 @@ from searchr1.runner.eval_tasks import (
 from searchr1.runner.groups import Groups, launch
 from searchr1.runner.output import NAMED_BY, run_path
 from searchr1.runner.passages import require_server, watch_servers
+from searchr1.runner.shutdown import Stopped
 from searchr1.runner.stream import Streamed, stream
 from searchr1.tracking.eval_progress import EvalProgress
 from searchr1.tracking.loggers import file_loggers, hosted_loggers, require_backends
@@ -68,6 +69,7 @@ def run(config: Config) -> tuple[Results, Path]:
 
     Raises:
         UserError: something the user can put right; what was finished is kept, and the same call goes on from there.
+        WorkerDied: a process of the run has died; the same holds.
     """
     with folder_lock(run_path(config), NAMED_BY, "searchr1 eval") as lock:
         return run_in(lock, config)
@@ -87,6 +89,9 @@ def run_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
         answer_pending(lock, config, device, tasks, questions, folder)
     except UserError as error:
         raise UserError(f"{error}\n{kept(tasks, folder, config.runner.overwrite)}") from error
+    except (Stopped, WorkerDied) as error:
+        error.go_on = f"; {kept(tasks, folder, config.runner.overwrite)}"
+        raise
     except BaseException:
         print(kept(tasks, folder, config.runner.overwrite), file=sys.stderr)
         raise

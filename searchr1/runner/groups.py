@@ -1,10 +1,9 @@
-"""Start the worker groups on a cluster, call them, and tell their failures."""
+"""Start the worker groups on a cluster, call them, and report their failures."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,9 @@ from typing import Any
 from searchr1.config.placement import describe_device, group_ranks, shares_gpus, visible_gpus
 from searchr1.config.schema import Config
 from searchr1.device import Device
-from searchr1.runner.ray_start import own_ray, worker_logs
+from searchr1.rollout.shared_folder import weight_folders
+from searchr1.runner.lifetime import Lifetime, lifetime
+from searchr1.runner.ray_start import own_ray
 from searchr1.workers import channels
 from searchr1.workers.failure import WorkerError, unwrap
 
@@ -69,7 +70,7 @@ class Group:
 class Groups:
     """The groups of one run and the channel between them. Use `launch` as a context manager."""
 
-    def __init__(self, config: Config, device: Device, optimizer_steps: int | None) -> None:
+    def __init__(self, config: Config, device: Device, optimizer_steps: int | None, run: Lifetime) -> None:
         from rlinf.scheduler import Channel, Cluster
 
         from searchr1.runner.gpu_placement import without_gpus
@@ -85,10 +86,8 @@ class Groups:
         # Ray's workers inherit the driver's environment; some of it must be there before they import torch.
         for name, value in device.driver_env().items():
             os.environ.setdefault(name, value)
-        with own_ray(config.cluster.num_nodes):
+        with run.starting_ray(), own_ray(config.cluster.num_nodes):
             self._cluster = Cluster(num_nodes=config.cluster.num_nodes)
-        # RLinf answers a dying worker process by ending the driver with a signal; we want to save and explain first.
-        signal.signal(signal.SIGUSR1, _worker_died)
         with without_gpus(self._cluster):
             self.channel: Any = Channel.create(channels.CHANNEL)
         training = optimizer_steps is not None
@@ -164,23 +163,15 @@ def launch(config: Config, device: Device, optimizer_steps: int | None = None) -
         config: of the run.
         device: where the groups run.
         optimizer_steps: of the whole training; None is an evaluation, which has neither actor nor inference group.
-    """
-    import ray
 
+    Raises:
+        WorkerDied: a process of the run has died.
+    """
     for name in ("NodePlacementStrategy", "OrderedPlacement"):  # they reset their own level
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.WARNING)
     kind = "training" if optimizer_steps is not None else "evaluation"
     print(f"starting {kind} groups on {describe_device(device, os.environ)}", flush=True)
-    try:
-        groups = Groups(config, device, optimizer_steps)
+    with lifetime(config.cluster.num_nodes, weight_folders(config.runner.output_dir)) as run:
+        groups = Groups(config, device, optimizer_steps, run)
         groups.start()
         yield groups
-    finally:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        ray.shutdown()
-
-
-def _worker_died(signum: int, frame: object) -> None:
-    raise WorkerError(
-        f"a worker process died (out of memory, or killed from outside); its last words are in {worker_logs()}"
-    )

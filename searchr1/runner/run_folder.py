@@ -7,8 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Generator
-from contextlib import suppress
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,10 @@ from searchr1.config.load import save_config
 from searchr1.config.model_settings import ModelSettings
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
-from searchr1.errors import UserError
+from searchr1.errors import UserError, WorkerDied
 from searchr1.runner.groups import Groups
 from searchr1.runner.output import run_path
+from searchr1.runner.shutdown import Stopped
 from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics
 
@@ -208,6 +209,30 @@ class RunFolder:
             with suppress(_Dropped):
                 self._writing.throw(_Dropped())
             self._writing = None
+
+    @contextmanager
+    def explaining_how_to_go_on(self) -> Iterator[None]:
+        """Say in what ends the run where it stands, and drop a checkpoint that it leaves half written.
+
+        Its processes must have ended inside of the block: they may be writing.
+        """
+        try:
+            yield
+        except (Stopped, WorkerDied) as error:
+            error.go_on = self.how_to_go_on()
+            raise
+        finally:
+            if self._writing is not None:
+                self._writing.close()
+                self._writing = None
+
+    def how_to_go_on(self) -> str:
+        """After which step the run ends, and how to go on: the end of a sentence."""
+        where = f" after step {self.step}" if self.step else " before its first step was finished"
+        saved = checkpoint_steps(self.path / "checkpoints")
+        if not saved:
+            return f"{where}; nothing has been saved yet: begin again with runner.resume_dir=auto"
+        return f"{where} (last checkpoint: step {saved[-1]}); go on with runner.resume_dir=auto"
 
     def _write(self, groups: Groups, loader: PromptLoader, step: int) -> Generator[None]:
         """Stops in the middle, when the checkpoint may not be complete yet and nobody may resume from it."""

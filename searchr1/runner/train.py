@@ -43,6 +43,7 @@ def train(config: Config) -> Path:
 
     Raises:
         UserError: something the user can put right; nothing that was saved is lost.
+        WorkerDied: a process of the run has died; nothing that was saved is lost.
     """
     with folder_lock(run_path(config), NAMED_BY, "searchr1 train") as lock:
         return train_in(lock, config)
@@ -64,7 +65,12 @@ def train_in(lock: FolderLock, config: Config) -> Path:
     require_backends(config.runner.logger.logger_backends)
     if description := folder.describe():
         print(description, flush=True)
-    with launch(config, device, total_steps * config.algorithm.n_minibatches) as groups, watch_servers(config) as servers:
+    optimizer_steps = total_steps * config.algorithm.n_minibatches
+    with (
+        folder.explaining_how_to_go_on(),
+        launch(config, device, optimizer_steps) as groups,
+        watch_servers(config) as servers,
+    ):
         timeout_s = config.runner.step_timeout_s
         step = folder.step
         folder.load(groups)
@@ -101,6 +107,7 @@ def train_in(lock: FolderLock, config: Config) -> Path:
                 metrics |= servers.metrics()
                 metrics |= {"time/weight_update": update_seconds, "time/step": step_seconds + update_seconds}
                 log.step(step, batch.trajectories, metrics)
+                folder.step = step
                 health.check(step, metrics)
                 if is_due(step, total_steps, config.runner.val_check_interval):
                     evaluate(groups, data.val, config, log, step)

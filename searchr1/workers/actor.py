@@ -67,7 +67,7 @@ class ActorWorker(Worker):
     @reported
     async def publish_weights(self, version: int) -> Any:
         """Write the first bucket of weights where the rollout group can map it. Rank 0 returns its manifest."""
-        from searchr1.rollout.shared_buffer import weight_directory
+        from searchr1.rollout.shared_folder import weight_directory, weight_folders
         from searchr1.rollout.weights import WeightPublisher, bucket_size, same_buckets
 
         lora = self._config.actor.lora
@@ -79,7 +79,7 @@ class ActorWorker(Worker):
         self._buckets: Iterator[Any]
         if self._rank == 0:
             if self._publisher is None:
-                root = weight_directory(2 * size, Path(self._config.runner.output_dir) / "weights")
+                root = weight_directory(2 * size, weight_folders(self._config.runner.output_dir)[1])
                 self._publisher = WeightPublisher(root, size)
             self._buckets = self._publisher.publish(named, version, elements)
         else:  # gathering a tensor takes all ranks
@@ -89,7 +89,7 @@ class ActorWorker(Worker):
     def _publish_adapter(self, version: int) -> Any:
         """LoRA's matrices alone, all at once."""
         from searchr1.actor.lora import peft_settings
-        from searchr1.rollout.shared_buffer import weight_directory
+        from searchr1.rollout.shared_folder import weight_directory, weight_folders
         from searchr1.rollout.weights import publish_adapter
 
         self._policy.bring_back("weight")
@@ -97,7 +97,7 @@ class ActorWorker(Worker):
         if self._rank != 0:
             return None
         size = sum(tensor.nbytes for _, tensor in named)
-        root = weight_directory(size, Path(self._config.runner.output_dir) / "weights")
+        root = weight_directory(size, weight_folders(self._config.runner.output_dir)[1])
         return publish_adapter(named, version, root, peft_settings(lora.rank, lora.alpha, lora.target_modules))
 
     @reported

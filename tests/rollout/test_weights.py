@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from searchr1.errors import UserError
-from searchr1.rollout import shared_buffer
-from searchr1.rollout.shared_buffer import SharedBuffer, weight_directory
+from searchr1.rollout import shared_folder
+from searchr1.rollout.shared_buffer import SharedBuffer
+from searchr1.rollout.shared_folder import weight_directory
 from searchr1.rollout.weights import (
     DEFAULT_BUCKET_BYTES,
     WeightManifest,
@@ -291,20 +292,20 @@ def test_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
 
 def test_a_full_folder_is_a_user_error_and_not_a_signal() -> None:
     """The file system itself says so before anything is mapped; a write to a mapped file without room is a SIGBUS."""
-    if not os.access(shared_buffer.SHARED_MEMORY, os.W_OK):
+    if not os.access(shared_folder.SHARED_MEMORY, os.W_OK):
         pytest.skip("there is no /dev/shm")
-    too_much = shutil.disk_usage(shared_buffer.SHARED_MEMORY).total + (1 << 20)
-    with tempfile.TemporaryDirectory(dir=shared_buffer.SHARED_MEMORY) as folder:
+    too_much = shutil.disk_usage(shared_folder.SHARED_MEMORY).total + (1 << 20)
+    with tempfile.TemporaryDirectory(dir=shared_folder.SHARED_MEMORY) as folder:
         with pytest.raises(UserError, match="shm-size"):
             next(send(WeightPublisher(folder, too_much), {"a": torch.ones(1)}))
         assert os.listdir(folder) == []
 
 
 def test_shared_memory_is_chosen_only_with_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_buffer, "SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shared_folder, "SHARED_MEMORY", tmp_path)
     assert weight_directory(1, Path("elsewhere")) == tmp_path
     assert weight_directory(1 << 60, Path("elsewhere")) == Path("elsewhere")
-    monkeypatch.setattr(shared_buffer, "SHARED_MEMORY", tmp_path / "missing")
+    monkeypatch.setattr(shared_folder, "SHARED_MEMORY", tmp_path / "missing")
     assert weight_directory(1, Path("elsewhere")) == Path("elsewhere")
 
 

@@ -1,0 +1,192 @@
+"""Watch the processes of a run: one that dies ends the run within seconds, with its name, how it ended, and its last words.
+
+Only local processes of a Ray of our own are watched. On others Ray notices itself, as far as it does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from searchr1.errors import WorkerDied
+from searchr1.runner.processes import PROC, Family, Process, Stat, environment, title
+from searchr1.workers.channels import CHANNEL
+
+LOOK_SECONDS = 0.5
+STOPPED_AFTER_SECONDS = 5.0
+REPEAT_SECONDS = 60.0
+NOTICE_SECONDS = 3.0
+"""After Ray says that an actor has gone, until its process must have been seen to be gone."""
+LAST_LINES = 15
+_LINE_LENGTH = 300
+_TAIL_BYTES = 64 << 10
+_SERVERS = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}
+_MANAGERS = ("WorkerManager", "CollectiveManager", "NodeManager", "DeviceLockManager", "PortLockManager")
+_CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[^\x20-\x7e\x80-\uffff\U00010000-\U0010ffff\t]")
+
+
+class Watcher:
+    """A thread that looks at the run's processes twice a second."""
+
+    def __init__(self, family: Family, logs: Callable[[], Path], wake: Callable[[], None]) -> None:
+        """Args:
+        family: of the run; only this thread uses it until `stop` returns.
+        logs: Ray's folder of logs.
+        wake: called in the thread when a process has died, once.
+        """
+        self._family = family
+        self._logs = logs
+        self._wake = wake
+        self._end = threading.Event()
+        self._noticed = threading.Event()
+        self._names: dict[Process, str] = {}
+        self._stopped: dict[Process, tuple[float, float]] = {}
+        self._out_of_memory = (oom_kills(), 0.0)
+        self._death: WorkerDied | None = None
+        self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+        self.times_stopped = 0
+        """How often a process was seen to stand still."""
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End watching: from here on processes may go."""
+        self._end.set()
+        self._thread.join()
+
+    def death(self, within_s: float) -> WorkerDied | None:
+        """What has died; waits for it as long as `within_s`."""
+        self._noticed.wait(within_s)
+        return self._death
+
+    def _run(self) -> None:
+        while not self._end.wait(LOOK_SECONDS):
+            self._family.look()
+            self._look(time.monotonic())
+            if self._death is not None:
+                self._noticed.set()
+                self._wake()
+                return
+
+    def _look(self, now: float) -> None:
+        kills = oom_kills()
+        if kills > self._out_of_memory[0]:
+            self._out_of_memory = (kills, now)
+        members = self._family.members
+        raylets = {process.pid for process, name in self._names.items() if name == _SERVERS["raylet"]}
+        for process, stat in members.items():
+            if process not in self._names and not stat.ended and (name := name_of(process, stat, raylets)):
+                self._names[process] = name
+        gone = [process for process in self._names if process not in members or members[process].ended]
+        if gone:
+            # Workers end with Ray's servers, so these come first.
+            first = min(gone, key=lambda process: self._names[process] not in _SERVERS.values())
+            self._death = self._describe(first, members.get(first), now)
+            return
+        for process in self._names:
+            self._report_stopped(process, members[process], now)
+
+    def _describe(self, process: Process, stat: Stat | None, now: float) -> WorkerDied:
+        name = self._names[process]
+        how = how_ended(stat.exit_status if stat is not None else None)
+        if self._out_of_memory[1] and now - self._out_of_memory[1] < 10:
+            how = "was killed by the kernel: the machine or its container ran out of memory"
+        return WorkerDied(f"{name} (process {process.pid}) {how}", last_words(self._logs(), name, process.pid))
+
+    def _report_stopped(self, process: Process, stat: Stat, now: float) -> None:
+        if stat.state != "T":
+            if process in self._stopped and self._stopped.pop(process)[1]:
+                print(f"{self._names[process]} (process {process.pid}) goes on", file=sys.stderr, flush=True)
+            return
+        since, reported = self._stopped.setdefault(process, (now, 0.0))
+        if now - since < STOPPED_AFTER_SECONDS or (reported and now - reported < REPEAT_SECONDS):
+            return
+        self.times_stopped += not reported
+        self._stopped[process] = (since, now)
+        print(
+            f"{self._names[process]} (process {process.pid}) has been stopped (SIGSTOP) for {now - since:.0f} s, and the "
+            f"run waits for it until runner.step_timeout_s; let it go on: kill -CONT {process.pid} "
+            f"(stops noticed in this run: {self.times_stopped})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def name_of(process: Process, stat: Stat, raylets: set[int]) -> str:
+    """What a user calls a process without which the run cannot go on; "" for others."""
+    words = title(process.pid)
+    if server := _SERVERS.get(os.path.basename(words.split(" ", 1)[0])):
+        return server
+    if words.startswith("VLLM::"):
+        return f"vLLM's {words.removeprefix('VLLM::')} of {_worker(process.pid)}"
+    if stat.parent not in raylets:
+        return ""
+    if name := _worker(process.pid):
+        return name
+    kind = words.removeprefix("ray::").split(".")[0]
+    return f"RLinf's {kind}" if kind in _MANAGERS else ""
+
+
+def _worker(pid: int) -> str:
+    found = environment(pid)
+    if "RAY_ACTOR" not in found:  # RLinf sets it with the group's name
+        return ""
+    if found.get("GROUP_NAME") == CHANNEL:
+        return "the channel between the groups"
+    return f"rank {found.get('RANK')} of {found.get('GROUP_NAME')}"
+
+
+def how_ended(status: int | None) -> str:
+    """A process's end in words.
+
+    Args:
+        status: as `waitpid` gives it; None if only its parent knows.
+    """
+    if status is None:
+        return "has died (killed from outside, out of memory, or crashed)"
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"has ended with exit code {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"was killed by signal {-code}"
+
+
+def last_words(logs: Path, name: str, pid: int) -> str:
+    """The last lines that a process has written, under a line that names their file; "" if it has written nothing."""
+    stem = next((server for server, text in _SERVERS.items() if text == name), f"worker-*-{pid}")
+    for path in (*logs.glob(f"{stem}.err"), *logs.glob(f"{stem}.out")):
+        lines = tail(path)
+        if lines:
+            return "\n".join([f"its last lines ({path}):", *(f"    {line}" for line in lines)])
+    return f"it has written nothing into {logs}"
+
+
+def tail(path: Path) -> list[str]:
+    """The last lines of a log that are not empty, cut to a readable length."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return []
+    lines = [_CONTROL.sub("", line).rstrip()[:_LINE_LENGTH] for line in re.split(r"[\r\n]", text)]
+    return [line for line in lines if line][-LAST_LINES:]
+
+
+def oom_kills() -> int:
+    """How often the kernel has killed a process of this machine for want of memory."""
+    try:
+        found = re.search(r"^oom_kill (\d+)$", (PROC / "vmstat").read_text(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0

@@ -1,0 +1,180 @@
+"""The processes of a run, read from /proc: which they are, what state they are in, and how all of them end.
+
+Ray's servers are started with the run's id in their environment, and so is all that they start; processes that rewrite
+their title, and their environment with it, are known by their parents. Standard library only: the guardian uses this too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+RUN_ID = "SEARCHR1_RUN_ID"
+"""Environment variable of all processes of a run that has a Ray of its own."""
+PROC = Path("/proc")
+_YOUNG_SECONDS = 5.0
+"""A process may still have its parent's environment: between fork and exec."""
+_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process; the kernel gives its number to another one later, but not with the same start."""
+
+    pid: int
+    start: int
+    """In clock ticks since the machine started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stat:
+    """What /proc/PID/stat says."""
+
+    state: str
+    """R, S, D, T (stopped), t (by a debugger), Z (ended, not waited for), X."""
+    parent: int
+    start: int
+    exit_status: int | None = None
+    """As `waitpid` gives it, of one that has ended."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing runs any more."""
+        return self.state in "ZXx"
+
+
+def stat_of(pid: int) -> Stat | None:
+    """The state of a process; None if there is none of this number."""
+    try:
+        text = (PROC / str(pid) / "stat").read_bytes()
+    except OSError:
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()  # the name before may hold anything
+    state = fields[0].decode()
+    return Stat(state, int(fields[1]), int(fields[19]), int(fields[49]) if state == "Z" else None)
+
+
+def identify(pid: int) -> Process | None:
+    """The process that has this number now; None if there is none."""
+    stat = stat_of(pid)
+    return Process(pid, stat.start) if stat is not None else None
+
+
+def is_running(process: Process) -> bool:
+    """Whether it is there and has not ended."""
+    stat = stat_of(process.pid)
+    return stat is not None and stat.start == process.start and not stat.ended
+
+
+def title(pid: int) -> str:
+    """The command line, as ps shows it; "" if it is gone."""
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def environment(pid: int) -> dict[str, str]:
+    """What the process was started with; {} if it is gone, another user's, or has written over it."""
+    try:
+        text = (PROC / str(pid) / "environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
+
+
+class Family:
+    """All processes of a run, as they come and go: those that have its id in their environment, and their children."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._strangers: set[int] = set()
+        self.members: dict[Process, Stat] = {}
+        """Those that were there at the last look, ended ones included as long as nobody has waited for them."""
+
+    def look(self) -> None:
+        """Read /proc again."""
+        pids = {int(entry) for entry in os.listdir(PROC) if entry.isdigit()}
+        self._strangers &= pids
+        seen: dict[Process, Stat] = {}
+        by_pid: dict[int, Process] = {}
+        known = {process.pid: process for process in self.members}
+        uptime = time.clock_gettime(time.CLOCK_BOOTTIME)
+        # In the order of their numbers parents come before children, but where the numbers began anew.
+        for pid in sorted(pids - self._strangers - {os.getpid()}):
+            stat = stat_of(pid)
+            if stat is None:
+                continue
+            process = Process(pid, stat.start)
+            parent = by_pid.get(stat.parent) or known.get(stat.parent)
+            if known.get(pid) == process or parent is not None or environment(pid).get(RUN_ID) == self._run_id:
+                seen[process] = stat
+                by_pid[pid] = process
+            elif uptime - stat.start / _TICKS > _YOUNG_SECONDS:
+                self._strangers.add(pid)
+        self.members = seen
+
+    def running(self) -> list[Process]:
+        """Those that had not ended at the last look."""
+        return [process for process, stat in self.members.items() if not stat.ended]
+
+
+def end_all(family: Family, *, patience_s: float, grace_s: float) -> int:
+    """End what is left of a run. Returns how many processes had to be ended.
+
+    Args:
+        family: of the run.
+        patience_s: they may take to end by themselves.
+        grace_s: between SIGTERM and SIGKILL.
+    """
+    _await_end(family, patience_s)
+    asked: set[Process] = set()
+    deadline = time.monotonic() + grace_s
+    while running := family.running():
+        kind = signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL
+        _send(running if kind == signal.SIGKILL else (p for p in running if p not in asked), kind)
+        asked |= set(running)
+        if time.monotonic() > deadline + grace_s:  # in the kernel (a file system that hangs): it ends when that lets go
+            break
+        _await_end(family, 0.1)
+    return len(asked)
+
+
+def _await_end(family: Family, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    family.look()
+    while family.running() and time.monotonic() < deadline:
+        time.sleep(0.05)
+        family.look()
+
+
+def _send(processes: Iterable[Process], kind: signal.Signals) -> None:
+    for process in processes:
+        if is_running(process):
+            with suppress(OSError):
+                os.kill(process.pid, kind)
+                os.kill(process.pid, signal.SIGCONT)  # a stopped one takes no SIGTERM
+
+
+@contextmanager
+def marked(run_id: str) -> Iterator[None]:
+    """Give what is started in the block the run's id, and keep it out of reach of what a terminal sends.
+
+    Ctrl-C and a closed terminal reach every process of a terminal's group; workers must live until the driver has
+    stopped. The signals are blocked in this thread alone: another thread takes them, and this one handles them.
+    """
+    outer = os.environ.get(RUN_ID)
+    os.environ[RUN_ID] = run_id
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        del os.environ[RUN_ID]
+        if outer is not None:
+            os.environ[RUN_ID] = outer
