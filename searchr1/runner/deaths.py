@@ -28,6 +28,10 @@ _LINE_LENGTH = 300
 _TAIL_BYTES = 64 << 10
 _SERVERS = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}
 _MANAGERS = ("WorkerManager", "CollectiveManager", "NodeManager", "DeviceLockManager", "PortLockManager")
+_RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")
+"""Lines with which Ray marks its logs."""
+_WORRIES = re.compile(r"\[\S+ \S+ [WEF] ")
+"""Warnings, errors and fatal errors of Ray's servers, which log much else."""
 _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[^\x20-\x7e\x80-\uffff\U00010000-\U0010ffff\t]")
 
 
@@ -52,6 +56,8 @@ class Watcher:
         self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
         self.times_stopped = 0
         """How often a process was seen to stand still."""
+        self.ray_is_dead = False
+        """Whether what has died is one of Ray's servers, without which nothing of Ray answers."""
 
     def start(self) -> None:
         """Begin to watch."""
@@ -89,6 +95,7 @@ class Watcher:
         if gone:
             # Workers end with Ray's servers, so these come first.
             first = min(gone, key=lambda process: self._names[process] not in _SERVERS.values())
+            self.ray_is_dead = self._names[first] in _SERVERS.values()
             self._death = self._describe(first, members.get(first), now)
             return
         for process in self._names:
@@ -163,16 +170,17 @@ def how_ended(status: int | None) -> str:
 
 def last_words(logs: Path, name: str, pid: int) -> str:
     """The last lines that a process has written, under a line that names their file; "" if it has written nothing."""
-    stem = next((server for server, text in _SERVERS.items() if text == name), f"worker-*-{pid}")
+    server = next((server for server, text in _SERVERS.items() if text == name), "")
+    stem = server or f"worker-*-{pid}"
     for path in (*logs.glob(f"{stem}.err"), *logs.glob(f"{stem}.out")):
-        lines = tail(path)
+        lines = tail(path, _WORRIES if server else None)
         if lines:
             return "\n".join([f"its last lines ({path}):", *(f"    {line}" for line in lines)])
-    return f"it has written nothing into {logs}"
+    return f"it has written no {'warning' if server else 'line'} into {logs}"
 
 
-def tail(path: Path) -> list[str]:
-    """The last lines of a log that are not empty, cut to a readable length."""
+def tail(path: Path, only: re.Pattern[str] | None = None) -> list[str]:
+    """The last lines of a log that are not empty (and begin as `only` says), cut to a readable length."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
@@ -180,7 +188,8 @@ def tail(path: Path) -> list[str]:
     except OSError:
         return []
     lines = [_CONTROL.sub("", line).rstrip()[:_LINE_LENGTH] for line in re.split(r"[\r\n]", text)]
-    return [line for line in lines if line][-LAST_LINES:]
+    wanted = [line for line in lines if line and not line.startswith(_RAYS_OWN) and (only is None or only.match(line))]
+    return wanted[-LAST_LINES:]
 
 
 def oom_kills() -> int:

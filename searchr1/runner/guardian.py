@@ -12,12 +12,13 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from searchr1.rollout.shared_folder import remove_abandoned
-from searchr1.runner.processes import Family, end_all
+from searchr1.runner.processes import RUN_ID, Family, end_all
 
 LOOK_SECONDS = 1.0
 PATIENCE_SECONDS = 2.0
@@ -62,6 +63,25 @@ class Guardian:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+
+@contextmanager
+def guarded(weight_folders: Sequence[Path]) -> Iterator[None]:
+    """End the commands and servers that are started in the block if this process is killed in it.
+
+    Args:
+        weight_folders: in which they publish weights.
+    """
+    run_id, outer = uuid.uuid4().hex, os.environ.get(RUN_ID)
+    guardian = Guardian(run_id, weight_folders)
+    os.environ[RUN_ID] = run_id
+    try:
+        yield
+    finally:
+        del os.environ[RUN_ID]
+        if outer is not None:
+            os.environ[RUN_ID] = outer
+        guardian.dismiss()
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from searchr1.runner.shutdown import ended_at_once, is_stopping
 from searchr1.workers.failure import WorkerError
 
 RAY_SECONDS = 15.0
-"""Ray may take to shut down; without its GCS it waits 7 s for an answer."""
+DEAD_RAY_SECONDS = 1.0
+"""Ray may take to shut down. Without its GCS it would wait 7 s for an answer."""
 PATIENCE_SECONDS, GRACE_SECONDS = 1.0, 4.0
 
 
@@ -53,7 +54,11 @@ class Lifetime:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self._owns_ray:
             self._watcher.stop()
-        ray_start.shut_down(RAY_SECONDS)
+        if self._watcher.ray_is_dead:
+            end_all(self._family, patience_s=0.0, grace_s=GRACE_SECONDS)
+            ray_start.shut_down(DEAD_RAY_SECONDS)
+        else:
+            ray_start.shut_down(RAY_SECONDS)
         if self._owns_ray:
             end_all(self._family, patience_s=PATIENCE_SECONDS, grace_s=GRACE_SECONDS)
         for folder in self._weight_folders:

@@ -94,17 +94,22 @@ def test_the_channel_has_a_name_of_its_own(run):
     os.kill(run.channel, signal.SIGKILL)
     assert run.woken.wait(5)
     assert str(run.watcher.death(0)).startswith(f"the channel between the groups (process {run.channel}) ")
-    assert "it has written nothing into" in str(run.watcher.death(0))
+    assert "it has written no line into" in str(run.watcher.death(0))
 
 
 def test_ray_s_servers_come_before_the_workers_that_end_with_them(run):
     for pid in (run.rollout, run.channel):
         os.kill(pid, signal.SIGSTOP)  # so that the raylet is seen to die first or at the same time
+    worry = "[2026-11-27 21:48:15,167 W 17 17] (raylet) memory.cc:1: low"
+    (run.logs / "raylet.out").write_text(f"{worry}\n[2026-11-27 21:48:15,167 I 17 17] (raylet) stats.cc:1: fine\n  mean 1\n")
     run.raylet.kill()
     for pid in (run.rollout, run.channel):
         os.kill(pid, signal.SIGKILL)
     assert run.woken.wait(5)
-    assert str(run.watcher.death(0)).startswith(f"Ray's raylet (process {run.raylet.pid}) was killed by SIGKILL")
+    first, _, *lines = str(run.watcher.death(0)).splitlines()
+    assert first == f"Ray's raylet (process {run.raylet.pid}) was killed by SIGKILL"
+    assert lines == [f"    {worry}"]
+    assert run.watcher.ray_is_dead
 
 
 def test_other_processes_may_end(run):
@@ -150,7 +155,12 @@ def test_how_a_process_ended(code, expected):
 
 def test_last_lines_are_readable_whatever_is_in_the_log(tmp_path):
     log = tmp_path / "worker.err"
-    log.write_bytes(b"x" * 200_000 + b"\n\x1b[31mred\x1b[0m\r\n\n\xff broken\nprogress 1\rprogress 2\n" + b"y" * 1000)
+    log.write_bytes(
+        b":actor_name:Rank\n"
+        + b"x" * 200_000
+        + b"\n:job_id:01\n\x1b[31mred\x1b[0m\r\n\n\xff broken\nprogress 1\rprogress 2\n"
+        + b"y" * 1000
+    )
     found = tail(log)
     assert found == ["x" * 300, "red", "\ufffd broken", "progress 1", "progress 2", "y" * 300]
     assert tail(tmp_path / "missing") == []

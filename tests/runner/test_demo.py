@@ -21,7 +21,7 @@ from searchr1.runner import demo
 def commands(monkeypatch, tmp_path):
     """Fake sub-commands; `train` makes checkpoint number `steps`."""
 
-    def command(name, *arguments, env=None):
+    def command(name, *arguments, env=None, server=None):
         words = [str(argument) for argument in arguments]
         out = Path(env["SEARCHR1_DEMO_DIR"]) if env else tmp_path
         if name == "train":
@@ -38,11 +38,11 @@ def commands(monkeypatch, tmp_path):
             (out / "eval/eval.json").write_text(json.dumps({"val/exact_match": 0.5, "val/searches": 1.0}))
 
     @contextmanager
-    def retrieval_server(world, log):
-        yield "127.0.0.1:1"
+    def running_server(world, log):
+        yield demo.Server("127.0.0.1:1", None, log)
 
     monkeypatch.setattr(demo, "command", command)
-    monkeypatch.setattr(demo, "retrieval_server", retrieval_server)
+    monkeypatch.setattr(demo, "running_server", running_server)
 
 
 @pytest.mark.usefixtures("commands")
@@ -91,9 +91,9 @@ def test_what_the_machine_asks_for_holds_for_the_evaluation_too(monkeypatch, com
     seen = []
     make_files = demo.command
 
-    def command(name, *words, env=None):
+    def command(name, *words, env=None, server=None):
         seen.append((name, words))
-        make_files(name, *words, env=env)
+        make_files(name, *words, env=env, server=server)
 
     monkeypatch.setattr(demo, "command", command)
     words = ["cluster.device=cpu", "rollout.model.precision=fp16", "rollout.max_running_requests=4"]

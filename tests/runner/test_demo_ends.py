@@ -1,0 +1,92 @@
+"""`searchr1 demo` as the parent of its commands: signals are passed on, a dead server is named, a kill leaves nothing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from searchr1.errors import UserError
+from searchr1.runner import demo
+from searchr1.runner.processes import identify, is_running
+from searchr1.runner.shutdown import Stopped, stops_cleanly
+
+# What a command of ours does when it is asked to stop.
+COMMAND = (
+    "import signal, sys, time\n"
+    "def stop(signum, frame):\n"
+    "    open(sys.argv[1], 'w').write(signal.Signals(signum).name)\n"
+    "    sys.exit(128 + signum)\n"
+    "for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):\n"
+    "    signal.signal(kind, stop)\n"
+    "open(sys.argv[1], 'w').write('ready')\n"
+    "time.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def program(monkeypatch):
+    monkeypatch.setattr(demo, "PROGRAM", (sys.executable, "-c", COMMAND))
+    monkeypatch.setattr(demo, "POLL_SECONDS", 0.05)
+
+
+class Soon:
+    """A server that asks this process to stop, or ends, as soon as the command is ready."""
+
+    def __init__(self, file, act):
+        self.file, self.act = file, act
+
+    def require_running(self):
+        if self.file.exists() and self.file.read_text() == "ready":
+            self.act()
+
+
+@pytest.mark.usefixtures("program")
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_passed_on_and_waited_for(kind, tmp_path):
+    file = tmp_path / "seen"
+    with pytest.raises(Stopped) as found, stops_cleanly():
+        demo.command(file, server=Soon(file, lambda: signal.raise_signal(kind)))
+    assert found.value.exit_code == 128 + kind
+    assert file.read_text() == kind.name
+
+
+@pytest.mark.usefixtures("program")
+def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
+    log, file = tmp_path / "server.log", tmp_path / "seen"
+    log.write_text("no more memory\n")
+    process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+    server = demo.Server("127.0.0.1:1", process, log)
+    server.require_running()
+
+    def end():
+        process.kill()
+        process.wait()
+        server.require_running()
+
+    with pytest.raises(UserError, match=rf"process {process.pid}\) was ended by SIGKILL(.|\n)*no more memory"):
+        demo.command(file, server=Soon(file, end))
+    assert file.read_text() == "SIGTERM"
+
+
+def test_a_killed_demo_leaves_no_process(tmp_path):
+    code = (
+        "import subprocess, sys, time\n"
+        "from searchr1.runner.guardian import guarded\n"
+        "with guarded([]):\n"
+        "    child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    child = identify(int(process.stdout.readline()))
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 15
+    while is_running(child):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.stdout.close()
