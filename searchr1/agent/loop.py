@@ -23,6 +23,7 @@ from searchr1.agent.settings import AgentSettings, Engine, Generation
 from searchr1.agent.tools import Tool, ToolResult
 from searchr1.agent.trajectory import Sample, StopReason, Trajectory, Turn
 from searchr1.errors import UserError
+from searchr1.unicode_text import whole_text
 
 GenerateFn = Callable[..., Coroutine[Any, Any, Trajectory]]
 
@@ -235,7 +236,8 @@ async def _call_tool(turn: Turn, tool: Tool, tokenizer: Any, fixed: _Fixed, sett
     turn.tool_seconds = time.perf_counter() - started
     turn.tool_error = result.error
     whole = settings.tool_text_tokens == "whole"
-    text = fixed.before + result.body + fixed.after if whole else result.body
+    body = whole_text(result.body)  # a tool of the user's own may return anything
+    text = fixed.before + body + fixed.after if whole else body
     if len(text) > LONG_TEXT:
         encoded = await asyncio.to_thread(_encode, tokenizer, text)
     else:
@@ -248,7 +250,7 @@ async def _call_tool(turn: Turn, tool: Tool, tokenizer: Any, fixed: _Fixed, sett
         return ids
     # The body is tokenized and cut between its tags, so they always stay, and look the same whether it was cut or not.
     body_ids = truncate_ids(kept, limit, side)
-    body = result.body if len(body_ids) == len(encoded) else tokenizer.decode(body_ids)
+    body = body if len(body_ids) == len(encoded) else tokenizer.decode(body_ids)
     turn.tool_text = fixed.before + body + fixed.after
     return fixed.before_ids + body_ids + fixed.after_ids
 

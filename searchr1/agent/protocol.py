@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from searchr1.agent.trajectory import ActionKind
+from searchr1.unicode_text import whole_text
 
 TAGS = ("think", "search", "information", "answer", "access")
 InformationStyle = Literal["searchr1", "rlinf"]
@@ -72,9 +73,9 @@ def parse_action(text: str) -> Action:
 def neutralise(text: str) -> str:
     """Retrieved text with every tag of ours and every chat marker made harmless: `<` becomes `‹`.
 
-    What the environment writes can then neither end a turn nor look like an answer. Idempotent.
+    What the environment writes can then neither end a turn nor look like an answer; tokenizers take it. Idempotent.
     """
-    return _CHAT.sub("‹", _OURS.sub("‹", text))
+    return _CHAT.sub("‹", _OURS.sub("‹", whole_text(text)))
 
 
 def render_body(

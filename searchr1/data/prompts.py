@@ -58,6 +58,8 @@ TEMPLATES: dict[str, str | None] = {
     "demo": DEMO,
 }
 """By name in `data.prompt_template`; None leaves the row's prompt as it is."""
+LONGEST_REASON = 300
+"""Characters of what a chat template says of messages that it refuses."""
 _PLACES = re.compile(r"\{(question|passages)\}")
 
 
@@ -188,11 +190,14 @@ def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> s
     """Messages as the tokenizer's chat template renders them.
 
     Raises:
-        UserError: the template refuses them.
+        UserError: the template refuses them, or fails in any other way: it is a program that came with the model.
     """
-    from jinja2 import TemplateError
-
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"the model's chat template refuses the messages: {error}") from error
+    except Exception as error:
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        why = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        raise UserError(
+            f"the model's chat template refuses the messages (roles {roles[:LONGEST_REASON]}): {why}; use roles that the "
+            "template knows, or another tokenizer's template"
+        ) from error

@@ -20,6 +20,7 @@ from searchr1.inference.events import (
     ToolFailed,
     TurnStarted,
 )
+from searchr1.unicode_text import whole_text
 
 STYLES = {
     "think": "italic bright_black",
@@ -45,7 +46,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 def printable(text: str) -> str:
     """Without control characters; line breaks and tabs stay."""
-    return _CONTROL.sub("", text.replace("\r\n", "\n")).encode("utf-8", "replace").decode()
+    return whole_text(_CONTROL.sub("", text.replace("\r\n", "\n")))
 
 
 def _indented(text: str) -> str:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from searchr1.errors import UserError
 from searchr1.retrieval.model_files import local_folder
+from searchr1.unicode_text import whole_text
 
 Role = Literal["query", "passage"]
 Pooling = Literal["mean", "cls", "pooler", "decoder"]
@@ -172,7 +173,7 @@ class Encoder:
             vectors[:] = encode(list(texts), batch_size=size, convert_to_numpy=True, show_progress_bar=False)
             return vectors
         prefix = self.family.query_prefix if role == "query" else self.family.passage_prefix
-        ids = self._tokenizer([prefix + text for text in texts], truncation=True, max_length=self.max_length)
+        ids = self._tokenizer([prefix + whole_text(text) for text in texts], truncation=True, max_length=self.max_length)
         for rows in batches([len(row) for row in ids["input_ids"]], self._batch_tokens):
             inputs = self._tokenizer.pad({key: [ids[key][row] for row in rows] for key in ids}, return_tensors="pt")
             vectors[rows] = self._forward(inputs.to(self._device), self.family)

@@ -17,6 +17,7 @@ from searchr1.retrieval.batcher import Observe
 from searchr1.retrieval.documents import split_contents
 from searchr1.retrieval.encoder import BATCH_TOKENS, batches, check_device
 from searchr1.retrieval.searcher import Document, Found, Searcher, SearchFailed
+from searchr1.unicode_text import whole_text
 
 Pair = tuple[str, str]
 """(query, passage)"""
@@ -110,7 +111,7 @@ class CrossEncoder:
 
     def _readable(self, text: str) -> str:
         """The part that matters, without halves of surrogate pairs, which tokenizers refuse."""
-        return text[: self.max_length * CHARACTERS_PER_TOKEN].encode("utf-8", "replace").decode()
+        return whole_text(text[: self.max_length * CHARACTERS_PER_TOKEN])
 
     def _forward(self, inputs: Any) -> Scores:
         import torch

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.unicode_text import whole_text
 
 WAIT_S = 10.0
 """For another reward process that is writing."""
@@ -66,4 +67,4 @@ class VerdictCache:
 def verdict_key(url: str, body: dict[str, Any]) -> str:
     """What a verdict depends on: the address, the model and the whole prompt."""
     text = json.dumps([url, body], sort_keys=True, ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(whole_text(text).encode()).hexdigest()

@@ -19,6 +19,7 @@ from searchr1.retrieval.online.fetch import PageFetcher
 from searchr1.retrieval.online.proxy import proxy_for
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
 from searchr1.retrieval.tokens import split_passage, split_query
+from searchr1.unicode_text import whole_text
 
 PASSAGE_CHARACTERS = 1200
 """How much of a fetched page is given."""
@@ -83,6 +84,7 @@ class OnlineSearcher:
             await self._cache.aclose()
 
     async def _search(self, query: str, topk: int) -> list[tuple[Document, float]]:
+        query = whole_text(query)
         if not query.strip():
             return []
         hits = (await self._hits(query, topk))[:topk]
