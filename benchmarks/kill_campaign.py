@@ -106,7 +106,7 @@ def unbroken(setting: Setting) -> dict[int, Mapping[str, Any]]:
     if not metrics.exists() or len(read_metrics(metrics)) < setting.steps:
         print(f"{setting.name}: an unbroken run of {setting.steps} steps", flush=True)
         setting.folder.mkdir(parents=True, exist_ok=True)
-        with (setting.folder / "unbroken.log").open("w") as log:
+        with (setting.folder / "unbroken.log").open("w", encoding="utf-8") as log:
             words = [sys.executable, "-m", "searchr1.cli", *setting.command("unbroken")]
             subprocess.run(words, env=setting.environment(), cwd=ROOT, stdout=log, stderr=log, check=True)
     return {row["step"]: row for row in read_metrics(metrics)}
@@ -121,7 +121,7 @@ def run_legs(setting: Setting, legs: list[list[Kill]], seed: int, most: int) -> 
             continue
         outcomes = Leg(setting, number, kills, seed).run()
         count += len(kills)
-        with (setting.folder / "kills.jsonl").open("a") as file:
+        with (setting.folder / "kills.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(asdict(outcome)) + "\n" for outcome in outcomes)
         for kill, outcome in zip(kills or ["to the end"], outcomes, strict=False):
             verdict = "; ".join(outcome.problems) or "as required"
@@ -133,7 +133,7 @@ def run_legs(setting: Setting, legs: list[list[Kill]], seed: int, most: int) -> 
 def outcomes_of(setting: Setting) -> list[Outcome]:
     """What was done so far."""
     path = setting.folder / "kills.jsonl"
-    return [Outcome(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    return [Outcome(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def difference(expected: Mapping[str, Any], found: Mapping[str, Any]) -> float:
@@ -267,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\n{table(judged)}\n\n{text}{chr(10) + 'not finished: the same command goes on' if unfinished else ''}")
     for path, content in ((args.json, json.dumps(judged, indent=1)), (args.markdown, f"{table(judged)}\n\n{text}")):
         if path is not None:
-            path.write_text(f"{content}\n")
+            path.write_text(f"{content}\n", encoding="utf-8")
     return 1 if "PROBLEM" in text or not judged else 0
 
 

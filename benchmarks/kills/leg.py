@@ -320,7 +320,9 @@ class Leg:
         log = self.setting.folder / f"leg-{self.number:02}.log"
         kills = ", ".join(map(str, self.kills)) or "nothing"
         lines = [f"{at - self._struck:9.2f} {text}\n" for at, text in self.output]
-        log.write_text(f"{kills}; seconds from the last kill\n{''.join(lines)}exit code {outcome.exit_code}\n")
+        log.write_text(
+            f"{kills}; seconds from the last kill\n{''.join(lines)}exit code {outcome.exit_code}\n", encoding="utf-8"
+        )
 
     def _judge(self, killed: Kill | None, outcome: Outcome) -> None:
         if outcome.shm:

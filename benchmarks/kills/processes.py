@@ -117,8 +117,8 @@ class Server:
         if not noted.exists():
             with socket.socket() as found:
                 found.bind(("127.0.0.1", 0))
-                noted.write_text(str(found.getsockname()[1]))
-        self.port = int(noted.read_text())
+                noted.write_text(str(found.getsockname()[1]), encoding="utf-8")
+        self.port = int(noted.read_text(encoding="utf-8"))
         self.address = f"127.0.0.1:{self.port}"
         self._world, self._log = world, log
         self._process: subprocess.Popen[bytes] | None = None
@@ -129,7 +129,7 @@ class Server:
 
         words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(self._world / "corpus.jsonl")]
         words += ["--pages_path", str(self._world / "pages.jsonl"), "--port", str(self.port)]
-        with self._log.open("a") as log:
+        with self._log.open("a", encoding="utf-8") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "searchr1.cli", *words], stdout=log, stderr=log, start_new_session=True
             )

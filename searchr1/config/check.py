@@ -20,6 +20,7 @@ from searchr1.config.check_reward import check_reward
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.placement import GROUPS, group_ranks, is_evaluation, placed_groups, visible_gpus
 from searchr1.config.schema import Config
+from searchr1.data.model_source import require_source
 from searchr1.data.paths import path_problem
 from searchr1.data.prompts import template_text
 from searchr1.device import Device
@@ -228,10 +229,6 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
         yield Problem(key, message)
 
 
-def _looks_local(path: str) -> bool:
-    return path.startswith(("/", "./", "../", "~")) or path.count("/") > 1 or Path(path).is_dir()
-
-
 def _files(config: Config, for_training: bool) -> Iterator[Problem]:
     models = [("rollout.model.model_path", config.rollout.model.model_path)]
     models += [
@@ -244,10 +241,10 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
         if value is not None and for_training
     ]
     for key, path in models:
-        if not path:
-            yield Problem(key, "is empty; give a Hugging Face folder or a hub name")
-        elif _looks_local(path) and not (Path(path) / "config.json").is_file():
-            yield Problem(key, f"{path} is no model folder (config.json is missing); edit the path")
+        try:
+            require_source(path, key)
+        except UserError as error:
+            yield Problem(key, str(error).removeprefix(f"{key}: "))
     lists = ["data.val_data_paths", *(["data.train_data_paths"] if for_training else [])]
     for key in lists:
         paths = value_of(config, key)

@@ -10,7 +10,7 @@ from typing import Any
 
 from searchr1.agent.trajectory import Sample
 from searchr1.data.events import Events
-from searchr1.data.golds import is_missing, no_gold, object_in, read_golds, shown
+from searchr1.data.golds import column_names, is_missing, no_gold, object_in, read_golds, shown
 from searchr1.data.messages import Message, read_messages
 from searchr1.data.paths import TRAIN, find_files, source_names
 from searchr1.data.prepare.reading import read_rows
@@ -143,7 +143,7 @@ def _sample(row: Row, line: int, file_name: str, tokenizer: Any, columns: _Colum
         raise UserError(f"the row's passages are a {type(passages).__name__}; expected one text")
     if prompt is None and question is None:
         raise UserError(
-            f"the row has no prompt and no question; its columns are {', '.join(map(str, row))}; name the prompt's in "
+            f"the row has no prompt and no question; its columns are {column_names(row)}; name the prompt's in "
             "data.prompt_key"
         )
     text = render_prompt(prompt, question, tokenizer, columns.template, columns.chat, passages)

@@ -30,6 +30,8 @@ TARGET_KEYS = ("target", "ground_truth")
 ALIAS_KEYS = ("value", "Value", "aliases", "Aliases", "text")
 """TriviaQA, SQuAD."""
 MAX_LITERAL = 200_000
+MOST_COLUMNS = 20
+"""Columns that a message names."""
 _BRACKETS = {"[": "]", "(": ")", "{": "}"}
 _QUOTED_LIST = re.compile(r"\[\s*['\"].*['\"]\s*\]|array\(\s*\[.*\)", re.DOTALL)
 """A list of quoted texts, or a printed numpy array: never meant as an answer."""
@@ -87,8 +89,9 @@ def read_golds(row: dict[str, Any], answer_key: str | None = None) -> Golds | No
 def no_gold(row: dict[str, Any], answer_key: str | None, advice: str) -> UserError:
     """The error for a row without a gold answer, with the columns that it has and what to do."""
     values = ", ".join(f"{column} is {shown(value)}" for column, value in _columns(row, answer_key))
-    columns = ", ".join(map(str, row))
-    return UserError(f"the row has no gold answer{f' ({values})' if values else ''}; its columns are {columns}; {advice}")
+    return UserError(
+        f"the row has no gold answer{f' ({values})' if values else ''}; its columns are {column_names(row)}; {advice}"
+    )
 
 
 def is_missing(value: object) -> bool:
@@ -102,6 +105,13 @@ def shown(value: object) -> str:
     """A value for a message."""
     text = "null" if value is None else "NaN" if isinstance(value, float) and math.isnan(value) else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def column_names(row: dict[str, Any]) -> str:
+    """A row's columns for a message: on one line, and not all of very many or very long ones."""
+    names = [repr(str(name))[1:-1] for name in row]
+    cut = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:MOST_COLUMNS]]
+    return ", ".join([*cut, *([f"and {len(names) - len(cut)} more"] if len(names) > len(cut) else [])]) or "none"
 
 
 def object_in(value: object) -> object:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from searchr1.data.golds import shown
+from searchr1.data.golds import column_names, shown
 from searchr1.errors import UserError
 
 Message = dict[str, Any]
@@ -74,7 +74,7 @@ def _message(item: object, name: str) -> Message:
             message["content"] = message.pop("value")
     role = message.get("role")
     if not isinstance(role, str) or not role.strip():
-        raise UserError(f"{name}: has no role, only {', '.join(map(str, message)) or 'nothing'}; {EXPECTED}")
+        raise UserError(f"{name}: has no role, only {column_names(message)}; {EXPECTED}")
     calls = message.get("tool_calls")
     if calls is not None:
         message["tool_calls"] = _tool_calls(calls, f"{name}.tool_calls")

@@ -195,9 +195,9 @@ def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> s
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
     except Exception as error:
-        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))
+        roles = ", ".join(dict.fromkeys(str(message["role"]) for message in messages))[:LONGEST_REASON] or "none"
         why = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
         raise UserError(
-            f"the model's chat template refuses the messages (roles {roles[:LONGEST_REASON]}): {why}; use roles that the "
-            "template knows, or another tokenizer's template"
+            f"the model's chat template refuses the messages (roles {roles}): {why}; use roles that the template "
+            "knows, or another tokenizer's template"
         ) from error

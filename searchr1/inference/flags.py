@@ -14,6 +14,7 @@ from searchr1.config.check_device import require_one_node
 from searchr1.config.load import load_for_command
 from searchr1.config.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.config.schema import Config
+from searchr1.data.model_source import require_source
 from searchr1.data.prompts import template_text
 from searchr1.errors import UserError
 
@@ -88,7 +89,9 @@ def plan(args: argparse.Namespace) -> Plan:
     search = config.tools.search
     if args.model_path:
         config.rollout.model.model_path = args.model_path
-    _check_model(config.rollout.model.model_path)
+    if not config.rollout.model.model_path:
+        raise UserError("--model_path: is missing; give a Hugging Face folder or a hub name")
+    require_source(config.rollout.model.model_path, "--model_path")
     chosen = {override.partition("=")[0].lstrip("+~") for override in args.overrides}
     settings = ModelSettings.of_model(config.rollout.model.model_path)
     if settings is not None and args.config is None:
@@ -140,20 +143,6 @@ def plan(args: argparse.Namespace) -> Plan:
         snippet_only=args.snippet_only,
         check=not args.no_check,
     )
-
-
-def _check_model(path: str) -> None:
-    if not path:
-        raise UserError("--model_path: is missing; give a Hugging Face folder or a hub name")
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        trained = any((folder / name).exists() for name in ("actor", ".metadata", "metadata.json", "runner.json"))
-        what = (
-            "is a training checkpoint; convert it first: searchr1 convert fsdp2hf|mg2hf" if trained else "has no config.json"
-        )
-        raise UserError(f"--model_path {path}: {what}")
-    if not folder.is_dir() and (path.startswith(("/", "./", "../", "~")) or path.count("/") > 1):
-        raise UserError(f"--model_path {path}: no such folder")
 
 
 def _set_sampling(config: Config, args: argparse.Namespace) -> None:

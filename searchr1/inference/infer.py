@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from searchr1.data.dataset import read_prompt
+from searchr1.data.golds import column_names
 from searchr1.data.prepare.reading import file_format, read_rows
 from searchr1.data.questions import question_column, question_of_prompt
 from searchr1.errors import UserError
@@ -59,7 +60,7 @@ def _of_rows(file: Path) -> list[str]:
         except UserError as error:
             raise UserError(f"{file}:{line}: {error}") from error
         if not question:
-            raise UserError(f'{file}:{line}: has no text "question", only {", ".join(map(str, row))}')
+            raise UserError(f'{file}:{line}: has no text "question", only {column_names(row)}')
         questions.append(question)
     return questions
 

@@ -14,6 +14,7 @@ from searchr1.config.check_device import require_precision
 from searchr1.config.check_lora import without_adapters
 from searchr1.config.check_positions import positions_of
 from searchr1.config.schema import Config
+from searchr1.data import model_source
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.inference.finders import OnlineFinder, addresses, check_servers, server_finder
@@ -157,12 +158,7 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         UserError: there is none.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_path {path}: its tokenizer cannot be loaded ({first_line(error)})") from error
+    return model_source.load_tokenizer(path, "--model_path")
 
 
 def fit_to_model(config: Config, may_cut: bool) -> None:
@@ -171,13 +167,8 @@ def fit_to_model(config: Config, may_cut: bool) -> None:
     Raises:
         UserError: they are longer.
     """
-    from transformers import AutoConfig
-
     path = config.rollout.model.model_path
-    try:
-        positions = positions_of(AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_path {path}: is no model ({first_line(error)})") from error
+    positions = positions_of(model_source.load_model_config(path, "--model_path").to_dict())
     runner, data = config.runner, config.data
     if positions is not None and runner.seq_length > positions:
         if not may_cut:
@@ -187,8 +178,3 @@ def fit_to_model(config: Config, may_cut: bool) -> None:
         runner.seq_length = positions
     if data.max_prompt_length >= runner.seq_length:
         data.max_prompt_length = runner.seq_length // 2
-
-
-def first_line(error: Exception) -> str:
-    """Without the paragraphs of advice that follow."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

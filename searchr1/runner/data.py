@@ -8,9 +8,9 @@ from typing import Any
 
 from searchr1.agent.trajectory import Sample
 from searchr1.config.schema import Config
+from searchr1.data import model_source
 from searchr1.data.dataset import LoadStats, load_dataset_files
 from searchr1.data.paths import EVALUATION, TRAIN
-from searchr1.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,13 +31,7 @@ def load_tokenizer(config: Config) -> Any:
     Raises:
         UserError: the model's folder has none.
     """
-    from transformers import AutoTokenizer
-
-    path = config.rollout.model.model_path
-    try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"rollout.model.model_path: no tokenizer in {path}: {error}") from error
+    return model_source.load_tokenizer(config.rollout.model.model_path, "rollout.model.model_path")
 
 
 def load_data(config: Config, training: bool = True, prompts: bool = True) -> RunData:

@@ -38,6 +38,7 @@ from searchr1.config.model_settings import FILE, ModelSettings
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import LrSchedConfig, OptimConfig
 from searchr1.convert.hf_writer import DTYPES, write_weights
+from searchr1.data.model_source import load_model_config, load_tokenizer, require_source
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.folder_lock import folder_lock, is_lock
@@ -50,8 +51,6 @@ DEFAULT_MAX_LENGTH = 4096
 
 def train(args: argparse.Namespace) -> list[float]:
     """The whole of it. Returns every step's loss: the mean negative log-likelihood of a trained token."""
-    from transformers import AutoConfig, AutoTokenizer
-
     device = Device.detect(args.device, "--device")
     init_process_group(device)
     lead = dist.get_rank() == 0
@@ -62,13 +61,13 @@ def train(args: argparse.Namespace) -> list[float]:
             check_model_folder(args.model)
         except UserError as error:
             raise UserError(f"--model {error}") from error
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.tokenizer or args.model, "--tokenizer" if args.tokenizer else "--model")
     rows, too_long = load_rows(args.data, tokenizer, longest_row(args))
     tokens = sum(map(sequence_length, rows))
     steps = args.max_steps or max(1, round(args.epochs * tokens / args.tokens_per_batch))
     with _start_folder(args, lead) as folder:
         backend = Policy.start(run_config(args, folder, dist.get_world_size()), device, steps).backend
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        hf_config = load_model_config(folder, "--model")
     if lead:
         left_out = f" ({too_long} longer ones left out)" if too_long else ""
         print(f"{len(rows)} rows, {tokens} tokens{left_out}; {steps} steps of {args.tokens_per_batch} tokens", flush=True)
@@ -86,7 +85,6 @@ def train(args: argparse.Namespace) -> list[float]:
             break
     named = backend.named_weights(DTYPES[args.save_dtype])
     if lead:
-        args.output.mkdir(parents=True, exist_ok=True)
         write_weights(((name, tensor.cpu()) for name, tensor in named), args.output)
         hf_config.dtype = DTYPES[args.save_dtype]
         hf_config.save_pretrained(args.output)
@@ -178,7 +176,7 @@ def run_config(args: argparse.Namespace, model_path: str, world: int) -> Config:
 @contextmanager
 def _start_folder(args: argparse.Namespace, lead: bool) -> Iterator[str]:
     """The model to start from; random weights are written beside the output first, for as long as ranks read them."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     if not args.fresh:
         yield args.model
@@ -187,7 +185,7 @@ def _start_folder(args: argparse.Namespace, lead: bool) -> Iterator[str]:
     try:
         if lead:
             torch.manual_seed(args.seed)
-            config = AutoConfig.from_pretrained(args.fresh, trust_remote_code=False)
+            config = load_model_config(args.fresh, "--fresh")
             fresh: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
             fresh.save_pretrained(folder)
         dist.barrier()
@@ -226,7 +224,7 @@ def main(argv: list[str]) -> int:
     args = parse(argv)
     lead = os.environ.get("RANK", "0") == "0"
     with folder_lock(args.output, "--output", "searchr1 sft") if lead else nullcontext():
-        _require_new(args.output)
+        _make_output(args.output)
         train(args)
     return 0
 
@@ -276,10 +274,25 @@ def parse(argv: list[str]) -> argparse.Namespace:
         raise UserError("--lora-rank: random weights are not worth freezing; leave it out, or start from --model")
     if min(args.tensor_parallel, args.pipeline_parallel) < 1 or args.lora_rank < 0 or args.lora_alpha <= 0:
         raise UserError("--tensor-parallel, --pipeline-parallel and --lora-alpha must be more than 0, --lora-rank 0 or more")
-    _require_new(args.output)
+    for flag in ("model", "fresh"):
+        if getattr(args, flag) is not None:
+            require_source(getattr(args, flag), f"--{flag}")
+    _make_output(args.output)
     return args
 
 
-def _require_new(output: Path) -> None:
-    if output.exists() and any(not is_lock(path.name) for path in output.iterdir()):
+def _make_output(output: Path) -> None:
+    """Make the folder now: a place that cannot be written to is not discovered when the training is done.
+
+    Raises:
+        UserError: it is in use, a file, or not writable.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        in_use = any(not is_lock(path.name) for path in output.iterdir())
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be made ({error.strerror}); give a new folder") from error
+    if in_use:
         raise UserError(f"--output {output}: exists and is not empty; give a new folder")
+    if not os.access(output, os.W_OK | os.X_OK):
+        raise UserError(f"--output {output}: is not writable; give another folder")

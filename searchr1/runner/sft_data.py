@@ -13,7 +13,7 @@ import numpy as np
 from searchr1.actor.packing import sequence_length
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.data.dataset import read_rows, require_unicode
-from searchr1.data.golds import object_in, shown
+from searchr1.data.golds import column_names, object_in, shown
 from searchr1.data.messages import Message, read_messages, require_rendered
 from searchr1.data.paths import TRAIN, find_files, source_names
 from searchr1.data.prompts import apply_template, has_chat_template
@@ -40,7 +40,7 @@ def segments_of(row: Row, tokenizer: Any) -> list[Segment]:
     if not shapes:
         raise UserError(
             f"expected messages (or conversations), prompt and response, or segments; the row's columns are "
-            f"{', '.join(map(str, row)) or 'none'}"
+            f"{column_names(row)}"
         )
     if len(shapes) > 1:
         raise UserError(f"the row has {' and '.join(shapes)}; keep the one that is meant")

@@ -85,6 +85,14 @@ def run(engine, tool=None, prompt="Q?", replica=0, seed=1, **changes):
     )
 
 
+@pytest.mark.parametrize("tokens", ["whole", "body"])
+def test_a_tool_may_return_halves_of_surrogate_pairs(tokens):
+    engine = ScriptedEngine("<search>x</search>", "<answer>a</answer>")
+    found = run(engine, Tool("half \ud83d of \ud83d\ude00"), tool_text_tokens=tokens)
+    assert "half \ufffd of 😀" in masked_text(found, False)
+    assert "half \ufffd of 😀" in found.turns[0].tool_text
+
+
 def masked_text(trajectory, value):
     return "".join(chr(i) for i, m in zip(trajectory.response_ids, trajectory.loss_mask, strict=True) if m == value)
 

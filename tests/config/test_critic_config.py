@@ -88,7 +88,7 @@ def test_recomputing_is_the_actors_in_the_backends_own_words(load, overrides, re
             "critic.model.tensor_model_parallel_size", "does not divide the critic's 2 ranks",
         ),
         (("critic.model.sequence_parallel=True",), "critic.model.sequence_parallel", "needs tensor_model_parallel_size"),
-        (("critic.model_path=/nowhere/model",), "critic.model_path", "is no model folder"),
+        (("critic.model_path=/nowhere/model",), "critic.model_path", "/nowhere/model: no such folder"),
         (("critic.optim.lr=0",), "critic.optim.lr", "must be more than 0"),
         (("critic.lr_sched.max_lr=1",), "critic.lr_sched.max_lr", "contradicts critic.optim.lr: 1e-05"),
         (("critic.warmup_steps=-1",), "critic.warmup_steps", "must be 0 or more"),

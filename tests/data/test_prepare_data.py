@@ -284,7 +284,7 @@ MISTAKES = [
     ("--local {hub} --search h:1", "shows no passages"),
     ("--local {hub} --messages", "is for --rows rlinf"),
     ("--local {hub} --rows rlinf --messages --chat-template x", "exclude each other"),
-    ("--local {hub} --rows rlinf --chat-template {hub}", "no tokenizer there"),
+    ("--local {hub} --rows rlinf --chat-template {hub}", "its tokenizer cannot be loaded"),
     ("--local {hub} --limit 0", "--limit: must be 1 or more"),
     ("--local {hub} --against {hub}/gone", "no such file"),
     ("--local {hub} --out {hub}/nq/train.jsonl", "is a file"),

@@ -211,4 +211,4 @@ def test_what_models_and_pages_write_cannot_steer_a_terminal(capsys):
     out = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(out)
     assert "[red]x[/red]" in out
-    assert printable("a\tb\r\nc\ud800") == "a\tb\nc?"
+    assert printable("a\tb\r\nc\ud800") == "a\tb\nc\ufffd"

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from searchr1.data.model_source import load_tokenizer
 from searchr1.data.prepare.hub import fetch
 from searchr1.data.prepare.prepare import Outcome, Settings, prepare
 from searchr1.data.prepare.sets import DEFAULT_SETS, REPOSITORY, SETS, SPLITS
@@ -159,12 +160,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 
 def _tokenizer(model: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        found = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--chat-template {model}: no tokenizer there ({str(error).partition(chr(10))[0]})") from error
+    found = load_tokenizer(model, "--chat-template")
     if not getattr(found, "chat_template", None):
         raise UserError(f"--chat-template {model}: its tokenizer has no chat template")
     return found

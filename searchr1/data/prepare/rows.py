@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from searchr1.data.dataset import read_prompt, require_unicode
-from searchr1.data.golds import no_gold, object_in, read_golds
+from searchr1.data.golds import column_names, no_gold, object_in, read_golds
 from searchr1.data.questions import QUESTION_KEYS, question_column, question_of_prompt
 from searchr1.errors import UserError
 
@@ -71,9 +71,7 @@ def _question(row: dict[str, Any]) -> str:
         prompt = row.get("prompt")
         text = question_of_prompt(read_prompt(prompt, "prompt"))
     if text is None and all(row.get(key) is None for key in QUESTION_KEYS):
-        raise UserError(
-            f"the row has no question; its columns are {', '.join(map(str, row)) or 'none'}; give it under the key question"
-        )
+        raise UserError(f"the row has no question; its columns are {column_names(row)}; give it under the key question")
     if not text:
         raise UserError("the question is empty")
     return text.strip()
