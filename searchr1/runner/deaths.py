@@ -195,7 +195,7 @@ def tail(path: Path, only: re.Pattern[str] | None = None) -> list[str]:
 def oom_kills() -> int:
     """How often the kernel has killed a process of this machine for want of memory."""
     try:
-        found = re.search(r"^oom_kill (\d+)$", (PROC / "vmstat").read_text(), re.MULTILINE)
+        found = re.search(r"^oom_kill (\d+)$", (PROC / "vmstat").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return 0
     return int(found[1]) if found else 0

@@ -114,7 +114,7 @@ def running_server(world: Path, log: Path) -> Iterator[Server]:
     words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(world / "corpus.jsonl")]
     words += ["--pages_path", str(world / "pages.jsonl"), "--port", "0", "--save-address-to", str(address_file)]
     print(f"\n$ searchr1 {shlex.join(words)} &", flush=True)
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         # Of a group of its own: Ctrl-C must not end it before the command that asks it.
         server = subprocess.Popen([*PROGRAM, *words], stdout=output, stderr=output, process_group=0)
     with ended_at_once(server.kill):
@@ -124,8 +124,8 @@ def running_server(world: Path, log: Path) -> Iterator[Server]:
                 if server.poll() is not None or time.monotonic() > deadline:
                     raise UserError(f"the retrieval server did not start; its last words: {_last_words(log)}")
                 time.sleep(0.05)
-            print(log.read_text().strip(), flush=True)
-            yield Server(address_file.read_text(), server, log)
+            print(log.read_text(encoding="utf-8").strip(), flush=True)
+            yield Server(address_file.read_text(encoding="utf-8"), server, log)
         finally:
             server.terminate()
             try:
@@ -135,7 +135,7 @@ def running_server(world: Path, log: Path) -> Iterator[Server]:
 
 
 def _last_words(log: Path) -> str:
-    return log.read_text(errors="replace")[-500:].strip() or f"none (in {log})"
+    return log.read_text(errors="replace", encoding="utf-8")[-500:].strip() or f"none (in {log})"
 
 
 def summary(folder: Path) -> str:
