@@ -25,7 +25,15 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
-from searchr1.retrieval.bm25_index import LARGEST_FILE, stemmer_of
+from searchr1.retrieval.bm25_files import (
+    DATA_FILE,
+    INDICES_FILE,
+    INDPTR_FILE,
+    LARGEST_FILE,
+    PARAMETERS_FILE,
+    VOCABULARY_FILE,
+)
+from searchr1.retrieval.bm25_index import stemmer_of
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.tokens import Split, choose_tokenizer, get_tokenizer, split_as_bm25s
 
@@ -43,8 +51,6 @@ SAMPLE = 1_000
 """Passages that the size of the index is guessed from, and its tokenizer chosen by."""
 POSTING_BYTES = 20
 """On disk at the most: word, passage, occurrences of the first pass; passage and score of the second."""
-PARAMETERS_FILE = "params.index.json"
-"""Without it bm25s loads nothing, so it comes last."""
 
 
 def build_bm25(
@@ -198,9 +204,9 @@ def write_lists(counted: Counted, folder: Path) -> None:
     """Second pass: the files of the index."""
     rows, frequency = len(counted.lengths), counted.frequency
     indptr = np.concatenate([[0], np.cumsum(frequency, dtype=np.int64)])
-    np.save(folder / "indptr.csc.index.npy", indptr)
-    data = reserve(folder / "data.csc.index.npy", np.float32, int(indptr[-1]))
-    indices = reserve(folder / "indices.csc.index.npy", np.int32, int(indptr[-1]))
+    np.save(folder / INDPTR_FILE, indptr)
+    data = reserve(folder / DATA_FILE, np.float32, int(indptr[-1]))
+    indices = reserve(folder / INDICES_FILE, np.int32, int(indptr[-1]))
     idf = np.log(1 + (rows - frequency + 0.5) / (frequency + 0.5))
     damping = K1 * (1 - B + B * counted.lengths / counted.lengths.mean())
     largest = np.zeros(len(frequency), dtype=np.float32)
@@ -216,7 +222,7 @@ def write_lists(counted: Counted, folder: Path) -> None:
     data.flush()
     indices.flush()
     np.save(folder / LARGEST_FILE, largest)
-    (folder / "vocab.index.json").write_text(json.dumps(counted.vocabulary, ensure_ascii=False), encoding="utf-8")
+    (folder / VOCABULARY_FILE).write_text(json.dumps(counted.vocabulary, ensure_ascii=False), encoding="utf-8")
     parameters = {
         "k1": K1, "b": B, "delta": 0.5, "method": "lucene", "idf_method": "lucene", "dtype": "float32", "int_dtype": "int32",
         "num_docs": rows, "backend": "numpy", "version": bm25s_version(),
@@ -269,7 +275,7 @@ def take_places(words: npt.NDArray[np.int32], heads: npt.NDArray[np.int64]) -> n
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Give finished files their names; no moment of it leaves a folder that bm25s would load."""
+    """Give finished files their names, the parameters last: no moment of it leaves a folder that bm25s would load."""
     (out / PARAMETERS_FILE).unlink(missing_ok=True)
     names = {file.name for file in folder.iterdir() if file.is_file()}
     for name in [*sorted(names - {PARAMETERS_FILE}), PARAMETERS_FILE]:

@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.retrieval.bm25_files import LARGEST_FILE, PostingLists, check_lists, largest_of, open_lists
 from searchr1.retrieval.indexes import Hits
+from searchr1.retrieval.manifest import DamagedIndex, refused
 from searchr1.retrieval.tokens import get_tokenizer, without_accents
 
-LARGEST_FILE = "largest.npy"
 MIN_SHARE = 32
 """Queries that make a thread of their own worth while."""
 
@@ -26,35 +27,25 @@ class Bm25Index:
 
     def __init__(
         self,
-        retriever: Any,
+        lists: PostingLists,
         stemmer: str | None = None,
         threads: int = 1,
-        folder: Path | None = None,
         tokenizer: str | None = None,
+        largest: npt.NDArray[Any] | None = None,
     ) -> None:
-        """Wrap a bm25s index of its default method, Lucene's.
+        """Search in lists that are known to be sound. `largest`: the most that each word adds, if that is known.
 
         Raises:
-            UserError: another method, whose scores our search does not know, or an unknown stemmer or tokenizer.
+            UserError: an unknown stemmer or tokenizer.
         """
-        largest_scores = kernel().largest_scores
-        if retriever.method != "lucene":
-            raise UserError(f"--index_path {folder}: its method is {retriever.method}; build it with searchr1 build-index")
-        self._retriever = retriever
-        self._vocabulary: dict[str, int] = retriever.vocab_dict
+        self._vocabulary = lists.vocabulary
         self._stemmer = stemmer_of(stemmer)
         self._tokenizer = get_tokenizer(tokenizer)
         self._plain = plain_forms(self._vocabulary) if self._tokenizer.normalizes else {}
-        scores = retriever.scores
-        self._rows = int(scores["num_docs"])
-        self._lists = data, indices, indptr = scores["data"], scores["indices"], scores["indptr"]
-        # The kernel trusts the places that `indptr` gives.
-        if not len(data) == len(indices) == indptr[-1] or max(self._vocabulary.values(), default=-1) >= len(indptr):
-            raise UserError(f"--index_path {folder}: its files do not belong together; build it again")
-        known = folder / LARGEST_FILE if folder else None
-        self._largest = np.load(known) if known and known.is_file() else largest_scores(data, indptr)
-        if len(self._largest) != len(indptr) - 1:
-            raise UserError(f"--index_path {known}: is of another index; build it again")
+        self._rows = lists.rows
+        self._retriever: Any = None
+        self._lists = lists.data, lists.indices, lists.indptr
+        self._largest = kernel().largest_scores(lists.data, lists.indptr) if largest is None else largest
         self._workspaces = [_Workspace(self.rows) for _ in range(threads)]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="bm25") if threads > 1 else None
         self.search(["warm up"], 1)  # compiles, or loads what was compiled before
@@ -85,21 +76,33 @@ class Bm25Index:
             raise UserError("--corpus_path: has no words")
         retriever = bm25s.BM25()
         retriever.index(Tokenized(ids=ids, vocab=dict(vocabulary)), show_progress=False)
-        return cls(retriever, stemmer, threads, tokenizer=tokenizer)
+        scores = retriever.scores
+        lists = PostingLists(scores["data"], scores["indices"], scores["indptr"], dict(vocabulary), int(scores["num_docs"]))
+        index = cls(lists, stemmer, threads, tokenizer)
+        index._retriever = retriever
+        return index
 
     @classmethod
-    def load(cls, folder: Path, stemmer: str | None = None, threads: int = 1, tokenizer: str | None = None) -> Bm25Index:
-        """Map an index folder.
+    def load(
+        cls,
+        folder: Path,
+        stemmer: str | None = None,
+        threads: int = 1,
+        tokenizer: str | None = None,
+        checked: bool = False,
+    ) -> Bm25Index:
+        """Map an index folder; `checked`: its lists were read through before.
 
         Raises:
             UserError: files are missing or damaged.
         """
-        import bm25s
-
         try:
-            return cls(bm25s.BM25.load(str(folder), mmap=True), stemmer, threads, folder, tokenizer)
-        except (OSError, ValueError, KeyError, EOFError) as error:
-            raise UserError(f"--index_path {folder}: not readable as a BM25 index ({error}); build it again") from error
+            lists = open_lists(folder)
+            if not checked:
+                check_lists(folder, lists)
+            return cls(lists, stemmer, threads, tokenizer, largest_of(folder, lists))
+        except DamagedIndex as error:
+            raise refused(error) from error
 
     @property
     def rows(self) -> int:

@@ -8,6 +8,8 @@ passages that can still win. The scores are the same as if every list had been r
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from searchr1.retrieval.compiled import numba
@@ -16,6 +18,30 @@ LOOKUP_COST = 16
 """Looking up one passage in a list costs about as much as reading so many entries."""
 SLACK = 1e-4
 """Bounds are compared with so much room, relatively, for rounding."""
+NO_PASSAGE, NOT_ASCENDING, NO_SCORE = 1, 2, 3
+"""What `check_lists` finds."""
+
+
+@numba.njit(cache=True, nogil=True)
+def check_lists(data, indices, indptr, rows, first, last):  # type: ignore[no-untyped-def]
+    """(entry, what is wrong with it) of the first posting of the words `first:last` that `search_words` must not see.
+
+    A score of Lucene's BM25 is above 0 and below the word's idf. (-1, 0) if all is well.
+    """
+    for word in range(first, last):
+        start, end = indptr[word], indptr[word + 1]
+        bound = math.log(1.0 + (rows - (end - start) + 0.5) / (end - start + 0.5)) * (1.0 + SLACK)
+        before = -1
+        for entry in range(start, end):
+            row = indices[entry]
+            if row < 0 or row >= rows:
+                return entry, NO_PASSAGE
+            if row <= before:
+                return entry, NOT_ASCENDING
+            before = row
+            if not 0.0 < data[entry] <= bound:
+                return entry, NO_SCORE
+    return -1, 0
 
 
 @numba.njit(cache=True, nogil=True)

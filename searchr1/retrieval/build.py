@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from searchr1.checksums import take
 from searchr1.errors import UserError
 from searchr1.retrieval.bm25_build import build_bm25, tokenizer_for
 from searchr1.retrieval.corpus import Corpus
@@ -25,11 +26,12 @@ from searchr1.retrieval.embedding_folder import EmbeddingFolder, EmbeddingPlan
 from searchr1.retrieval.encoder import FAMILIES, Encoder
 from searchr1.retrieval.faiss_types import NAMES, FaissType, faiss_type
 from searchr1.retrieval.flat_file import flat_header
+from searchr1.retrieval.index_check import bar as byte_bar
 from searchr1.retrieval.manifest import MANIFEST, Manifest, remove_files, write_manifest
 from searchr1.retrieval.model_files import weights_hash
-from searchr1.retrieval.refine import open_vectors
 from searchr1.retrieval.stamp import hash_file
 from searchr1.retrieval.tokens import TOKENIZERS
+from searchr1.retrieval.vector_file import open_vectors
 
 ONLY_BM25 = {"stemmer", "tokenizer"}
 BM25_FLAGS = ONLY_BM25 | {"corpus_path", "save_dir", "retriever_name", "overwrite"}
@@ -97,10 +99,25 @@ def build_dense(args: argparse.Namespace, corpus: Corpus) -> None:
     if embedding is not None:
         save_embedding(folder, embedding)
     made = manifest_of(plan, Path(args.retriever_model).name, kind, file.name)
-    write_manifest(args.save_dir, replace(made, embedding=embedding.name if embedding else None))
+    finish(args.save_dir, replace(made, embedding=embedding.name if embedding else None))
     if not is_flat(kind) and not kind.lossy:
         folder.vectors.unlink()
     folder.remove()
+
+
+def finish(folder: Path, manifest: Manifest) -> None:
+    """Take the checksums of the files and write the manifest.
+
+    Raises:
+        UserError: a file cannot be read, or the disk is full.
+    """
+    paths = [folder / name for name in manifest.names()]
+    try:
+        with byte_bar("checksums", sum(path.stat().st_size for path in paths)) as advance:
+            sums = {path.name: take(path, advance) for path in paths}
+        write_manifest(folder, replace(manifest, files=sums))
+    except OSError as error:
+        raise UserError(f"--save_dir {folder}: cannot finish ({error}); run the same command again") from error
 
 
 def check_encoder(encoder: Encoder, args: argparse.Namespace) -> None:
@@ -337,7 +354,7 @@ def main(argv: list[str]) -> int:
             with bar("reading", len(corpus)) as report:
                 build_bm25(corpus, args.save_dir, args.stemmer, report, tokenizer)
             made = Manifest("bm25", len(corpus), corpus.fingerprint(), stemmer=args.stemmer, tokenizer=tokenizer)
-            write_manifest(args.save_dir, made)
+            finish(args.save_dir, made)
         else:
             build_dense(args, corpus)
     size = sum(file.stat().st_size for file in args.save_dir.iterdir() if file.is_file())

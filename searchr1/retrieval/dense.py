@@ -10,10 +10,13 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.retrieval.faiss_files import read_faiss
 from searchr1.retrieval.faiss_types import POINTS_PER_LIST, FaissType
 from searchr1.retrieval.flat import FlatSearch
 from searchr1.retrieval.indexes import Hits
+from searchr1.retrieval.manifest import DamagedIndex, refused
 from searchr1.retrieval.refine import Refiner
+from searchr1.retrieval.searcher import SearchFailed
 
 ADD_ROWS = 1 << 16
 MIN_TRAIN_ROWS = 65_536
@@ -42,6 +45,7 @@ class DenseIndex:
             index.nprobe = min(index.nprobe, index.nlist)
         self._refiner = refiner
         self._refine_factor = refine_factor
+        self._reported = False
 
     @property
     def rows(self) -> int:
@@ -60,14 +64,32 @@ class DenseIndex:
     def search_vectors(
         self, queries_QD: npt.NDArray[np.float32], topk: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Scores and rows, [queries, topk]; row -1 where there are fewer."""
+        """Scores and rows, [queries, topk]; row -1 where there are fewer.
+
+        A passage without a finite score is not among them, and is reported once.
+
+        Raises:
+            SearchFailed: the index gives a row that it does not have.
+        """
         topk = min(topk, self.rows)
         if self._flat is not None:
-            return self._flat.search(queries_QD, topk)
-        if self._refiner is None:
-            return self._candidates(queries_QD, topk)
-        _, rows = self._candidates(queries_QD, min(topk * self._refine_factor, self.rows))
-        return self._refiner.refine(queries_QD, rows, topk)
+            scores, rows = self._flat.search(queries_QD, topk)
+        elif self._refiner is None:
+            scores, rows = self._candidates(queries_QD, topk)
+        else:
+            _, rows = self._candidates(queries_QD, min(topk * self._refine_factor, self.rows))
+            scores, rows = self._refiner.refine(queries_QD, rows, topk)
+        lost = (rows >= 0) & ~np.isfinite(scores)
+        if lost.any():
+            if not self._reported:
+                self._reported = True
+                print(
+                    f"retrieval: passage {rows[lost][0]} (counted from 0) has no finite score, so it is not found; "
+                    "its vector is damaged: searchr1 verify names the file",
+                    flush=True,
+                )
+            rows = np.where(lost, -1, rows)
+        return scores, rows
 
     def _candidates(
         self, queries_QD: npt.NDArray[np.float32], count: int
@@ -78,6 +100,9 @@ class DenseIndex:
         else:
             near, lists = self._lists.search(queries_QD, self._index.nprobe)
             scores, rows = self._index.search_preassigned(queries_QD, count, lists, near)
+        if rows.size and not -1 <= rows.min() <= rows.max() < self.rows:
+            wrong = rows[(rows < -1) | (rows >= self.rows)][0]
+            raise SearchFailed(f"the index is damaged: it finds passage {wrong} of {self.rows}; run searchr1 verify")
         return scores, rows
 
 
@@ -96,9 +121,9 @@ def load_faiss(path: Path, dimension: int, gpu: bool = False) -> Any:
             "module faiss, so uninstall faiss-cpu first), or leave the flag out"
         )
     try:
-        index = faiss.read_index(str(path), 0 if gpu else faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise UserError(f"--index_path {path}: not readable as a FAISS index: {error}") from error
+        index = read_faiss(path, mapped=not gpu)
+    except DamagedIndex as error:
+        raise refused(error) from error
     if index.d != dimension:
         raise UserError(
             f"--index_path {path}: has vectors of {index.d} dimensions, --retriever_model gives {dimension}; "

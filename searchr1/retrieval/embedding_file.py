@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from searchr1.checksums import damaged
 from searchr1.errors import UserError
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.embed import Progress
 from searchr1.retrieval.embedding_folder import DTYPES, EmbeddingFolder
 from searchr1.retrieval.encoder import Encoder
+from searchr1.retrieval.manifest import DamagedIndex, open_manifest, refused
 
 BLOCK_ROWS = 1 << 14
 SAMPLE = 16
@@ -59,6 +61,7 @@ def open_embedding(path: Path, corpus: Corpus, encoder: Encoder) -> npt.NDArray[
             f"--embedding_path {path}: {'no such file' if size is None else f'has {size} bytes'}; {wanted} bytes are "
             f"expected ({len(corpus)} passages x {encoder.dimension} numbers of fp32)"
         )
+    refuse_changed(path)
     vectors_RD = np.memmap(path, np.float32, "r", shape=(len(corpus), encoder.dimension))
     rows = np.unique(np.linspace(0, len(corpus) - 1, SAMPLE).astype(int))
     encoded = encoder.encode([text for row in rows for text in corpus.contents(row, row + 1)], "passage")
@@ -72,6 +75,22 @@ def open_embedding(path: Path, corpus: Corpus, encoder: Encoder) -> npt.NDArray[
             "their own vector; leave the flag out to embed them"
         )
     return vectors_RD
+
+
+def refuse_changed(path: Path) -> None:
+    """Refuse a file that has changed since --save_embedding wrote it; the manifest beside it knows.
+
+    Raises:
+        UserError: it has changed, or the manifest is damaged.
+    """
+    try:
+        manifest = open_manifest(path.parent)
+    except DamagedIndex as error:
+        raise refused(error) from error
+    known = manifest.files.get(path.name) if manifest and manifest.files else None
+    if known is not None:
+        for damage in damaged(path.parent, {path.name: known}):
+            raise UserError(f"--embedding_path {damage.path}: {damage.problem}; copy it again, or leave the flag out")
 
 
 def copy_parts(folder: EmbeddingFolder, vectors_RD: npt.NDArray[np.float32], parts: list[int], progress: Progress) -> None:

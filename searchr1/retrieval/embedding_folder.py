@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from searchr1.errors import UserError
 
@@ -66,8 +67,9 @@ class EmbeddingFolder:
             UserError: the folder holds something else, parts of another plan, or the disk is too small.
         """
         if self.started():
-            self._check_same(json.loads(self._known.read_text(encoding="utf-8")))
+            self._check_same(self._plan_before())
             if self.vectors.is_file() and self.vectors.stat().st_size == self.bytes:
+                self._forget_changed()
                 return
         elif self._folder.exists() and {file.name for file in self._folder.iterdir()} - {"plan.partial"}:
             raise UserError(f"{self._folder}: is no folder of this command; give another --save_dir")
@@ -85,6 +87,27 @@ class EmbeddingFolder:
         partial.write_text(json.dumps(asdict(self.plan), indent=2) + "\n", encoding="utf-8")
         os.replace(partial, self._known)
 
+    def _plan_before(self) -> dict[str, Any]:
+        try:
+            before = json.loads(self._known.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"--save_dir {self.vectors.parent}: its unfinished index is damaged ({self._known.name}: {error}); "
+                f"remove {self._folder} to start anew"
+            ) from error
+        return before if isinstance(before, dict) else {}
+
+    def _forget_changed(self) -> None:
+        """Remove the marks of parts whose vectors are no longer those that were written."""
+        with self.vectors.open("rb") as file:
+            for part in sorted(set(range(self._parts())) - set(self.missing())):
+                known = self._mark(part).read_text(encoding="ascii", errors="replace")
+                file.seek(self._place(part))
+                vectors = file.read(len(self.rows_of(part)) * self._row_bytes)
+                if known and known != xxhash.xxh3_128_hexdigest(vectors):  # empty: of a version without checksums
+                    print(f"{self.vectors}: part {part} has changed since it was written; it is made again", flush=True)
+                    self._mark(part).unlink()
+
     def _check_same(self, before: dict[str, Any]) -> None:
         now = asdict(self.plan)
         changed = [
@@ -100,8 +123,10 @@ class EmbeddingFolder:
 
     def missing(self) -> list[int]:
         """Parts without a mark."""
-        parts = -(-self.plan.rows // self.plan.part_rows)
-        return [part for part in range(parts) if not self._mark(part).exists()]
+        return [part for part in range(self._parts()) if not self._mark(part).exists()]
+
+    def _parts(self) -> int:
+        return -(-self.plan.rows // self.plan.part_rows)
 
     def _mark(self, part: int) -> Path:
         return self._folder / f"part-{part:06d}"
@@ -124,8 +149,14 @@ class EmbeddingFolder:
                 f"--dtype {self.plan.encoder_dtype}: the vector of passage {row} (counted from 0) has numbers that are not "
                 "finite; try --dtype bf16 or fp32 (with --overwrite)"
             )
-        self._write_at(self.plan.header_bytes + self.rows_of(part).start * self._row_bytes, block.tobytes())
-        self._mark(part).touch()
+        content = block.tobytes()
+        self._write_at(self._place(part), content)
+        partial = self._mark(part).with_suffix(".partial")
+        partial.write_text(xxhash.xxh3_128_hexdigest(content), encoding="ascii")
+        os.replace(partial, self._mark(part))
+
+    def _place(self, part: int) -> int:
+        return self.plan.header_bytes + self.rows_of(part).start * self._row_bytes
 
     def write_header(self, header: bytes) -> None:
         """Written last: a file without it is no index.
@@ -148,8 +179,9 @@ class EmbeddingFolder:
     def discard(self) -> None:
         """Remove what an unfinished build left: its vector file, marks and plan."""
         if self.started():
-            before = json.loads(self._known.read_text(encoding="utf-8"))
-            (self.vectors.parent / Path(before["file"]).name).unlink(missing_ok=True)
+            name = self._plan_before().get("file")
+            if isinstance(name, str) and Path(name).name not in ("", ".."):
+                (self.vectors.parent / Path(name).name).unlink(missing_ok=True)
             self.remove()
 
     def remove(self) -> None:

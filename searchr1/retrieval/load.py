@@ -14,26 +14,29 @@ from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.dense import DenseIndex, load_faiss, set_search_parameters
 from searchr1.retrieval.encoder import CachedEncoder, Encoder
+from searchr1.retrieval.flat_file import INNER_PRODUCT
+from searchr1.retrieval.index_check import State, check_index, faiss_file, files_of, state_of
 from searchr1.retrieval.indexes import Index
-from searchr1.retrieval.manifest import MANIFEST, Manifest, check_encoder, read_manifest
+from searchr1.retrieval.manifest import ADVICE, MANIFEST, Manifest, check_encoder, read_manifest
 from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.pages import Pages
-from searchr1.retrieval.refine import Refiner, open_vectors
+from searchr1.retrieval.refine import Refiner
 from searchr1.retrieval.rerank import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
 from searchr1.retrieval.rerank_client import RemoteReranker
 from searchr1.retrieval.searcher import Searcher
 from searchr1.retrieval.server import Backend
 from searchr1.retrieval.service import Limits, RetrievalService
+from searchr1.retrieval.vector_file import open_vectors
 
 CACHED_QUERIES = 100_000
 """Vectors of queries that are kept: 300 MB at 768 dimensions."""
 
 
-def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
-    """Load everything.
+def load_backend(args: argparse.Namespace, metrics: Metrics, checked: State | None = None) -> Backend:
+    """Load everything. `checked`: files of the index that the parent process has checked.
 
     Raises:
         UserError: something is missing, damaged, or does not belong together.
@@ -43,7 +46,7 @@ def load_backend(args: argparse.Namespace, metrics: Metrics) -> Backend:
     set_threads(args.retriever_name, bool(args.reranker_model), threads_of(args))
     limits = Limits(args.max_pending, args.timeout_s, args.cache_mib << 20)
     corpus = Corpus(args.corpus_path)
-    index = load_index(args, corpus)
+    index = load_index(args, corpus, checked)
     pages = Pages(args.pages_path) if args.pages_path else None
     searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch, corpus.empty))
     about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
@@ -99,8 +102,8 @@ def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
-    """The index that the flags describe.
+def load_index(args: argparse.Namespace, corpus: Corpus, checked: State | None = None) -> Index:
+    """The index that the flags describe; files that are still as they were when they were `checked` are not checked again.
 
     Raises:
         UserError: missing, damaged, or not of this corpus.
@@ -117,30 +120,30 @@ def load_index(args: argparse.Namespace, corpus: Corpus) -> Index:
         raise UserError(f"--index_path {path}: no such file; run searchr1 build-index or download.py")
     folder = path if path.is_dir() else path.parent
     manifest = read_manifest(folder, corpus, name)
-    index = load_bm25(args, folder, manifest) if name == "bm25" else load_dense(args, path, manifest)
+    if name == "bm25" and manifest is None:
+        raise UserError(f"--index_path {folder}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
+    if checked is None or checked != state_of(files_of(path, manifest, name)):
+        check_index(path, manifest, name)
+    index = load_bm25(args, folder, manifest) if name == "bm25" and manifest else load_dense(args, path, manifest)
     if index.rows != len(corpus):
         raise UserError(f"--index_path {path}: has {index.rows} rows, --corpus_path {len(corpus)} passages")
     return index
 
 
-def load_bm25(args: argparse.Namespace, folder: Path, manifest: Manifest | None) -> Index:
+def load_bm25(args: argparse.Namespace, folder: Path, manifest: Manifest) -> Index:
     """A BM25 folder, mapped."""
-    if manifest is None:
-        raise UserError(f"--index_path {folder}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
     if args.tokenizer not in (None, "auto", manifest.tokenizer):
         raise UserError(
             f"--tokenizer {args.tokenizer}: --index_path {folder} was built with {manifest.tokenizer or 'words of bm25s'}; "
             "leave the flag out, or build the index again"
         )
-    return Bm25Index.load(folder, manifest.stemmer, threads_of(args), manifest.tokenizer)
+    return Bm25Index.load(folder, manifest.stemmer, threads_of(args), manifest.tokenizer, checked=True)
 
 
 def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) -> Index:
     """A FAISS file, with its vectors if it has rounded them."""
     folder = path if path.is_dir() else path.parent
-    file = path
-    if path.is_dir():
-        file = path / (manifest.file if manifest and manifest.file else f"{args.retriever_name}_Flat.index")
+    file = faiss_file(path, manifest, args.retriever_name)
     if not file.is_file():
         raise UserError(f"--index_path {file}: no such file; run searchr1 build-index or download.py")
     pooling = manifest.pooling if manifest and manifest.pooling != "own" else None
@@ -148,6 +151,8 @@ def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) 
     if manifest:
         check_encoder(manifest, encoder, folder)
     faiss_index = load_faiss(file, encoder.dimension, args.faiss_gpu)
+    if manifest and manifest.metric == "inner product" and faiss_index.metric_type != INNER_PRODUCT:
+        raise UserError(f"--index_path {file}: is damaged: it is not searched by inner product, as built; {ADVICE}")
     set_search_parameters(
         faiss_index,
         args.nprobe or (manifest.nprobe if manifest else None),

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from searchr1.errors import UserError
 from searchr1.retrieval.compiled import numba
-
-DTYPES = {".f16": np.float16, ".f32": np.float32}
-
-
-def open_vectors(path: Path, rows: int, dimension: int) -> npt.NDArray[Any]:
-    """[rows, dimension] vectors of a `.f16` or `.f32` file, mapped.
-
-    Raises:
-        UserError: missing, or of another size.
-    """
-    dtype = np.dtype(DTYPES[path.suffix])
-    wanted = rows * dimension * dtype.itemsize
-    if not path.is_file() or path.stat().st_size != wanted:
-        size = path.stat().st_size if path.is_file() else 0
-        raise UserError(f"--index_path {path}: has {size} bytes, {wanted} expected; build the index again")
-    return np.memmap(path, dtype=dtype, mode="r", shape=(rows, dimension))
 
 
 class Refiner:
@@ -47,6 +29,7 @@ class Refiner:
             score_halves(self._vectors_RD, rows_QC, queries_QD, HALVES, scores_QC)
         else:
             score_floats(self._vectors_RD, rows_QC, queries_QD, scores_QC)
+        scores_QC[~np.isfinite(scores_QC)] = -np.inf
         order = np.lexsort((rows_QC, -scores_QC), axis=1)[:, :topk]
         return np.take_along_axis(scores_QC, order, 1), np.take_along_axis(rows_QC, order, 1)
 

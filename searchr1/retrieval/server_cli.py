@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import socket
 import time
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.retrieval.client import TOKEN_VARIABLE
+from searchr1.retrieval.index_check import State, check_index
+from searchr1.retrieval.manifest import DamagedIndex, open_manifest, refused
 from searchr1.retrieval.serve import (
     Ready,
     Worker,
@@ -22,8 +25,8 @@ from searchr1.retrieval.serve import (
 from searchr1.retrieval.server_flags import parse
 
 
-def serve(argv: list[str], listener: socket.socket, ready: Ready) -> None:
-    """Load and serve in this process.
+def serve(argv: list[str], checked: State | None, listener: socket.socket, ready: Ready) -> None:
+    """Load and serve in this process. `checked`: files of the index that the parent process has checked.
 
     Raises:
         UserError: something cannot be loaded.
@@ -34,7 +37,7 @@ def serve(argv: list[str], listener: socket.socket, ready: Ready) -> None:
     args = parse(argv)
     metrics = Metrics()
     token = os.environ.get(TOKEN_VARIABLE) or None
-    serve_here(listener, partial(load_backend, args, metrics), metrics, args.topk, token, ready)
+    serve_here(listener, partial(load_backend, args, metrics, checked), metrics, args.topk, token, ready)
 
 
 def main(argv: list[str]) -> int:
@@ -51,9 +54,28 @@ def main(argv: list[str]) -> int:
             write_address(args.save_address_to, address)
 
     if args.workers == 1:
-        serve(argv, listener, ready)
+        serve(argv, None, listener, ready)
         return 0
-    return serve_in_workers(listener, Worker(partial(serve, argv)), args.workers, ready)
+    return serve_in_workers(listener, Worker(partial(serve, argv, check_once(args))), args.workers, ready)
+
+
+def check_once(args: argparse.Namespace) -> State | None:
+    """Check the index for all workers.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path: Path | None = args.index_path
+    if args.engine is not None or path is None or not path.exists():
+        return None
+    try:
+        manifest = open_manifest(path if path.is_dir() else path.parent)
+    except DamagedIndex as error:
+        raise refused(error) from error
+    built_for = (manifest.encoder or manifest.kind) if manifest else args.retriever_name
+    if built_for != args.retriever_name or (manifest is None and built_for == "bm25"):
+        return None  # the workers say so
+    return check_index(path, manifest, args.retriever_name)
 
 
 def write_address(place: str | Path, address: str) -> None:

@@ -182,8 +182,8 @@ def test_a_manifest_of_a_later_format_and_another_pooling(tmp_path, corpus, word
     with pytest.raises(UserError, match="with --pooling_method mean, the server was started with cls"):
         check_encoder(manifest, Encoder("e5", encoder_path, pooling="cls"), tmp_path / "index")
     path = tmp_path / "index" / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
-    with pytest.raises(UserError, match="has format 2, this searchr1 knows 1"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 3}))
+    with pytest.raises(UserError, match="has format 3, this searchr1 knows 2"):
         read_manifest(tmp_path / "index", Corpus(corpus), "e5")
 
 

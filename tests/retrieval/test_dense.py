@@ -9,7 +9,8 @@ import pytest
 from searchr1.errors import UserError
 from searchr1.retrieval.dense import DenseIndex, build_faiss, load_faiss, set_search_parameters
 from searchr1.retrieval.faiss_types import NAMES, faiss_type, is_lossy, list_count
-from searchr1.retrieval.refine import Refiner, open_vectors
+from searchr1.retrieval.refine import Refiner
+from searchr1.retrieval.vector_file import open_vectors
 
 ROWS, DIMENSION = 3000, 32
 
@@ -133,7 +134,7 @@ def test_which_types_round_their_vectors(factory, lossy):
 
 def test_damaged_files_and_missing_gpus_are_told(tmp_path, vectors):
     (tmp_path / "index").write_bytes(b"IxFI" + b"\x00" * 20)
-    with pytest.raises(UserError, match="not readable as a FAISS index"):
+    with pytest.raises(UserError, match="index: has 24 bytes, less than the header of a FAISS index"):
         load_faiss(tmp_path / "index", DIMENSION)
     faiss.write_index(build_faiss(vectors, faiss_type("Flat", ROWS, DIMENSION)), str(tmp_path / "index"))
     with pytest.raises(UserError, match="32 dimensions, --retriever_model gives 7"):

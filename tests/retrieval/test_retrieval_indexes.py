@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+import xxhash
 
 from searchr1.errors import UserError
 from searchr1.retrieval import build
@@ -99,11 +100,16 @@ def built(tmp_path, *words, count=60):
 def test_manifest_says_what_the_index_is(tmp_path, encoder_path):
     corpus = built(tmp_path, "--retriever_name", "e5", "--retriever_model", encoder_path, count=9)
     manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    file = tmp_path / "index" / "e5_Flat.index"
+    digest = xxhash.xxh3_128_hexdigest(file.read_bytes())
+    own = manifest.pop("xxh3")
+    assert own == xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True, separators=(",", ":")).encode())
     assert manifest == {
+        "files": {"e5_Flat.index": {"bytes": file.stat().st_size, "xxh3": digest}},
         "kind": "dense",
         "rows": 9,
         "corpus": corpus.fingerprint(),
-        "version": 1,
+        "version": 2,
         "encoder": "e5",
         "model": encoder_path.rpartition("/")[2],
         "weights": weights_hash(encoder_path),
@@ -142,7 +148,7 @@ def test_an_unfinished_or_damaged_bm25_folder_is_refused(tmp_path):
     corpus = built(tmp_path, "--retriever_name", "bm25")
     folder = tmp_path / "index"
     (folder / "vocab.index.json").write_text("{")
-    with pytest.raises(UserError, match="not readable as a BM25 index"):
+    with pytest.raises(UserError, match=r"vocab\.index\.json: has 1 bytes instead of"):
         load_index(flags(index_path=folder), corpus)
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(UserError, match="damaged"):
