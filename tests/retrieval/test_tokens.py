@@ -130,6 +130,7 @@ def test_an_index_that_names_no_tokenizer_is_searched_as_before(tmp_path):
     manifest = tmp_path / "index" / "manifest.json"
     values = json.loads(manifest.read_text())
     assert values.pop("tokenizer") == "words"
+    values = {key: value for key, value in values.items() if key not in ("files", "xxh3")} | {"version": 1}
     manifest.write_text(json.dumps(values))
     index = load_index(server_flags.parse([*words, "--index_path", str(tmp_path / "index")]), Corpus(path))
     assert index.search(["锡港", "锡港最大"], 9)[1] == []
