@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_map
 
 from searchr1.actor.optimizer import resume_schedule
 from searchr1.checkpoints.distributed import load_distributed
+from searchr1.checkpoints.metadata import reason
 from searchr1.checkpoints.torch_files import load_tensors
 from searchr1.errors import UserError
 
@@ -201,19 +202,22 @@ def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     try:
         load_distributed(state, folder)
         extra = load_tensors(folder / "extra.pt")
-    except (CheckpointException, RuntimeError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"cannot load {folder}: it is damaged or belongs to another model ({str(error).splitlines()[0]})"
-        ) from error
+    except (CheckpointException, AssertionError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: it is damaged or belongs to another model ({reason(error)})") from error
     # What is frozen is not in the checkpoint, and what is trained has been asked for by name in `load_distributed`.
     options = StateDictOptions(strict=not _frozen(model))
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options)
+    try:
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(model, optimizer, **parts, options=options)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder} is damaged or belongs to another model ({reason(error)}); use another checkpoint"
+        ) from error
     try:
         resume_schedule(schedule, int(extra["schedule"]["last_epoch"]))
         _restore_random_state(extra["rng"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-        reason = (str(error).splitlines() or [repr(error)])[0][:200]
-        raise UserError(f"{folder / 'extra.pt'} is damaged ({reason}); use another checkpoint") from error
+        raise UserError(f"{folder / 'extra.pt'} is damaged ({reason(error)}); use another checkpoint") from error
 
 
 def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

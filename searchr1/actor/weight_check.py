@@ -29,6 +29,7 @@ from searchr1.actor.megatron.hf_folder import (
     refuse_misfits,
     weight_files,
 )
+from searchr1.checkpoints.model_folder import ADAPTER, check_files
 from searchr1.checkpoints.torch_files import load_weights
 from searchr1.convert.safetensors_file import SafetensorsReader
 from searchr1.errors import UserError
@@ -36,7 +37,6 @@ from searchr1.errors import UserError
 logger = logging.getLogger(__name__)
 
 PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_ADAPTER = "adapter_config.json"
 
 
 class StoredWeights:
@@ -147,6 +147,7 @@ def check_model_folder(source: str | Path, *, decoder_only: bool = False, traine
     folder = Path(source)
     if not folder.is_dir():
         return
+    check_files(folder)
     config = _config(folder)
     quantized = getattr(config, "quantization_config", None)
     if quantized and trained:
@@ -242,9 +243,9 @@ def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
-        if (folder / _ADAPTER).is_file():
+        if (folder / ADAPTER).is_file():
             raise UserError(
-                f"{folder}: holds LoRA adapters ({_ADAPTER}), not a model; merge them into their base model (peft's "
+                f"{folder}: holds LoRA adapters ({ADAPTER}), not a model; merge them into their base model (peft's "
                 "merge_and_unload, or searchr1 convert fsdp2hf of the checkpoint) and give that folder"
             )
         raise UserError(f"{folder}: has no config.json; give a model folder")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.checkpoints.distributed import CheckpointReader, RestrictedObjects, plain_damage
+from searchr1.checkpoints.metadata import reason
 from searchr1.checkpoints.torch_files import load_tensors
 from searchr1.errors import UserError
 
@@ -37,10 +38,14 @@ def load_megatron(state: dict[str, Any], folder: Path) -> dict[str, Any]:
             return load_tensors(Path(checkpoint_dir) / "common.pt")
 
     _check_format(folder)
-    with _our_reader(), plain_damage():
-        found: dict[str, Any] = dist_checkpointing.load(
-            state, str(folder), sharded_strategy=TorchDistLoadShardedStrategy(), common_strategy=Common()
-        )
+    strategies = {"sharded_strategy": TorchDistLoadShardedStrategy(), "common_strategy": Common()}
+    try:
+        with _our_reader(), plain_damage():
+            found: dict[str, Any] = dist_checkpointing.load(state, str(folder), **strategies)
+    except (AssertionError, TypeError, AttributeError, IndexError) as error:  # objects that are not what it expects
+        raise UserError(
+            f"{folder} is damaged, or another release of Megatron wrote it ({reason(error)}); use another checkpoint"
+        ) from error
     return found
 
 

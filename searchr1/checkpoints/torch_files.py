@@ -93,6 +93,22 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: damaged, cut short, or it holds more than tensors.
     """
+    mapped = check_weights(path)
+    try:
+        found = load(str(path), set(), mmap=mapped)
+    except Exception as error:  # a damaged pickle can raise anything
+        raise _damaged_weights(path, error) from error
+    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+        raise UserError(f"{path} holds no dictionary of tensors; save the model with save_pretrained")
+    return found
+
+
+def check_weights(path: Path) -> bool:
+    """Check a model's file without reading its tensors; returns whether they can be mapped into memory.
+
+    Raises:
+        UserError: damaged, or it holds more than tensors.
+    """
     refuse_pointer(path)
     try:
         with path.open("rb") as file:
@@ -101,14 +117,13 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             mapped = file.read(4) == _ARCHIVE
         if inert:
             raise HasNoPlaceError(f"names {', '.join(sorted(inert)[:3])}, which has no place in a model")
-        found = load(str(path), inert, mmap=mapped)
     except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(
-            f"{path} is damaged, cut short or holds more than tensors ({_reason(error)}); get it again"
-        ) from error
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds no dictionary of tensors; save the model with save_pretrained")
-    return found
+        raise _damaged_weights(path, error) from error
+    return mapped
+
+
+def _damaged_weights(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged, cut short or holds more than tensors ({_reason(error)}); get it again")
 
 
 def load(file: Any, inert: set[str], *, mmap: bool = False) -> Any:

@@ -12,6 +12,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 import numpy.typing as npt
 
+from searchr1.checkpoints.model_folder import check_files
 from searchr1.errors import UserError
 from searchr1.retrieval.model_files import local_folder
 from searchr1.unicode_text import whole_text
@@ -90,6 +91,10 @@ class Encoder:
         self.family = family_of(name, pooling)
         self.dtype = check_device(device, dtype)
         self.path = local_folder(path)
+        try:
+            check_files(self.path)
+        except UserError as error:
+            raise UserError(f"--retriever_model {error}") from error
         self.max_length = max_length
         self.reads: Role | None = None
         """The only thing that it was trained for; None: both."""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from searchr1.checkpoints.model_folder import check_files
 from searchr1.errors import UserError
 from searchr1.retrieval.batcher import Observe
 from searchr1.retrieval.documents import split_contents
@@ -72,6 +73,10 @@ class CrossEncoder:
 
         torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[check_device(device, dtype)]
         kind: Any = transformers.AutoModelForSequenceClassification
+        try:
+            check_files(path)
+        except UserError as error:
+            raise UserError(f"--reranker_model {error}") from error
         try:
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
             model, loaded = kind.from_pretrained(path, dtype=torch_dtype, output_loading_info=True, trust_remote_code=False)

@@ -187,7 +187,7 @@ def test_damaged_missing_and_contradicting_files_are_named(make):
 
     refused(f"model.norm.weight is in both {first} and {second}", check_model_folder, sharded(twice))
     outside = sharded(lambda places, folder: places.update({NORM: "../x.safetensors"}))
-    refused("names ../x.safetensors, which is outside", check_model_folder, outside)
+    refused("names '../x.safetensors', which is outside", check_model_folder, outside)
     stale = sharded(lambda places, folder: shutil.copy(folder / first, folder / "model.safetensors"))
     refused("has both model.safetensors and model.safetensors.index.json", check_model_folder, stale)
     beside = make(False)

@@ -259,9 +259,9 @@ def read_index(path: Path) -> dict[str, str]:
     """
     try:
         found: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        outside = [name for name in found.values() if Path(name).name != name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error!r}); get it again") from error
+        outside = [name for name in found.values() if Path(name).name != name or not name or "\0" in name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({str(error)[:200]}); get it again") from error
     if outside:
-        raise UserError(f"{path} names {outside[0]}, which is outside of the folder; get it again")
+        raise UserError(f"{path} names {outside[0][:200]!r}, which is outside of the folder; get it again")
     return found
