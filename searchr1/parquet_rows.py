@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ def parquet_rows(path: Path, leave_out: Collection[str] = ()) -> Iterator[tuple[
     count = 0
     try:
         with pq.ParquetFile(path, **options) as file:
+            twice = next((name for name, times in Counter(file.schema_arrow.names).items() if times > 1), None)
+            if twice is not None:
+                raise ValueError(f"two columns have the name {twice!r}")
             wanted = [name for name in file.schema_arrow.names if name not in leave_out]
             texts = [field.name for field in file.schema_arrow if pa.types.is_string(field.type)]
             total = file.metadata.num_rows

@@ -96,14 +96,17 @@ def parse_json(text: str) -> Any:
     """
     try:
         return require_shallow(json.loads(text), text.count("[") + text.count("{"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})") from error
-    except RecursionError as error:
-        raise ValueError(TOO_DEEP) from error
-    except ValueError as error:
-        if str(error) == TOO_DEEP:
-            raise
-        raise ValueError(f"not valid JSON ({str(error).partition(';')[0]})") from error  # a number of too many digits
+    except (ValueError, RecursionError) as error:
+        raise ValueError(json_problem(error)) from error
+
+
+def json_problem(error: ValueError | RecursionError) -> str:
+    """Say what a reader of JSON complains of, without the line, which it counts from where it began."""
+    if isinstance(error, RecursionError) or str(error) == TOO_DEEP:
+        return TOO_DEEP
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.colno})"
+    return f"not valid JSON ({str(error).partition(';')[0]})"  # a whole number of more digits than are read
 
 
 def require_shallow(value: Any, brackets: int) -> Any:

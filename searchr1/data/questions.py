@@ -22,13 +22,14 @@ TURN_ENDS = (
     "<｜Assistant｜>", "<｜end▁of▁sentence｜>", "<|assistant|>", "<|endoftext|>", "[/INST]", "</s>", "<turn|>", "<|turn>",
 )  # fmt: skip
 """What ends it."""
-_SYSTEM = re.compile(r"<<SYS>>.*?<</SYS>>", re.DOTALL)
+_SYSTEM, _SYSTEM_END = "<<SYS>>", "<</SYS>>"
 _SPEAKERS = re.compile(r"(?:^|\s)(?:User|USER|Human)\s*:(?P<text>(?:(?!(?:User|USER|Human)\s*:).)*?)"
     r"\s(?:Assistant|ASSISTANT)\s*:"
     r"\s*(?:Let me solve this step by step\.\s*)?(?:<think>)?\s*$", re.DOTALL)  # fmt: skip
 """A base model's prompt that speaks of `User:` and ends where the assistant is to go on."""
-_CUES = re.compile(r"(?:\n\s*(?:Answer|Response|Assistant|A):\s*(?:<think>)?)+\s*$")
-"""Lines at the end that ask for the answer."""
+_CUE = re.compile(r"\s*(?:Answer|Response|Assistant|A):")
+"""A line at the end that asks for the answer; `_THINK` may follow."""
+_THINK = "<think>"
 
 
 def question_column(row: dict[str, Any]) -> str | None:
@@ -71,7 +72,37 @@ def bare_question(text: str) -> str:
     if start >= 0:
         text = text[start:]
         ends = [place for mark in TURN_ENDS if (place := text.find(mark)) >= 0]
-        text = _SYSTEM.sub("", text[: min(ends)] if ends else text)
+        text = _without_system(text[: min(ends)] if ends else text)
     elif speakers := _SPEAKERS.search(text):
         text = speakers["text"]
-    return _CUES.sub("", text.rpartition("Question:")[2]).strip()
+    return _without_cues(text.rpartition("Question:")[2]).strip()
+
+
+# What follows does the work of two regular expressions, which take minutes for some texts of a hundred kilobytes.
+
+
+def _without_system(text: str) -> str:
+    """A user's message without Llama 2's system prompt."""
+    parts, place = [], 0
+    while (start := text.find(_SYSTEM, place)) >= 0 and (end := text.find(_SYSTEM_END, start)) >= 0:
+        parts.append(text[place:start])
+        place = end + len(_SYSTEM_END)
+    return "".join([*parts, text[place:]])
+
+
+def _without_cues(text: str) -> str:
+    """A text without the lines at its end that ask for the answer."""
+    end = _stripped(text, len(text))
+    while True:
+        cue_end = _stripped(text, end - len(_THINK)) if text.endswith(_THINK, 0, end) else end
+        start = text.rfind("\n", 0, cue_end)
+        if start < 0 or not _CUE.fullmatch(text, start + 1, cue_end):
+            return text[:end]
+        end = _stripped(text, start)
+
+
+def _stripped(text: str, end: int) -> int:
+    """Where `text[:end]` ends without blanks."""
+    while end and text[end - 1].isspace():
+        end -= 1
+    return end

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from searchr1.data.questions import bare_question, question_of_prompt
@@ -48,3 +50,15 @@ def test_of_several_messages_the_users_last_one_asks():
 @pytest.mark.parametrize("text", ["Is </s> a tag?", "Who is User: or Assistant?", "What does [/INST] end?"])
 def test_a_question_may_speak_of_markers(text):
     assert bare_question(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n" * 999_999 + "x", "\nAnswer:" * 200_000 + "x", "x" + "\nAnswer: <think>" * 100_000, "[INST]" + "<<SYS>>" * 200_000,
+     "[INST]" + "<<SYS>><</SYS>>" * 100_000, "User:" * 200_000, "User: " + " Assistant:" * 20_000 + "x"],
+    ids=["blank lines", "cues inside", "cues", "never ends", "many", "users", "assistants"],
+)  # fmt: skip
+def test_a_prompt_made_to_take_long_does_not(text):
+    started = time.monotonic()
+    bare_question(text)
+    assert time.monotonic() - started < 3

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
 import gzip
 import io
 import itertools
 import json
 import re
-import sys
 import zlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -18,11 +16,29 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from searchr1.errors import UserError
+from searchr1.parquet_rows import parquet_rows
+from searchr1.text_rows import (
+    MAX_LINE_BYTES,
+    LineTooLong,
+    decode,
+    json_problem,
+    not_utf8,
+    other_encoding,
+    parse_json,
+    require_shallow,
+    split_lines,
+)
 
 SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".json", ".csv", ".tsv")
 """All but parquet may be gzipped: `.jsonl.gz`."""
 BATCH_ROWS = 1024
 DELIMITERS = (",", ";", "\t")
+UNCLOSED = "; is a quote not closed?"
+MAX_JSON_BYTES = 4 << 30
+"""A list of rows is read whole."""
+USUAL_BYTES, USUAL_RATIO = 64 << 20, 64
+"""What a gzipped list may be, unpacked: so much, or so many times its packed size. Text is packed to a tenth, a bomb to a
+thousandth."""
 CONTENTS = {
     b"PAR1": "a parquet file; name it .parquet",
     b"\x1f\x8b": "gzipped; let its name end in .gz",
@@ -116,11 +132,9 @@ def parse_line(data: bytes, first: bool = False) -> dict[str, Any]:
         UserError: not UTF-8, not JSON, or no object.
     """
     try:
-        row = json.loads(data.decode("utf-8-sig" if first else "utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(_not_utf8(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error})") from error
+        row = parse_json(decode(data, first))
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if not isinstance(row, dict):
         raise UserError(f"expected an object with keys, found {type(row).__name__}")
     return row
@@ -136,13 +150,19 @@ def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         for magic, what in CONTENTS.items():
             if start.startswith(magic) and not (packed and magic == b"\x1f\x8b"):
                 raise UserError(f"{path}: is {what}")
-        if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise UserError(f"{path}: not UTF-8, but UTF-16; save the file as UTF-8")
         if not packed:
+            _require_utf8(path, start)
             yield raw, raw
             return
         with gzip.GzipFile(fileobj=raw) as unpacked:
+            _require_utf8(path, unpacked.peek(32))
             yield raw, cast("IO[bytes]", unpacked)
+
+
+def _require_utf8(path: Path, head: bytes) -> None:
+    encoding = other_encoding(head[:32])
+    if encoding is not None:
+        raise UserError(f"{path}:1: not UTF-8, but {encoding}; save the file as UTF-8")
 
 
 def _progress(path: Path, raw: IO[bytes], tell: Tell) -> Callable[[], None]:
@@ -150,16 +170,9 @@ def _progress(path: Path, raw: IO[bytes], tell: Tell) -> Callable[[], None]:
     return lambda: tell(raw.tell() / size)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return (
-        f"not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); it may be Latin-1 or another encoding: save "
-        "the file as UTF-8"
-    )
-
-
 def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
     # Bytes, and the text of one line at a time: so that a line that is not UTF-8 can be named.
-    for line, data in enumerate(file, start=1):
+    for line, data in _lines(path, file):
         if line % BATCH_ROWS == 0:
             progress()
         if not data.strip():
@@ -172,26 +185,21 @@ def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterato
 
 
 def _parquet(path: Path, tell: Tell, leave_out: Collection[str]) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    line = 0
     try:
-        with pq.ParquetFile(path) as file:
-            line, total = 0, max(file.metadata.num_rows, 1)
-            wanted = [name for name in file.schema_arrow.names if name not in leave_out]
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
-                for row in batch.to_pylist():
-                    line += 1
-                    yield Record(line, row)
-                tell(line / total)
-    except pa.ArrowException as error:
+        for row, share in parquet_rows(path, leave_out):
+            line += 1
+            yield Record(line, row)
+            if line % BATCH_ROWS == 0:
+                tell(share)
+    except ValueError as error:
         raise UserError(f"{path}: not readable as parquet ({error})") from error
 
 
 def _table(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
     """Rows below a line of column names; the first line shows what stands between columns."""
-    csv.field_size_limit(sys.maxsize)
-    lines = _text_lines(path, file)
+    csv.field_size_limit(MAX_LINE_BYTES)
+    lines = _TextLines(path, file)
     line = before = 0
     try:
         first = next(lines, "")
@@ -210,30 +218,71 @@ def _table(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterato
                 progress()
             if not cells:
                 continue
-            if len(cells) == len(header):
+            if lines.ended:  # inside this row
+                yield Record(line, None, "has a quote that is not closed: all that follows is inside it; close or double it")
+            elif len(cells) == len(header):
                 yield Record(line, dict(zip(header, cells, strict=True)))
             else:
                 yield Record(line, None, f"has {len(cells)} columns, the first line {len(header)}")
     except csv.Error as error:
-        raise UserError(f"{path}:{before + 1}: not readable ({error})") from error
+        raise UserError(f"{path}:{before + 1}: not readable ({error}{UNCLOSED if 'limit' in str(error) else ''})") from error
 
 
-def _text_lines(path: Path, file: IO[bytes]) -> Iterator[str]:
-    for line, data in enumerate(file, start=1):
+def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Line numbers from 1, and lines without their ends."""
+    try:
+        for line, _, data in split_lines(file.read):
+            yield line, data
+    except LineTooLong as error:
+        raise UserError(f"{path}:{error.line}: {error}") from error
+
+
+class _TextLines:
+    """Lines as text, with their ends, for the reader of tables."""
+
+    def __init__(self, path: Path, file: IO[bytes]) -> None:
+        self._path = path
+        self._lines = _lines(path, file)
+        self.ended = False
+        """Whether one was asked for after the last: inside a row, since a row ends with a line."""
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
         try:
-            yield data.decode("utf-8-sig" if line == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{line}: {_not_utf8(error)}") from error
+            line, data = next(self._lines)
+            return decode(data, first=line == 1) + "\n"
+        except StopIteration:
+            self.ended = True
+            raise
+        except ValueError as error:
+            raise UserError(f"{self._path}:{line}: {error}") from error
+
+
+def _read_whole(path: Path, file: IO[bytes]) -> bytes:
+    """All of a file that is no bomb.
+
+    Raises:
+        UserError: it is too large.
+    """
+    limit = MAX_JSON_BYTES
+    if path.name.lower().endswith(".gz"):
+        limit = min(limit, max(USUAL_BYTES, USUAL_RATIO * path.stat().st_size))
+    data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UserError(f"{path}: holds more than {limit >> 20} MiB of JSON; save it with one row on each line, as .jsonl")
+    return data
 
 
 def _json(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
     """A list of rows, decoded one at a time; files that hold jsonl under this name are read as such."""
-    data = file.read()
+    data = _read_whole(path, file)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}:{line}: {_not_utf8(error)}") from error
+        raise UserError(f"{path}:{line}: {not_utf8(error)}") from error
     start = _LIST.match(text)
     if start is None:
         yield from _jsonl(path, io.BytesIO(data), progress)
@@ -247,11 +296,16 @@ def _json(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator
         line += text.count("\n", place, skipped.end())
         place = skipped.end()
         if text[place : place + 1] == "]":
+            rest = text[place + 1 :].strip()
+            if rest and start[0].lstrip().startswith("["):
+                raise UserError(f"{path}:{line}: more follows after the end of the list; write one list of all rows")
             return
         try:
             row, end = decoder.raw_decode(text, place)
+            require_shallow(row, text.count("[", place, end) + text.count("{", place, end))
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path}:{line}: not valid JSON ({error})") from error
+            number = error.lineno if isinstance(error, json.JSONDecodeError) else line
+            raise UserError(f"{path}:{number}: {json_problem(error)}") from error
         if isinstance(row, dict):
             yield Record(line, row)
         else:
