@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve-chat": ("searchr1.inference.serve", "a web page that asks a trained model"),
     "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
     "convert": ("searchr1.convert.cli", "checkpoints: Megatron or FSDP to Hugging Face, Hugging Face to Megatron"),
+    "verify": ("searchr1.verify", "whether checkpoints, models, indexes and corpora are still what was written"),
     "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),
     "rerank-server": ("searchr1.retrieval.rerank_server", "serve a cross-encoder: /rerank"),
     "build-index": ("searchr1.retrieval.build", "build a BM25 or dense index of a corpus"),

@@ -2,7 +2,7 @@
 
     checkpoints/global_step_N/
       runner.json        the runner's own state
-      sizes.json         every file with its size: a truncated file is found before it is read
+      manifest.json      every file with its size and checksum (checkpoints/manifest.py)
       actor/             DCP shards, hf/ (config and tokenizer of the model)
 
 A checkpoint is written under another name and renamed when it is complete, so a folder `global_step_N` is always whole.
@@ -12,13 +12,11 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import os
 import random
-import re
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -35,19 +33,32 @@ from torch.utils._pytree import tree_map
 
 from searchr1.actor.optimizer import resume_schedule
 from searchr1.checkpoints.distributed import load_distributed
+from searchr1.checkpoints.manifest import (
+    MANIFEST,
+    checkpoint_steps,
+    rank_sums,
+    verify_checkpoint,
+    write_manifest,
+    write_rank_sums,
+)
+from searchr1.checkpoints.manifest import latest_checkpoint as latest_checkpoint
 from searchr1.checkpoints.metadata import reason
 from searchr1.checkpoints.torch_files import load_tensors
+from searchr1.checksums import FileSum
 from searchr1.errors import UserError
 
-SIZES = "sizes.json"
 HF_FOLDER = "hf"
 SAVE_TIMEOUT_S = 3600.0
-_FINAL = re.compile(r"global_step_(\d+)")
 
 
 @contextmanager
-def new_checkpoint(root: Path, step: int) -> Iterator[Path]:
-    """A folder to write a checkpoint of `step` into; it gets its final name when the block ends well.
+def new_checkpoint(root: Path, step: int, sums: Mapping[str, FileSum] | None = None) -> Iterator[Path]:
+    """Yield a folder to write a checkpoint of `step` into; it gets its final name when the block ends well.
+
+    Args:
+        root: the run's folder of checkpoints.
+        step: the step.
+        sums: those that the block has taken when it ends; the others are taken then.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -60,12 +71,16 @@ def new_checkpoint(root: Path, step: int) -> Iterator[Path]:
             shutil.rmtree(leftover)  # of a run that was killed while saving
         partial.mkdir()
         yield partial
-        _write_sizes(partial)
-        _sync_tree(partial)
+        known = {**(sums or {}), **rank_sums(partial)}
+        with ThreadPoolExecutor(1) as pool:  # to read the files and to wait for the disk at once
+            synced = pool.submit(_sync_all, [*partial.rglob("*")])
+            write_manifest(partial, step, known)
+            synced.result()
+        _sync_all([partial / MANIFEST, partial])
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(root)
+        _sync_all([root])
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
@@ -76,49 +91,6 @@ def new_checkpoint(root: Path, step: int) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-
-
-def checkpoint_steps(root: Path) -> list[int]:
-    """Steps with a complete checkpoint, ascending."""
-    if not root.is_dir():
-        return []
-    matches = (_FINAL.fullmatch(folder.name) for folder in root.iterdir() if (folder / SIZES).is_file())
-    return sorted(int(match.group(1)) for match in matches if match)
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest complete checkpoint, or None.
-
-    Raises:
-        UserError: it has been damaged since it was written.
-    """
-    steps = checkpoint_steps(root)
-    if not steps:
-        return None
-    newest = root / f"global_step_{steps[-1]}"
-    verify_checkpoint(newest)
-    return newest
-
-
-def verify_checkpoint(folder: Path) -> None:
-    """Compare every file's size with what was written.
-
-    Raises:
-        UserError: a file is missing or truncated; names it, and the next older checkpoint.
-    """
-    try:
-        sizes: dict[str, int] = json.loads((folder / SIZES).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no complete checkpoint: {SIZES} is missing or unreadable ({error})") from error
-    for name, size in sizes.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "is missing" if found is None else f"has {found} bytes instead of {size}"
-            step = int(_FINAL.fullmatch(folder.name).group(1)) if _FINAL.fullmatch(folder.name) else 0  # type: ignore[union-attr]
-            older = [s for s in checkpoint_steps(folder.parent) if s < step]
-            advice = f"use runner.resume_dir={folder.parent / f'global_step_{older[-1]}'}" if older else "start again"
-            raise UserError(f"{path} {state}: the checkpoint is damaged; {advice}")
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
@@ -135,18 +107,19 @@ def save_state(
     model_path: str,
     *,
     in_background: bool = False,
-) -> Future[Any] | None:
+) -> Future[None] | None:
     """Write everything a training rank holds, but for weights that are frozen; a collective.
 
-    In the background: copies the state to host memory and returns what `finish_saving` waits for, else None.
+    In the background: copies the state to host memory and returns what `finish_save` waits for, else None.
     """
     state = _trained_state(model, optimizer)
-    saving: Future[Any] | None = None
+    saving: Future[None] | None = None
     if in_background:
         # On a CPU nothing is copied on its way to host memory, and training would write into what is being saved.
         host = tree_map(lambda value: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value, state)
         # A thread of its own needs a group of its own.
-        saving = dcp.async_save(host, checkpoint_id=folder, process_group=_background_group())  # type: ignore[assignment]
+        writing: Any = dcp.async_save(host, checkpoint_id=folder, process_group=_background_group())
+        saving = _in_thread(functools.partial(_finish_writing, writing, folder, dist.get_rank()))
     else:
         dcp.save(state, checkpoint_id=folder)
     if dist.get_rank() == 0:
@@ -157,6 +130,18 @@ def save_state(
         save_hf_files(model_path, folder / HF_FOLDER)
     dist.barrier()
     return saving
+
+
+def _finish_writing(writing: Future[Any], folder: Path, rank: int) -> None:
+    writing.result(SAVE_TIMEOUT_S)
+    write_rank_sums(folder, rank)
+
+
+def _in_thread(work: Callable[[], None]) -> Future[None]:
+    pool = ThreadPoolExecutor(1)
+    found = pool.submit(work)
+    pool.shutdown(wait=False)
+    return found
 
 
 @contextmanager
@@ -186,13 +171,29 @@ def _background_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
 
+def verify_by_first_rank(folder: Path) -> None:
+    """Compare `folder`, part of a checkpoint, with what was written; one rank reads, all know; a collective.
+
+    Raises:
+        UserError: a file is missing or changed; on all ranks.
+    """
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            verify_checkpoint(folder.parent, folder.name)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+
+
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
-    """Read what `save_state` wrote into a model of the same shape; a collective.
+    """Read what `save_state` wrote, and `TrainedModel.load` has verified, into a model of the same shape; a collective.
 
     Raises:
         UserError: damaged, of another model, or of the other backend.
     """
-    verify_checkpoint(folder.parent)
     if (folder / "metadata.json").is_file():  # Megatron's; ours is called .metadata
         raise UserError(
             f"{folder} was written by training_backend: megatron; resume with the backend that wrote it, or convert it "
@@ -267,20 +268,10 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss_next))
 
 
-def _write_sizes(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+def _sync_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

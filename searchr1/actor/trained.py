@@ -8,7 +8,7 @@ from pathlib import Path
 
 from searchr1.actor.backend import ModelPart, Resident, T, TrainingBackend
 from searchr1.actor.batch_stats import all_reduce_max
-from searchr1.actor.checkpoint import told_as_disk_trouble
+from searchr1.actor.checkpoint import told_as_disk_trouble, verify_by_first_rank
 from searchr1.actor.offload import Offload
 from searchr1.actor.packing import FloatArray, PackedBatch, pack, plan_micro_batches, sequence_length
 from searchr1.agent.trajectory import Trajectory
@@ -87,7 +87,17 @@ class TrainedModel:
         with told_as_disk_trouble(self._folder):
             self._training.finish_save()
 
-    def load(self, folder: Path) -> None:
-        """Go on from `save`, also with another number of ranks or another layout."""
+    def load(self, folder: Path, *, verified: bool = False) -> None:
+        """Go on from `save`, also with another number of ranks or another layout.
+
+        Args:
+            folder: what `save` wrote, in a complete checkpoint.
+            verified: the files have been compared with their sums already; otherwise one rank does it now.
+
+        Raises:
+            UserError: damaged, of another model, or of the other backend.
+        """
+        if not verified:
+            verify_by_first_rank(folder)
         self.bring_back("weight", "optimizer")
         self._training.load(folder)

@@ -13,6 +13,8 @@ from torch import Tensor
 from searchr1.actor.lora import LoraRecord, check_base, weight_folder
 from searchr1.actor.megatron.hf_folder import OUTPUT_LAYER, check_shapes
 from searchr1.actor.megatron.mapping import SliceReader
+from searchr1.checkpoints.manifest import verify_source
+from searchr1.checkpoints.model_sums import verify_weights
 from searchr1.convert.fsdp_ranks import FsdpRanks
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
@@ -47,6 +49,7 @@ def fsdp2hf(
     """
     refuse_used(output)
     located = locate(checkpoint)
+    verify_source(located.folder, "--checkpoint ")
     actor = located.folder
     if located.kind == "megatron_ranks":
         raise UserError(f"{actor} is a Megatron checkpoint: use searchr1 convert mg2hf")
@@ -71,6 +74,7 @@ def _merge(
 ) -> list[str]:
     base = str(hf_model) if hf_model else record.base_model
     check_base(record, base, "--hf-model")
+    verify_weights(weight_folder(base))
     with HfReader.open(weight_folder(base)) as reader:
         source = LoraSource(folder, record, reader, expected_shapes(config), options.dtype)
         return write_folder(source, config, folder.folder, output, options)

@@ -17,6 +17,7 @@ from searchr1.actor.checkpoint import HF_FOLDER
 from searchr1.actor.megatron.architecture import Architecture, read_architecture
 from searchr1.actor.megatron.mapping import Entry, entries
 from searchr1.actor.weight_check import check_model_folder
+from searchr1.checkpoints.model_sums import verify_weights, write_model_sums
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import copy_hf_files
 from searchr1.convert.megatron_source import MegatronSource
@@ -64,6 +65,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
     refuse_used(output)
     if not (hf_model / "config.json").is_file():
         raise UserError(f"--hf-model {hf_model}: has no config.json; give a local model folder")
+    verify_weights(hf_model)
     check_model_folder(hf_model)
     arch, _ = read_architecture(hf_model)
     with HfReader.open(hf_model) as reader:
@@ -74,6 +76,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
             (folder / HF_FOLDER).mkdir()
             copy_hf_files(hf_model, folder / HF_FOLDER, options.dtype or reader.dtype())
             lines = _verify(reader, arch, folder, options, total)
+            write_model_sums(folder)
     return [f"{len(entries(arch))} tensors, {decimal(total)} -> {output}", *lines]
 
 

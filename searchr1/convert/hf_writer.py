@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from searchr1.actor.megatron.hf_folder import INDEX, SINGLE
+from searchr1.checkpoints.model_sums import MODEL_SUMS
 from searchr1.convert.safetensors_file import SafetensorsWriter, TensorSpec
 from searchr1.errors import UserError
 
@@ -101,6 +102,8 @@ def copy_hf_files(source: Path, output: Path, dtype: torch.dtype | None) -> None
         UserError: config.json is damaged.
     """
     for path in sorted(source.iterdir()):
+        if path.name == MODEL_SUMS:
+            continue
         if path.is_file() and path.suffix in (".json", ".jinja", ".txt", ".model") and "safetensors" not in path.name:
             shutil.copyfile(path, output / path.name)
     if dtype is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from searchr1.actor.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 from searchr1.actor.megatron.mapping import SliceReader
+from searchr1.checkpoints.model_sums import write_model_sums
 from searchr1.convert.hf_reader import HfReader
 from searchr1.convert.hf_writer import config_folder
 from searchr1.convert.output import new_folder
@@ -122,4 +123,5 @@ def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_
         if (tokenizer / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(target)
         settings_line = carry_settings(folder.folder, target)
+        write_model_sums(target)
     return [f"{len(specs)} adapter matrices of rank {record.rank} for {base} -> {output}", settings_line]

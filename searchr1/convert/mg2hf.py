@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from searchr1.actor.megatron.architecture import read_architecture
+from searchr1.checkpoints.manifest import verify_source
 from searchr1.convert.hf_writer import config_folder
 from searchr1.convert.locate import locate
 from searchr1.convert.megatron_ranks import MegatronRanks
@@ -31,6 +32,7 @@ def mg2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options:
     """
     refuse_used(output)
     located = locate(checkpoint)
+    verify_source(located.folder, "--checkpoint ")
     if located.kind in ("fsdp_ranks", "full_weights"):
         raise UserError(f"{located.folder} is an FSDP checkpoint: use searchr1 convert fsdp2hf")
     with ExitStack() as stack:

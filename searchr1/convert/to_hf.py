@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from searchr1.actor.megatron.mapping import SliceReader
+from searchr1.checkpoints.model_sums import write_model_sums
 from searchr1.convert.hf_reader import HfReader, main_dtype
 from searchr1.convert.hf_writer import SHARD_BYTES, copy_hf_files, stream_weights
 from searchr1.convert.megatron_source import MegatronSource
@@ -74,6 +75,7 @@ def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path,
                 lines.append(compare(source.pairs(written.read), sum(spec.nbytes for spec in stored), options.dtype))
         if isinstance(source, MegatronSource) and (options.verify_logits or (options.verify and total <= SMALL_BYTES)):
             lines.append(compare_logits(source, config, folder, options.dtype))
+        write_model_sums(folder)
     return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines, settings_line]
 
 

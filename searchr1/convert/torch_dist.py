@@ -10,7 +10,7 @@ import gc
 import io
 import math
 import zipfile
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
-from searchr1.actor.checkpoint import SIZES, verify_checkpoint
 from searchr1.checkpoints.metadata import METADATA, read_metadata, reason
 from searchr1.checkpoints.parts import FilePart
 from searchr1.checkpoints.torch_files import load_part
+from searchr1.checksums import Damage
 from searchr1.errors import UserError
 
 _LARGE_BYTES = 256 << 20
@@ -63,8 +63,6 @@ class TorchDistFolder:
             UserError: damaged metadata; a file is missing or cut short, by name.
         """
         self.folder = folder
-        if (folder.parent / SIZES).is_file():
-            verify_checkpoint(folder.parent)
         found = read_metadata(folder)
         self._storage: dict[MetadataIndex, Any] = found.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -113,6 +111,27 @@ class TorchDistFolder:
             part = target[tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(common, box, strict=True))]
             part.copy_(self._chunk(name, chunk, check)[_within(common, chunk)])
         return target
+
+    def damaged_parts(self, advance: Callable[[int], object]) -> Iterator[Damage]:
+        """Yield files in which a part does not fit the checksum that `torch.save` stored, the first part of each."""
+        parts: dict[str, list[tuple[int, int, str]]] = {}
+        for index, info in self._storage.items():
+            parts.setdefault(info.relative_path, []).append((info.offset, info.length, index.fqn))
+        for name, places in sorted(parts.items()):
+            for offset, length, tensor in sorted(places):
+                problem = self._problem(name, offset, length)
+                advance(length)
+                if problem:
+                    yield Damage(self.folder / name, f"is damaged where {tensor} should be ({problem})")
+                    break
+
+    def _problem(self, name: str, offset: int, length: int) -> str:
+        try:
+            with zipfile.ZipFile(FilePart(self._file(name), offset, length)) as archive:
+                bad = archive.testzip()
+        except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:
+            return str(error) or repr(error)
+        return f"wrong checksum of {bad}" if bad else ""
 
     def _chunk(self, name: str, chunk: ChunkStorageMetadata, check: bool) -> Tensor:
         info = self._storage.get(MetadataIndex(name, chunk.offsets))

@@ -40,6 +40,7 @@ async def open_session(plan: Plan) -> Session:
 
     from searchr1.actor.weight_check import check_model_folder
     from searchr1.agent.loop import resolve_generate_fn
+    from searchr1.checkpoints.model_sums import verify_weights
     from searchr1.rollout.engine import Engine, EngineError
     from searchr1.rollout.settings import EngineSettings
 
@@ -55,6 +56,7 @@ async def open_session(plan: Plan) -> Session:
     tokenizer = load_tokenizer(path)
     fit_to_model(config, plan.auto_length)
     try:
+        verify_weights(path)
         check_model_folder(path, trained=False)
     except UserError as error:
         raise UserError(f"--model_path {error}") from error

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from searchr1.actor.checkpoint import checkpoint_steps
+from searchr1.checkpoints.manifest import checkpoint_steps
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.runner.watches import WATCHED, Finding, Row, examine

@@ -8,19 +8,15 @@ import logging
 import os
 import shutil
 from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from searchr1.actor.checkpoint import (
-    HF_FOLDER,
-    checkpoint_steps,
-    latest_checkpoint,
-    new_checkpoint,
-    prune_checkpoints,
-    verify_checkpoint,
-)
+from searchr1.actor.checkpoint import HF_FOLDER, new_checkpoint, prune_checkpoints
+from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, verify_checkpoint
+from searchr1.checksums import FileSum, take_all
 from searchr1.config.difference import Difference, differences
 from searchr1.config.load import save_config
 from searchr1.config.model_settings import ModelSettings
@@ -238,12 +234,15 @@ class RunFolder:
         """Stops in the middle, when the checkpoint may not be complete yet and nobody may resume from it."""
         assert groups.actor is not None
         trained = [("actor", groups.actor), *([("critic", groups.critic)] if groups.critic is not None else [])]
-        with new_checkpoint(self.path / "checkpoints", step) as folder:
+        sums: dict[str, FileSum] = {}
+        with new_checkpoint(self.path / "checkpoints", step, sums) as folder, ThreadPoolExecutor(1) as beside:
             state = {"step": step, "loader": loader.state_dict()}
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for name, group in trained:
                 group.call("save", folder / name, self.config.runner.async_save).wait(SAVE_TIMEOUT_S)
             self.model_settings.write(folder / "actor" / HF_FOLDER)
+            # In the background the ranks do it, when they have written.
+            taken = None if self.config.runner.async_save else beside.submit(take_all, folder)
             dropped: _Dropped | None = None
             try:
                 yield
@@ -254,6 +253,8 @@ class RunFolder:
                     group.call("finish_save").wait(SAVE_TIMEOUT_S)
             if dropped is not None:
                 raise dropped
+            if taken is not None:
+                sums |= taken.result()
         if self.config.runner.keep_checkpoints:
             prune_checkpoints(self.path / "checkpoints", self.config.runner.keep_checkpoints)
 

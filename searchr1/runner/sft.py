@@ -33,6 +33,7 @@ from searchr1.actor.weight_check import check_model_folder
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
+from searchr1.checkpoints.model_sums import verify_weights, write_model_sums
 from searchr1.config.check_positions import model_positions
 from searchr1.config.model_settings import FILE, ModelSettings
 from searchr1.config.schema import Config
@@ -58,6 +59,8 @@ def train(args: argparse.Namespace) -> list[float]:
         print(f"warning: --precision {args.precision} has no instructions on this CPU and is emulated, slowly; use fp32")
     if args.model:
         try:
+            if lead:
+                verify_weights(args.model)
             check_model_folder(args.model)
         except UserError as error:
             raise UserError(f"--model {error}") from error
@@ -91,6 +94,7 @@ def train(args: argparse.Namespace) -> list[float]:
         tokenizer.save_pretrained(args.output)
         settings = rows_settings(rows, tokenizer, None if args.fresh else ModelSettings.of_model(args.model))
         settings.write(args.output)
+        write_model_sums(args.output)
         print(f"{args.output / FILE}: {settings.described()}")
         print(f"model -> {args.output}")
     else:

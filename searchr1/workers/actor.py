@@ -139,8 +139,8 @@ class ActorWorker(Worker):
 
     @reported
     async def load(self, folder: Path) -> None:
-        """Continue from a checkpoint."""
-        self._policy.load(folder)
+        """Continue from a checkpoint, which the runner has verified."""
+        self._policy.load(folder, verified=True)
         self._leave_gpu()
 
     def _leave_gpu(self) -> None:

@@ -80,8 +80,8 @@ class CriticWorker(Worker):
 
     @reported
     async def load(self, folder: Path) -> None:
-        """Continue from a checkpoint."""
-        self._critic.load(folder)
+        """Continue from a checkpoint, which the runner has verified."""
+        self._critic.load(folder, verified=True)
         self._leave_gpu()
 
     def _leave_gpu(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
-from searchr1.actor.checkpoint import checkpoint_steps, latest_checkpoint, new_checkpoint, prune_checkpoints
+from searchr1.actor.checkpoint import new_checkpoint, prune_checkpoints
 from searchr1.actor.policy import Policy
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, read_contents, verify_checkpoint
 from searchr1.config.schema import Config
 from searchr1.convert.fsdp2hf import fsdp2hf
 from searchr1.device import Device
@@ -254,6 +256,43 @@ def test_damaged_checkpoint_is_named_with_an_older_one(model_path, tmp_path):
     shard.unlink()
     with pytest.raises(UserError, match="is missing"):
         latest_checkpoint(tmp_path)
+
+
+def test_flipped_bits_are_named_before_anything_is_loaded(model_path, tmp_path):
+    from bit_flips import flipped, random_flips
+
+    actor = Policy.start(make_config(model_path), CPU)
+    older, newest = save(actor, tmp_path, 1), save(actor, tmp_path, 2)
+    before = weights(actor)
+    names = {path.relative_to(newest).as_posix() for path in newest.rglob("*") if path.is_file()}
+    assert names >= {"manifest.json", "actor/.metadata", "actor/__0_0.distcp", "actor/extra.pt", "actor/hf/config.json"}
+    for number, (path, bit) in enumerate(random_flips(newest, 200)):
+        with flipped(path, bit):
+            with pytest.raises(UserError, match=rf"^{re.escape(str(path))} .*damaged.*; use runner.resume_dir={older}"):
+                latest_checkpoint(tmp_path)
+            if number < len(names):  # each file once
+                with pytest.raises(UserError, match=rf"^{re.escape(str(path))} .*damaged"):
+                    actor.load(newest / "actor")
+                with pytest.raises(UserError, match=rf"^{re.escape(str(path))} .*damaged"):
+                    fsdp2hf(newest / "actor", tmp_path / "out")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(actor).items())
+    actor.load(newest / "actor")
+    # One rank reads, and only where nobody has.
+    with flipped(newest / "actor/hf/config.json", 0):
+        actor.load(newest / "actor", verified=True)
+
+
+@pytest.mark.parametrize("in_background", [False, True])
+def test_sums_are_those_of_the_files_however_they_were_written(model_path, tmp_path, in_background):
+    actor = Policy.start(make_config(model_path), CPU)
+    with new_checkpoint(tmp_path, 1) as folder:
+        actor.save(folder / "actor", in_background)
+        actor.finish_save()
+        assert [path.name for path in folder.rglob(".sums_*")] == [".sums_0.json"] * in_background
+    written = tmp_path / "global_step_1"
+    verify_checkpoint(written)
+    files = {path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()}
+    assert {*read_contents(written).files, "manifest.json"} == files
 
 
 def test_stop_while_saving_leaves_the_earlier_checkpoint(model_path, tmp_path):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import policy_ranks as ranks
 import pytest
 import torch
 
+from searchr1.checkpoints.manifest import rank_sums
+from searchr1.checksums import take_all
 from searchr1.config.layout import Layout
 from searchr1.errors import UserError
 
@@ -224,6 +227,14 @@ def test_training_can_start_from_a_megatron_checkpoint_of_another_layout(more):
 def test_what_is_saved_in_the_background_is_the_state_of_that_moment(more, oracles, name):
     expected = oracles["qwen2", True]
     assert_equal(more[f"go-on-{name}"], expected, expected["metrics"][2:])
+
+
+@pytest.mark.parametrize(("name", "writers"), [("bg", "0"), ("fsdp", "01")])  # Megatron's data-parallel copies write once
+def test_ranks_take_the_sums_of_what_they_write_in_the_background(more, name, writers):
+    folder = Path(f"{more['checkpoint']}-{name}")
+    known = rank_sums(folder)
+    assert known == take_all(folder, sorted(path.relative_to(folder) for path in folder.glob("actor/__*.distcp")))
+    assert {file.removeprefix("actor/__")[0] for file in known} == set(writers)
 
 
 @pytest.mark.parametrize("name", ["", "-background", "-fsdp", "-fsdp-background"])

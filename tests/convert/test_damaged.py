@@ -6,13 +6,16 @@ import errno
 import json
 import os
 import pickle
+import re
 import shutil
 
 import pytest
 import torch
+from bit_flips import flipped, random_flips
 from convert_models import assert_same_tensors, make_model
 
 from searchr1.actor.checkpoint import new_checkpoint
+from searchr1.checkpoints.manifest import verify_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
 from searchr1.cli import main
 from searchr1.convert import output, safetensors_file
@@ -27,11 +30,12 @@ from searchr1.errors import UserError
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """`hf`, and `run/global_step_5/actor` (Megatron) made from it, with sizes.json."""
+    """`hf`, and `run/global_step_5/actor` (Megatron) made from it, with manifest.json."""
     root = tmp_path_factory.mktemp("original")
     make_model("qwen2", True, "fp32", root / "hf")
     with new_checkpoint(root / "run", 5) as folder:
         hf2mg(root / "hf", folder / "actor", MegatronOptions(file_bytes=100_000))
+        (folder / "actor/checksums.json").unlink()  # a trainer writes none
     return root
 
 
@@ -45,8 +49,8 @@ def root(original, tmp_path):
 
 @pytest.fixture
 def actor(root):
-    """Without sizes.json."""
-    (root / "run/global_step_5/sizes.json").unlink()
+    """Without manifest.json."""
+    (root / "run/global_step_5/manifest.json").unlink()
     return root / "run/global_step_5/actor"
 
 
@@ -65,15 +69,25 @@ def edit(actor, change):
 # The checkpoint's files
 
 
-def test_a_missing_or_truncated_file_is_named_with_sizes_and_without(root):
+def test_a_missing_or_truncated_file_is_named_with_a_manifest_and_without(root):
     actor = root / "run/global_step_5/actor"
     file = actor / "__0_2.distcp"
     os.truncate(file, file.stat().st_size - 1)
     refused(r"__0_2\.distcp has \d+ bytes instead of \d+", mg2hf, actor, root / "out")
-    (root / "run/global_step_5/sizes.json").unlink()
+    (root / "run/global_step_5/manifest.json").unlink()
     refused(r"__0_2\.distcp has \d+ bytes instead of \d+ or more: the checkpoint is damaged", mg2hf, actor, root / "out")
     file.unlink()
     refused(r"__0_2\.distcp is missing", mg2hf, actor, root / "out")
+
+
+def test_flipped_bits_are_named_before_anything_is_converted(root):
+    checkpoint = root / "run/global_step_5"
+    for number, (path, bit) in enumerate(random_flips(checkpoint, 200)):
+        named = rf"^{re.escape(str(path))} (is damaged|has changed)"
+        with flipped(path, bit):
+            refused(named, verify_checkpoint, checkpoint)
+            if number % 10 == 0 or path.name == "manifest.json":
+                refused(named, mg2hf, checkpoint / "actor", root / "out")
 
 
 def test_overwritten_bytes_are_found(root, actor):

@@ -61,4 +61,4 @@ def test_server_that_dies_mid_run_ends_it_with_a_clear_error(demo, address):
     assert "Traceback" not in message
     noticed = f"tools.search.server_addr: http://{address} does not answer (connection refused)"
     assert noticed in output[: output.index(message)], "the outage is said before the run gives up"
-    assert (folder / "checkpoints/global_step_1/sizes.json").is_file()
+    assert (folder / "checkpoints/global_step_1/manifest.json").is_file()

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from searchr1.actor.checkpoint import checkpoint_steps, new_checkpoint
+from searchr1.actor.checkpoint import new_checkpoint
 from searchr1.agent.trajectory import Sample
+from searchr1.checkpoints.manifest import checkpoint_steps, read_contents, verify_checkpoint
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
@@ -226,9 +227,18 @@ def truncated(path, config, loader):
     return config, loader
 
 
+def flipped_bit(path, config, loader):
+    weights = path / "checkpoints/global_step_4/actor/weights"
+    weights.write_bytes(bytes([weights.read_bytes()[0] ^ 1]))
+    return config, loader
+
+
 def damaged_state(path, config, loader):
-    # As of a checkpoint whose sizes still fit.
-    state = path / "checkpoints/global_step_4/runner.json"
+    # As of a checkpoint from before there were sums, whose sizes still fit.
+    checkpoint = path / "checkpoints/global_step_4"
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "sizes.json").write_text("{}")
+    state = checkpoint / "runner.json"
     state.write_text(" " * state.stat().st_size)
     return config, loader
 
@@ -243,7 +253,7 @@ def unreadable_settings(path, config, loader):
     return config, loader
 
 
-REFUSED = [other_seed, other_questions, no_critic, truncated, damaged_state, no_checkpoint, unreadable_settings]
+REFUSED = [other_seed, other_questions, no_critic, truncated, flipped_bit, damaged_state, no_checkpoint, unreadable_settings]
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
@@ -344,6 +354,9 @@ def test_a_saved_checkpoint_is_one_only_when_its_step_is_over(tmp_path, in_backg
         folder.drop_save()
     assert actor.asked == critic.asked == (["save", "finish_save"] if in_background else ["save"])
     assert [path.name for path in checkpoints.iterdir()] == (["global_step_3"] if keep else [])
+    if keep:
+        assert sorted(read_contents(checkpoints / "global_step_3").files) == ["actor/hf/searchr1.json", "runner.json"]
+        verify_checkpoint(checkpoints / "global_step_3")
     folder.finish_save()
     folder.drop_save()  # there is nothing left to do
     assert checkpoint_steps(checkpoints) == ([3] if keep else [])

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
-from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files, verify_checkpoint
+from searchr1.actor.checkpoint import HF_FOLDER, save_hf_files
 from searchr1.actor.megatron.mapping import VALUE_HEAD
 from searchr1.actor.megatron.optimizer import torch_optimizers, use_fused_adam
+from searchr1.checkpoints.manifest import write_rank_sums
 from searchr1.checkpoints.megatron import load_megatron
 from searchr1.errors import UserError
 
@@ -54,18 +56,26 @@ def save_checkpoint(backend: MegatronTraining, folder: Path, in_background: bool
             state, str(folder), content_metadata=dict(_METADATA), async_sharded_save=in_background
         )
         if queue is not None:
+            if request.async_fn is not None:
+                request = request._replace(async_fn=partial(_write_and_sum, request.async_fn, folder, dist.get_rank()))
             queue.schedule_async_request(request)
     dist.barrier()
     return queue
 
 
+def _write_and_sum(write: Callable[..., None], folder: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Do what the forked process is for, and take the sums of what it has written while training goes on."""
+    write(*args, **kwargs)
+    with suppress(OSError):  # what could not be written has been reported by `write`; sums that are missing are taken later
+        write_rank_sums(folder, rank)
+
+
 def load_checkpoint(backend: MegatronTraining, folder: Path) -> None:
-    """Read what `save_checkpoint` wrote, in this layout or another; a collective.
+    """Read what `save_checkpoint` wrote, and `TrainedModel.load` has verified, in this layout or another; a collective.
 
     Raises:
         UserError: damaged, of another model, or of the other backend.
     """
-    verify_checkpoint(folder.parent)
     if not (folder / "metadata.json").is_file():
         raise UserError(
             f"{folder} was not written by {backend.section}.training_backend: megatron; resume with the backend that wrote "

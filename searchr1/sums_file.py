@@ -1,0 +1,91 @@
+"""A JSON file that names files of its folder with their sums; a sum of its own shows whether it is damaged itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from searchr1.checksums import FileSum, inside
+
+FORMAT = 1
+MAX_BYTES = 64 << 20
+"""No such file is larger; a stranger's is refused before it is read."""
+_XXH3 = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class SumsFile:
+    """The contents of such a file."""
+
+    files: dict[str, FileSum]
+    """By path, relative to the folder."""
+    fields: dict[str, Any]
+    """What the writer added."""
+
+
+def write_sums(path: Path, files: Mapping[str, FileSum], **fields: Any) -> None:
+    """Write the file, which appears when it is complete.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {"format": FORMAT, **fields, "files": {name: asdict(known) for name, known in files.items()}}
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content | {"xxh3": _own_sum(content)}, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_sums(path: Path) -> SumsFile:
+    """Read the file and compare it with its own sum.
+
+    Raises:
+        ValueError: it is damaged, or of a later format; says how, as a predicate.
+        OSError: it cannot be read.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"is damaged (more than {MAX_BYTES >> 20} MiB long)")
+    try:
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+            raise ValueError("it names no files")
+        own = content.pop("xxh3", None)
+        same = own == _own_sum(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is damaged ({str(error)[:200]})") from error
+    if not same:
+        raise ValueError("has changed since it was written (it does not fit its own checksum)")
+    version = content.pop("format", None)
+    if version != FORMAT:
+        raise ValueError(f"has format {version}, this searchr1 knows {FORMAT}; update it")
+    files = {name: _file_sum(name, known) for name, known in content.pop("files").items()}
+    return SumsFile(files, content)
+
+
+def _own_sum(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
+
+
+def _file_sum(name: str, known: Any) -> FileSum:
+    """Return one entry.
+
+    Raises:
+        ValueError: it is none, which a sum that fits does not exclude: anyone can compute one.
+    """
+    try:
+        inside(Path(), name)
+    except ValueError as error:
+        raise ValueError(f"is damaged ({error})") from error
+    if not isinstance(known, dict) or known.keys() != {"bytes", "xxh3"}:
+        raise ValueError(f"is damaged (no size and checksum of {name!r})")
+    size, xxh3 = known["bytes"], known["xxh3"]
+    if type(size) is not int or size < 0 or not isinstance(xxh3, str) or not _XXH3.fullmatch(xxh3):
+        raise ValueError(f"is damaged (size {size!r} and checksum {xxh3!r} of {name!r})")
+    return FileSum(size, xxh3)
