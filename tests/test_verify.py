@@ -18,6 +18,7 @@ from searchr1.convert.hf2mg import MegatronOptions, hf2mg
 from searchr1.convert.mg2hf import mg2hf
 from searchr1.convert.to_hf import Options
 from searchr1.errors import UserError
+from searchr1.retrieval.corpus import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,21 @@ def test_a_changed_model_is_not_loaded_but_its_configuration_may_be_edited(world
         verify_weights(exported)
     with flipped(exported / MODEL_SUMS, 99), pytest.raises(UserError, match=MODEL_SUMS):
         verify_weights(exported)
+
+
+def test_a_corpus_is_compared_with_what_its_first_reader_noted(tmp_path, capsys):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"id": "0", "contents": "\\"A\\"\\nfirst"}\n{"id": "1", "contents": "\\"B\\"\\nsecond"}\n')
+    code, out, err = run(capsys, path)
+    assert (code, out) == (2, "")
+    assert "nothing is known of its contents" in err
+    Corpus(path)
+    capsys.readouterr()
+    assert run(capsys, path)[0] == 0
+    with flipped(path, 8 * 40):
+        code, out, _ = run(capsys, path)
+    assert code == 1
+    assert out.startswith(f"{path} has changed")
 
 
 def test_sums_are_not_copied_with_a_models_configuration(world, tmp_path):

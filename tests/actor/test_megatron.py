@@ -12,7 +12,7 @@ import policy_ranks as ranks
 import pytest
 import torch
 
-from searchr1.checkpoints.manifest import rank_sums
+from searchr1.checkpoints.manifest import rank_sums, write_manifest
 from searchr1.checksums import take_all
 from searchr1.config.layout import Layout
 from searchr1.errors import UserError
@@ -253,6 +253,7 @@ def test_a_run_saved_at_tp2_goes_on_in_any_layout_as_if_it_had_never_stopped(mor
 DAMAGES = {
     "missing": r"__1_0.distcp is missing: the checkpoint is damaged; use runner.resume_dir=\S*global_step_1",
     "truncated": r"__1_0.distcp has 1000 bytes instead of \d+: the checkpoint is damaged",
+    "flipped": r"__1_0.distcp has changed since it was written .*: the checkpoint is damaged; use \S*global_step_1",
     "unnoticed": r"__1_0.distcp has 1000 bytes instead of \d+ or more: the checkpoint is damaged",
     "other-model": r"cannot load \S+: it is damaged or belongs to another model \(.*q_layernorm",
     "fsdp": r"was not written by actor.training_backend: megatron",
@@ -272,6 +273,11 @@ def damage(root, checkpoint, kind):
     elif kind in ("truncated", "unnoticed"):
         with part.open("r+b") as file:
             file.truncate(1000)
+    elif kind == "flipped":
+        write_manifest(folder, step, {})
+        data = bytearray(part.read_bytes())
+        data[len(data) // 2] ^= 16
+        part.write_bytes(data)
     elif kind == "fsdp":
         (folder / "actor/metadata.json").unlink()
     if kind in ("unnoticed", "fsdp"):  # by the sizes
