@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from searchr1.checkpoints.manifest import (
+    MANIFEST,
     SIZES,
     bytes_to_read,
     changed_files,
@@ -75,7 +76,7 @@ def checks_of(path: Path) -> list[Check]:
         return [_rows(path)]
     if not path.is_dir():
         raise UserError(f"{path}: does not exist; give a checkpoint, a run, a model, an index or a corpus")
-    for recognise in (_checkpoint, _run, _part, _model, _weights):
+    for recognise in (_checkpoint, _run, _part, _model, _index, _weights):
         found = recognise(path)
         if found:
             return found
@@ -113,6 +114,14 @@ def _part(folder: Path) -> list[Check]:
         if place.name not in ("", "..") and is_run_checkpoint(place.parent):
             return _checkpoint(place.parent, place.name)
     return []
+
+
+def _index(folder: Path) -> list[Check]:
+    if not (folder / MANIFEST).is_file() and not any(folder.glob("*.index")):
+        return []
+    from searchr1.retrieval.verify import check_index
+
+    return [Check(folder, "index", "its manifest", _size(folder), lambda advance: check_index(folder, advance))]
 
 
 def _model(folder: Path) -> list[Check]:

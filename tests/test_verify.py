@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from searchr1.convert.hf2mg import MegatronOptions, hf2mg
 from searchr1.convert.mg2hf import mg2hf
 from searchr1.convert.to_hf import Options
 from searchr1.errors import UserError
+from searchr1.retrieval import build
 from searchr1.retrieval.corpus import Corpus
 
 
@@ -236,6 +239,28 @@ def test_a_corpus_is_compared_with_what_its_first_reader_noted(tmp_path, capsys)
         code, out, _ = run(capsys, path)
     assert code == 1
     assert out.startswith(f"{path} has changed")
+
+
+def test_an_index_is_compared_with_its_manifest(tmp_path, capsys):
+    corpus, index = tmp_path / "corpus.jsonl", tmp_path / "index"
+    corpus.write_text('{"id": "0", "contents": "\\"A\\"\\nfirst"}\n{"id": "1", "contents": "\\"B\\"\\nsecond"}\n')
+    build.main(["--corpus_path", str(corpus), "--save_dir", str(index), "--retriever_name", "bm25"])
+    capsys.readouterr()
+    code, out, _ = run(capsys, index)
+    assert code == 0
+    assert re.fullmatch(r"\S+index: intact \(index, [\d.]+ \w+, by its manifest\)\n", out)
+    for path, bit in random_flips(index, 14):
+        with flipped(path, bit):
+            code, out, _ = run(capsys, index)
+        assert code == 1
+        assert out.startswith(f"{path} ")
+
+
+def test_an_index_is_verified_without_torch(tmp_path):
+    code = (
+        "import sys, searchr1.verify, searchr1.retrieval.verify; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 def test_sums_are_not_copied_with_a_models_configuration(world, tmp_path):
