@@ -100,6 +100,20 @@ def test_a_step_is_given_on_demand(server):
         ("/api/rows?file=0-eval-4", 409, "from is no number"),
         ("/api/bodies?file=0-eval-4&from=-1&count=5", 409, "from is no number"),
         ("/../../../etc/passwd", 404, "no such page"),
+        ("/%2e%2e/%2e%2e/etc/passwd", 404, "no such page"),
+        ("/..%2f..%2fetc%2fpasswd", 404, "no such page"),
+        ("/%2e%2e%5c%2e%2e%5cetc%5cpasswd", 404, "no such page"),
+        ("//etc/passwd", 404, "no such page"),
+        ("file:///etc/passwd", 404, "no such page"),
+        ("http://127.0.0.1/etc/passwd", 404, "no such page"),
+        ("/etc/passwd%00.html", 404, "no such page"),
+        ("/metrics.jsonl", 404, "no such page"),
+        ("/trajectories/step_1.jsonl", 404, "no such page"),
+        ("/configs/step_0.yaml", 404, "no such page"),
+        ("/api/overview/../../secret", 404, "no such page"),
+        ("/api/rows?file=0-train-1%00&from=0", 409, "this step is not there"),
+        ("/api/rows?file=%2e%2e%2fsecret&from=0", 409, "this step is not there"),
+        ("/api/rows?file=/etc/passwd&from=0", 409, "this step is not there"),
         ("/api", 404, "no such page"),
         ("//[/api/overview", 404, "no such page"),
     ],
@@ -108,6 +122,22 @@ def test_what_is_not_there_is_told(server, path, status, problem):
     answer, body = ask(server, path)
     assert answer.status == status
     assert problem in json.loads(body)["problem"]
+
+
+def test_a_step_that_is_a_link_to_another_file_shows_nothing_of_it(server, run, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("root:key-of-somebody:0:0\n", encoding="utf-8")
+    train_file(run, 1).unlink()
+    train_file(run, 1).symlink_to(secret)
+    for path in ("/", "/api/overview", "/api/rows?file=0-train-1&from=0", "/api/bodies?file=0-train-1&from=0&count=9"):
+        assert b"key-of-somebody" not in ask(server, path)[1]
+
+
+@pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1.evil.example"])
+def test_another_site_may_not_read_an_answer(server, origin):
+    answer, _ = ask(server, "/api/overview", origin=origin)
+    assert "access-control-allow-origin" not in answer.headers
+    assert answer.headers["cross-origin-resource-policy"] == "same-origin"
 
 
 def test_a_damaged_step_is_told_and_the_rest_is_shown(server, run):
