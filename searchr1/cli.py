@@ -9,6 +9,7 @@ import sys
 
 from searchr1 import __version__
 from searchr1.errors import UserError, WorkerDied
+from searchr1.library_caches import provide_caches
 from searchr1.runner.shutdown import Stopped, leave, stops_cleanly
 from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, open_streams, output_is_broken
 
@@ -42,6 +43,13 @@ OWN_SIGNALS = {"retrieval-server", "rerank-server", "serve-chat", "chat", "watch
 """Commands that handle signals themselves: servers end them as a normal end, and a chat goes on."""
 
 
+WITH_LIBRARIES = {
+    *("train", "eval", "prepare-data", "infer", "chat", "serve-chat", "sft", "convert", "demo"),
+    *RETRIEVAL,
+}
+"""Commands whose libraries download or compile something."""
+
+
 def usage() -> str:
     """The help text: one line per command."""
     width = max(map(len, COMMANDS))
@@ -65,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     open_streams(for_children=argv is None)
     args = sys.argv[1:] if argv is None else argv
+    if argv is None and args and args[0] in WITH_LIBRARIES and not {"-h", "--help"} & set(args):
+        provide_caches()
     try:
         try:
             code = _main(args)
