@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from searchr1.checksums import FileSum, damaged
+from searchr1.lfs import is_pointer
 from searchr1.retrieval.bm25_files import PARAMETERS_FILE, check_lists, open_lists
 from searchr1.retrieval.faiss_files import flat_shape, probe
 from searchr1.retrieval.manifest import DamagedIndex, Manifest, refused
@@ -20,7 +21,6 @@ START_BYTES = 256 << 20
 """Files whose checksums are compared at every start, the smallest first: well below a second."""
 BAR_BYTES = 1 << 30
 """What takes longer than a look at a bar."""
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 State = tuple[tuple[str, int, int, int], ...]
 """Path, size, inode and time of change of each file: the same files have the same contents."""
@@ -62,7 +62,9 @@ def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> S
         if manifest is not None:
             print(check_sums(folder, manifest), flush=True)
         if retriever_name == "bm25":
-            check_bm25(folder, manifest)
+            size = sum(file.stat().st_size for file in files if file.is_file())
+            with bar(f"checking {folder.name}", size) as advance:
+                check_bm25(folder, manifest, advance)
         else:
             check_faiss(folder, manifest, faiss_file(path, manifest, retriever_name))
     except DamagedIndex as error:
@@ -98,8 +100,8 @@ def split(files: Mapping[str, FileSum]) -> tuple[dict[str, FileSum], dict[str, F
     return small, large
 
 
-def check_bm25(folder: Path, manifest: Manifest | None) -> None:
-    """Read all posting lists.
+def check_bm25(folder: Path, manifest: Manifest | None, advance: Callable[[int], object] = lambda _: None) -> None:
+    """Read all posting lists; `advance` is called with the bytes that were read.
 
     Raises:
         DamagedIndex: a search would go astray in them.
@@ -107,8 +109,7 @@ def check_bm25(folder: Path, manifest: Manifest | None) -> None:
     lists = open_lists(folder)
     if manifest is not None and lists.rows != manifest.rows:
         raise DamagedIndex(folder / PARAMETERS_FILE, f"has {lists.rows} passages, its manifest says {manifest.rows}")
-    with bar(f"checking {folder.name}", lists.data.nbytes + lists.indices.nbytes) as advance:
-        check_lists(folder, lists, advance)
+    check_lists(folder, lists, advance)
 
 
 def check_faiss(folder: Path, manifest: Manifest | None, file: Path) -> None:
@@ -137,8 +138,8 @@ def refuse_pointer(path: Path) -> None:
     Raises:
         DamagedIndex: it is such a file.
     """
-    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(LFS_POINTER):
-        raise DamagedIndex(path, "is a pointer of Git LFS, not the file itself: run git lfs pull in its folder")
+    if is_pointer(path):
+        raise DamagedIndex(path, "is a Git LFS pointer, not the file: run git lfs pull in its folder")
 
 
 @contextmanager

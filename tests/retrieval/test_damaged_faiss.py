@@ -250,7 +250,7 @@ def header(rows, dimension, numbers, metric=0):
         (b"IwFl" + b"\xff" * 500, "is not readable as a FAISS index"),
         (b"null", "is damaged: a part is missing|is not readable as a FAISS index"),
         (b"\x80\x04\x95" * 40, "is not readable as a FAISS index"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n", "is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n", "is a Git LFS pointer"),
         (b"PK\x03\x04" + b"\0" * 4000, "is not readable as a FAISS index"),
     ],
 )

@@ -325,7 +325,7 @@ def test_pointers_of_git_lfs(index, name):
     (index / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 12\n")
     for strip in (lambda _: None, without_sums):
         strip(index)
-        with pytest.raises(UserError, match=rf"{name}: is a pointer of Git LFS, not the file itself: run git lfs pull"):
+        with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer, not the file: run git lfs pull"):
             start(index)
         assert [damage.path.name for damage in verify(index)] == [name]
 
