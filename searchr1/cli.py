@@ -107,27 +107,27 @@ def _main(args: list[str]) -> int:
     if command not in COMMANDS:
         _report(f"searchr1: no command {command!r}\n\n{usage()}")
         return 2
-    with contextlib.nullcontext() if command in OWN_SIGNALS else stops_cleanly():
-        try:
+    try:
+        with contextlib.nullcontext() if command in OWN_SIGNALS else stops_cleanly():
             return int(importlib.import_module(COMMANDS[command][0]).main(rest))
-        except UserError as error:
-            _report(f"searchr1 {command}: {error}")
-            return 2
-        except WorkerDied as error:
-            _report(f"searchr1 {command}: {error}")
-            leave(1)
-        except ModuleNotFoundError as error:
-            if error.name is None or error.name.split(".")[0] == "searchr1":
-                raise
-            extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
-            _report(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'")
-            return 2
-        except Stopped as stop:
-            _report(f"searchr1 {command}: {stop}")
-            leave(stop.exit_code)
-        except KeyboardInterrupt:
-            _report(f"searchr1 {command}: stopped")
-            return 130
+    except UserError as error:
+        _report(f"searchr1 {command}: {error}")
+        return 2
+    except WorkerDied as error:
+        _report(f"searchr1 {command}: {error}")
+        leave(1)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "searchr1":
+            raise
+        extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
+        _report(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'")
+        return 2
+    except Stopped as stop:
+        _report(f"searchr1 {command}: {stop}")
+        leave(stop.exit_code)
+    except KeyboardInterrupt:
+        _report(f"searchr1 {command}: stopped")
+        return 130
 
 
 def _report(text: str) -> None:

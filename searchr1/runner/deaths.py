@@ -102,11 +102,13 @@ class Watcher:
             self._report_stopped(process, members[process], now)
 
     def _describe(self, process: Process, stat: Stat | None, now: float) -> WorkerDied:
-        name = self._names[process]
+        name, logs = self._names[process], self._logs()
         how = how_ended(stat.exit_status if stat is not None else None)
-        if self._out_of_memory[1] and now - self._out_of_memory[1] < 10:
+        if was_chosen_by_ray(logs, process.pid):
+            how = "was killed by Ray, which does so when a machine's or container's memory is nearly used up"
+        elif self._out_of_memory[1] and now - self._out_of_memory[1] < 10:
             how = "was killed by the kernel: the machine or its container ran out of memory"
-        return WorkerDied(f"{name} (process {process.pid}) {how}", last_words(self._logs(), name, process.pid))
+        return WorkerDied(f"{name} (process {process.pid}) {how}", last_words(logs, name, process.pid))
 
     def _report_stopped(self, process: Process, stat: Stat, now: float) -> None:
         if stat.state != "T":
@@ -125,6 +127,23 @@ class Watcher:
             file=sys.stderr,
             flush=True,
         )
+
+
+def death_by_ray(message: str, logs: Path) -> WorkerDied:
+    """What Ray says about an actor that has gone, as our sentence.
+
+    Args:
+        message: of Ray's exception.
+        logs: Ray's folder of logs on this machine.
+    """
+    name, pid, address = (re.search(rf"^\s*{key}: (\S+)$", message, re.MULTILINE) for key in ("name", "pid", "ip"))
+    if name is None or pid is None or address is None:
+        return WorkerDied(f"a worker process has died; Ray says: {' '.join(message.split())[:_LINE_LENGTH]}")
+    group, _, rank = name[1].rpartition(":")
+    called = _called(group, rank)
+    return WorkerDied(
+        f"{called} (process {pid[1]} on {address[1]}) {how_ended(None)}", last_words(logs, called, int(pid[1]))
+    )
 
 
 def name_of(process: Process, stat: Stat, raylets: set[int]) -> str:
@@ -146,9 +165,11 @@ def _worker(pid: int) -> str:
     found = environment(pid)
     if "RAY_ACTOR" not in found:  # RLinf sets it with the group's name
         return ""
-    if found.get("GROUP_NAME") == CHANNEL:
-        return "the channel between the groups"
-    return f"rank {found.get('RANK')} of {found.get('GROUP_NAME')}"
+    return _called(found.get("GROUP_NAME", "?"), found.get("RANK", "?"))
+
+
+def _called(group: str, rank: str) -> str:
+    return "the channel between the groups" if group == CHANNEL else f"rank {rank} of {group}"
 
 
 def how_ended(status: int | None) -> str:
@@ -179,17 +200,26 @@ def last_words(logs: Path, name: str, pid: int) -> str:
     return f"it has written no {'warning' if server else 'line'} into {logs}"
 
 
+def was_chosen_by_ray(logs: Path, pid: int) -> bool:
+    """Whether Ray's watch over memory has killed a process, as its raylet's log says."""
+    chosen = re.compile(rf"workers? to kill\b.*\b{pid}\b")
+    return any(chosen.search(line) for line in _last_part(logs / "raylet.out").splitlines())
+
+
 def tail(path: Path, only: re.Pattern[str] | None = None) -> list[str]:
     """The last lines of a log that are not empty (and begin as `only` says), cut to a readable length."""
+    lines = [_CONTROL.sub("", line).rstrip()[:_LINE_LENGTH] for line in re.split(r"[\r\n]", _last_part(path))]
+    wanted = [line for line in lines if line and not line.startswith(_RAYS_OWN) and (only is None or only.match(line))]
+    return wanted[-LAST_LINES:]
+
+
+def _last_part(path: Path) -> str:
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            text = file.read().decode(errors="replace")
+            return file.read().decode(errors="replace")
     except OSError:
-        return []
-    lines = [_CONTROL.sub("", line).rstrip()[:_LINE_LENGTH] for line in re.split(r"[\r\n]", text)]
-    wanted = [line for line in lines if line and not line.startswith(_RAYS_OWN) and (only is None or only.match(line))]
-    return wanted[-LAST_LINES:]
+        return ""
 
 
 def oom_kills() -> int:

@@ -10,18 +10,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from searchr1.errors import WorkerDied
-from searchr1.rollout.shared_folder import remove_abandoned
+from searchr1.rollout.shared_folder import PREFIX, remove_abandoned
 from searchr1.runner import ray_start
-from searchr1.runner.deaths import NOTICE_SECONDS, Watcher
+from searchr1.runner.deaths import NOTICE_SECONDS, Watcher, death_by_ray
 from searchr1.runner.guardian import Guardian
 from searchr1.runner.processes import Family, end_all, marked
 from searchr1.runner.shutdown import ended_at_once, is_stopping
 from searchr1.workers.failure import WorkerError
 
 RAY_SECONDS = 15.0
-DEAD_RAY_SECONDS = 1.0
-"""Ray may take to shut down. Without its GCS it would wait 7 s for an answer."""
+SILENT_RAY_SECONDS = 1.0
+"""Ray may take to shut down. If its GCS is dead or stopped it would wait 7 s and more for an answer."""
+FOREIGN_RAY_SECONDS = 5.0
 PATIENCE_SECONDS, GRACE_SECONDS = 1.0, 4.0
 
 
@@ -54,17 +54,27 @@ class Lifetime:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self._owns_ray:
             self._watcher.stop()
-        if self._watcher.ray_is_dead:
+        stopped = any(stat.state == "T" for stat in self._family.members.values())
+        if self._watcher.ray_is_dead or stopped:
             end_all(self._family, patience_s=0.0, grace_s=GRACE_SECONDS)
-            ray_start.shut_down(DEAD_RAY_SECONDS)
+            ray_start.shut_down(SILENT_RAY_SECONDS)
         else:
             ray_start.shut_down(RAY_SECONDS)
         if self._owns_ray:
             end_all(self._family, patience_s=PATIENCE_SECONDS, grace_s=GRACE_SECONDS)
-        for folder in self._weight_folders:
-            remove_abandoned(folder)
+        self._remove_weights()
         if self._guardian is not None:
             self._guardian.dismiss()
+
+    def _remove_weights(self) -> None:
+        # A Ray that is not ours ends our workers, and with them their locks, some time after we have left it.
+        deadline = time.monotonic() + (0.0 if self._owns_ray else FOREIGN_RAY_SECONDS)
+        while True:
+            for folder in self._weight_folders:
+                remove_abandoned(folder)
+            if time.monotonic() >= deadline or not any(any(f.glob(f"{PREFIX}*")) for f in self._weight_folders):
+                return
+            time.sleep(0.2)
 
     def kill(self) -> None:
         """End all processes of the run at once, when there is no time to ask them. The guardian removes what they left."""
@@ -82,7 +92,7 @@ class Lifetime:
         if death is not None:
             return death
         if error is None or isinstance(error, RayActorError):
-            return WorkerDied(f"a worker process has died; Ray says: {error}", f"logs: {ray_start.logs_folder()}")
+            return death_by_ray(str(error), ray_start.logs_folder())
         return WorkerError(f"a call of a worker group failed: {error}") if isinstance(error, RayError) else None
 
     def _died(self, signum: int, frame: object) -> None:

@@ -107,8 +107,8 @@ def report_failures(failures: list[BaseException]) -> None:
             self._wait_done = True
 
     WorkerGroupFuncResult._wait_for_results = wait_for_results
-    if os.environ.get(SHOW_WORKER_LOGS) != "1":
-        show = ray._private.worker.print_to_stdstream
+    show = ray._private.worker.print_to_stdstream
+    if os.environ.get(SHOW_WORKER_LOGS) != "1" and show.__module__ != __name__:  # once in a process
 
         def log_or_show(data: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             if data.get("pid") == "raylet":

@@ -7,6 +7,7 @@ that takes too long, ends the process at once, with all that it has started.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
@@ -94,6 +95,8 @@ def is_stopping() -> bool:
 
 def _stop(signum: int) -> None:
     global _stopping_since, _overdue
+    if signum == signal.SIGHUP:
+        _drop_closed_output()
     if _stopping_since is None:
         _stopping_since = time.monotonic()
         _overdue = threading.Timer(STOP_WITHIN_SECONDS, end_at_once, (signum,))
@@ -102,6 +105,18 @@ def _stop(signum: int) -> None:
         raise Stopped(signum)
     if time.monotonic() - _stopping_since > SECOND_AFTER_SECONDS:
         end_at_once(signum)
+
+
+def _drop_closed_output() -> None:
+    """Send what would be written to a terminal that has been closed to the null device: writing there is an error."""
+    watch = select.poll()
+    for number in (1, 2):
+        watch.register(number, 0)
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    for number, event in watch.poll(0):
+        if event & (select.POLLHUP | select.POLLERR):
+            os.dup2(null, number)
+    os.close(null)
 
 
 def end_at_once(signum: int) -> NoReturn:

@@ -116,14 +116,17 @@ def test_killed_and_gone_on_gives_the_same_index(tmp_path, whole, encoder_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--processes", "2")])
-def test_ctrl_c_is_answered_shortly_and_a_flat_index_goes_on(tmp_path, whole, encoder_path, flags):
+@pytest.mark.parametrize(
+    ("by", "code", "flags"),
+    [(signal.SIGINT, 130, ()), (signal.SIGINT, 130, ("--processes", "2")), (signal.SIGTERM, 143, ("--processes", "2"))],
+)
+def test_a_stop_is_answered_shortly_and_a_flat_index_goes_on(tmp_path, whole, encoder_path, by, code, flags):
     corpus, _ = whole
     words = command(corpus, tmp_path / "index", encoder_path, *flags)
-    code, errors, children = stopped(words, tmp_path / "index", signal.SIGINT)
-    assert code == 130, errors
+    found, errors, children = stopped(words, tmp_path / "index", by)
+    assert found == code, errors
     assert "Traceback" not in errors
-    assert "searchr1 build-index: stopped\n" in errors
+    assert f"searchr1 build-index: stopped by {by.name}\n" in errors
     wait_for_the_end_of(children)
     with pytest.raises(RuntimeError, match="Index type"):  # unfinished: no index yet
         faiss.read_index(str(tmp_path / "index" / "e5_Flat.index"))

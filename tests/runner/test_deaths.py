@@ -173,3 +173,37 @@ def test_the_kernel_counts_its_kills():
         ["awk", "/^oom_kill /{print $2}", "/proc/vmstat"], capture_output=True, text=True, check=True
     ).stdout
     assert deaths.oom_kills() >= int(count or 0)
+
+
+RAY_SAYS = """The actor died unexpectedly before finishing this task.
+\tclass_name: RolloutWorker
+\tactor_id: b927795bf15234a7f41374a201000000
+\tpid: 8506
+\tname: RolloutGroup:1
+\tnamespace: RLinf
+\tip: 192.0.2.2
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly
+exits with a connection error code 2. End of file."""
+
+
+def test_what_only_ray_noticed_is_the_same_sentence(tmp_path):
+    (tmp_path / "worker-1-2-8506.err").write_text("oh\n")
+    first, _, last = str(deaths.death_by_ray(RAY_SAYS, tmp_path)).splitlines()
+    assert first.startswith("rank 1 of RolloutGroup (process 8506 on 192.0.2.2) has died ")
+    assert last == "    oh"
+    channel = str(deaths.death_by_ray(RAY_SAYS.replace("RolloutGroup:1", "searchr1:0"), tmp_path))
+    assert channel.startswith("the channel between the groups (process 8506 ")
+    other = str(deaths.death_by_ray("The actor is temporarily\nunavailable.", tmp_path))
+    assert other == "a worker process has died; Ray says: The actor is temporarily unavailable."
+
+
+def test_a_process_that_ray_has_killed_for_want_of_memory_is_known(tmp_path):
+    """The line is Ray 2.60's, as its raylet writes it."""
+    (tmp_path / "raylet.out").write_text(
+        "[2026-11-27 21:00:00,000 W 9 9] (raylet) node_manager.cc:1: Currently used memory: 99 bytes, threshold: 90 bytes, "
+        "kill buffer: 1 bytes. Needed to free 10 bytes. Selected 2 workers to kill: (PID: 8506), (PID: 17).\n"
+    )
+    assert deaths.was_chosen_by_ray(tmp_path, 8506)
+    assert deaths.was_chosen_by_ray(tmp_path, 17)
+    assert not deaths.was_chosen_by_ray(tmp_path, 850)
+    assert not deaths.was_chosen_by_ray(tmp_path / "missing", 17)

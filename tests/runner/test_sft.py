@@ -427,3 +427,35 @@ def test_random_weights_are_not_frozen(tmp_path):
     flags = ["--fresh", "a", "--tokenizer", "b", "--data", "c", "--output", str(tmp_path / "out"), "--lora-rank", "4"]
     with pytest.raises(UserError, match="not worth freezing"):
         parse(flags)
+
+
+def test_ranks_that_are_asked_to_stop_end_with_143_and_leave_no_output(start, tmp_path):
+    """As torchrun asks them: all at once, wherever each of them is."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = [sys.executable, "-m", "searchr1.cli", "sft", *flags_of(start, tmp_path / "out", "--max-steps", 100_000)]
+    processes = [
+        subprocess.Popen(
+            words,
+            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for line in processes[0].stdout:
+            if line.startswith("step "):
+                break
+        for process in processes:
+            process.terminate()
+        outputs = [process.communicate(timeout=60)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [143, 143], outputs
+    assert all(output.splitlines()[-1] == "searchr1 sft: stopped by SIGTERM" for output in outputs)
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -115,6 +116,18 @@ def test_nohup_is_kept():
     process.terminate()
     process.communicate(timeout=10)
     assert process.returncode == 143
+
+
+def test_a_terminal_that_is_closed_stops_cleanly_although_nothing_can_be_written_there():
+    pid, terminal = pty.fork()
+    if not pid:
+        for kind, _ in STOPS:
+            signal.signal(kind, signal.SIG_DFL)
+        os.execv(sys.executable, [sys.executable, "-c", COMMAND, "stops", "60"])
+    child = int(os.read(terminal, 100))
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
+    assert gone(child)
 
 
 def test_handlers_are_put_back_and_a_stop_is_forgotten():
