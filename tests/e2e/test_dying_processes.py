@@ -40,12 +40,12 @@ def weights():
 
 @pytest.fixture
 def run(demo, address, request):
-    """A run after its first step, the processes under its driver, and weights that were in shared memory before it."""
+    """A run with a checkpoint, the processes under its driver, and weights that were in shared memory before it."""
     before = weights()
     name = re.sub(r"\W+", "-", request.node.name)
     process = demo.start(address, f"runner.experiment_name={name}", *ENDLESS)
     try:
-        wait_for_step(demo.path / name / "metrics.jsonl", 1, process)
+        wait_for_step(demo.path / name / "metrics.jsonl", 2, process)
         yield process, descendants(process.pid), before
     finally:
         process.kill()
