@@ -32,6 +32,7 @@ _RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")
 """Lines with which Ray marks its logs."""
 _WORRIES = re.compile(r"\[\S+ \S+ [WEF] ")
 """Warnings, errors and fatal errors of Ray's servers, which log much else."""
+_CHOSEN = "was killed by Ray, which does so when the memory of a machine or container is nearly used up"
 _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[^\x20-\x7e\x80-\uffff\U00010000-\U0010ffff\t]")
 
 
@@ -105,7 +106,7 @@ class Watcher:
         name, logs = self._names[process], self._logs()
         how = how_ended(stat.exit_status if stat is not None else None)
         if was_chosen_by_ray(logs, process.pid):
-            how = "was killed by Ray, which does so when a machine's or container's memory is nearly used up"
+            how = _CHOSEN
         elif self._out_of_memory[1] and now - self._out_of_memory[1] < 10:
             how = "was killed by the kernel: the machine or its container ran out of memory"
         return WorkerDied(f"{name} (process {process.pid}) {how}", last_words(logs, name, process.pid))
@@ -136,14 +137,13 @@ def death_by_ray(message: str, logs: Path) -> WorkerDied:
         message: of Ray's exception.
         logs: Ray's folder of logs on this machine.
     """
+    how = _CHOSEN if "running low on memory" in message else how_ended(None)
     name, pid, address = (re.search(rf"^\s*{key}: (\S+)$", message, re.MULTILINE) for key in ("name", "pid", "ip"))
     if name is None or pid is None or address is None:
-        return WorkerDied(f"a worker process has died; Ray says: {' '.join(message.split())[:_LINE_LENGTH]}")
+        return WorkerDied(f"a worker process {how}; Ray says: {' '.join(message.split())[:_LINE_LENGTH]}")
     group, _, rank = name[1].rpartition(":")
     called = _called(group, rank)
-    return WorkerDied(
-        f"{called} (process {pid[1]} on {address[1]}) {how_ended(None)}", last_words(logs, called, int(pid[1]))
-    )
+    return WorkerDied(f"{called} (process {pid[1]} on {address[1]}) {how}", last_words(logs, called, int(pid[1])))
 
 
 def name_of(process: Process, stat: Stat, raylets: set[int]) -> str:
@@ -202,7 +202,7 @@ def last_words(logs: Path, name: str, pid: int) -> str:
 
 def was_chosen_by_ray(logs: Path, pid: int) -> bool:
     """Whether Ray's watch over memory has killed a process, as its raylet's log says."""
-    chosen = re.compile(rf"workers? to kill\b.*\b{pid}\b")
+    chosen = re.compile(rf"^Selected to kill:.*\bpid={pid}\b")
     return any(chosen.search(line) for line in _last_part(logs / "raylet.out").splitlines())
 
 

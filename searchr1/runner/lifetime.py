@@ -86,12 +86,12 @@ class Lifetime:
 
         Ray, and processes that were connected with the one that died, may notice before the watcher does.
         """
-        from ray.exceptions import RayActorError, RayError
+        from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
         death = self._watcher.death(NOTICE_SECONDS) if self._owns_ray else None
         if death is not None:
             return death
-        if error is None or isinstance(error, RayActorError):
+        if error is None or isinstance(error, (RayActorError, OutOfMemoryError)):
             return death_by_ray(str(error), ray_start.logs_folder())
         return WorkerError(f"a call of a worker group failed: {error}") if isinstance(error, RayError) else None
 
