@@ -88,10 +88,12 @@ class Watcher:
         if kills > self._out_of_memory[0]:
             self._out_of_memory = (kills, now)
         members = self._family.members
-        raylets = {process.pid for process, name in self._names.items() if name == _SERVERS["raylet"]}
+        known = {process.pid: self._names.get(process, "") for process in members}
         for process, stat in members.items():
-            if process not in self._names and not stat.ended and (name := name_of(process, stat, raylets)):
-                self._names[process] = name
+            if process not in self._names and not stat.ended:
+                name = name_of(process.pid, known.get(stat.parent))
+                if name:
+                    self._names[process] = name
         gone = [process for process in self._names if process not in members or members[process].ended]
         if gone:
             # Workers end with Ray's servers, so these come first.
@@ -146,16 +148,22 @@ def death_by_ray(message: str, logs: Path) -> WorkerDied:
     return WorkerDied(f"{called} (process {pid[1]} on {address[1]}) {how}", last_words(logs, called, int(pid[1])))
 
 
-def name_of(process: Process, stat: Stat, raylets: set[int]) -> str:
-    """What a user calls a process without which the run cannot go on; "" for others."""
-    words = title(process.pid)
-    if server := _SERVERS.get(os.path.basename(words.split(" ", 1)[0])):
-        return server
-    if words.startswith("VLLM::"):
-        return f"vLLM's {words.removeprefix('VLLM::')} of {_worker(process.pid)}"
-    if stat.parent not in raylets:
-        return ""
-    if name := _worker(process.pid):
+def name_of(pid: int, parent: str | None) -> str:
+    """What a user calls a process without which the run cannot go on; "" for others.
+
+    Args:
+        pid: of the process.
+        parent: what its parent is called; None if that is not of the run. A process that was just forked looks like its
+            parent, so what looks like a server and is below one is none.
+    """
+    words = title(pid)
+    if parent is None:
+        return _SERVERS.get(os.path.basename(words.split(" ", 1)[0]), "")
+    if parent != _SERVERS["raylet"]:
+        # Of an engine on several GPUs; a process without a name of its own may be below it for a moment.
+        engine = parent.startswith("rank ") and words.startswith("VLLM::")
+        return f"vLLM's {words.removeprefix('VLLM::')} of {parent}" if engine else ""
+    if name := _worker(pid):
         return name
     kind = words.removeprefix("ray::").split(".")[0]
     return f"RLinf's {kind}" if kind in _MANAGERS else ""

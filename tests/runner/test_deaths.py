@@ -218,3 +218,23 @@ def test_a_process_that_ray_has_killed_for_want_of_memory_is_known(run, tmp_path
     assert run.woken.wait(5)
     assert f"(process {run.rollout}) was killed by Ray, which does so when the memory " in str(run.watcher.death(0))
     assert str(deaths.death_by_ray(RAY_KILLED, tmp_path)).startswith("a worker process was killed by Ray, which does so ")
+
+
+@pytest.mark.parametrize(
+    ("words", "parent", "expected"),
+    [
+        ("/opt/ray/raylet --port 1", None, "Ray's raylet"),
+        ("/opt/ray/raylet --port 1", "Ray's raylet", ""),  # a worker between fork and exec
+        ("/opt/ray/gcs_server --port 1", None, "Ray's GCS"),
+        ("ray::WorkerManager", "Ray's raylet", "RLinf's WorkerManager"),
+        ("ray::WorkerManager.register", "Ray's raylet", "RLinf's WorkerManager"),
+        ("ray::IDLE", "Ray's raylet", ""),
+        ("VLLM::Worker_TP1", "rank 0 of RolloutGroup", "vLLM's Worker_TP1 of rank 0 of RolloutGroup"),
+        ("VLLM::Worker_TP1", "vLLM's Worker_TP1 of rank 0 of RolloutGroup", ""),  # a compiler, between fork and exec
+        ("ray::ActorWorker", "rank 0 of ActorGroup", ""),  # a saver that it forked
+    ],
+)
+def test_names(words, parent, expected, monkeypatch):
+    monkeypatch.setattr(deaths, "title", lambda pid: words)
+    monkeypatch.setattr(deaths, "environment", lambda pid: {})
+    assert deaths.name_of(17, parent) == expected
