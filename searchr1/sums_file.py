@@ -20,6 +20,10 @@ MAX_BYTES = 64 << 20
 _XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
+class LaterFormat(ValueError):
+    """The file is whole, but a later release wrote it."""
+
+
 @dataclass(frozen=True, slots=True)
 class SumsFile:
     """The contents of such a file."""
@@ -46,7 +50,7 @@ def read_sums(path: Path) -> SumsFile:
     """Read the file and compare it with its own sum.
 
     Raises:
-        ValueError: it is damaged, or of a later format; says how, as a predicate.
+        ValueError: it is damaged; says how, as a predicate. LaterFormat, which is one, if it is not.
         OSError: it cannot be read.
     """
     if path.stat().st_size > MAX_BYTES:
@@ -63,7 +67,7 @@ def read_sums(path: Path) -> SumsFile:
         raise ValueError("has changed since it was written (it does not fit its own checksum)")
     version = content.pop("format", None)
     if version != FORMAT:
-        raise ValueError(f"has format {version}, this searchr1 knows {FORMAT}; update it")
+        raise LaterFormat(f"has format {version}, this searchr1 knows {FORMAT}; update searchr1")
     files = {name: _file_sum(name, known) for name, known in content.pop("files").items()}
     return SumsFile(files, content)
 

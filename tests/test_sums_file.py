@@ -63,7 +63,7 @@ GOOD = {"bytes": 1, "xxh3": "0" * 32}
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ({"format": 2, "files": {}}, "has format 2, this searchr1 knows 1; update it"),
+        ({"format": 2, "files": {}}, "has format 2, this searchr1 knows 1; update searchr1"),
         ({"files": {}}, "has format None"),
         ({"format": 1, "files": {"/etc/passwd": GOOD}}, "leads out of the folder"),
         ({"format": 1, "files": {"a/../../b": GOOD}}, "leads out of the folder"),

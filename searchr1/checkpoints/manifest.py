@@ -17,7 +17,7 @@ from searchr1.checkpoints.model_sums import verify_weights
 from searchr1.checksums import Damage, FileSum, damaged, files_below, inside, take, take_all
 from searchr1.convert.progress import progress_bar
 from searchr1.errors import UserError
-from searchr1.sums_file import read_sums, write_sums
+from searchr1.sums_file import LaterFormat, read_sums, write_sums
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"
@@ -118,6 +118,8 @@ def read_contents(folder: Path) -> Contents:
         ) from error
     except OSError as error:
         raise UserError(f"{error.filename}: not readable ({error.strerror}); make it readable") from error
+    except LaterFormat as error:
+        raise UserError(str(error)) from error
     except ValueError as error:
         raise UserError(f"{error}: the checkpoint is damaged{_advice(folder, '', _RESUME)}") from error
 
@@ -133,6 +135,8 @@ def _read(folder: Path) -> Contents:
     if path.exists():
         try:
             return Contents(read_sums(path).files, has_sums=True)
+        except LaterFormat as error:
+            raise LaterFormat(f"{path} {error}") from error
         except ValueError as error:
             raise ValueError(f"{path} {error}") from error
     path = folder / SIZES
@@ -221,7 +225,9 @@ def _below(contents: Contents, below: str) -> dict[str, FileSum]:
 
 def _advice(folder: Path, below: str, use: str) -> str:
     match = _FINAL.fullmatch(folder.name)
-    older = [step for step in checkpoint_steps(folder.parent) if match and step < int(match.group(1))]
+    if match is None:  # it was renamed or moved: nobody knows which are older
+        return "; get it from a copy, or use another one"
+    older = [step for step in checkpoint_steps(folder.parent) if step < int(match.group(1))]
     for step in reversed(older):
         other = folder.parent / f"global_step_{step}"
         with suppress(OSError, ValueError):

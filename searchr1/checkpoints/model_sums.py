@@ -8,7 +8,7 @@ from pathlib import Path
 from searchr1.checksums import Damage, FileSum, damaged, take_all
 from searchr1.convert.progress import progress_bar
 from searchr1.errors import UserError
-from searchr1.sums_file import read_sums, write_sums
+from searchr1.sums_file import LaterFormat, read_sums, write_sums
 
 MODEL_SUMS = "checksums.json"
 WEIGHTS = (".safetensors", ".distcp", ".metadata", ".pt")
@@ -67,6 +67,8 @@ def verify_weights(source: str | Path) -> None:
         return
     try:
         sums = read_model_sums(folder, weights_only=True) or {}
+    except LaterFormat as error:
+        raise UserError(f"{folder / MODEL_SUMS} {error}") from error
     except (ValueError, OSError):
         sums = {}  # reported below
     with progress_bar(f"verifying {folder.name}", sum(known.bytes for known in sums.values()), BAR_BYTES) as advance:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from bit_flips import flipped
 
+from searchr1 import sums_file
 from searchr1.checkpoints import manifest
 from searchr1.checkpoints.manifest import (
     MANIFEST,
@@ -112,6 +113,23 @@ def test_a_damaged_manifest_is_never_passed_over_for_the_sizes(tmp_path: Path) -
     (folder / "sizes.json").write_text("{}")
     with flipped(folder / MANIFEST, 100), pytest.raises(UserError, match=r"manifest\.json"):
         verify_checkpoint(folder)
+
+
+def test_a_checkpoint_of_a_later_release_is_not_called_damaged(tmp_path: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sums_file, "FORMAT", 2)
+        folder = make(tmp_path, 2)
+    with pytest.raises(UserError) as caught:
+        latest_checkpoint(tmp_path)
+    assert str(caught.value) == f"{folder / MANIFEST} has format 2, this searchr1 knows 1; update searchr1"
+
+
+def test_of_a_renamed_checkpoint_no_older_one_is_named(tmp_path: Path) -> None:
+    make(tmp_path, 1)
+    best = make(tmp_path, 2).rename(tmp_path / "best")
+    verify_checkpoint(best)
+    with flipped(best / "runner.json", 3), pytest.raises(UserError, match=r"get it from a copy, or use another one$"):
+        verify_checkpoint(best)
 
 
 def test_files_that_came_later_are_harmless(tmp_path: Path) -> None:
