@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,10 +54,8 @@ def read_sums(path: Path) -> SumsFile:
         ValueError: it is damaged; says how, as a predicate. LaterFormat, which is one, if it is not.
         OSError: it cannot be read.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise ValueError(f"is damaged (more than {MAX_BYTES >> 20} MiB long)")
+    content = read_json(path)
     try:
-        content = json.loads(path.read_bytes())
         if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
             raise ValueError("it names no files")
         own = content.pop("xxh3", None)
@@ -70,6 +69,24 @@ def read_sums(path: Path) -> SumsFile:
         raise LaterFormat(f"has format {version}, this searchr1 knows {FORMAT}; update searchr1")
     files = {name: _file_sum(name, known) for name, known in content.pop("files").items()}
     return SumsFile(files, content)
+
+
+def read_json(path: Path, most_bytes: int = MAX_BYTES) -> Any:
+    """Return what a JSON file holds, which a stranger may have written.
+
+    Raises:
+        ValueError: it is damaged, or nothing to be read at once; says how, as a predicate.
+        OSError: it cannot be read.
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("is damaged (no regular file)")
+    if found.st_size > most_bytes:
+        raise ValueError(f"is damaged (more than {most_bytes >> 20} MiB long)")
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is damaged ({str(error)[:200]})") from error
 
 
 def _own_sum(content: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,17 @@ DEEP = [b"[" * 200_000, b'{"a":' * 100_000]
 def test_what_is_no_table_is_refused(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"is damaged|has changed"):
+        read_sums(path)
+
+
+def test_what_would_block_or_never_end_is_not_read(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match="no regular file"):
+        read_sums(path)
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="no regular file"):
         read_sums(path)
 
 

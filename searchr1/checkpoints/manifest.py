@@ -6,7 +6,6 @@ complete. Releases before wrote `sizes.json`, which tells a file that was cut sh
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -17,7 +16,7 @@ from searchr1.checkpoints.model_sums import verify_weights
 from searchr1.checksums import Damage, FileSum, damaged, files_below, inside, take, take_all
 from searchr1.convert.progress import progress_bar
 from searchr1.errors import UserError
-from searchr1.sums_file import LaterFormat, read_sums, write_sums
+from searchr1.sums_file import LaterFormat, read_json, read_sums, write_sums
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"
@@ -141,13 +140,16 @@ def _read(folder: Path) -> Contents:
             raise ValueError(f"{path} {error}") from error
     path = folder / SIZES
     try:
-        sizes = json.loads(path.read_bytes())
+        sizes = read_json(path)
         if not isinstance(sizes, dict) or not all(type(size) is int for size in sizes.values()):
-            raise ValueError("no table of sizes")
+            raise ValueError("is damaged (no table of sizes)")
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from error
+    try:
         for name in sizes:
             inside(folder, name)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({str(error)[:200]})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
     return Contents({name: FileSum(size, "") for name, size in sizes.items()}, has_sums=False)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -10,8 +9,11 @@ from pathlib import Path
 
 from searchr1.checksums import Damage
 from searchr1.errors import UserError
+from searchr1.sums_file import read_json
 
 Advance = Callable[[int], object]
+_MOST_JSON = 1 << 30
+"""Tokenizers and indexes of the largest models have some tens of megabytes."""
 
 
 def check_model(folder: Path, advance: Advance) -> Iterator[Damage]:
@@ -22,9 +24,9 @@ def check_model(folder: Path, advance: Advance) -> Iterator[Damage]:
     """
     for path in sorted(folder.glob("*.json")):
         try:
-            json.loads(path.read_bytes())
-        except (ValueError, RecursionError) as error:
-            yield Damage(path, f"is damaged (no JSON: {str(error)[:200]})")
+            read_json(path, _MOST_JSON)
+        except ValueError as error:
+            yield Damage(path, str(error))
         except OSError as error:
             yield Damage(path, f"cannot be read ({error.strerror})")
     pickles = sorted(folder.glob("*.bin"))

@@ -26,6 +26,7 @@ from searchr1.errors import UserError, WorkerDied
 from searchr1.runner.groups import Groups
 from searchr1.runner.output import run_path
 from searchr1.runner.shutdown import Stopped
+from searchr1.sums_file import read_json
 from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics
 
@@ -282,11 +283,11 @@ def _runner_state(checkpoint: Path) -> dict[str, Any]:
     """
     path = checkpoint / RUNNER_STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
         order = state["loader"]
         order |= {name: int(order[name]) for name in ("epoch", "position")}
         return {"step": int(state["step"]), "loader": order}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(
             f"{path}: not readable ({error!r}): the checkpoint is damaged; set runner.resume_dir to an older one"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -316,10 +315,14 @@ def test_the_order_goes_on_where_the_checkpoint_was_taken(tmp_path):
     assert [where.name for where in actor.loaded + critic.loaded] == ["actor", "critic"]
 
 
-def test_a_damaged_state_names_the_file(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    ['{"step": 3, "loader": {"epoch": 0}}', '{"step": Infinity, "loader": {"epoch": 0, "position": 0}}', "[" * 200_000],
+)
+def test_a_damaged_state_names_the_file(tmp_path, text):
     root = tmp_path / "searchr1/checkpoints"
     with new_checkpoint(root, 3) as folder:
-        (folder / "runner.json").write_text(json.dumps({"step": 3, "loader": {"epoch": 0}}))
+        (folder / "runner.json").write_text(text)
     with pytest.raises(UserError, match=r"global_step_3/runner\.json: not readable .*damaged"):
         RunFolder.open(resumed(tmp_path), make_loader())
 
