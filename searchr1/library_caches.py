@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import getpass
 import os
+import secrets
 import sys
 import tempfile
 from pathlib import Path
@@ -27,6 +28,8 @@ FOLDERS = {
     "WANDB_DATA_DIR": ".local/share/wandb",
 }
 """The variable that moves a library's folder, and the folder below the home."""
+RAY_TOKEN = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""What Ray takes the secret from that its processes know each other by."""
 MOVED_BY = {".cache": "XDG_CACHE_HOME", ".config": "XDG_CONFIG_HOME", ".local": "XDG_DATA_HOME"}
 """Variables that move all of these folders."""
 
@@ -43,6 +46,8 @@ def provide_caches() -> None:
     home = _home()
     if home is not None and os.access(home, os.W_OK | os.X_OK):
         return
+    if not {*RAY_TOKEN, "RAY_ADDRESS"} & set(os.environ) and not (home is not None and (home / ".ray/auth_token").is_file()):
+        os.environ[RAY_TOKEN[0]] = secrets.token_hex(16)  # Ray would write one below the home
     missing = {name: place for name, place in FOLDERS.items() if not _is_chosen(name, place) and not _is_there(home, place)}
     if not missing:
         return

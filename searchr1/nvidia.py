@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from searchr1.errors import UserError
+from searchr1.streams import open_streams
 
 OLDEST_DRIVER = 580
 OLDEST_CUDA = 13000
@@ -282,6 +283,7 @@ def vllm_mismatch(kind: str) -> str | None:
 
 def main(argv: list[str]) -> int:
     """Answer install.sh."""
+    open_streams()
     try:
         match argv:
             case ["choose", *forced] if len(forced) < 2:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from searchr1 import caches
-from searchr1.library_caches import FOLDERS, MOVED_BY, provide_caches
+from searchr1.library_caches import FOLDERS, MOVED_BY, RAY_TOKEN, provide_caches
 
 NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 
@@ -18,7 +18,7 @@ NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 @pytest.fixture
 def bare(monkeypatch, tmp_path):
     """No variable of these is set, and temporary files go to a folder of the test's."""
-    for name in (*FOLDERS, *MOVED_BY.values(), *NAMES):
+    for name in (*FOLDERS, *MOVED_BY.values(), *NAMES, *RAY_TOKEN, "RAY_ADDRESS"):
         monkeypatch.setenv(name, "")  # so that what the code sets is undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -43,12 +43,23 @@ def test_without_a_home_every_library_has_a_folder_and_the_user_a_name(bare, hom
     assert getpass.getuser() == f"uid{os.getuid()}"
     folder = tmp_path / f"searchr1-caches-{os.getuid()}"
     assert {name: os.environ[name] for name in FOLDERS} == {name: str(folder / place) for name, place in FOLDERS.items()}
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert len(token) == 32
     assert folder.stat().st_mode & 0o777 == 0o700
     assert capsys.readouterr().err == (
         f"note: no home folder; what libraries download and compile goes to {folder} (set HOME to keep it)\n"
     )
     provide_caches()  # a child, which inherits all of it, does not say it again
     assert capsys.readouterr().err == ""
+    assert os.environ["RAY_AUTH_TOKEN"] == token
+
+
+@pytest.mark.parametrize("name", [*RAY_TOKEN, "RAY_ADDRESS"])
+def test_the_token_of_a_cluster_that_is_there_is_not_replaced(bare, name):
+    bare.setenv("HOME", "/nonexistent/home")
+    bare.setenv(name, "given")
+    provide_caches()
+    assert {one: os.environ[one] for one in (*RAY_TOKEN, "RAY_ADDRESS") if one in os.environ} == {name: "given"}
 
 
 def test_a_home_that_can_only_be_read_keeps_the_models_in_it(bare, tmp_path, capsys):
@@ -74,5 +85,5 @@ def provide_caches_without_check(monkeypatch):
 def test_a_home_that_can_be_written_to_is_used(bare, tmp_path, capsys):
     bare.setenv("HOME", str(tmp_path))
     provide_caches()
-    assert not set(FOLDERS) & set(os.environ)
+    assert not {*FOLDERS, *RAY_TOKEN} & set(os.environ)
     assert capsys.readouterr().err == ""

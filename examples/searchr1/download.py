@@ -25,6 +25,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from searchr1.errors import UserError
 from searchr1.retrieval.unpack import unpack as write_rows
+from searchr1.streams import open_streams
 
 GIB = 1 << 30
 BLOCK = 16 << 20
@@ -318,6 +319,7 @@ def verify_joined(parts: list[RemoteFile], index: Path) -> None:
 
 def main() -> int:
     """Entry point."""
+    open_streams(for_children=True)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save_path", type=Path, required=True)
     parser.add_argument("--what", choices=sorted(SETS), default="asearcher")

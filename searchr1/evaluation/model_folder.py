@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def fingerprint(model_path: str) -> str:
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES and p.name != FILE and p.is_file()):
         size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
+        digest.update(os.fsencode(f"{path.name}\0{size}\0"))
         with path.open("rb") as file:
             if size <= _WHOLE_BYTES:
                 digest.update(file.read())

@@ -33,7 +33,7 @@ def read_questions(prompts: list[str], file: Path | None) -> list[str]:
     questions: list[str] = []
     for prompt in prompts:
         try:
-            questions += sys.stdin.read().split("\n") if prompt == "-" else [prompt]
+            questions += sys.stdin.read().split("\n") if prompt == "-" else [_typed(prompt)]
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt -: the input is no text ({error})") from error
     if file is not None:
@@ -42,6 +42,14 @@ def read_questions(prompts: list[str], file: Path | None) -> list[str]:
     if not questions:
         raise UserError("no question; give --prompt 'Who …?', --prompt - or --prompt_file FILE")
     return questions
+
+
+def _typed(text: str) -> str:
+    """An argument as UTF-8, where the locale knows nothing but ASCII and Python has kept its bytes."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text
 
 
 def _of_lines(file: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from searchr1.errors import UserError
@@ -44,7 +45,7 @@ def weights_hash(path: str) -> str:
         raise UserError(f"--retriever_model {path}: has no weights (model.safetensors or pytorch_model.bin)")
     digest = hashlib.sha256()
     for file in files:
-        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(os.fsencode(file.relative_to(folder).as_posix()))
         with file.open("rb") as opened:
             while block := opened.read(16 << 20):
                 digest.update(block)

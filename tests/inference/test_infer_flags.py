@@ -200,6 +200,12 @@ def test_overrides_may_stand_anywhere(monkeypatch):
     assert (seen[0].config.agentloop.max_turns, seen[0].config.tools.search.topk) == (7, 9)
 
 
+def test_a_question_typed_in_a_locale_without_utf8_is_read():
+    kept = "Où est 東京?".encode().decode("ascii", "surrogateescape")
+    assert read_questions([kept], None) == ["Où est 東京?"]
+    assert read_questions(["half \ud83d"], None) == ["half \ud83d"]  # refused as a question, not here
+
+
 def test_what_models_and_pages_write_cannot_steer_a_terminal(capsys):
     evil = "\x1b]0;title\x07\x1b[2J[red]x[/red]\r\u202e\x9b31m"
     document = type(ADA)("1", evil, evil, evil)
