@@ -11,7 +11,7 @@ from searchr1 import __version__
 from searchr1.errors import UserError, WorkerDied
 from searchr1.library_caches import provide_caches
 from searchr1.runner.shutdown import Stopped, leave, stops_cleanly
-from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, open_streams, output_is_broken
+from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, leave_ascii, open_streams, output_is_broken
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("searchr1.runner.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
 
     A signal that asks for a stop ends the process with 128 + its number, and a process of the run that has died with 1.
     """
+    if argv is None:
+        leave_ascii()
     open_streams(for_children=argv is None)
     args = sys.argv[1:] if argv is None else argv
     if argv is None and args and args[0] in WITH_LIBRARIES and not {"-h", "--help"} & set(args):

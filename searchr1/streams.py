@@ -48,6 +48,17 @@ def open_streams(for_children: bool = False) -> None:
         os.environ["PYTHONIOENCODING"] = f"{sys.stdout.encoding}:backslashreplace"
 
 
+def leave_ascii() -> None:
+    """Start this program again in Python's UTF-8 mode where its file names can only be ASCII: a C locale with that mode off.
+
+    Names that are not ASCII would reach libraries as halves of surrogate pairs. What is written stays ASCII.
+    """
+    if sys.getfilesystemencoding() == "ascii" and sys.executable:
+        encoding = os.environ.get("PYTHONIOENCODING") or "ascii:backslashreplace"
+        again = {"PYTHONUTF8": "1", "PYTHONIOENCODING": encoding}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | again)
+
+
 def _null_stream(number: int) -> io.TextIOWrapper:
     """A stream without content at a descriptor that was closed: the next file opened would get its number, and other
     libraries would write into it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,19 @@ def test_closed_streams_are_the_null_device(tmp_path):
         script = f'exec "$0" -c "$1" "$2" {closed} {rest}'
         ended = subprocess.run(["sh", "-c", script, sys.executable, CLOSED, str(file)])
         assert (ended.returncode, file.read_text(encoding="utf-8")) == (0, ""), closed
+
+
+def test_a_locale_of_ascii_alone_takes_any_file_name_and_value(tmp_path):
+    folder = tmp_path / "é東"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(json.dumps({"question": "谁?", "golden_answers": ["é"]}) + "\n", encoding="utf-8")
+    words = [sys.executable, "-m", "searchr1.cli", "prepare-data", "--input", f"東京:train={folder}/rows.jsonl"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    ended = subprocess.run([*words, "--out", folder / "출력"], env=os.environ | locale, capture_output=True)
+    assert ended.returncode == 0, ended.stderr
+    assert (folder / "출력/train.parquet").is_file()
+    assert ended.stdout.isascii()
+    assert rb"\u6771\u4eac" in ended.stdout
 
 
 def test_a_reader_that_leaves_ends_the_command_quietly():
