@@ -56,7 +56,7 @@ class Lifetime:
             self._watcher.stop()
         stopped = any(stat.state == "T" for stat in self._family.members.values())
         if self._watcher.ray_is_dead or stopped:
-            end_all(self._family, patience_s=0.0, grace_s=GRACE_SECONDS)
+            end_all(self._family, patience_s=0.0, grace_s=1.0)  # the raylet would wait for its GCS
             ray_start.shut_down(SILENT_RAY_SECONDS)
         else:
             ray_start.shut_down(RAY_SECONDS)
