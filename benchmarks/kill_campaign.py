@@ -8,7 +8,7 @@ end, and every row of `metrics.jsonl` is compared with those of a run that nobod
 training backend, of the demo's model on a CPU with a real retrieval server: about a minute a leg on two idle cores.
 
 What was done is kept in OUT: the same command goes on with the rest, and `--kills N` stops after N more. Required of every
-kill: something is said, or the run ends, within 15 s; no traceback; 15 s after the end no process and no new file in
+kill: a line names the process, or the run ends, within 15 s; no traceback; 15 s after the end no process and no new file in
 /dev/shm is left; a signal to the driver gives its exit code (143, 129, 130), a death inside one above 0; the next leg goes
 on after the last step that was finished; the metrics are the unbroken run's. Exit code 1 if something is not so. Nothing
 else may use /dev/shm meanwhile (`unshare -m`, and a tmpfs mounted there, gives it one of its own).
@@ -65,6 +65,11 @@ STEPS = {"fsdp": 110, "megatron": 36}
 OVERRIDES = {"fsdp": (), "megatron": ("actor.training_backend=megatron",)}
 NOT_COMPARED = ("time/", "tool/seconds", "tool/retries", "tool/server_", "rollout/tokens_per_second", "rollout/engine_busy")
 """Metrics of how long something took, and of what the search client did about an outage."""
+NAMES = {
+    "rollout": "RolloutGroup", "actor": "ActorGroup", "reward": "RewardGroup", "inference": "InferenceGroup",
+    "channel": "the channel", "raylet": "Ray's raylet", "gcs": "Ray's GCS", "server": "tools.search.server_addr",
+}  # fmt: skip
+"""What a message calls a process."""
 NEAR = 1e-3
 """How far a metric may be off where work was in flight: the engine's batches were put together differently."""
 
@@ -168,6 +173,9 @@ def judge(setting: Setting, outcomes: Sequence[Outcome], expected: Mapping[int, 
             entry["went_on"] = "not yet" if following is None else f"after step {following}"
             if following is not None and following != ended[outcome.leg]:
                 problems.append(f"went on after step {following} instead of {ended[outcome.leg]}")
+        name = NAMES.get(outcome.role, f"SIG{outcome.signal}")
+        if outcome.message and name not in outcome.message:
+            problems.append(f"the message does not name {name}")
         step = outcome.step or outcome.checkpoint + 1
         if step in rows and step in expected:
             off = difference(expected[step], rows[step])
@@ -204,8 +212,8 @@ def table(judged: Sequence[Mapping[str, Any]]) -> str:
     for k in judged:
         left = ", ".join([*k["processes"], *k["shm"]]) or "nothing"
         code = str(k["exit_code"]) if k["ends"] else "—"
-        said = k["message"].replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
-        said = said if len(said) <= 120 else f"{said[:117]}…"
+        said = k["message"].removeprefix("searchr1 train: ").replace("|", "\\|").replace("`", "'").replace("<", "&lt;")
+        said = said if len(said) <= 100 else f"{said[:97]}…"
         cells = [k["setting"], k["role"], k["phase"], f"SIG{k['signal']}", seconds(k["noticed_s"]), code, left]
         lines.append(f"| {' | '.join([*cells, k['went_on'], k['metrics'], said])} |")
     return "\n".join(lines)
