@@ -81,15 +81,23 @@ class DenseIndex:
             scores, rows = self._refiner.refine(queries_QD, rows, topk)
         lost = (rows >= 0) & ~np.isfinite(scores)
         if lost.any():
-            if not self._reported:
-                self._reported = True
-                print(
-                    f"retrieval: passage {rows[lost][0]} (counted from 0) has no finite score, so it is not found; "
-                    "its vector is damaged: searchr1 verify names the file",
-                    flush=True,
-                )
+            self._report_lost(queries_QD, rows, lost)
             rows = np.where(lost, -1, rows)
         return scores, rows
+
+    def _report_lost(
+        self, queries_QD: npt.NDArray[np.float32], rows: npt.NDArray[np.int64], lost: npt.NDArray[np.bool_]
+    ) -> None:
+        if self._reported:
+            return
+        self._reported = True
+        usable = np.isfinite(queries_QD).all(axis=1, keepdims=True)
+        found = rows[lost & usable]
+        if found.size:
+            said = f"passage {found[0]} (counted from 0) has no finite score, so it is not found: its vector is damaged"
+        else:
+            said = "the encoder gives no finite vector for a query, so nothing is found for it; try --dtype fp32"
+        print(f"retrieval: {said} (this is said once)", flush=True)
 
     def _candidates(
         self, queries_QD: npt.NDArray[np.float32], count: int

@@ -172,9 +172,11 @@ def probe(path: Path) -> None:
     if flat_shape(path) is not None:
         return
     seconds = PROBE_S + path.stat().st_size / PROBE_BYTES_A_SECOND
-    command = [sys.executable, "-m", "searchr1.retrieval.faiss_probe", str(path)]
+    # -P: modules come from where ours do, and not from the working directory, which may be a downloaded folder.
+    command = [sys.executable, "-P", "-m", "searchr1.retrieval.faiss_probe", str(path.absolute())]
+    roots = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # One thread: each takes address space, which is limited.
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(roots)}
     try:
         ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=seconds, env=environment, check=False

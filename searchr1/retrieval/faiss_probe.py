@@ -17,8 +17,11 @@ QUERIES, TOPK, PROBED_LISTS = 32, 10, 64
 
 
 def limit_memory(more: int) -> None:
-    """Take at most `more` bytes of address space beyond what is taken now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
+    """Take at most `more` bytes of address space beyond what is taken now; only Linux can limit that."""
+    taken = Path("/proc/self/statm")
+    if not taken.exists():
+        return
+    pages = int(taken.read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + more
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))

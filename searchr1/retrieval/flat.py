@@ -47,8 +47,8 @@ class FlatSearch:
                     block_BD = _as_writeable(block_BD)
                 scores_QB = queries @ torch.from_numpy(block_BD).T
                 scores_QK, found_QK = torch.topk(scores_QB, min(topk, scores_QB.shape[1]))
-                if scores_QK.isnan().any():  # NaN comes first; -inf comes last, with its row, and is dropped by the caller
-                    scores_QB.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+                if not scores_QK.isfinite().all():  # NaN comes first; -inf comes last, and the caller drops it
+                    scores_QB.nan_to_num_(nan=-math.inf, posinf=-math.inf, neginf=-math.inf)
                     scores_QK, found_QK = torch.topk(scores_QB, min(topk, scores_QB.shape[1]))
                 best_QK = torch.cat([best_QK, scores_QK], 1)
                 rows_QK = torch.cat([rows_QK, found_QK + start], 1)

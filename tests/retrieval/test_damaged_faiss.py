@@ -301,9 +301,21 @@ def test_vectors_that_are_no_numbers_are_never_found_and_reported_once(tmp_path,
     exact[[3, 500]] = -np.inf
     for hits, scores in zip(index.search(["1", "3", "500"], ROWS), exact.T, strict=True):
         assert [row for row, _ in hits] == np.argsort(-scores, kind="stable")[: ROWS - 2].tolist()
-    index.search(["1"], ROWS)
+    assert [row for row, _ in index.search(["1"], 3)[0]] == np.argsort(-exact[:, 0], kind="stable")[:3].tolist()
     said = capsys.readouterr().out
     assert said.count("has no finite score, so it is not found") == 1
+
+
+def test_a_query_without_a_finite_vector_finds_nothing(tmp_path, capsys):
+    queries = vectors()
+    queries[3] = np.nan
+    flat = faiss.IndexFlatIP(DIMENSION)
+    flat.add(vectors())
+    index = DenseIndex(read_faiss(written(flat, tmp_path / "e5.index")), Vectors(queries))
+    found = index.search(["1", "3"], 5)
+    assert found[0][0][0] == 1
+    assert found[1] == []
+    assert "the encoder gives no finite vector for a query" in capsys.readouterr().out
 
 
 def test_exact_vectors_that_are_no_numbers_are_never_found():
@@ -353,6 +365,22 @@ def test_an_index_that_is_no_longer_searched_by_inner_product(embedded, tmp_path
     words = ["--index_path", str(tmp_path / "index"), "--corpus_path", str(corpus), "--retriever_name", "e5"]
     with pytest.raises(UserError, match="is not searched by inner product, as built"):
         load_index(parse([*words, "--retriever_model", encoder_path]), Corpus(corpus))
+
+
+def test_an_embedding_that_was_moved_away_is_not_needed_to_serve(embedded, tmp_path):
+    shutil.copytree(embedded[1], tmp_path / "index")
+    (tmp_path / "index" / "emb_e5.memmap").unlink()
+    start(tmp_path / "index")
+    assert [damage.path.name for damage in verify(tmp_path / "index")] == ["emb_e5.memmap"]
+
+
+def test_modules_of_the_working_directory_are_not_run(made, tmp_path, monkeypatch):
+    folder = copy(made, tmp_path, "HNSW8,Flat")
+    for name in ("faiss", "numpy", "json", "resource", "searchr1"):
+        (folder / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(folder)
+    start(folder)
+    assert not (folder / "ran").exists()
 
 
 def test_embeddings_that_changed_since_they_were_saved(embedded, tmp_path):
