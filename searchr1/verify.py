@@ -119,9 +119,9 @@ def _part(folder: Path) -> list[Check]:
 def _index(folder: Path) -> list[Check]:
     if not (folder / MANIFEST).is_file() and not any(folder.glob("*.index")):
         return []
-    from searchr1.retrieval.verify import check_index
+    from searchr1.retrieval.verify import check_index, checked_by
 
-    return [Check(folder, "index", "its manifest", _size(folder), lambda advance: check_index(folder, advance))]
+    return [Check(folder, "index", checked_by(folder), _size(folder), lambda advance: check_index(folder, advance))]
 
 
 def _model(folder: Path) -> list[Check]:

@@ -248,7 +248,7 @@ def test_an_index_is_compared_with_its_manifest(tmp_path, capsys):
     capsys.readouterr()
     code, out, _ = run(capsys, index)
     assert code == 0
-    assert re.fullmatch(r"\S+index: intact \(index, [\d.]+ \w+, by its manifest\)\n", out)
+    assert re.fullmatch(r"\S+index: intact \(index, [\d.]+ \w+, by checksums\)\n", out)
     for path, bit in random_flips(index, 14):
         with flipped(path, bit):
             code, out, _ = run(capsys, index)

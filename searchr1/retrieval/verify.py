@@ -36,6 +36,15 @@ def check_index(folder: Path, advance: Advance | None = None) -> Iterator[Damage
         yield from check_form(folder, manifest, folder / (manifest.file or ""))
 
 
+def checked_by(folder: Path) -> str:
+    """Return what `check_index` compares an index with."""
+    try:
+        manifest = open_manifest(folder)
+    except DamagedIndex:
+        return "its manifest"
+    return "checksums" if manifest is not None and manifest.files is not None else "its structure; it has no checksums"
+
+
 def check_bare(folder: Path) -> Iterator[Damage]:
     """Yield what is wrong with the form of the FAISS files in a folder."""
     files = sorted(folder.glob("*.index"))

@@ -20,6 +20,7 @@ from searchr1.retrieval.index_check import check_index, files_of, state_of
 from searchr1.retrieval.load import load_index
 from searchr1.retrieval.manifest import BM25_FILES, DamagedIndex, open_manifest, own_sum, refused
 from searchr1.retrieval.verify import check_index as verify
+from searchr1.retrieval.verify import checked_by
 
 DATA, INDICES, INDPTR, LARGEST, PARAMETERS, VOCABULARY = BM25_FILES
 QUERIES = ["w1 w2 w3", "title w7", "w40 w41 w42 w43", "nothing", "w5 w5 w11", " ".join(f"w{n}" for n in range(1, 200))]
@@ -354,6 +355,8 @@ def test_an_index_of_the_first_format_is_served_with_a_line_that_says_so(index, 
     found = load_index(flags(index_path=index), corpus).search(QUERIES, 3)
     assert found == load_index(flags(index_path=made[1]), corpus).search(QUERIES, 3)
     assert "was built before checksums were kept; only the structure of its files is checked" in capsys.readouterr().out
+    assert checked_by(index) == "its structure; it has no checksums"
+    assert checked_by(made[1]) == "checksums"
     assert list(verify(index)) == []
 
 
