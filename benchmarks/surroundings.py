@@ -1,6 +1,6 @@
 """Run the commands as another user, without a home, in other locales, on read-only folders and closed streams, and see.
 
-    python benchmarks/surroundings.py [--only TEXT] [--quick] [--markdown FILE]
+    python benchmarks/surroundings.py [--only TEXT] [--quick | --commands NAME ...] [--markdown FILE]
 
 As root on Linux (it becomes user 12345 and mounts folders in a name space of its own). Of every command is required: its
 exit code is 0, it does what it is for, and nothing that it prints is a traceback. Exit code 1 if something is not so.
@@ -91,13 +91,14 @@ def main() -> int:
     """Run everything and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="surroundings whose name holds this text")
+    parser.add_argument("--commands", nargs="+", choices=[one.name for one in COMMANDS], help="only these")
     parser.add_argument("--quick", action="store_true", help="without what starts vLLM or Ray")
     parser.add_argument("--markdown", type=Path, help="write the table there too")
     args = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("has to become another user and mount folders; run it as root")
     work = Path(tempfile.mkdtemp(prefix="surroundings-"))
-    chosen = [one for one in COMMANDS if not (args.quick and one.slow)]
+    chosen = [one for one in COMMANDS if not (args.quick and one.slow) and one.name in (args.commands or one.name)]
     lines = ["| surrounding | " + " | ".join(one.name for one in chosen) + " |", "| --- |" + " --- |" * len(chosen)]
     failed = False
     try:
