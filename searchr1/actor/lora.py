@@ -185,7 +185,7 @@ class LoraRecord:
             return None
         try:
             return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
 
     def write(self, folder: Path) -> None:

@@ -302,7 +302,7 @@ def _check_tokenizer(folder: Path, vocab_size: int) -> None:
         vocabulary = tokenizer["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = [int(item["id"]) for item in tokenizer.get("added_tokens") or ()]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return  # there is none, or of another kind; it is read when it is used
     if max(set(ids) - set(added), default=0) >= vocab_size:
         raise UserError(

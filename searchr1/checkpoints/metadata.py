@@ -108,8 +108,11 @@ def _find(module: str, name: str, reader: Reader) -> Any:
 
 
 def _size(items: Any) -> torch.Size:
-    if type(items) not in (list, tuple) or len(items) > _MAX_DIMS or not all(_is_count(item) for item in items):
+    if type(items) not in (list, tuple) or len(items) > _MAX_DIMS:
         raise pickle.UnpicklingError("has a size that is none")
+    for item in items:
+        if type(item) is not int or not 0 <= item < 1 << 62:
+            raise pickle.UnpicklingError("has a size that is none")
     return torch.Size(items)
 
 

@@ -62,6 +62,7 @@ class Call:
         self.function = function
 
 
+_Stop: type[Exception] = vars(pickle)["_Stop"]
 _Unpickler: Any = pickle._Unpickler
 """In Python, so that single instructions can be replaced; what describes tensors is small."""
 
@@ -74,11 +75,31 @@ class Reader(_Unpickler):
     def __init__(self, data: bytes | io.BytesIO, find: Callable[[str, str, Reader], Any]) -> None:
         source = data if isinstance(data, io.BytesIO) else io.BytesIO(data)
         super().__init__(source, encoding="bytes")
+        self._source = source
         self._find = find
         self._left = source.getbuffer().nbytes
         self._tuples: dict[int, tuple[tuple[Any, ...], int, int]] = {}
         self.memo: dict[int, Any]
         self.stack: list[Any]
+
+    def load(self) -> Any:
+        """Return what the pickle describes; the source is left behind its end.
+
+        Raises:
+            Exception: it is damaged, which can raise anything, or asks for something that has no place.
+        """
+        self.read, self.readline = self._source.read, self._source.readline
+        self.metastack: list[list[Any]] = []
+        self.stack = []
+        self.append = self.stack.append
+        self.proto = 0
+        read, dispatch = self.read, self.dispatch
+        try:
+            while key := read(1):
+                dispatch[key[0]](self)
+        except _Stop as stop:
+            return stop.value  # type: ignore[attr-defined]
+        raise EOFError("it ends early")
 
     def count(self, elements: int) -> None:
         """Take elements that are copied or hashed from what the size of the file allows.
@@ -207,6 +228,9 @@ class Reader(_Unpickler):
         self.count_hashed(items)
         self.append(frozenset(items))
 
+    def _load_frame(self) -> None:
+        self.read(8)  # its length, which helps whoever reads from a slow file
+
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("has an instruction that has no place in a checkpoint")
 
@@ -222,6 +246,7 @@ class Reader(_Unpickler):
     dispatch[pickle.SETITEM[0]] = _load_setitem
     dispatch[pickle.SETITEMS[0]] = _load_setitems
     dispatch[pickle.ADDITEMS[0]] = _load_additems
+    dispatch[pickle.FRAME[0]] = _load_frame
     dispatch[pickle.FROZENSET[0]] = _load_frozenset
     dispatch |= dict.fromkeys([code[0] for code in _REFUSED], _refuse)
 

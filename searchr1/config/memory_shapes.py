@@ -130,7 +130,7 @@ def read_shape(path: Path) -> ModelShape:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); give --model-config config.json or --shape") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: is no JSON: {error}") from error
     family = values.get("model_type") if isinstance(values, dict) else None
     if family not in ("qwen2", "qwen3", "llama"):

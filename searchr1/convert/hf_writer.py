@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from searchr1.actor.megatron.hf_folder import INDEX, SINGLE
+from searchr1.checkpoints.model_folder import check_files
 from searchr1.checkpoints.model_sums import MODEL_SUMS
 from searchr1.convert.safetensors_file import SafetensorsWriter, TensorSpec
 from searchr1.errors import UserError
@@ -109,7 +110,7 @@ def copy_hf_files(source: Path, output: Path, dtype: torch.dtype | None) -> None
     if dtype is not None:
         try:
             config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{source / 'config.json'} is damaged: {error}") from error
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -120,16 +121,18 @@ def config_folder(given: Path | None, checkpoint: Path) -> Path:
     """Where the configuration and tokenizer come from: the folder given, else the checkpoint's own.
 
     Raises:
-        UserError: it has no config.json.
+        UserError: it has no config.json, or a file that no library should open.
     """
     from searchr1.actor.checkpoint import HF_FOLDER
 
     if given is not None:
         if not (given / "config.json").is_file():
             raise UserError(f"--hf-model {given}: has no config.json; give the folder of the base model")
+        check_files(given)
         return given
     for folder in (checkpoint, *checkpoint.absolute().parents[:2]):  # verl keeps it beside the weights' folder
         for name in (HF_FOLDER, "huggingface"):
             if (folder / name / "config.json").is_file():
+                check_files(folder / name)
                 return folder / name
     raise UserError(f"{checkpoint}: keeps no {HF_FOLDER}/config.json; give the base model's folder as --hf-model")

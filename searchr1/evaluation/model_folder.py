@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.config.model_settings import FILE
+from searchr1.errors import UserError
 
 SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")
 _WHOLE_BYTES = 32 << 20
@@ -47,19 +48,9 @@ def billions(model_path: str) -> float | None:
     folder = Path(model_path)
     count = 0
     for path in folder.glob("*.safetensors") if folder.is_dir() else ():
-        count += sum(math.prod(tensor["shape"]) for tensor in _header(path).values() if "shape" in tensor)
+        with suppress(UserError):  # said where the model is loaded
+            count += sum(math.prod(tensor.shape) for tensor in read_header(path).values())
     if count:
         return count / 1e9
     named = re.search(r"(?<![\w.])(\d+(?:\.\d+)?)\s?b(?![a-z0-9])", folder.name, re.IGNORECASE)
     return float(named.group(1)) if named else None
-
-
-def _header(path: Path) -> dict[str, Any]:
-    """A safetensors header; empty if the file is none."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < 100_000_000 else {}
-    except (OSError, ValueError):
-        return {}
-    return header if isinstance(header, dict) else {}

@@ -287,7 +287,7 @@ def _runner_state(checkpoint: Path) -> dict[str, Any]:
         order = state["loader"]
         order |= {name: int(order[name]) for name in ("epoch", "position")}
         return {"step": int(state["step"]), "loader": order}
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(
             f"{path}: not readable ({error!r}): the checkpoint is damaged; set runner.resume_dir to an older one"
         ) from error
