@@ -201,12 +201,11 @@ def _archive(file: IO[bytes], length: int) -> tuple[dict[str, int], bytes]:
         infos = archive.infolist()
         if not infos or len(infos) > _MAX_PARTS or archive.comment:
             raise ValueError("it is no archive of torch.save")
+        refuse_packed(archive)
         prefix = infos[0].filename.partition("/")[0] + "/"
         sizes: dict[str, int] = {}
         for info in infos:
             name = info.filename.removeprefix(prefix)
-            if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
-                raise ValueError(f"its part {name[:60]} is packed, which torch.save does not do")
             if not info.filename.startswith(prefix) or name.lower() in sizes:
                 raise ValueError("its parts have names that torch.save does not give")
             if info.header_offset < 0 or info.header_offset + 30 + info.file_size > length:
@@ -217,6 +216,17 @@ def _archive(file: IO[bytes], length: int) -> tuple[dict[str, int], bytes]:
         if sizes.get("data.pkl", _MAX_PICKLE + 1) > _MAX_PICKLE:
             raise ValueError("it does not describe its tensors, or in too many words")
         return sizes, archive.read(prefix + "data.pkl")
+
+
+def refuse_packed(archive: zipfile.ZipFile) -> None:
+    """Refuse an archive whose parts take more room when they are read.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for info in archive.infolist():
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
+            raise ValueError(f"its part {info.filename[:60]} is packed, which torch.save does not do")
 
 
 class _Storage:
@@ -376,8 +386,9 @@ def check_checksums(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            refuse_packed(archive)
             bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or use another one") from error
     if bad:
         raise UserError(f"{path} is damaged (wrong checksum of {bad}); copy it again or use another one")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from searchr1.checkpoints.model_folder import check_files
 from searchr1.errors import UserError
 
 _CHECKPOINT = ("actor", ".metadata", "metadata.json", "runner.json")
@@ -48,6 +49,7 @@ def load_tokenizer(source: str, key: str) -> Any:
 
     if looks_local(source) and not Path(source).is_dir():
         raise UserError(f"{key}: {source}: no such folder; edit the path")
+    _check_files(source, key)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
@@ -63,10 +65,18 @@ def load_model_config(source: str, key: str) -> Any:
     from transformers import AutoConfig
 
     require_source(source, key)
+    _check_files(source, key)
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # configuration classes raise what their fields' checks raise
         raise UserError(f"{key}: {source}: its config.json cannot be loaded ({first_line(error)})") from error
+
+
+def _check_files(source: str, key: str) -> None:
+    try:
+        check_files(source)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
 
 
 def first_line(error: Exception) -> str:

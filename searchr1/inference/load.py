@@ -10,7 +10,6 @@ from typing import Any
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
-from searchr1.checkpoints.model_folder import check_files
 from searchr1.config.check_device import require_precision
 from searchr1.config.check_lora import without_adapters
 from searchr1.config.check_positions import positions_of
@@ -49,10 +48,6 @@ async def open_session(plan: Plan) -> Session:
         config.rollout.model.precision = "fp32"
     for text in require_precision(config, device):
         print(f"warning: {text}", file=sys.stderr)
-    try:
-        check_files(path)
-    except UserError as error:
-        raise UserError(f"--model_path {error}") from error
     tokenizer = load_tokenizer(path)
     fit_to_model(config, plan.auto_length)
     try:

@@ -181,6 +181,18 @@ def test_a_size_of_a_terabyte_in_the_archives_directory_is_refused(tmp_path):
         read_archive(tmp_path, bytes(data))
 
 
+def test_packed_parts_are_not_unpacked_to_verify_them(tmp_path):
+    from searchr1.checkpoints.structure import check_torch_file
+    from searchr1.checkpoints.torch_files import check_checksums
+
+    path = tmp_path / "x.pt"
+    path.write_bytes(HOSTILE["packed parts"][0])
+    [damage] = check_torch_file(path, lambda count: None)
+    assert "is packed, which torch.save does not do" in damage.problem
+    with pytest.raises(UserError, match=r"is packed, which torch\.save does not do"):
+        check_checksums(path)
+
+
 def test_a_pickle_too_long_is_refused_before_it_is_read(tmp_path):
     with pytest.raises(UserError, match="in too many words"):
         read_archive(tmp_path, archive(b"N" * (33 << 20)))

@@ -124,7 +124,10 @@ def _unreadable() -> tuple[type[BaseException], ...]:
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
-    return CheckpointingException, CheckpointException, RuntimeError, OSError, KeyError, ValueError, EOFError
+    return (
+        CheckpointingException, CheckpointException, RuntimeError, OSError, LookupError, ValueError, EOFError,
+        AssertionError, AttributeError, TypeError,
+    )  # fmt: skip
 
 
 def _reason(error: BaseException) -> str:
