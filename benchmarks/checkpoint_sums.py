@@ -6,7 +6,8 @@ A checkpoint of random fp32 tensors is written the way a run writes one (`RunFol
 distributed checkpoint, fsync), in turns with sums and with sizes alone, each followed by `--pause` seconds (what a run does
 between the two: waking the engines and handing them their weights) and without a pause. What a run waits for is the time in
 `save` and in `finish_save`; the pause is not counted. Then the checkpoint is verified, with its files in the page cache and
-dropped from it.
+dropped from it. Beside each time is the processor time of this process, its threads together, which says more than the clock
+where other programs run too.
 """
 
 from __future__ import annotations
@@ -68,18 +69,19 @@ def without_sums() -> Iterator[None]:
         yield
 
 
-def save(config: Config, actor: Actor, step: int, pause_s: float) -> float:
-    """Return the seconds that a run waits for a checkpoint."""
+def save(config: Config, actor: Actor, step: int, pause_s: float) -> tuple[float, float]:
+    """Return the seconds that a run waits for a checkpoint, and those of the processor."""
     loader = PromptLoader([Sample("s/0", 0, [1], "Q", ["a"])], 1, seed=1, shuffle=False, max_epochs=9)
     run = RunFolder.open(config, loader)
     groups: Any = SimpleNamespace(actor=actor, critic=None)
+    used = time.process_time()
     start = time.perf_counter()
     run.save(groups, loader, step)
     waited = time.perf_counter() - start
     time.sleep(pause_s)
     start = time.perf_counter()
     run.finish_save()
-    return waited + time.perf_counter() - start
+    return waited + time.perf_counter() - start, time.process_time() - used
 
 
 def drop_from_cache(folder: Path) -> None:
@@ -92,11 +94,11 @@ def drop_from_cache(folder: Path) -> None:
             os.close(descriptor)
 
 
-def verify(folder: Path) -> float:
-    """Return the seconds that it takes."""
-    start = time.perf_counter()
+def verify(folder: Path) -> tuple[float, float]:
+    """Return the seconds that it takes, and those of the processor."""
+    start, used = time.perf_counter(), time.process_time()
     verify_checkpoint(folder)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, time.process_time() - used
 
 
 def measure(root: Path, gib: float, repeats: int, pause_s: float) -> dict[str, Any]:
@@ -104,7 +106,7 @@ def measure(root: Path, gib: float, repeats: int, pause_s: float) -> dict[str, A
     config = Config()
     config.runner.output_dir, config.runner.overwrite, config.runner.keep_checkpoints = str(root), True, 1
     actor = Actor(gib)
-    times: dict[str, list[float]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
     save(config, actor, 1, 0)  # the first of all waits for imports
     for number in range(repeats):
         for pause in (0.0, pause_s):
@@ -119,10 +121,15 @@ def measure(root: Path, gib: float, repeats: int, pause_s: float) -> dict[str, A
         drop_from_cache(folder)
         times.setdefault("verify, from the disk", []).append(verify(folder))
     size = sum((folder / name).stat().st_size for name in files_below(folder))
-    rows = {
-        name: {"median_s": statistics.median(found), "least_s": min(found), "most_s": max(found)}
-        for name, found in times.items()
-    }
+    rows = {}
+    for name, found in times.items():
+        waited, used = zip(*found, strict=True)
+        rows[name] = {
+            "median_s": statistics.median(waited),
+            "least_s": min(waited),
+            "most_s": max(waited),
+            "cpu_s": statistics.median(used),
+        }
     return {"bytes": size, "repeats": repeats, "cores": os.cpu_count(), "times": rows}
 
 
@@ -140,7 +147,8 @@ def main() -> None:
     print(f"{found['bytes'] / 1e9:.2f} GB, {found['repeats']} times each, {found['cores']} cores")
     for name, row in found["times"].items():
         speed = found["bytes"] / row["median_s"] / 1e9
-        print(f"{name:<34} {row['median_s']:7.2f} s ({row['least_s']:.2f} to {row['most_s']:.2f})  {speed:6.2f} GB/s")
+        spread = f"({row['least_s']:.2f} to {row['most_s']:.2f})"
+        print(f"{name:<34} {row['median_s']:7.2f} s {spread:<18} {speed:6.2f} GB/s  {row['cpu_s']:6.2f} s of processor")
     if args.out:
         args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
