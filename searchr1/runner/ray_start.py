@@ -1,4 +1,8 @@
-"""Start Ray: a cluster of our own on one node, the user's where several nodes are wanted."""
+"""Start Ray: a cluster of our own on one node, the user's where several nodes are wanted.
+
+RLinf's `Cluster` calls `ray.init` without a limit of time and takes whatever cluster it finds. Everything that this project
+wants otherwise is in here.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +10,44 @@ import functools
 import logging
 import os
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from searchr1.errors import UserError
+from searchr1.temp_folder import RAY_BYTES, shorten_temp_folder
 
 logger = logging.getLogger(__name__)
 
 SHOW_WORKER_LOGS = "SEARCHR1_WORKER_LOGS"
+PROBE_S = 5.0
+"""For a connection to a cluster's port."""
+JOIN_S = 60.0
+"""For joining a cluster: a port that answers may still be of something else."""
+NODES_S = 300.0
+"""For the other nodes of a cluster to come."""
+START_S = (30, 120)
+"""For Ray's own processes, at the first and the second attempt."""
+LONGEST_REASON = 600
+JOIN = """
+import os, sys
+import ray
+try:
+    ray.init(address="auto", logging_level="ERROR", log_to_driver=False)
+    ray.shutdown()
+except BaseException as error:
+    print(f"{type(error).__name__}: {error}", flush=True)
+    os._exit(1)
+"""
 
 
 def logs_folder() -> Path:
@@ -32,7 +62,7 @@ def logs_folder() -> Path:
 
 def is_own(num_nodes: int) -> bool:
     """Whether a run starts a Ray of its own."""
-    return num_nodes == 1 and not os.environ.get("RAY_ADDRESS")
+    return num_nodes == 1 and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
 
 
 @contextmanager
@@ -40,29 +70,230 @@ def own_ray(num_nodes: int) -> Iterator[None]:
     """A Ray of our own on a single node, and the user's (`ray start`, RAY_ADDRESS) for more.
 
     RLinf joins whatever Ray it finds on the machine; two runs would then share one cluster and end together.
+
+    Raises:
+        UserError: Ray does not start, or the cluster cannot be joined.
     """
     import ray
+    from rlinf.scheduler import Cluster
 
-    if not is_own(num_nodes):
-        yield
-        return
-    original = ray.init
+    address = cluster_address(num_nodes)
+    original, original_nodes = ray.init, Cluster.get_alive_nodes
+    if address is None:
+        shorten_temp_folder(RAY_BYTES)
 
-    @functools.wraps(original)
-    def init(**kwargs: Any) -> Any:
-        if kwargs.get("address") == "auto":
-            raise ConnectionError("a cluster of our own is wanted")
-        show = os.environ.get(SHOW_WORKER_LOGS) == "1"
-        kwargs["logging_level"] = logging.ERROR
-        return original(address="local", include_dashboard=False, log_to_driver=show, **kwargs)
+        def init(**kwargs: Any) -> Any:
+            if kwargs.get("address") == "auto":
+                raise ConnectionError("a cluster of our own is wanted")
+            return start_own(original, **kwargs)
+
+    else:
+        require_cluster(address)
+        Cluster.get_alive_nodes = staticmethod(_impatient(original_nodes, num_nodes, address))
+
+        def init(**kwargs: Any) -> Any:
+            try:
+                return original(**kwargs)
+            except Exception as error:
+                raise UserError(_cannot_join(address, str(error))) from error
 
     ray.init = init
     try:
         yield
-    except ConnectionError as error:
-        raise UserError(f"cannot start Ray on this machine: {error}") from error
     finally:
         ray.init = original
+        Cluster.get_alive_nodes = original_nodes
+
+
+def cluster_address(num_nodes: int) -> str | None:
+    """HOST:PORT of the cluster to join; None if one of our own is wanted.
+
+    Raises:
+        UserError: RAY_ADDRESS is not such an address, or there is no cluster.
+    """
+    from ray._common.network_utils import parse_address
+    from ray._private import services
+
+    given = os.environ.get("RAY_ADDRESS", "").strip()
+    if is_own(num_nodes):
+        return None
+    if given == "local":
+        raise UserError(f"RAY_ADDRESS: local is one node, cluster.num_nodes {num_nodes}; give the cluster's HOST:PORT")
+    if "://" in given:
+        raise UserError(
+            f"RAY_ADDRESS: {given} is an address for clients, through which no worker groups can be started; give the "
+            "cluster's own HOST:PORT (its port is 6379 unless ray start was told otherwise)"
+        )
+    if given not in ("", "auto"):
+        parsed = parse_address(given)
+        if parsed is None or not parsed[0] or not parsed[1].isdecimal() or not 0 < int(parsed[1]) < 65536:
+            raise UserError(f"RAY_ADDRESS: {given} is no address; give HOST:PORT, or unset it")
+    try:
+        return str(services.canonicalize_bootstrap_address(given or "auto"))
+    except ConnectionError as error:
+        key = "RAY_ADDRESS" if given else "cluster.num_nodes"
+        raise UserError(
+            f"{key}: no Ray cluster runs on this node; start one (ray start --head here, ray start --address=HOST:6379 on "
+            "the other nodes), or set RAY_ADDRESS to HOST:PORT of one"
+        ) from error
+
+
+def require_cluster(address: str) -> None:
+    """Look whether a cluster can be joined, before this process tries to: Ray's own attempt has no end.
+
+    Raises:
+        UserError: nothing answers, or something else, or a cluster of another version.
+    """
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        reason = error.strerror or str(error) or "no answer"
+        raise UserError(
+            f"RAY_ADDRESS: nothing answers at {address} ({reason}); start the cluster (ray start), or unset RAY_ADDRESS "
+            "where a Ray of the run's own will do"
+        ) from error
+    words = [sys.executable, "-c", JOIN]
+    try:
+        tried = subprocess.run(words, capture_output=True, timeout=JOIN_S, check=False, env=os.environ | {"PYTHONUTF8": "1"})
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"RAY_ADDRESS: {address} answers, but not as a Ray cluster does within {JOIN_S:.0f} s; restart the cluster, or "
+            "give another address"
+        ) from None
+    if tried.returncode:
+        errors = tried.stderr.decode("utf-8", "replace")
+        said = tried.stdout.decode("utf-8", "replace").strip() or errors.strip()[-LONGEST_REASON:] or "no reason is given"
+        hint = " (RAY_AUTH_MODE=token sends this user's token)" if "InvalidAuthToken" in errors + said else ""
+        raise UserError(_cannot_join(address, said) + hint)
+
+
+def _cannot_join(address: str, reason: str) -> str:
+    return (
+        f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {' '.join(reason.split())[:LONGEST_REASON]}; start "
+        "one with the same versions of Ray and Python, or unset RAY_ADDRESS"
+    )
+
+
+def _impatient(nodes: Callable[[], list[Any]], wanted: int, address: str) -> Callable[[], list[Any]]:
+    """RLinf's list of nodes, for which it asks until there are enough: an error if that takes too long."""
+    started = time.monotonic()
+
+    def listed() -> list[Any]:
+        there = nodes()
+        if len(there) < wanted and time.monotonic() - started > NODES_S:
+            raise UserError(
+                f"cluster.num_nodes: {wanted} nodes are wanted, and after {NODES_S:.0f} s the Ray cluster at {address} has "
+                f"{len(there)}; run ray start --address={address} on the others, or lower it"
+            )
+        return there
+
+    return listed
+
+
+def start_own(start: Callable[..., Any], **kwargs: Any) -> Any:
+    """Start a Ray for this process; once more, with more time, if it did not come up.
+
+    Args:
+        start: `ray.init`.
+        kwargs: more of its arguments.
+
+    Raises:
+        UserError: it did not start.
+    """
+    show = os.environ.get(SHOW_WORKER_LOGS) == "1"
+    kwargs |= {"address": "local", "include_dashboard": False, "log_to_driver": show, "logging_level": logging.ERROR}
+    _warn_of_small_shared_memory()
+    reasons: list[str] = []
+    for seconds in START_S:
+        before = _children()
+        try:
+            with _start_timeout(seconds):
+                return start(**kwargs)
+        except (OSError, ValueError) as error:
+            if not isinstance(error, (ConnectionError, TimeoutError)):  # the same would come again
+                _end(before)
+                raise UserError(f"cannot start Ray on this machine: {_one_line(error)}") from error
+            reasons.append(_one_line(error))
+        except Exception as error:
+            reasons.append(_one_line(error))
+        _end(before)
+        if len(reasons) < len(START_S):
+            print(
+                f"Ray did not start ({reasons[-1]}); trying once more, with {START_S[len(reasons)]} s for its processes",
+                file=sys.stderr, flush=True,
+            )  # fmt: skip
+    raise UserError(
+        f"cannot start Ray on this machine, tried {len(reasons)} times: {reasons[-1]}; end other work on it, look whether "
+        f"ulimit -u and ulimit -n, memory and the disk leave room, and see {logs_folder()}"
+    )
+
+
+@contextmanager
+def _start_timeout(seconds: int) -> Iterator[None]:
+    """Let Ray wait this long for each of its processes; what the user's environment says goes before."""
+    from ray._private import services
+
+    original = services.get_node
+    limits = {
+        "RAY_gcs_server_port_wait_time_s": str(seconds),
+        "RAY_agent_register_timeout_ms": str(1000 * seconds),
+        "RAY_raylet_start_wait_time_s": str(seconds),
+    }
+    limits = {name: value for name, value in limits.items() if name not in os.environ}
+
+    def get_node(*args: Any, **kwargs: Any) -> Any:
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return original(*args, **kwargs)
+            except RuntimeError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
+
+    if seconds > START_S[0]:
+        services.get_node = get_node
+        os.environ.update(limits)
+    try:
+        yield
+    finally:
+        services.get_node = original
+        for name in limits:
+            os.environ.pop(name, None)
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def _end(before: set[psutil.Process]) -> None:
+    """End what an attempt has left: its processes, and what this process knows of them."""
+    import ray
+
+    ray.shutdown()
+    left = _children() - before
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=10)
+
+
+def _warn_of_small_shared_memory() -> None:
+    from ray._private import utils
+
+    there = utils.get_shared_memory_bytes()
+    wanted = utils.resolve_object_store_memory(utils.estimate_available_memory())
+    if there < wanted:
+        print(
+            f"warning: /dev/shm has {there / 2**30:.2f} GiB free, so that Ray keeps its objects ({wanted / 2**30:.1f} GiB) in "
+            "a folder for temporary files, which is slower; enlarge it (docker: --shm-size)",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:LONGEST_REASON]
 
 
 @contextmanager
