@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
@@ -39,7 +40,9 @@ from searchr1.runner.passages import require_server, watch_servers
 from searchr1.runner.shutdown import Stopped
 from searchr1.runner.stream import Streamed, stream
 from searchr1.tracking.eval_progress import EvalProgress
+from searchr1.tracking.guarded import GuardedLogger, start_loggers
 from searchr1.tracking.loggers import file_loggers, hosted_loggers, require_backends
+from searchr1.tracking.logins import require_logins
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.run_log import RunLog
 
@@ -83,6 +86,7 @@ def run_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
     print(f"questions: {questions.described}", flush=True)
     folder = evaluation_path(config)
     require_backends(config.runner.logger.logger_backends)
+    require_logins(config.runner.logger.logger_backends)
     tasks = open_tasks(config, folder, questions)
     print(f"attempts: {sampling_note(tasks[0].settings, config.algorithm.group_size)}", flush=True)
     try:
@@ -100,6 +104,7 @@ def run_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
             task.ledger.close()
     results = summarise_tasks(config, tasks, questions)
     write_results(folder, results)
+    log_results(config, tasks, results)
     return results, folder
 
 
@@ -169,7 +174,7 @@ def answer(lock: FolderLock, groups: Groups, task: Task, samples: list[Sample], 
 
 
 def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> Results:
-    """Score everything that the ledgers hold, and log each method's metrics."""
+    """Score everything that the ledgers hold."""
     methods = {}
     for task in tasks:
         how = sampling_note(task.settings, config.algorithm.group_size)
@@ -178,13 +183,28 @@ def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> 
             task.ledger.rows(), wanted, str(task.folder), how, config.runner.seed, config.evaluation.untagged
         )
         methods[task.method.name] = result
-        runner = replace(config.runner, experiment_name=f"{config.runner.experiment_name}-{task.method.name}")
-        hosted = hosted_loggers(task.folder, runner, {}, first_step=0)
-        for logger in [*hosted, *file_loggers(task.folder, runner.logger.logger_backends, first_step=0)]:
-            logger.log(0, flat_metrics(result.summary))
-            logger.close()
     model = config.rollout.model.model_path
     return Results(model, billions(model), methods, _settings(config, tasks, questions))
+
+
+def log_results(config: Config, tasks: list[Task], results: Results) -> None:
+    """Log each method's metrics, once its results are written: a service that fails takes none of them."""
+    for task in tasks:
+        metrics = flat_metrics(results.methods[task.method.name].summary)
+        runner = replace(config.runner, experiment_name=f"{config.runner.experiment_name}-{task.method.name}")
+        makers = (
+            partial(file_loggers, task.folder, runner.logger.logger_backends, first_step=0),
+            partial(hosted_loggers, task.folder, runner, {}, first_step=0),
+        )
+        for make in makers:
+            try:
+                loggers = start_loggers(make)
+            except UserError as error:
+                print(f"warning: {error}; the results are written, but not logged there", file=sys.stderr)
+                continue
+            for logger in map(GuardedLogger, loggers):
+                logger.log(0, metrics)
+                logger.close()
 
 
 def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[str, str]:

@@ -286,8 +286,8 @@ def _warn_of_small_shared_memory() -> None:
     wanted = utils.resolve_object_store_memory(utils.estimate_available_memory())
     if there < wanted:
         print(
-            f"warning: /dev/shm has {there / 2**30:.2f} GiB free, so that Ray keeps its objects ({wanted / 2**30:.1f} GiB) in "
-            "a folder for temporary files, which is slower; enlarge it (docker: --shm-size)",
+            f"warning: /dev/shm has {there / 2**30:.2f} GiB free, so that Ray keeps its objects ({wanted / 2**30:.1f} GiB) "
+            "in a folder for temporary files, which is slower; enlarge it (docker: --shm-size)",
             file=sys.stderr, flush=True,
         )  # fmt: skip
 

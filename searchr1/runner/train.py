@@ -31,7 +31,9 @@ from searchr1.runner.output import NAMED_BY, run_path
 from searchr1.runner.passages import watch_servers
 from searchr1.runner.run_folder import RunFolder
 from searchr1.runner.weight_sync import actor_logprobs, refresh_engines, validate_weights
+from searchr1.tracking.guarded import start_loggers
 from searchr1.tracking.loggers import hosted_loggers, require_backends
+from searchr1.tracking.logins import require_logins
 from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.run_log import RunLog
 from searchr1.workers import channels
@@ -63,6 +65,7 @@ def train_in(lock: FolderLock, config: Config) -> Path:
     total_steps = loader.total_steps if config.runner.max_steps < 0 else config.runner.max_steps
     folder = RunFolder.open(config, loader)
     require_backends(config.runner.logger.logger_backends)
+    require_logins(config.runner.logger.logger_backends)
     if description := folder.describe():
         print(description, flush=True)
     optimizer_steps = total_steps * config.algorithm.n_minibatches
@@ -82,7 +85,7 @@ def train_in(lock: FolderLock, config: Config) -> Path:
             precisions = (config.actor.model.precision, config.rollout.model.precision)
             validate_weights(groups, probe, expected, precisions, timeout_s)
         # Up to `begin` nothing is written: a run that is refused leaves the folder as it was.
-        hosted = hosted_loggers(folder.path, config.runner, dataclasses.asdict(config), step)
+        hosted = start_loggers(lambda: hosted_loggers(folder.path, config.runner, dataclasses.asdict(config), step))
         lock.require()
         folder.begin()
         with RunLog(folder.path, config, hosted, first_step=step, total_steps=total_steps) as log:

@@ -87,6 +87,7 @@ class ModuleLogger:
         self, module: Any, folder: Path, *, project: str, name: str, config: dict[str, Any], first_step: int
     ) -> None:
         self._module = module
+        self.name = module.__name__
         self._id_file = folder / f"{module.__name__}_id"
         goes_on = first_step and self._id_file.is_file()
         self._id = self._id_file.read_text(encoding="utf-8") if goes_on else hashlib.sha256(os.urandom(16)).hexdigest()[:16]

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
+from searchr1.tracking.guarded import FAILED, GuardedLogger
 from searchr1.tracking.loggers import Logger, file_loggers
 from searchr1.tracking.metrics import eval_table
 from searchr1.tracking.token_text import load_token_text
@@ -46,7 +47,9 @@ class RunLog:
         """Take up the folder's files after `first_step`; `hosted` log besides, and are closed with it."""
         self._folder = folder
         self._console = Console(file=sys.stdout, soft_wrap=True)
-        self._loggers = [*file_loggers(folder, config.runner.logger.logger_backends, first_step), *hosted]
+        # metrics.jsonl comes first and has everything; what fails besides must not end a run.
+        self._metrics_file, *others = file_loggers(folder, config.runner.logger.logger_backends, first_step)
+        self._others = [GuardedLogger(logger) for logger in (*others, *hosted)]
         self._most = config.runner.logger.trajectories_per_step
         self._token_text = load_token_text(config.rollout.model.model_path)
         remove_later(folder, first_step)
@@ -71,14 +74,19 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-        for logger in self._loggers:
+        for logger in (self._metrics_file, *self._others):
             logger.close()
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if failed := sum(logger.failed for logger in self._others):
+            metrics = metrics | {FAILED: float(failed)}
+        for logger in (self._metrics_file, *self._others):
+            logger.log(step, metrics)
 
     def step(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         """Record a training step."""
         write_trajectories(train_file(self._folder, step), whole_groups(trajectories, self._most), self._token_text)
-        for logger in self._loggers:
-            logger.log(step, metrics)
+        self._log(step, metrics)
         per_step = (time.perf_counter() - self._started) / max(step - self._first_step, 1)
         left = per_step * (self._total_steps - step)
         values = [f"{name} {form.format(metrics[key])}" for name, key, form in LINE if key in metrics]
@@ -94,6 +102,5 @@ class RunLog:
     def evaluation(self, step: int, trajectories: Sequence[Trajectory], metrics: dict[str, float]) -> None:
         """Record an evaluation."""
         write_trajectories(eval_file(self._folder, step), trajectories, self._token_text)
-        for logger in self._loggers:
-            logger.log(step, metrics)
+        self._log(step, metrics)
         self._console.print(f"evaluation at step {step}\n{eval_table(metrics)}", highlight=False, markup=False)
