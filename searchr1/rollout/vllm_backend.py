@@ -15,6 +15,7 @@ from searchr1.nvidia import vllm_mismatch
 from searchr1.rollout.backend import Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.weights import WeightManifest
+from searchr1.temp_folder import VLLM_BYTES, shorten_temp_folder
 
 _ADAPTER = "policy"
 _ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -49,6 +50,7 @@ class VllmBackend:
 
         self._settings = settings
         self._device = device
+        shorten_temp_folder(VLLM_BYTES)
         arguments = engine_arguments(model_path, device, settings)
         arguments["weight_transfer_config"] = {"backend": vllm_transfer.BACKEND}
         arguments["worker_extension_cls"] = f"{vllm_transfer.__name__}.{vllm_transfer.WorkerExtension.__name__}"

@@ -67,7 +67,8 @@ class Watcher:
     def stop(self) -> None:
         """End watching: from here on processes may go."""
         self._end.set()
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def death(self, within_s: float) -> WorkerDied | None:
         """What has died; waits for it as long as `within_s`."""

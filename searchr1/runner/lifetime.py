@@ -36,18 +36,20 @@ class Lifetime:
         self._failures: list[BaseException] = []
         self._family = Family(self._run_id)
         self._watcher = Watcher(self._family, ray_start.logs_folder, lambda: os.kill(os.getpid(), signal.SIGUSR1))
-        if owns_ray:
-            self._watcher.start()
 
     @contextmanager
     def starting_ray(self) -> Iterator[None]:
         """Make what is started in the block a part of the run, and wake this process when a part of it dies."""
         ray_start.report_failures(self._failures)
         signal.signal(signal.SIGUSR1, self._died)
-        with ray_start.own_handlers(), marked(self._run_id) if self._owns_ray else nullcontext():
+        with ray_start.own_handlers(self._ray_is_up), marked(self._run_id) if self._owns_ray else nullcontext():
             yield
         # RLinf has set a handler that ends the driver; what has been done is to be saved and explained first.
         signal.signal(signal.SIGUSR1, self._died)
+
+    def _ray_is_up(self) -> None:
+        if self._owns_ray:
+            self._watcher.start()
 
     def end(self) -> None:
         """End all processes of the run, and remove what they left in shared memory."""

@@ -118,7 +118,7 @@ def cluster_address(num_nodes: int) -> str | None:
     if is_own(num_nodes):
         return None
     if given == "local":
-        raise UserError(f"RAY_ADDRESS: local is one node, cluster.num_nodes {num_nodes}; give the cluster's HOST:PORT")
+        raise UserError(f"RAY_ADDRESS: local is one node, cluster.num_nodes is {num_nodes}; give the cluster's HOST:PORT")
     if "://" in given:
         raise UserError(
             f"RAY_ADDRESS: {given} is an address for clients, through which no worker groups can be started; give the "
@@ -248,12 +248,14 @@ def _start_timeout(seconds: int) -> Iterator[None]:
             try:
                 return original(*args, **kwargs)
             except RuntimeError:
+                if _raylet_has_ended():
+                    raise ConnectionError("Ray's raylet has ended") from None
                 if time.monotonic() > end:
                     raise
-                time.sleep(0.5)
+                time.sleep(0.2)
 
+    services.get_node = get_node
     if seconds > START_S[0]:
-        services.get_node = get_node
         os.environ.update(limits)
     try:
         yield
@@ -261,6 +263,15 @@ def _start_timeout(seconds: int) -> Iterator[None]:
         services.get_node = original
         for name in limits:
             os.environ.pop(name, None)
+
+
+def _raylet_has_ended() -> bool:
+    """Whether this process has no raylet that runs; Ray itself waits for it all the same."""
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE:
+                return False
+    return True
 
 
 def _children() -> set[psutil.Process]:
@@ -286,7 +297,7 @@ def _warn_of_small_shared_memory() -> None:
     wanted = utils.resolve_object_store_memory(utils.estimate_available_memory())
     if there < wanted:
         print(
-            f"warning: /dev/shm has {there / 2**30:.2f} GiB free, so that Ray keeps its objects ({wanted / 2**30:.1f} GiB) "
+            f"warning: /dev/shm has {there / 2**30:.2f} GiB free, so Ray keeps its objects ({wanted / 2**30:.1f} GiB) "
             "in a folder for temporary files, which is slower; enlarge it (docker: --shm-size)",
             file=sys.stderr, flush=True,
         )  # fmt: skip
@@ -297,10 +308,13 @@ def _one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def own_handlers() -> Iterator[None]:
+def own_handlers(when_up: Callable[[], None]) -> Iterator[None]:
     """Keep this process's handler of SIGTERM: Ray's ends the driver in the middle of whatever it does.
 
     Ray sets two: one of Python's, and one of C++ that prints a stack as after a crash, behind Python's back.
+
+    Args:
+        when_up: called once Ray is up; an attempt that fails ends its own processes before, and is followed by another one.
     """
     import ray
 
@@ -309,7 +323,9 @@ def own_handlers() -> Iterator[None]:
     @functools.wraps(original_init)
     def init(*args: Any, **kwargs: Any) -> Any:
         try:
-            return original_init(*args, **kwargs)
+            context = original_init(*args, **kwargs)
+            when_up()
+            return context
         finally:
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 

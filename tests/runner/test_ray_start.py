@@ -245,11 +245,15 @@ def test_the_second_attempt_waits_for_the_raylet(monkeypatch):
     def start(**_: Any) -> Any:
         return services.get_node("address", "id")
 
-    with ray_start._start_timeout(30), pytest.raises(RuntimeError):
-        start()
+    monkeypatch.setattr(ray_start, "_raylet_has_ended", lambda: False)
     with ray_start._start_timeout(120):
         assert start() == {"node": "id"}
     assert services.get_node is late
+    asked.clear()
+    monkeypatch.setattr(ray_start, "_raylet_has_ended", lambda: True)
+    with ray_start._start_timeout(30), pytest.raises(ConnectionError, match="raylet has ended"):
+        start()
+    assert len(asked) == 1
 
 
 def test_a_small_shared_memory_is_reported(monkeypatch, capsys):
