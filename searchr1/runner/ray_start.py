@@ -74,35 +74,64 @@ def own_ray(num_nodes: int) -> Iterator[None]:
     Raises:
         UserError: Ray does not start, or the cluster cannot be joined.
     """
-    import ray
-    from rlinf.scheduler import Cluster
-
     address = cluster_address(num_nodes)
-    original, original_nodes = ray.init, Cluster.get_alive_nodes
     if address is None:
         shorten_temp_folder(RAY_BYTES)
 
-        def init(**kwargs: Any) -> Any:
+        def init(original: Callable[..., Any], **kwargs: Any) -> Any:
             if kwargs.get("address") == "auto":
                 raise ConnectionError("a cluster of our own is wanted")
             return start_own(original, **kwargs)
 
-    else:
-        require_cluster(address)
-        Cluster.get_alive_nodes = staticmethod(_impatient(original_nodes, num_nodes, address))
+        with _replaced_init(init):
+            yield
+        return
+    require_cluster(address)
 
-        def init(**kwargs: Any) -> Any:
-            try:
-                return original(**kwargs)
-            except Exception as error:
-                raise UserError(_cannot_join(address, str(error))) from error
+    def join(original: Callable[..., Any], **kwargs: Any) -> Any:
+        try:
+            return original(**kwargs)
+        except Exception as error:
+            raise UserError(_cannot_join(address, str(error))) from error
 
-    ray.init = init
+    with _replaced_init(join), _limited_wait(num_nodes, address):
+        yield
+
+
+@contextmanager
+def _replaced_init(init: Callable[..., Any]) -> Iterator[None]:
+    """Let RLinf call `init` for `ray.init`, which it gets as its first argument."""
+    import ray
+
+    original = ray.init
+    ray.init = functools.partial(init, original)
     try:
         yield
     finally:
         ray.init = original
-        Cluster.get_alive_nodes = original_nodes
+
+
+@contextmanager
+def _limited_wait(wanted: int, address: str) -> Iterator[None]:
+    """Let RLinf ask for the cluster's nodes until there are enough, but not without end."""
+    from rlinf.scheduler import Cluster
+
+    nodes, started = Cluster.get_alive_nodes, time.monotonic()
+
+    def listed() -> list[Any]:
+        there: list[Any] = nodes()
+        if len(there) < wanted and time.monotonic() - started > NODES_S:
+            raise UserError(
+                f"cluster.num_nodes: {wanted} nodes are wanted, and after {NODES_S:.0f} s the Ray cluster at {address} has "
+                f"{len(there)}; run ray start --address={address} on the others, or lower it"
+            )
+        return there
+
+    Cluster.get_alive_nodes = staticmethod(listed)
+    try:
+        yield
+    finally:
+        Cluster.get_alive_nodes = staticmethod(nodes)
 
 
 def cluster_address(num_nodes: int) -> str | None:
@@ -173,22 +202,6 @@ def _cannot_join(address: str, reason: str) -> str:
         f"RAY_ADDRESS: the Ray cluster at {address} cannot be joined: {' '.join(reason.split())[:LONGEST_REASON]}; start "
         "one with the same versions of Ray and Python, or unset RAY_ADDRESS"
     )
-
-
-def _impatient(nodes: Callable[[], list[Any]], wanted: int, address: str) -> Callable[[], list[Any]]:
-    """RLinf's list of nodes, for which it asks until there are enough: an error if that takes too long."""
-    started = time.monotonic()
-
-    def listed() -> list[Any]:
-        there = nodes()
-        if len(there) < wanted and time.monotonic() - started > NODES_S:
-            raise UserError(
-                f"cluster.num_nodes: {wanted} nodes are wanted, and after {NODES_S:.0f} s the Ray cluster at {address} has "
-                f"{len(there)}; run ray start --address={address} on the others, or lower it"
-            )
-        return there
-
-    return listed
 
 
 def start_own(start: Callable[..., Any], **kwargs: Any) -> Any:
