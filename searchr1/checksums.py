@@ -15,6 +15,8 @@ from pathlib import Path
 
 import xxhash
 
+from searchr1.folder_lock import is_lock
+
 BLOCK_BYTES = 4 << 20
 THREADS = 8
 """At most; reading and XXH3 let other threads run, and network disks are faster when asked for several files."""
@@ -68,11 +70,15 @@ def take(path: Path, advance: Callable[[int], object] | None = None) -> FileSum:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield the paths of all files below a folder, relative to it, in order. Symbolic links to folders are not followed."""
+    """Yield the paths of all files below a folder, relative to it, in order.
+
+    Symbolic links to folders are not followed, and the lock of a folder that is in use is none of its files.
+    """
     for root, folders, names in os.walk(folder):
         folders.sort()
         for name in sorted(names):
-            yield (Path(root) / name).relative_to(folder)
+            if not is_lock(name):
+                yield (Path(root) / name).relative_to(folder)
 
 
 def take_all(folder: Path, names: Iterable[Path] | None = None) -> dict[str, FileSum]:

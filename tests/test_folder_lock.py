@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from searchr1 import folder_lock as module
+from searchr1.checksums import take_all
 from searchr1.errors import UserError
 from searchr1.folder_lock import NAME, FolderLock, Owner, folder_lock, is_lock
 
@@ -288,6 +289,12 @@ def test_names_of_locks():
     assert is_lock(NAME)
     assert is_lock(f"{NAME}.0123")
     assert not is_lock("run.locked")
+
+
+def test_no_sum_is_taken_of_a_lock(tmp_path):
+    with folder_lock(tmp_path, KEY, "test"):
+        (tmp_path / "model.safetensors").write_text("x")
+        assert list(take_all(tmp_path)) == ["model.safetensors"]
 
 
 def test_an_owner_survives_its_file():

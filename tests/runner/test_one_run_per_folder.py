@@ -82,7 +82,7 @@ def test_only_the_first_process_of_a_fine_tuning_locks(tmp_path, monkeypatch):
 def test_a_fine_tuning_that_ended_meanwhile_is_not_written_over(tmp_path, monkeypatch):
     args = sft.parse(["--model", "m", "--data", "d", "--output", str(tmp_path / "out")])
     monkeypatch.setattr(sft, "parse", lambda argv: args)
-    (tmp_path / "out").mkdir()
+    (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out/model.safetensors").touch()
     with pytest.raises(UserError, match="exists and is not empty"):
         sft.main([])
