@@ -20,12 +20,20 @@ from searchr1.config.rlinf import Note, is_rlinf, translate
 from searchr1.config.rlinf_keys import KEYS, READ
 from searchr1.config.schema import ALIASES, RETIRED, Config
 from searchr1.config.suggestions import explain_unknown
+from searchr1.config.yaml_bounds import require_bounded
 from searchr1.errors import UserError
+
+
+def _number(value: Any) -> Any:
+    if not isinstance(value, int | float):
+        raise ValueError(f"{value!r} is no number")
+    return value
+
 
 RESOLVERS = {
     "subtract": lambda a, b: a - b,
     "add": lambda a, b: a + b,
-    "multiply": lambda a, b: a * b,
+    "multiply": lambda a, b: _number(a) * _number(b),  # a text times a billion is no value
     "divide": lambda a, b: a / b,
     "int_div": lambda a, b: a // b,
     "not": lambda a: not a,
@@ -144,6 +152,7 @@ def _compose(path: Path, overrides: Sequence[Override]) -> DictConfig:
         raise UserError(f"{path}: no such file; give the path of a YAML")
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{path}: a configuration's name ends in .yaml")
+    require_bounded(path)
     for name, function in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
     GlobalHydra.instance().clear()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import sys
 import time
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from searchr1.errors import UserError
+from searchr1.retrieval.answers import read_json, read_refusal, retry_after
 from searchr1.retrieval.balancer import Balancer
 from searchr1.retrieval.deadlines import QUERIES_PER_TIMEOUT, grown
 from searchr1.retrieval.documents import Page, RetrievedDocument, split_contents
@@ -144,7 +144,7 @@ class SearchClient:
             seconds = max(deadline - loop.time(), 0) / (others + 1)
             try:
                 async with asyncio.timeout(seconds):
-                    result = await self._post(self._urls[server] + path, body)
+                    result = await self._post(self._urls[server] + path, body, expected)
                 if len(result) != expected:
                     raise ValueError(f"answered {len(result)} results for {expected}")
                 found = [read(item) for item in result]
@@ -178,7 +178,7 @@ class SearchClient:
         else:
             self._balancer.done(server, worked=refusal.status not in RETRY_STATUS)
 
-    async def _post(self, url: str, body: dict[str, Any]) -> list[Any]:
+    async def _post(self, url: str, body: dict[str, Any], asked: int) -> list[Any]:
         """One attempt. A connection on which anything went wrong is not used again."""
         if self._session is None:
             # The deadline of the call is the only time limit.
@@ -189,8 +189,8 @@ class SearchClient:
             )
         async with self._session.post(url, json=body) as response:
             if response.status != 200:
-                raise _Refused(response.status, await response.text(), response.headers.get("retry-after"))
-            result = json.loads(await response.read())["result"]
+                raise _Refused(response.status, await read_refusal(response), response.headers.get("retry-after"))
+            result = (await read_json(response, asked))["result"]
         if not isinstance(result, list):
             raise ValueError("result is no list")
         return result
@@ -199,10 +199,10 @@ class SearchClient:
 class _Refused(Exception):
     """A server answered with another status than 200."""
 
-    def __init__(self, status: int, text: str, retry_after: str | None) -> None:
+    def __init__(self, status: int, text: str, header: str | None) -> None:
         super().__init__(f"status {status}: {text[:200]}")
         self.status = status
-        self.retry_after_s = float(retry_after) if retry_after and retry_after.isdigit() else None
+        self.retry_after_s = retry_after(header)
 
 
 def _page(item: dict[str, Any] | None) -> Page | None:

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from searchr1.errors import UserError
+from searchr1.retrieval.answers import read_json, read_refusal
 from searchr1.retrieval.client import base_url
 from searchr1.retrieval.deadlines import PAIRS_PER_TIMEOUT, grown
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
@@ -78,8 +79,9 @@ class RemoteReranker:
             limit = aiohttp.ClientTimeout(total=timeout_s)
             async with self._open().post(self._url, data=to_json(body), headers=headers, timeout=limit) as answer:
                 if answer.status != 200:
-                    raise SearchFailed(f"{self._url} answered {answer.status}: {(await answer.text())[:200]}", RETRY_AFTER_S)
-                result = (await answer.json())["result"]
+                    reason = (await read_refusal(answer))[:200]
+                    raise SearchFailed(f"{self._url} answered {answer.status}: {reason}", RETRY_AFTER_S)
+                result = (await read_json(answer))["result"]
             return [ranked(row, items, topk) for row, items in zip(documents, result, strict=True)]
         except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
             raise SearchFailed(f"{self._url}: {type(error).__name__} {error}".strip(), RETRY_AFTER_S) from error

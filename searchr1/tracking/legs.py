@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.config.difference import Difference, differences
+from searchr1.config.yaml_bounds import require_bounded
 from searchr1.errors import UserError
 
 FOLDER = "configs"
@@ -59,6 +60,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    require_bounded(path)
     try:
         tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:

@@ -101,7 +101,7 @@ class PageFetcher:
             async with self._free, asyncio.timeout(self._timeout_s):
                 body, charset, kind, final = await self._get(url)
                 text = await asyncio.to_thread(extract, body, charset, kind)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError) as error:
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, RecursionError) as error:
             reason = type(error).__name__
             self.failures[reason] = self.failures.get(reason, 0) + 1
             return None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 import aiohttp
 
+from searchr1.retrieval.answers import read_json, retry_after
 from searchr1.retrieval.documents import Page
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import Engine, Hit, Request
@@ -100,7 +101,8 @@ class OnlineSearcher:
     async def _hits(self, query: str, topk: int) -> list[Hit]:
         key = f"search {self._engine.name} {topk} {hashlib.sha256(query.encode('utf-8', 'replace')).hexdigest()}"
         if self._cache is not None and (known := await self._cache.get(key)) is not None:
-            return [Hit(**hit) for hit in known]
+            with suppress(TypeError):  # an entry that this version did not write
+                return [Hit(**hit) for hit in known]
         request = self._engine.ask(self._address, query, topk, self._keys)
         try:
             async with self._free, asyncio.timeout(self._timeout_s):  # a large request waits for its turn
@@ -132,10 +134,10 @@ class OnlineSearcher:
                     proxy=self._proxy.url if self._proxy else None,
                 ) as answer:
                     if answer.status == 200:
-                        return json.loads(await answer.read())
+                        return await read_json(answer)
                     problem = self._refusal(answer.status, answer.headers.get("retry-after"))
             except ValueError as error:
-                raise SearchFailed(f"{self._engine.name}: an answer that is no JSON") from error
+                raise SearchFailed(f"{self._engine.name}: an answer that is no JSON, or too large") from error
             except aiohttp.ClientError as error:  # its text may hold the address, and that the key
                 problem = SearchFailed(f"{self._engine.name}: {type(error).__name__}{self._through(error)}", 1.0)
             if problem.retry_after_s is None or attempt == ATTEMPTS - 1:
@@ -151,7 +153,7 @@ class OnlineSearcher:
         status = f", which answered {error.status}" if isinstance(error, aiohttp.ClientHttpProxyError) else ""
         return f" (through the proxy of {self._proxy.variable}{status})"
 
-    def _refusal(self, status: int, retry_after: str | None) -> SearchFailed:
+    def _refusal(self, status: int, header: str | None) -> SearchFailed:
         name = self._engine.name
         if status in (401, 403):
             return SearchFailed(
@@ -160,14 +162,14 @@ class OnlineSearcher:
         if status == 407 and self._proxy:
             return SearchFailed(f"{name}: the proxy of {self._proxy.variable} wants another user or password (407)")
         if status == 429 or status >= 500:
-            seconds = float(retry_after) if retry_after and retry_after.isdigit() else 0.0
-            return SearchFailed(f"{name}: busy ({status})", seconds)
+            return SearchFailed(f"{name}: busy ({status})", retry_after(header) or 0.0)
         return SearchFailed(f"{name}: answered {status}")
 
     async def _page(self, url: str) -> Page | None:
         key = f"page {hashlib.sha256(url.encode('utf-8', 'replace')).hexdigest()}"
         if self._cache is not None and (known := await self._cache.get(key)) is not None:
-            return Page(**known)
+            with suppress(TypeError):
+                return Page(**known)
         page = await self.fetcher.fetch(url)
         if page is not None and self._cache is not None:
             await self._cache.put(key, asdict(page))
