@@ -14,12 +14,15 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from kills.processes import Family, Server, shared_files, title, wait_until_gone
 from searchr1.runner.demo import COLD_START, ROOT, TRAIN_CONFIG
 
 NOTICE_S = 15.0
 """How soon something has to be said, or the run to end, and how soon nothing may be left of it."""
 STOP_S = 12.0
+APPEAR_S = 30.0
 PATIENCE_S = 150.0
 """How long a leg may take to reach its next phase, or to end after a signal, before it is given up."""
 PHASES = {
@@ -219,13 +222,13 @@ class Leg:
         outcome.began_after = self._began_after
         outcome.step = self._began_after + self._begun if self._begun else 0
         number = getattr(signal, f"SIG{kill.signal}")
+        found = self._processes(kill.role)
         while not self._events.empty():  # what was said before the signal
             self._next(time.monotonic() + 1)
         struck = time.monotonic()
         if kill.role == "server":
             self.setting.server.send(number)
         else:
-            found = self._family.of(kill.role)
             if not found:
                 outcome.problems.append(f"no process of {kill.role} was there")
                 return
@@ -249,6 +252,15 @@ class Leg:
                     process.send_signal(signal.SIGCONT)
         if self._process.poll() is not None:
             outcome.problems.append(f"{stopped} ended the run")
+
+    def _processes(self, role: str) -> list[psutil.Process]:
+        """Those of a role; while a run starts they may still be on their way."""
+        until = time.monotonic() + APPEAR_S
+        while role != "server" and time.monotonic() < until:
+            if found := self._family.of(role):
+                return found
+            time.sleep(0.05)
+        return []
 
     def _let_pass(self, seconds: float) -> None:
         until = time.monotonic() + seconds
