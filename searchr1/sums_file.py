@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from searchr1.checksums import FileSum, inside
+from searchr1.sealed import read_json, unseal, write_sealed
 
 FORMAT = 1
-MAX_BYTES = 64 << 20
-"""No such file is larger; a stranger's is refused before it is read."""
 _XXH3 = re.compile(r"[0-9a-f]{32}")
 
 
@@ -41,10 +35,7 @@ def write_sums(path: Path, files: Mapping[str, FileSum], **fields: Any) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    content = {"format": FORMAT, **fields, "files": {name: asdict(known) for name, known in files.items()}}
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content | {"xxh3": _own_sum(content)}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_sealed(path, {"format": FORMAT, **fields, "files": {name: asdict(known) for name, known in files.items()}})
 
 
 def read_sums(path: Path) -> SumsFile:
@@ -55,43 +46,14 @@ def read_sums(path: Path) -> SumsFile:
         OSError: it cannot be read.
     """
     content = read_json(path)
-    try:
-        if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
-            raise ValueError("it names no files")
-        own = content.pop("xxh3", None)
-        same = own == _own_sum(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is damaged ({str(error)[:200]})") from error
-    if not same:
-        raise ValueError("has changed since it was written (it does not fit its own checksum)")
+    if not isinstance(content, dict) or not isinstance(content.get("files"), dict):
+        raise ValueError("is damaged (it names no files)")
+    unseal(content)
     version = content.pop("format", None)
     if version != FORMAT:
         raise LaterFormat(f"has format {version}, this searchr1 knows {FORMAT}; update searchr1")
     files = {name: _file_sum(name, known) for name, known in content.pop("files").items()}
     return SumsFile(files, content)
-
-
-def read_json(path: Path, most_bytes: int = MAX_BYTES) -> Any:
-    """Return what a JSON file holds, which a stranger may have written.
-
-    Raises:
-        ValueError: it is damaged, or nothing to be read at once; says how, as a predicate.
-        OSError: it cannot be read.
-    """
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise ValueError("is damaged (no regular file)")
-    if found.st_size > most_bytes:
-        raise ValueError(f"is damaged (more than {most_bytes >> 20} MiB long)")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"is damaged ({str(error)[:200]})") from error
-
-
-def _own_sum(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(text.encode("ascii"))
 
 
 def _file_sum(name: str, known: Any) -> FileSum:

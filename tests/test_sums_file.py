@@ -11,7 +11,8 @@ import xxhash
 from bit_flips import flipped
 
 from searchr1.checksums import FileSum
-from searchr1.sums_file import MAX_BYTES, read_sums, write_sums
+from searchr1.sealed import MAX_BYTES
+from searchr1.sums_file import read_sums, write_sums
 
 SUMS = {"a/b.bin": FileSum(12, "0123456789abcdef" * 2), "ü \udcff.txt": FileSum(0, "99aa06d3014798d86001c324468d497f")}
 

@@ -16,7 +16,8 @@ from searchr1.checkpoints.model_sums import verify_weights
 from searchr1.checksums import Damage, FileSum, damaged, files_below, inside, take, take_all
 from searchr1.convert.progress import progress_bar
 from searchr1.errors import UserError
-from searchr1.sums_file import LaterFormat, read_json, read_sums, write_sums
+from searchr1.sealed import read_json
+from searchr1.sums_file import LaterFormat, read_sums, write_sums
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"

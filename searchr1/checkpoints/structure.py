@@ -9,7 +9,7 @@ from pathlib import Path
 
 from searchr1.checksums import Damage
 from searchr1.errors import UserError
-from searchr1.sums_file import read_json
+from searchr1.sealed import read_json
 
 Advance = Callable[[int], object]
 _MOST_JSON = 1 << 30

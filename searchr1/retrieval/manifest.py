@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-import xxhash
-
 from searchr1.checksums import Damage, FileSum
 from searchr1.errors import UserError
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.model_files import weights_hash
+from searchr1.sealed import read_json, unseal, write_sealed
 
 if TYPE_CHECKING:
     from searchr1.retrieval.encoder import Encoder
@@ -87,14 +84,7 @@ class Manifest:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write it last: an index folder without a manifest is unfinished."""
     values = {key: value for key, value in asdict(manifest).items() if value is not None}
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(values | {"xxh3": own_sum(values)}, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
-
-
-def own_sum(values: Mapping[str, Any]) -> str:
-    """Return the checksum of what a manifest says, however it is laid out."""
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()))
+    write_sealed(folder / MANIFEST, values)
 
 
 class DamagedIndex(ValueError):
@@ -120,9 +110,7 @@ def open_manifest(folder: Path) -> Manifest | None:
     if not path.is_file():
         return None
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError("too large for a manifest")
-        values = json.loads(path.read_bytes())
+        values = read_json(path, MAX_BYTES)
         version = values.get("version", 1) if isinstance(values, dict) else None
         if type(version) is int and version > VERSION:
             raise DamagedIndex(
@@ -146,9 +134,8 @@ def parse_manifest(values: Any) -> Manifest:
     version = values.get("version", 1)
     if version not in (1, VERSION):
         raise ValueError(f"its format is {version!r:.80}")
-    said = values.pop("xxh3", None)
-    if version != 1 and said != own_sum(values):
-        raise ValueError(f"its contents have the checksum {own_sum(values)}, not {said}")
+    if version != 1:
+        unseal(values)
     types = get_type_hints(Manifest)
     for key, value in values.items():
         if key not in types:

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.checksums import Damage, FileSum, damaged, take_all
-from searchr1.retrieval.sealed import read_sealed, write_sealed
 from searchr1.retrieval.stamp import Stamp
+from searchr1.sealed import read_sealed, write_sealed
 from searchr1.text_rows import MAX_LINE_BYTES
 
 FORMAT = 3
@@ -116,7 +116,7 @@ def read_summary(folder: Path) -> Summary:
         OSError: it cannot be read.
         ValueError: it is damaged, or of another version.
     """
-    values = read_sealed(folder / SUMMARY, unsealed=(1, 2))
+    values = read_sealed(folder / SUMMARY, unsealed_formats=(1, 2))
     if values.get("format") != FORMAT:
         raise ValueError(f"is of another version of this program (format {values.get('format')!r}, not {FORMAT})")
     try:

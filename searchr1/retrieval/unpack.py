@@ -26,8 +26,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.parquet_rows import parquet_rows
-from searchr1.retrieval.sealed import read_sealed, write_sealed
 from searchr1.retrieval.stamp import BAR_BYTES, BLOCK_BYTES, Stamp, confirm, hash_file, stamp
+from searchr1.sealed import read_sealed, write_sealed
 from searchr1.text_rows import MAX_LINE_BYTES, LineTooLong
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".tar", ".tar.gz", ".tgz")
@@ -147,7 +147,7 @@ def note_of(output: Path) -> Path:
 def read_note(output: Path) -> tuple[Stamp, Stamp] | None:
     """Return the stamps of the packed file and of the unpacked one, None where there is no whole note."""
     try:
-        note = read_sealed(note_of(output), unsealed=(OLD_NOTE_FORMAT,))
+        note = read_sealed(note_of(output), unsealed_formats=(OLD_NOTE_FORMAT,))
         known = note["format"] in (NOTE_FORMAT, OLD_NOTE_FORMAT)
         return (Stamp(**note["source"]), Stamp(**note["unpacked"])) if known else None
     except (OSError, ValueError, TypeError, KeyError):

@@ -26,7 +26,7 @@ from searchr1.errors import UserError, WorkerDied
 from searchr1.runner.groups import Groups
 from searchr1.runner.output import run_path
 from searchr1.runner.shutdown import Stopped
-from searchr1.sums_file import read_json
+from searchr1.sealed import read_json
 from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics
 

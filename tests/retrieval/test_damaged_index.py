@@ -18,9 +18,10 @@ from searchr1.retrieval.bm25_index import Bm25Index
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.index_check import check_index, files_of, state_of
 from searchr1.retrieval.load import load_index
-from searchr1.retrieval.manifest import BM25_FILES, DamagedIndex, open_manifest, own_sum, refused
+from searchr1.retrieval.manifest import BM25_FILES, DamagedIndex, open_manifest, refused
 from searchr1.retrieval.verify import check_index as verify
 from searchr1.retrieval.verify import checked_by
+from searchr1.sealed import seal
 
 DATA, INDICES, INDPTR, LARGEST, PARAMETERS, VOCABULARY = BM25_FILES
 QUERIES = ["w1 w2 w3", "title w7", "w40 w41 w42 w43", "nothing", "w5 w5 w11", " ".join(f"w{n}" for n in range(1, 200))]
@@ -316,7 +317,7 @@ def test_manifests_that_lie(index, changed, problem):
     path = index / "manifest.json"
     values = json.loads(path.read_text()) | changed
     del values["xxh3"]
-    path.write_text(json.dumps(values | {"xxh3": own_sum(values)}))
+    path.write_text(json.dumps(values | {"xxh3": seal(values)}))
     with pytest.raises(UserError, match=problem):
         start(index)
 

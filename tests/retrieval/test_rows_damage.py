@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from searchr1 import caches
+from searchr1 import caches, sealed
 from searchr1.errors import UserError
-from searchr1.retrieval import compiled, row_table, sealed, stamp, unpack
+from searchr1.retrieval import compiled, row_table, stamp, unpack
 from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.pages import Pages
 from searchr1.retrieval.verify_rows import bytes_of_rows, check_rows
