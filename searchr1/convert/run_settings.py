@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from searchr1.actor.checkpoint import HF_FOLDER
-from searchr1.config.load import load_config
+from searchr1.config.load import leaves, load_config
 from searchr1.config.model_settings import FILE, ModelSettings
+from searchr1.config.schema import Config
 from searchr1.errors import UserError
+from searchr1.tracking.legs import read_settings
 
 
 def carry_settings(checkpoint: Path, output: Path) -> str:
@@ -24,7 +26,7 @@ def carry_settings(checkpoint: Path, output: Path) -> str:
         if kept.is_file():
             found, source = ModelSettings.read(kept), kept
         elif run is not None:
-            found, source = ModelSettings.of(load_config(run)), run
+            found, source = ModelSettings.of(_recorded(run)), run
         elif (output / FILE).is_file():
             return f"{FILE}: that of the base model; the checkpoint has none, and no run's config.yaml lies above it"
         else:
@@ -47,3 +49,16 @@ def _run_config(checkpoint: Path) -> Path | None:
         if step.name.startswith("global_step_") and step.parent.name == "checkpoints" and config.is_file():
             return config
     return None
+
+
+def _recorded(path: Path) -> Config:
+    """Read a run's config.yaml, which a stranger may have written.
+
+    Raises:
+        UserError: not readable, or it refers to something outside of itself: what is carried may be published, and a
+            reference can stand for a secret of whoever converts.
+    """
+    tree = read_settings(path)
+    if "defaults" in tree or any("${" in str(value) for value in leaves(tree).values()):
+        raise UserError(f"{path}: refers to other files or to the environment, which a run's own record never does")
+    return load_config(path)

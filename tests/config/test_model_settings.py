@@ -259,6 +259,27 @@ def test_a_checkpoint_without_settings_takes_its_runs(tmp_path):
     assert ModelSettings.of_model(str(out)).values == ModelSettings.of(load_config(DEMO)).values
 
 
+@pytest.mark.parametrize(
+    "stranger",
+    [
+        "agentloop:\n  generate_fn: ${oc.env:SEARCHR1_SECRET}\n",
+        "algorithm:\n  sampling_params:\n    stop: ['${oc.env:SEARCHR1_SECRET}']\n",
+        "defaults: [other]\n",
+    ],
+)
+def test_a_strangers_run_cannot_carry_what_only_this_user_knows(tmp_path, monkeypatch, stranger):
+    monkeypatch.setenv("SEARCHR1_SECRET", "token-of-this-user")
+    actor, out = tmp_path / "run/checkpoints/global_step_3/actor", tmp_path / "model"
+    actor.mkdir(parents=True)
+    out.mkdir()
+    (tmp_path / "run/config.yaml").write_text(stranger)
+    (tmp_path / "run/other.yaml").write_text("agentloop:\n  generate_fn: ${oc.env:SEARCHR1_SECRET}\n")
+    printed = carry_settings(actor, out)
+    assert "config.yaml: refers to other files or to the environment" in printed
+    assert "token-of-this-user" not in printed
+    assert not list(out.iterdir())
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     from transformers import AutoTokenizer
