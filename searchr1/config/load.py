@@ -20,7 +20,7 @@ from searchr1.config.rlinf import Note, is_rlinf, translate
 from searchr1.config.rlinf_keys import KEYS, READ
 from searchr1.config.schema import ALIASES, RETIRED, Config
 from searchr1.config.suggestions import explain_unknown
-from searchr1.config.yaml_bounds import require_bounded
+from searchr1.config.yaml_bounds import require_bounded, require_bounded_references
 from searchr1.errors import UserError
 
 
@@ -158,9 +158,13 @@ def _compose(path: Path, overrides: Sequence[Override]) -> DictConfig:
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(path.resolve().parent), version_base="1.3"):
-            return compose(path.stem, overrides=[override.hydra for override in overrides])
+            tree = compose(path.stem, overrides=[override.hydra for override in overrides])
+        require_bounded_references(path, OmegaConf.to_container(tree, resolve=False))
+        return tree
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_refused(path, overrides, str(error))) from error
+    except UserError:
+        raise
     except Exception as error:  # the YAML parser's own errors have no common base outside the parser
         raise UserError(f"{path}: not readable as YAML: {error}") from error
 

@@ -1,7 +1,8 @@
-"""Whether a YAML is small enough to be a configuration: a few lines of anchors can stand for billions of values."""
+"""Whether a YAML is small enough for a configuration: few lines of anchors or references can stand for very many values."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from searchr1.errors import UserError
 MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 MAX_DEPTH = 100
+MAX_REFERRED = 16 << 20
+"""Characters and values that a key may stand for through its references."""
+_REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
 
 
 def require_bounded(path: Path) -> None:
@@ -82,3 +86,64 @@ def _named_files(folder: Path, values: Any) -> Iterator[Path]:
             if isinstance(group, str) and isinstance(name, str):
                 group = group.removeprefix("override ").removeprefix("optional ").partition("@")[0].strip("/ ")
                 yield folder / group / f"{name.partition('@')[0].strip('/ ')}.yaml"
+
+
+def require_bounded_references(source: Path, tree: Any) -> None:
+    """Check how much the references (`${key}`) of a tree stand for, before they are followed.
+
+    Args:
+        source: where the tree is from, for people.
+        tree: nested dictionaries and lists, with the references as text.
+
+    Raises:
+        UserError: too much, or a reference leads over too many others.
+    """
+    known: dict[str, tuple[int, int]] = {}
+
+    def measure(value: Any, key: str, depth: int) -> tuple[int, int]:
+        """Return how much a value stands for, and over how many references."""
+        if key in known:
+            return known[key]
+        known[key] = (0, 0)  # what refers to itself is reported by whoever follows it
+        size, hops = 1, 0
+        if isinstance(value, dict | list):
+            items = value.items() if isinstance(value, dict) else enumerate(value)
+            parts = [measure(item, f"{key}.{name}", depth) for name, item in items]
+        else:
+            text = value if isinstance(value, str) else ""
+            size += len(text)
+            targets = [_target(key, name.strip()) for name in _REFERENCE.findall(text)]
+            # Deeper than this is refused below; the count keeps this function's own depth within bounds.
+            parts = [measure(_value_at(tree, target), target, depth + 1) for target in targets if depth <= MAX_DEPTH]
+            hops = 1 if targets else 0
+        for more, further in parts:
+            size, hops = size + more, max(hops, further + (not isinstance(value, dict | list)))
+        where = f"{source}: {key[1:]}" if key else str(source)
+        if size > MAX_REFERRED:
+            raise UserError(f"{where}: stands for more than {MAX_REFERRED >> 20} MiB; write fewer references")
+        if hops > MAX_DEPTH:
+            raise UserError(f"{where}: leads over more than {MAX_DEPTH} references; write the value")
+        known[key] = (size, hops)
+        return size, hops
+
+    measure(tree, "", 0)
+
+
+def _target(key: str, name: str) -> str:
+    """The key that a reference in `key` names, which may be relative: `.x` is beside it, `..x` a section above."""
+    path = name.lstrip(".")
+    dots = len(name) - len(path)
+    sections = key.split(".")[:-dots] if dots else [""]
+    return ".".join([*sections, *path.replace("]", "").replace("[", ".").split(".")])
+
+
+def _value_at(tree: Any, key: str) -> Any:
+    value = tree
+    for name in key.split(".")[1:]:
+        if isinstance(value, dict):
+            value = value.get(name)
+        elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            return None
+    return value

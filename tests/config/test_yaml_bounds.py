@@ -46,6 +46,36 @@ def test_hostile_yaml_is_one_sentence(tmp_path, monkeypatch, text, problem):
     assert [file.name for file in tmp_path.iterdir()] == ["x.yaml"]
 
 
+REFERRED = "a0: xxxxxxxxxx\n" + "".join(f"a{n}: '{f'${{a{n - 1}}}' * 10}'\n" for n in range(1, 30))
+SECTIONS = "s0: {x: 1}\n" + "".join(
+    f"s{n}: {{" + ", ".join(f"k{i}: '${{s{n - 1}}}'" for i in range(10)) + "}\n" for n in range(1, 20)
+)  # fmt: skip
+BESIDE = "r:\n  a0: xxxxxxxxxx\n" + "".join(f"  a{n}: ['{f'${{..a{n - 1}}}' * 10}']\n" for n in range(1, 2)) + "".join(
+    f"  a{n}: '{f'${{.a{n - 1}}}' * 10}'\n" for n in range(2, 30)
+)  # fmt: skip
+CHAIN = "a0: 1\n" + "".join(f"a{n}: ${{a{n - 1}}}\n" for n in range(1, 3000))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (REFERRED, r"x.yaml: a\d+: stands for more than 16 MiB"),
+        (SECTIONS, r"x.yaml: s\d+: stands for more than 16 MiB"),
+        (BESIDE, r"x.yaml: r.a\d+: stands for more than 16 MiB"),
+        (CHAIN, r"x.yaml: a\d+: leads over more than 100 references"),
+        ("\n".join(reversed(CHAIN.splitlines())), r"x.yaml: a\d+: leads over more than 100 references"),
+        ("runner: {output_dir: '${runner.output_dir}'}", "runner.output_dir"),
+    ],
+    ids=["text", "sections", "relative", "chain", "chain from its end", "itself"],
+)
+def test_references_are_bounded(tmp_path, text, problem):
+    (tmp_path / "x.yaml").write_text(text)
+    started = time.monotonic()
+    with pytest.raises(UserError, match=f"(?s){problem}"):
+        load_config(tmp_path / "x.yaml")
+    assert time.monotonic() - started < 10
+
+
 @pytest.mark.parametrize("defaults", ["[bomb]", "[{group: bomb}]", "[{override /group@here: bomb}]", "[_self_, between]"])
 def test_what_defaults_name_is_bounded_too(tmp_path, defaults):
     (tmp_path / "group").mkdir()
