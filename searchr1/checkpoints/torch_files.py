@@ -128,9 +128,27 @@ def _damaged_weights(path: Path, error: Exception) -> UserError:
 
 def load(file: Any, inert: set[str], *, mmap: bool = False) -> Any:
     """Return what a file holds that `check` has passed; `inert` is what that returned."""
-    stand_ins: list[Any] = [(StandIn, name) for name in inert]
-    with torch.serialization.safe_globals([*stand_ins, *_OLDER_NAMES]), _no_mesh_warnings():
+    with _standing_in(inert), _no_mesh_warnings():
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+@contextmanager
+def _standing_in(inert: set[str]) -> Iterator[None]:
+    """Let `torch.load` make stand-ins of these names, whatever libraries in this process have said that they are."""
+    before: list[Any] = torch.serialization.get_safe_globals()
+    others = [known for known in before if _name_of(known) not in inert]
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals([*others, *((StandIn, name) for name in inert), *_OLDER_NAMES])
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _name_of(known: Any) -> str:
+    """The name that a pickle gives to something that `torch.load` may make."""
+    return str(known[1]) if isinstance(known, tuple) else f"{known.__module__}.{known.__qualname__}"
 
 
 def load_part(file: IO[bytes]) -> Any:

@@ -58,6 +58,22 @@ def test_the_torch_format_in_every_layout(models, tmp_path, name, layout):
     assert any("logits of" in line for line in lines)
 
 
+def test_what_other_libraries_let_torch_load_make_changes_nothing(models, tmp_path):
+    from megatron.core.safe_globals import register_safe_globals
+
+    before = torch.serialization.get_safe_globals()
+    register_safe_globals()  # NumPy's own functions among others, as in a process that trains with Megatron
+    known = set(torch.serialization.get_safe_globals())
+    try:
+        save_torch_format(models / "qwen2-False", tmp_path / "saved", Layout())
+        mg2hf(tmp_path / "saved", tmp_path / "out", models / "qwen2-False", Options())
+        assert set(torch.serialization.get_safe_globals()) == known
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+    assert_same_tensors(models / "qwen2-False", tmp_path / "out")
+
+
 @pytest.mark.parametrize("given", ["..", ".", "iter_0000007", "iter_0000007/mp_rank_00", LATEST])
 def test_whatever_folder_of_it_is_given(models, tmp_path, given):
     """RLinf's `global_step_N/actor/iter_…` from the step, the actor, the iteration, or a rank."""
