@@ -22,6 +22,8 @@ RAY_SECONDS = 15.0
 SILENT_RAY_SECONDS = 1.0
 """Ray may take to shut down. If its GCS is dead or stopped it would wait 7 s and more for an answer."""
 FOREIGN_RAY_SECONDS = 5.0
+WAITS_SECONDS = 2.0
+"""Threads that wait for calls may take to leave Ray."""
 PATIENCE_SECONDS, GRACE_SECONDS = 1.0, 4.0
 
 
@@ -34,13 +36,14 @@ class Lifetime:
         self._weight_folders = weight_folders
         self._guardian = Guardian(self._run_id, weight_folders) if owns_ray else None
         self._failures: list[BaseException] = []
+        self._waits: ray_start.Waits | None = None
         self._family = Family(self._run_id)
         self._watcher = Watcher(self._family, ray_start.logs_folder, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
     @contextmanager
     def starting_ray(self) -> Iterator[None]:
         """Make what is started in the block a part of the run, and wake this process when a part of it dies."""
-        ray_start.report_failures(self._failures)
+        self._waits = ray_start.report_failures(self._failures)
         signal.signal(signal.SIGUSR1, self._died)
         with ray_start.own_handlers(self._ray_is_up), marked(self._run_id) if self._owns_ray else nullcontext():
             yield
@@ -56,6 +59,8 @@ class Lifetime:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         if self._owns_ray:
             self._watcher.stop()
+        if self._waits is not None:
+            self._waits.end(WAITS_SECONDS)
         stopped = any(stat.state == "T" for stat in self._family.members.values())
         if self._watcher.ray_is_dead or stopped:
             end_all(self._family, patience_s=0.0, grace_s=1.0)  # the raylet would wait for its GCS

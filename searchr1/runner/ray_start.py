@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ NODES_S = 300.0
 """For the other nodes of a cluster to come."""
 START_S = (30, 120)
 """For Ray's own processes, at the first and the second attempt."""
+WAIT_S = 0.2
+"""How long a thread that waits for a call stays in Ray at a time."""
 LONGEST_REASON = 600
 JOIN = """
 import os, sys
@@ -349,22 +351,68 @@ def own_handlers(when_up: Callable[[], None]) -> Iterator[None]:
         ray.init, ray._private.utils.set_sigterm_handler = original_init, original_set
 
 
-def report_failures(failures: list[BaseException]) -> None:
+class Waits:
+    """Threads that wait for calls of worker groups. They leave Ray before it is shut down.
+
+    A thread that asks Ray for something after its shutdown ends the whole process, with exit code 1 and without Python's own
+    end: nothing would be said, and nothing put away.
+    """
+
+    def __init__(self) -> None:
+        self._leaving = threading.Event()
+        self._changed = threading.Condition()
+        self._waiting = 0
+
+    def results(self, references: Sequence[Any]) -> list[Any] | None:
+        """Return what calls return, as soon as all have; None if `end` comes first.
+
+        Raises:
+            Exception: what the first call that fails has raised, at once.
+        """
+        import ray
+
+        with self._changed:
+            self._waiting += 1
+        try:
+            found: dict[Any, Any] = {}
+            while len(found) < len(references):
+                if self._leaving.is_set():
+                    return None
+                waited_for = [reference for reference in references if reference not in found]
+                ready, _ = ray.wait(waited_for, num_returns=1, timeout=WAIT_S)
+                found.update(zip(ready, ray.get(ready), strict=True))
+            return [found[reference] for reference in references]
+        finally:
+            with self._changed:
+                self._waiting -= 1
+                self._changed.notify_all()
+
+    def end(self, timeout_s: float) -> bool:
+        """Let all of them leave; returns whether they have."""
+        self._leaving.set()
+        with self._changed:
+            return self._changed.wait_for(lambda: self._waiting == 0, timeout_s)
+
+
+def report_failures(failures: list[BaseException]) -> Waits:
     """Collect what Ray says about failed calls and dying processes, instead of printing 20 lines of it.
 
-    A call that fails puts its exception into `failures` and wakes this process with SIGUSR1.
+    A call that fails puts its exception into `failures` and wakes this process with SIGUSR1. Returns what waits for calls
+    from here on.
     """
     import ray
     from rlinf.scheduler.worker.worker_group import WorkerGroupFuncResult
 
+    waits = Waits()
+
     def wait_for_results(self: Any) -> None:
         try:
-            self._local_results = ray.get(self._remote_results)
+            results = waits.results(self._remote_results)
         except Exception as error:  # as RLinf's own, which prints it and ends the driver
             failures.append(error)
             os.kill(os.getpid(), signal.SIGUSR1)
         else:
-            self._wait_done = True
+            self._local_results, self._wait_done = results, results is not None
 
     WorkerGroupFuncResult._wait_for_results = wait_for_results
     show = ray._private.worker.print_to_stdstream
@@ -378,6 +426,7 @@ def report_failures(failures: list[BaseException]) -> None:
                 show(data, *args, **kwargs)
 
         ray._private.worker.print_to_stdstream = log_or_show
+    return waits
 
 
 def shut_down(timeout_s: float) -> None:
