@@ -142,12 +142,11 @@ def test_the_next_leg_says_whether_a_run_went_on_and_the_table_has_it(tmp_path):
     (chain.run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     expected = {row["step"]: row | {"time/step": 2.0} for row in rows}
     common = ("scripted", "actor", "update", "KILL", True)
+    seen = {"message": "rank 0 of ActorGroup | b", "exit_code": 1}
     outcomes = [
-        Outcome(
-            common[0], 0, *common[1:], step=2, checkpoint=1, noticed_s=0.5, message="rank 0 of ActorGroup | b", exit_code=1
-        ),
-        Outcome(common[0], 1, *common[1:], began_after=1, step=3, checkpoint=2, noticed_s=1.0, exit_code=1),
-        Outcome(common[0], 2, *common[1:], began_after=1, checkpoint=3, exit_code=1),
+        Outcome(common[0], 0, *common[1:], step=2, checkpoint=1, noticed_s=0.5, **seen),
+        Outcome(common[0], 1, *common[1:], began_after=1, step=3, checkpoint=2, noticed_s=1.0, **seen),
+        Outcome(common[0], 2, *common[1:], began_after=1, checkpoint=3, **seen),
     ]
     judged = kill_campaign.judge(chain, outcomes, expected)
     assert [entry["went_on"] for entry in judged] == ["after step 1", "after step 1", "not yet"]
@@ -157,6 +156,8 @@ def test_the_next_leg_says_whether_a_run_went_on_and_the_table_has_it(tmp_path):
     assert "differs" in kill_campaign.judge(chain, outcomes, expected)[1]["problems"][-1]
     outcomes[0].message = "Ray's raylet has died"
     assert kill_campaign.judge(chain, outcomes, expected)[0]["problems"] == ["the message does not name ActorGroup"]
+    outcomes[0].message = ""
+    assert kill_campaign.judge(chain, outcomes, expected)[0]["problems"] == ["no message names ActorGroup"]
     assert "2 of 3 steps equal" in kill_campaign.all_rows(chain, expected)
     table = kill_campaign.table(judged).splitlines()
     assert len({line.replace("\\|", "").count("|") for line in table}) == 1
