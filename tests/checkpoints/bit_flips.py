@@ -11,11 +11,11 @@ from pathlib import Path
 @contextmanager
 def flipped(path: Path, bit: int) -> Iterator[None]:
     """Flip one bit of a file, and flip it back."""
-    _flip(path, bit)
+    flip(path, bit)
     try:
         yield
     finally:
-        _flip(path, bit)
+        flip(path, bit)
 
 
 def random_flips(folder: Path, count: int, seed: int = 0) -> Iterator[tuple[Path, int]]:
@@ -27,7 +27,8 @@ def random_flips(folder: Path, count: int, seed: int = 0) -> Iterator[tuple[Path
         yield path, chosen.randrange(8 * path.stat().st_size)
 
 
-def _flip(path: Path, bit: int) -> None:
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file."""
     with path.open("r+b") as file:
         file.seek(bit // 8)
         byte = file.read(1)[0]

@@ -12,6 +12,8 @@ import sys
 import faiss
 import numpy as np
 import pytest
+from bit_flips import flip
+from older_index import without_sums
 
 from searchr1.errors import UserError
 from searchr1.retrieval import build, faiss_files
@@ -80,18 +82,6 @@ def start(folder):
         return check_index(folder, open_manifest(folder), "e5")
     except DamagedIndex as error:
         raise user_error(error) from error
-
-
-def flip(path, bit):
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-
-
-def without_sums(folder):
-    values = json.loads((folder / "manifest.json").read_text())
-    del values["files"], values["xxh3"]
-    (folder / "manifest.json").write_text(json.dumps(values | {"version": 1}))
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

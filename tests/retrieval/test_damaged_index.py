@@ -11,6 +11,8 @@ import sys
 
 import numpy as np
 import pytest
+from bit_flips import flip
+from older_index import without_sums
 
 from searchr1.errors import UserError
 from searchr1.retrieval import build, index_check, server_cli
@@ -57,19 +59,6 @@ def flags(**values):
     unset = ["index_path", "tokenizer", "retriever_model", "device", "dtype", "nprobe", "ef_search", "refine_factor"]
     defaults = dict.fromkeys(unset) | {"retriever_name": "bm25", "faiss_gpu": False, "threads": 1, "workers": 1}
     return argparse.Namespace(**(defaults | values))
-
-
-def flip(path, bit):
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
-
-
-def without_sums(folder):
-    """As an index of the first format, which had none."""
-    values = json.loads((folder / "manifest.json").read_text())
-    del values["files"], values["xxh3"]
-    (folder / "manifest.json").write_text(json.dumps(values | {"version": 1}))
 
 
 def start(folder):
