@@ -25,11 +25,10 @@ import faiss
 import numpy as np
 import torch
 
-from searchr1.retrieval.dense import DenseIndex, build_faiss, load_faiss, set_search_parameters
-from searchr1.retrieval.faiss_types import faiss_type
-from searchr1.retrieval.flat import FlatSearch
-from searchr1.retrieval.refine import Refiner
-from searchr1.retrieval.vector_file import open_vectors
+from searchr1.retrieval.index.dense import DenseIndex, build_faiss, load_faiss, set_search_parameters
+from searchr1.retrieval.index.faiss_types import faiss_type
+from searchr1.retrieval.index.flat import FlatSearch, Refiner
+from searchr1.retrieval.index.vector_file import open_vectors
 
 QUERIES = 2000
 TOPK = 3

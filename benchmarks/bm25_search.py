@@ -21,9 +21,9 @@ from typing import Any
 import bm25s
 import numpy as np
 
-from searchr1.retrieval.bm25_build import build_bm25
-from searchr1.retrieval.bm25_index import Bm25Index
-from searchr1.retrieval.corpus import Corpus
+from searchr1.retrieval.index.bm25_build import build_bm25
+from searchr1.retrieval.index.bm25_index import Bm25Index
+from searchr1.retrieval.index.corpus import Corpus
 
 WORDS = 200_000
 QUERIES = 2048

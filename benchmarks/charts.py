@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from searchr1.tracking.svg import HEIGHT, WIDTH, Series, line_chart
+from searchr1.report.svg import HEIGHT, WIDTH, Series, line_chart
 
 GAP, HEAD, LEGEND_LINE, LEGEND_COLUMN = 24.0, 24.0, 15.0, 205.0
 LONG_NAME = 34

@@ -30,10 +30,10 @@ import torch.distributed.checkpoint as dcp
 
 from searchr1.agent.trajectory import Sample
 from searchr1.checkpoints.manifest import verify_checkpoint
-from searchr1.checksums import FileSum, files_below
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
-from searchr1.runner.run_folder import RunFolder
+from searchr1.files.checksums import FileSum, files_below
+from searchr1.training.run_folder import RunFolder
 
 TENSOR_BYTES = 64 << 20
 
@@ -63,7 +63,7 @@ def sizes_of(folder: Path, names: list[Path] | None = None) -> dict[str, FileSum
 def without_sums() -> Iterator[None]:
     """As before there were any."""
     with (
-        patch("searchr1.runner.run_folder.take_all", sizes_of),
+        patch("searchr1.training.run_folder.take_all", sizes_of),
         patch("searchr1.checkpoints.manifest.take_all", sizes_of),
     ):
         yield

@@ -49,10 +49,10 @@ def make_model(folder: Path, shape: str) -> None:
     import torch
     from transformers import AutoConfig
 
-    from searchr1.actor.megatron.architecture import read_architecture
-    from searchr1.actor.megatron.mapping import hugging_face_shapes
-    from searchr1.convert.hf_writer import SHARD_BYTES, stream_weights
-    from searchr1.convert.safetensors_file import TensorSpec
+    from searchr1.checkpoints.hf_writer import SHARD_BYTES, stream_weights
+    from searchr1.checkpoints.mapping import hugging_face_shapes
+    from searchr1.checkpoints.model_shape import read_architecture
+    from searchr1.checkpoints.safetensors import TensorSpec
 
     folder.mkdir()
     config = AutoConfig.for_model("qwen2", dtype="bfloat16", **SHAPES[shape])
@@ -85,10 +85,9 @@ def copy(source: Path, target: Path) -> None:
 def child(step: str, source: Path, target: Path, shape: str, verify: bool) -> None:
     """One step; prints a line of JSON."""
     if step != "copy":
-        from searchr1.actor.megatron.architecture import read_architecture
-        from searchr1.convert.hf2mg import MegatronOptions, hf2mg
-        from searchr1.convert.mg2hf import mg2hf
-        from searchr1.convert.to_hf import Options
+        from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
+        from searchr1.checkpoints.model_shape import read_architecture
+        from searchr1.checkpoints.to_hf import Options, mg2hf
 
         if step != "make":
             read_architecture(source / "hf" if step == "mg2hf" else source)  # imports what reading a configuration needs

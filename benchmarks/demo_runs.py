@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from searchr1.data.demo_world.files import write_world
-from searchr1.runner.demo import COLD_START, TRAIN_CONFIG, retrieval_server
+from searchr1.demo.demo import COLD_START, TRAIN_CONFIG, retrieval_server
+from searchr1.demo.files import write_world
 from searchr1.tracking.loggers import read_metrics
 
 WORLD_SEED = 0

@@ -34,17 +34,17 @@ import numpy as np  # noqa: E402
 
 from searchr1.agent.settings import GenerateParams  # noqa: E402
 from searchr1.agent.trajectory import Trajectory  # noqa: E402
+from searchr1.cluster.groups import Groups, launch  # noqa: E402
 from searchr1.config.load import load_config  # noqa: E402
 from searchr1.config.schema import Config  # noqa: E402
-from searchr1.data.demo_world.files import jsonl_row, write_jsonl, write_world  # noqa: E402
-from searchr1.data.demo_world.questions import make_questions  # noqa: E402
-from searchr1.data.demo_world.world import make_world  # noqa: E402
+from searchr1.demo.demo import COLD_START, EVAL_CONFIG, retrieval_server  # noqa: E402
+from searchr1.demo.files import jsonl_row, write_jsonl, write_world  # noqa: E402
+from searchr1.demo.questions import make_questions  # noqa: E402
+from searchr1.demo.world import make_world  # noqa: E402
+from searchr1.evaluation.evaluate import answer  # noqa: E402
+from searchr1.evaluation.tasks import begin, evaluation_path, load_questions, open_tasks  # noqa: E402
 from searchr1.rollout.engine import Engine  # noqa: E402
 from searchr1.rollout.settings import EngineSettings  # noqa: E402
-from searchr1.runner.demo import COLD_START, EVAL_CONFIG, retrieval_server  # noqa: E402
-from searchr1.runner.eval_tasks import begin, evaluation_path, load_questions, open_tasks  # noqa: E402
-from searchr1.runner.evaluate import answer  # noqa: E402
-from searchr1.runner.groups import Groups, launch  # noqa: E402
 
 WORLD = 0
 

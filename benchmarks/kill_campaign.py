@@ -30,8 +30,8 @@ from typing import Any
 from kills.leg import NOTICE_S, Kill, Leg, Outcome, Setting
 from kills.processes import Server
 
-from searchr1.data.demo_world.files import write_world
-from searchr1.runner.demo import ROOT
+from searchr1.demo.demo import ROOT
+from searchr1.demo.files import write_world
 from searchr1.tracking.loggers import read_metrics
 
 ENDING = {

@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from pydantic import BaseModel
 
-from searchr1.retrieval.corpus import Corpus
+from searchr1.retrieval.index.corpus import Corpus
 
 
 class Query(BaseModel):

@@ -26,8 +26,8 @@ import torch
 from charts import Chart, drawing
 from demo_runs import TRAIN, Run, mean_curve, numbers, run_missing
 
+from searchr1.report.svg import Series
 from searchr1.rollout.weights import WeightPublisher, WeightReader
-from searchr1.tracking.svg import Series
 
 DELAY = 4
 COMMON = (
@@ -97,7 +97,7 @@ class OldWeights:
         self._publisher = WeightPublisher(folder, 64 << 20)
 
     def sync(self, groups: Any, version: int, timeout_s: float) -> float:
-        """In place of `searchr1.runner.weight_sync.sync_weights`."""
+        """In place of `searchr1.training.weight_sync.sync_weights`."""
         started = time.perf_counter()
         named: dict[str, torch.Tensor] = {}
         self._reader.start()
@@ -115,8 +115,8 @@ class OldWeights:
         return time.perf_counter() - started
 
     def evaluate(self, groups: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
-        """In place of `searchr1.runner.evaluate.evaluate`."""
-        from searchr1.runner.evaluate import evaluate
+        """In place of `searchr1.evaluation.evaluate.evaluate`."""
+        from searchr1.evaluation.evaluate import evaluate
 
         timeout_s = config.runner.step_timeout_s
         self._load(groups, *self._kept[-1], timeout_s)
@@ -134,7 +134,7 @@ class OldWeights:
 def train_with_old_weights(delay: int, arguments: list[str]) -> int:
     """`searchr1 train ARGUMENTS` with `OldWeights` in its loop."""
     from searchr1 import cli
-    from searchr1.runner import train, weight_sync
+    from searchr1.training import train, weight_sync
 
     with tempfile.TemporaryDirectory(prefix="searchr1-old-weights-") as folder:
         old_weights = OldWeights(delay, Path(folder))

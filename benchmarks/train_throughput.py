@@ -85,8 +85,8 @@ def make_trajectories(count: int, vocabulary: int, longest: int) -> list[Any]:
 
 def prepare_policy(args: argparse.Namespace, device: Device) -> Step:
     """A step on one of our backends."""
-    from searchr1.actor.policy import Policy
     from searchr1.config.schema import Config
+    from searchr1.learner.policy import Policy
 
     config = Config()
     config.rollout.model.model_path = str(args.model)
@@ -176,8 +176,8 @@ def measure(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoConfig
 
-    from searchr1.actor.flops import training_flops
     from searchr1.device import Device
+    from searchr1.learner.stats import training_flops
 
     trajectories = make_trajectories(args.trajectories, SHAPES[args.shape]["vocab_size"], args.longest)
     device = Device.detect("auto")

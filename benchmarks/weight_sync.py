@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from searchr1.rollout.shared_folder import weight_directory
+from searchr1.rollout.shared_memory import weight_directory
 from searchr1.rollout.weights import WeightPublisher, WeightReader, bucket_size
 
 # hidden, feed-forward, layers, key-value width, tied

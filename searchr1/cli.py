@@ -8,30 +8,30 @@ import importlib
 import sys
 
 from searchr1 import __version__
+from searchr1.caches import provide_caches
 from searchr1.errors import UserError, WorkerDied
-from searchr1.library_caches import provide_caches
-from searchr1.runner.shutdown import Stopped, leave, stops_cleanly
+from searchr1.shutdown import Stopped, leave, stops_cleanly
 from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, leave_ascii, open_streams, output_is_broken
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("searchr1.runner.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
-    "eval": ("searchr1.runner.evaluate", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
-    "check-config": ("searchr1.config.cli", "print what a YAML would run, or every problem in it"),
-    "plan-memory": ("searchr1.config.memory_plan_cli", "what a run would need of each GPU, from its YAML alone"),
-    "prepare-data": ("searchr1.data.prepare.cli", "make training and evaluation files of question sets"),
-    "infer": ("searchr1.inference.infer", "answer questions with a trained model, and print how"),
-    "chat": ("searchr1.inference.chat", "ask a trained model in the terminal"),
-    "serve-chat": ("searchr1.inference.serve", "a web page that asks a trained model"),
-    "sft": ("searchr1.runner.sft", "supervised fine-tuning on chat or plain rows"),
-    "convert": ("searchr1.convert.cli", "checkpoints: Megatron or FSDP to Hugging Face, Hugging Face to Megatron"),
-    "verify": ("searchr1.verify", "whether checkpoints, models, indexes and corpora are still what was written"),
-    "retrieval-server": ("searchr1.retrieval.server_cli", "serve /retrieve, /access and /health"),
-    "rerank-server": ("searchr1.retrieval.rerank_server", "serve a cross-encoder: /rerank"),
-    "build-index": ("searchr1.retrieval.build", "build a BM25 or dense index of a corpus"),
-    "report": ("searchr1.tracking.report", "write a page about a run: summary, curves, trajectories"),
-    "watch": ("searchr1.tracking.watch", "serve that page while training goes on"),
-    "demo-world": ("searchr1.data.demo_world.cli", "make the fictional encyclopedia and its questions"),
-    "demo": ("searchr1.runner.demo", "the whole pipeline on the demo world (what run.sh calls)"),
+    "train": ("searchr1.training.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
+    "eval": ("searchr1.evaluation.evaluate", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
+    "check-config": ("searchr1.commands.check_config", "print what a YAML would run, or every problem in it"),
+    "plan-memory": ("searchr1.commands.plan_memory", "what a run would need of each GPU, from its YAML alone"),
+    "prepare-data": ("searchr1.commands.prepare_data", "make training and evaluation files of question sets"),
+    "infer": ("searchr1.commands.infer", "answer questions with a trained model, and print how"),
+    "chat": ("searchr1.commands.chat", "ask a trained model in the terminal"),
+    "serve-chat": ("searchr1.commands.serve_chat", "a web page that asks a trained model"),
+    "sft": ("searchr1.training.sft", "supervised fine-tuning on chat or plain rows"),
+    "convert": ("searchr1.commands.convert", "checkpoints: Megatron or FSDP to Hugging Face, Hugging Face to Megatron"),
+    "verify": ("searchr1.commands.verify", "whether checkpoints, models, indexes and corpora are still what was written"),
+    "retrieval-server": ("searchr1.commands.retrieval_server", "serve /retrieve, /access and /health"),
+    "rerank-server": ("searchr1.commands.rerank_server", "serve a cross-encoder: /rerank"),
+    "build-index": ("searchr1.commands.build_index", "build a BM25 or dense index of a corpus"),
+    "report": ("searchr1.commands.report", "write a page about a run: summary, curves, trajectories"),
+    "watch": ("searchr1.commands.watch", "serve that page while training goes on"),
+    "demo-world": ("searchr1.commands.demo_world", "make the fictional encyclopedia and its questions"),
+    "demo": ("searchr1.demo.demo", "the whole pipeline on the demo world (what run.sh calls)"),
 }
 
 RETRIEVAL = {"retrieval-server", "rerank-server", "build-index"}

@@ -12,6 +12,9 @@ from hypothesis import HealthCheck, settings
 # Where test.sh puts what is only compared with; last, so that it hides nothing.
 sys.path.append(str(Path(sys.prefix) / "oracles"))
 
+# The tests' processes import `support` too.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 # How long an example takes says more about what else the machine does than about the code.
 settings.register_profile("searchr1", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("searchr1")
@@ -23,7 +26,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # who waits leaves its core to the other process
 
 
-LONG = ("tests/e2e/", "tests/actor/")
+LONG = ("tests/e2e/", "tests/learner/")
 """Folders that begin: their tests take longest."""
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1.checksums import BLOCK_BYTES, FileSum, checksum, damaged, files_below, take_all
+from searchr1.files.checksums import BLOCK_BYTES, FileSum, checksum, damaged, files_below, take_all
 
 
 def test_the_sum_is_the_published_one_of_the_empty_input(tmp_path: Path) -> None:

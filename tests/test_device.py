@@ -64,7 +64,7 @@ def test_the_gpu_is_taken_before_the_process_group_is_joined(monkeypatch) -> Non
     """Every actor, critic, reference model and `sft` joins through this function; NCCL binds to the current GPU."""
     import torch
 
-    from searchr1.actor import model
+    from searchr1.learner import model
 
     happened: list[object] = []
     for name, value in {"LOCAL_RANK": "5", "RANK": "5", "WORLD_SIZE": "8"}.items():

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from searchr1 import folder_lock as module
-from searchr1.checksums import take_all
 from searchr1.errors import UserError
-from searchr1.folder_lock import NAME, FolderLock, Owner, folder_lock, is_lock
+from searchr1.files import folder_lock as module
+from searchr1.files.checksums import take_all
+from searchr1.files.folder_lock import NAME, FolderLock, Owner, folder_lock, is_lock
 
 KEY = "runner.experiment_name"
 HOLD = (
-    "import sys, time; from pathlib import Path; from searchr1.folder_lock import folder_lock\n"
+    "import sys, time; from pathlib import Path; from searchr1.files.folder_lock import folder_lock\n"
     "with folder_lock(Path(sys.argv[1]), 'key', 'searchr1 train'):\n"
     "    print('held', flush=True); time.sleep(60)"
 )
@@ -25,7 +25,7 @@ RACE = """
 import os, sys
 from pathlib import Path
 from searchr1.errors import UserError
-from searchr1.folder_lock import FolderLock
+from searchr1.files.folder_lock import FolderLock
 folder, number = Path(sys.argv[1]), int(sys.argv[2])
 start_r, start_w = os.pipe()
 done_r, done_w = os.pipe()
@@ -142,7 +142,7 @@ def test_of_fifty_processes_exactly_one_wins(tmp_path, dead_before):
 def test_processes_that_come_and_go_never_share_it(tmp_path):
     code = (
         "import os, sys, time; from pathlib import Path; from searchr1.errors import UserError\n"
-        "from searchr1.folder_lock import folder_lock\n"
+        "from searchr1.files.folder_lock import folder_lock\n"
         "folder, end, had = Path(sys.argv[1]), time.monotonic() + 1.5, 0\n"
         "while time.monotonic() < end:\n"
         "    try:\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from searchr1.errors import UserError
-from searchr1.lfs import is_pointer, refuse_pointer
+from searchr1.files.lfs import is_pointer, refuse_pointer
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 12345\n"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from searchr1 import caches
-from searchr1.library_caches import FOLDERS, MOVED_BY, RAY_TOKEN, provide_caches
+from searchr1.caches import FOLDERS, MOVED_BY, RAY_TOKEN, provide_caches
 
 NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
 

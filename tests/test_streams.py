@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from searchr1.chat.events import Text
+from searchr1.chat.terminal import Terminal
 from searchr1.cli import COMMANDS, main
-from searchr1.inference.events import Text
-from searchr1.inference.terminal import Terminal
 from searchr1.streams import open_streams
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import xxhash
-from bit_flips import flipped
+from support.bit_flips import flipped
 
-from searchr1.checksums import FileSum
-from searchr1.sealed import MAX_BYTES
-from searchr1.sums_file import read_sums, write_sums
+from searchr1.files.checksums import FileSum, read_sums, write_sums
+from searchr1.files.sealed import MAX_BYTES
 
 SUMS = {"a/b.bin": FileSum(12, "0123456789abcdef" * 2), "ü \udcff.txt": FileSum(0, "99aa06d3014798d86001c324468d497f")}
 

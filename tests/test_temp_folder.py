@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from searchr1 import temp_folder
 from searchr1.errors import UserError
-from searchr1.temp_folder import RAY_BYTES, VARIABLES, VLLM_BYTES, shorten_temp_folder
+from searchr1.files import temp_folder
+from searchr1.files.temp_folder import RAY_BYTES, VARIABLES, VLLM_BYTES, shorten_temp_folder
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +132,7 @@ def test_places_that_cannot_be_written_are_passed_over(tmp_path, near, monkeypat
 
 def test_the_short_path_goes_with_its_process_and_not_with_a_fork(tmp_path):
     code = (
-        "import os; from searchr1.temp_folder import shorten_temp_folder\n"
+        "import os; from searchr1.files.temp_folder import shorten_temp_folder\n"
         "shorten_temp_folder(39); short = os.environ['TMPDIR']\n"
         "import atexit, sys\n"
         "pid = os.fork()\n"

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from searchr1.agent.protocol import Document, neutralise, render_body
 from searchr1.agent.tools import show_page
-from searchr1.data.demo_world.tokenizer import train_tokenizer
-from searchr1.unicode_text import whole_text
+from searchr1.demo.tokenizer import train_tokenizer
+from searchr1.files.text_rows import whole_text
 
 
 @pytest.mark.parametrize(

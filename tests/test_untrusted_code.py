@@ -58,7 +58,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_a_model_with_code_of_its_own_is_refused_where_it_is_checked(folder):
-    from searchr1.actor.weight_check import check_model_folder
+    from searchr1.checkpoints.weight_check import check_model_folder
 
     for trained in (True, False):
         with pytest.raises(UserError, match=r"no usable config\.json"):
@@ -66,8 +66,8 @@ def test_a_model_with_code_of_its_own_is_refused_where_it_is_checked(folder):
 
 
 def test_its_tokenizer_and_configuration_are_refused(folder):
-    from searchr1.config.check_positions import model_positions
-    from searchr1.inference.load import load_tokenizer
+    from searchr1.chat.load import load_tokenizer
+    from searchr1.preflight.check_models import model_positions
 
     with pytest.raises(UserError, match="its tokenizer cannot be loaded"):
         load_tokenizer(str(folder))
@@ -75,8 +75,8 @@ def test_its_tokenizer_and_configuration_are_refused(folder):
 
 
 def test_an_encoder_and_a_reranker_with_code_of_their_own_are_refused(folder):
-    from searchr1.retrieval.encoder import Encoder
-    from searchr1.retrieval.rerank import CrossEncoder
+    from searchr1.retrieval.encode.encoder import Encoder
+    from searchr1.retrieval.rerank.rerank import CrossEncoder
 
     with pytest.raises(UserError, match="cannot load an encoder"):
         Encoder("e5", str(folder))

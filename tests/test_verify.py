@@ -10,18 +10,17 @@ import sys
 
 import pytest
 import torch
-from bit_flips import flipped, random_flips
+from support.bit_flips import flipped, random_flips
 
-from searchr1.actor.checkpoint import new_checkpoint
+from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
 from searchr1.checkpoints.metadata import read_metadata
-from searchr1.checkpoints.model_sums import MODEL_SUMS, verify_weights
+from searchr1.checkpoints.model_folder import MODEL_SUMS, verify_weights
+from searchr1.checkpoints.to_hf import Options, mg2hf
 from searchr1.cli import main
-from searchr1.convert.hf2mg import MegatronOptions, hf2mg
-from searchr1.convert.mg2hf import mg2hf
-from searchr1.convert.to_hf import Options
+from searchr1.commands import build_index as build
 from searchr1.errors import UserError
-from searchr1.retrieval import build
-from searchr1.retrieval.corpus import Corpus
+from searchr1.learner.checkpoint import new_checkpoint
+from searchr1.retrieval.index.corpus import Corpus
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +256,8 @@ def test_an_index_is_compared_with_its_manifest(tmp_path, capsys):
 
 
 def test_an_index_is_verified_without_torch():
-    code = "import sys, searchr1.verify, searchr1.retrieval.verify; print({'torch', 'transformers'} & set(sys.modules))"
+    imports = "import sys, searchr1.commands.verify, searchr1.retrieval.index.verify"
+    code = f"{imports}; print({{'torch', 'transformers'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout == "set()\n"
 
 

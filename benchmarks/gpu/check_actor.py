@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
     """Train for three updates, in a process of its own, and write what came of them."""
     import torch
 
-    from searchr1.actor.policy import Policy
     from searchr1.config.schema import Config
     from searchr1.device import Device
+    from searchr1.learner.policy import Policy
 
     config = Config()
     config.rollout.model.model_path, config.rollout.model.precision = args.model, "fp32"

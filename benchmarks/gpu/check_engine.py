@@ -246,7 +246,7 @@ class Checks:
 
     async def update(self, version: int, named: dict[str, torch.Tensor]) -> None:
         """Send weights to the engine, a bucket at a time, as the actor does."""
-        from searchr1.rollout.shared_folder import weight_directory
+        from searchr1.rollout.shared_memory import weight_directory
         from searchr1.rollout.weights import WeightPublisher, bucket_size
 
         self.device.synchronize()

@@ -20,7 +20,7 @@ def main(descriptor: int, arguments: list[str]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     from searchr1 import cli
-    from searchr1.runner.groups import Call, Group
+    from searchr1.cluster.groups import Call, Group
 
     def mark(text: str) -> None:
         os.write(descriptor, f"{text}\n".encode())

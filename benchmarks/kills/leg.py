@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from kills.processes import Family, Server, shared_files, title, wait_until_gone
-from searchr1.runner.demo import COLD_START, ROOT, TRAIN_CONFIG
+from searchr1.demo.demo import COLD_START, ROOT, TRAIN_CONFIG
 
 NOTICE_S = 15.0
 """How soon something has to be said, or the run to end, and how soon nothing may be left of it."""
@@ -38,7 +38,7 @@ AT_MOST_LATER_S = {"boot": 3.0, "start": 6.0, "rollout": 0.25, "update": 0.15, "
 """A kill comes at a random moment after a phase began."""
 EXIT_CODES = {"TERM": 143, "HUP": 129, "INT": 130, "KILL": -9}
 """Of the driver, by its own signal."""
-USUAL = re.compile(r"step \d+/\d+ |going on after step|starting training groups|WARNING:searchr1.runner.health:")
+USUAL = re.compile(r"step \d+/\d+ |going on after step|starting training groups|WARNING:searchr1.training.health:")
 """Lines that a run prints without anybody's doing."""
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GOES_ON = re.compile(r"going on after step (\d+)")

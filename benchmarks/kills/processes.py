@@ -125,7 +125,7 @@ class Server:
 
     def start(self) -> None:
         """Start it and wait until it can be searched."""
-        from searchr1.retrieval.client import wait_until_healthy
+        from searchr1.retrieval.client.client import wait_until_healthy
 
         words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(self._world / "corpus.jsonl")]
         words += ["--pages_path", str(self._world / "pages.jsonl"), "--port", str(self.port)]

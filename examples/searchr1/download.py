@@ -24,7 +24,7 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from searchr1.errors import UserError
-from searchr1.retrieval.unpack import unpack as write_rows
+from searchr1.retrieval.index.unpack import unpack as write_rows
 from searchr1.streams import open_streams
 
 GIB = 1 << 30

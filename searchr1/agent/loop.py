@@ -23,7 +23,7 @@ from searchr1.agent.settings import AgentSettings, Engine, Generation
 from searchr1.agent.tools import Tool, ToolResult
 from searchr1.agent.trajectory import Sample, StopReason, Trajectory, Turn
 from searchr1.errors import UserError
-from searchr1.unicode_text import whole_text
+from searchr1.files.text_rows import whole_text
 
 GenerateFn = Callable[..., Coroutine[Any, Any, Trajectory]]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from searchr1.agent.trajectory import ActionKind
-from searchr1.unicode_text import whole_text
+from searchr1.files.text_rows import whole_text
 
 TAGS = ("think", "search", "information", "answer", "access")
 InformationStyle = Literal["searchr1", "rlinf"]

@@ -11,7 +11,7 @@ from typing import Protocol
 from searchr1.agent.protocol import Document, InformationStyle, neutralise, render_body
 from searchr1.config.schema import ToolsConfig
 from searchr1.errors import UserError
-from searchr1.retrieval.client import TOKEN_VARIABLE, ClientStats, SearchClient, SearchUnavailable
+from searchr1.retrieval.client.client import TOKEN_VARIABLE, ClientStats, SearchClient, SearchUnavailable
 from searchr1.retrieval.documents import Page, RetrievedDocument
 
 FAILURE_WINDOW = 200

@@ -1,1 +1,1 @@
-"""Files of checkpoints, read without running anything that they name and without more memory than they are worth."""
+"""Model shapes, tensor names, checkpoint files and Hugging Face folders, and the conversions between them."""

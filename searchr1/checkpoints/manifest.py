@@ -12,12 +12,22 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.checkpoints.model_sums import verify_weights
-from searchr1.checksums import Damage, FileSum, damaged, files_below, inside, take, take_all
-from searchr1.convert.progress import progress_bar
+from searchr1.checkpoints.model_folder import verify_weights
 from searchr1.errors import UserError
-from searchr1.sealed import read_json
-from searchr1.sums_file import LaterFormat, read_sums, write_sums
+from searchr1.files.checksums import (
+    Damage,
+    FileSum,
+    LaterFormat,
+    damaged,
+    files_below,
+    inside,
+    read_sums,
+    take,
+    take_all,
+    write_sums,
+)
+from searchr1.files.sealed import read_json
+from searchr1.progress import progress_bar
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from searchr1.checkpoints.pickles import Call, Mapping, Reader, Sealed, StandIn, container
 from searchr1.errors import UserError
-from searchr1.lfs import refuse_pointer
+from searchr1.files.lfs import refuse_pointer
 
 METADATA = ".metadata"
 _SMALL_BYTES = 16 << 20

@@ -1,20 +1,13 @@
-"""A reader of pickles from strangers: nothing that they name is run, and what they build stays as small as the file.
-
-Unpickling can call whatever a pickle names, so a reader of a format lists the few names that belong to it, each with an
-object of its own: a `Call` where the pickle calls a function, a class of the type `Sealed` where it makes an instance. No
-other object is called, made or changed, whatever the pickle asks for.
-
-A small pickle can also ask for very much: a list copied a million times, nested tuples that take years to hash, buffers of a
-terabyte. So whatever is copied or hashed is counted against the file's size.
-"""
+"""A reader of pickles from strangers: nothing that they name is run, and what they build stays as small as the file."""
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterable
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 _MAX_DEPTH = 100
 """Of tuples in tuples."""
@@ -276,3 +269,35 @@ def container(kind: type[Any], reader: Reader) -> Call:
         return kind(items)
 
     return Call(make)
+
+
+class FilePart(io.RawIOBase):
+    """Part of a file as a file of its own. (PyTorch's own view cannot seek from its end, which zipfile does.)"""
+
+    def __init__(self, file: IO[bytes], start: int, length: int) -> None:
+        self._number, self._start, self._length = file.fileno(), start, length
+        self._position = 0
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Move."""
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Where the next read starts."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill a buffer as far as one read of the file does."""
+        view = memoryview(buffer)[: max(self._length - self._position, 0)]
+        count = os.preadv(self._number, [view], self._start + self._position)
+        self._position += count
+        return count

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
-from searchr1.checksums import Damage
 from searchr1.errors import UserError
-from searchr1.sealed import read_json
+from searchr1.files.checksums import Damage
+from searchr1.files.sealed import read_json
 
 Advance = Callable[[int], object]
 _MOST_JSON = 1 << 30
@@ -34,9 +34,9 @@ def check_model(folder: Path, advance: Advance) -> Iterator[Damage]:
         for path in pickles:
             yield from check_torch_file(path, advance)
         return
-    from searchr1.actor.megatron.hf_folder import INDEX, read_index
-    from searchr1.actor.weight_check import StoredWeights
-    from searchr1.convert.safetensors_file import SafetensorsReader
+    from searchr1.checkpoints.hf_folder import INDEX, read_index
+    from searchr1.checkpoints.safetensors import SafetensorsReader
+    from searchr1.checkpoints.weight_check import StoredWeights
 
     try:
         if (folder / "adapter_config.json").is_file():
@@ -52,7 +52,7 @@ def check_model(folder: Path, advance: Advance) -> Iterator[Damage]:
 
 def check_distributed(folder: Path, advance: Advance) -> Iterator[Damage]:
     """Yield what is wrong with a distributed checkpoint: the metadata, and each part's own checksum."""
-    from searchr1.convert.torch_dist import TorchDistFolder
+    from searchr1.checkpoints.torch_dist import TorchDistFolder
 
     try:
         with closing(TorchDistFolder(folder)) as opened:

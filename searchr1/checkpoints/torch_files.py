@@ -26,7 +26,7 @@ from torch.distributed.tensor import _dtensor_spec as spec
 
 from searchr1.checkpoints.pickles import Call, Mapping, Reader, StandIn, call, container
 from searchr1.errors import UserError
-from searchr1.lfs import refuse_pointer
+from searchr1.files.lfs import refuse_pointer
 
 _MAX_PICKLE = 32 << 20
 """Of the part that describes the tensors: thousands of them need a megabyte."""

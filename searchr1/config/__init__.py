@@ -1,1 +1,1 @@
-"""The YAML tree: its schema, loading, checking and explaining."""
+"""The YAML tree: its schema, loading, and the translation of RLinf's keys."""

@@ -1,11 +1,13 @@
-"""How the ranks of the actor or the critic share one model: pure arithmetic, known to the runner and to the ranks alike."""
+"""How worker groups share the cluster's slots, and how ranks share one model: pure arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from searchr1.config.critic import critic_run
 from searchr1.config.schema import Config
+from searchr1.device import Device
 from searchr1.errors import UserError
 
 
@@ -69,3 +71,187 @@ def critic_layout(config: Config, world: int) -> Layout:
         UserError: likewise.
     """
     return actor_layout(critic_run(config), world, "critic")
+
+
+def parse_slots(value: object, slots: int, key: str) -> list[int]:
+    """`all`, `3`, `0-3`, `0,2` or mixtures, also as a list -> slot numbers.
+
+    Raises:
+        UserError: not such a value, or a slot that does not exist.
+    """
+    text = ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value).strip()
+    if text == "all":
+        return list(range(slots))
+    if ":" in text and not isinstance(value, Mapping):
+        raise UserError(
+            f"{key}: {text!r} numbers processes, which follow from the slots and the parallel sizes here; leave out what is "
+            "after each colon"
+        )
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = (word.strip() for word in part.partition("-"))
+        if not _is_number(first) or (dash and not _is_number(last)):
+            raise UserError(f"{key}: {text!r} is no placement; use all, a slot (0), a range (0-3) or a list (0,2)")
+        start, end = int(first), int(last or first)
+        if end >= slots:
+            there = f"are {slots} slots (numbered 0 to {slots - 1})" if slots > 1 else "is 1 slot (number 0)"
+            raise UserError(f"{key}: {text!r} asks for slot {end}, but there {there}; name only what is there, or all")
+        if end < start:
+            raise UserError(f"{key}: {text!r} has a range that runs backwards; write {end}-{start}")
+        chosen += range(start, end + 1)
+    twice = sorted({slot for slot in chosen if chosen.count(slot) > 1})
+    if twice:
+        raise UserError(f"{key}: {text!r} names slot {twice[0]} twice; name each once")
+    return sorted(chosen)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+GROUPS = ("actor", "rollout", "reward", "inference", "critic")
+"""Worker groups that can be placed."""
+
+
+def placed_groups(config: Config) -> set[str]:
+    """The groups that `cluster.component_placement` names."""
+    return {name.strip() for names in config.cluster.component_placement for name in str(names).split(",")}
+
+
+def is_evaluation(config: Config) -> bool:
+    """Whether a YAML is for `searchr1 eval`: it says so, or it places no actor."""
+    if config.runner.task_type is not None:
+        return config.runner.task_type == "reasoning_eval"
+    return "actor" not in placed_groups(config)
+
+
+def total_slots(config: Config, device: Device) -> int:
+    """What `all` means.
+
+    Raises:
+        UserError: `cluster.slots` is more than the GPUs there are, or no number of slots at all.
+    """
+    slots = config.cluster.slots
+    if slots is None:
+        return device.workers_for_all
+    if slots < 1:
+        raise UserError(f"cluster.slots: must be 1 or more, or null for all, but is {slots}")
+    if device.is_cuda and slots > device.slots:
+        raise UserError(
+            f"cluster.slots: {slots} is more than the {device.slots} GPU{'s' if device.slots > 1 else ''} that this process "
+            "sees (CUDA_VISIBLE_DEVICES); lower it, or leave it out to take them all"
+        )
+    return slots
+
+
+def visible_gpus(device: Device, environment: Mapping[str, str]) -> list[int]:
+    """The machine's numbers of the GPUs behind the slots: those that `CUDA_VISIBLE_DEVICES` names, in its order, or all.
+
+    Args:
+        device: GPUs.
+        environment: of the process that starts the workers.
+
+    Raises:
+        UserError: the variable names GPUs that workers cannot be given by number, or some that are not there.
+    """
+    value = environment.get(VISIBLE)
+    if value is None:
+        return list(range(device.slots))
+    names = [name.strip() for name in value.split(",")]
+    for name in names:
+        if name.upper().startswith(("GPU-", "MIG-")):
+            kind = "a part of a GPU (MIG)" if name.upper().startswith("MIG-") else "a GPU by its UUID"
+            raise UserError(
+                f"{VISIBLE}: {name!r} is {kind}, but worker processes are given whole GPUs by number; write numbers, "
+                "for instance 0,1 (nvidia-smi -L lists both)"
+            )
+        if not _is_number(name):
+            # CUDA ignores such a name and all that come after it.
+            raise UserError(f"{VISIBLE}: {name!r} in {value!r} is no GPU's number; write numbers, for instance 0,1")
+    numbers = [int(name) for name in names]
+    for number in numbers:
+        if numbers.count(number) > 1:
+            raise UserError(f"{VISIBLE}: {value!r} names GPU {number} twice; name each once")
+    if len(numbers) != device.slots:
+        raise UserError(
+            f"{VISIBLE}: {value!r} names {len(numbers)} GPU{'s' if len(numbers) > 1 else ''}, but torch sees "
+            f"{device.slots}; name only GPUs that nvidia-smi lists, which are numbered from 0"
+        )
+    return numbers
+
+
+def describe_device(device: Device, environment: Mapping[str, str]) -> str:
+    """Name the device, and on CUDA the GPUs behind the slots, for people.
+
+    Raises:
+        UserError: as `visible_gpus` does.
+    """
+    if not device.is_cuda:
+        return device.kind
+    numbers = visible_gpus(device, environment)
+    return f"cuda, GPU{'s' if len(numbers) > 1 else ''} {' '.join(map(str, numbers))}"
+
+
+def group_slots(config: Config, component: str, device: Device) -> list[int]:
+    """Slots of a group. Inference group and critic share the actor's unless they are placed themselves."""
+    # A group's own entry goes before one that it shares, so that `component_placement.actor=0-3` overrides a recipe.
+    placement = sorted(config.cluster.component_placement.items(), key=lambda item: str(item[0]).count(","))
+    for names, value in placement:
+        if component in [name.strip() for name in str(names).split(",")]:
+            slots = total_slots(config, device)
+            if not device.is_cuda and config.cluster.slots is None:
+                slots = max(slots, _model_parallel_size(config, component))
+            return parse_slots(value, slots, f"cluster.component_placement.{names}")
+    if component in ("inference", "critic"):
+        # On a CPU one copy of these is enough, however many the actor has.
+        if device.is_cuda:
+            return group_slots(config, "actor", device)
+        return list(range(config.cluster.slots or _model_parallel_size(config, component)))
+    raise UserError(f"cluster.component_placement: nothing is said about {component!r}; add `{component}: all`")
+
+
+def _model_parallel_size(config: Config, component: str) -> int:
+    """Processes that one copy of a group's model needs."""
+    run = critic_run(config) if component == "critic" else config
+    if component not in ("actor", "critic") or run.actor.training_backend != "megatron":
+        return 1
+    return run.actor.model.tensor_model_parallel_size * run.actor.model.pipeline_model_parallel_size
+
+
+def group_ranks(config: Config, component: str, device: Device) -> list[tuple[int, ...]]:
+    """The processes of a group, each with its slots (several for an engine of several GPUs).
+
+    Raises:
+        UserError: the placement does not fit the parallel sizes.
+    """
+    slots = group_slots(config, component, device)
+    size = 1
+    if component == "rollout":
+        size = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
+    if len(slots) % size:
+        raise UserError(
+            f"rollout.tensor_parallel_size x rollout.pipeline_parallel_size = {size} does not divide the rollout's "
+            f"{len(slots)} slot{'s' if len(slots) > 1 else ''} (cluster.component_placement)"
+        )
+    return [tuple(slots[i : i + size]) for i in range(0, len(slots), size)]
+
+
+def shares_gpus(config: Config, device: Device) -> bool:
+    """Whether the engines of a training run stand on GPUs that its actor, critic or reference model uses too.
+
+    Then the engines sleep while these compute. Always False on a CPU.
+
+    Raises:
+        UserError: a placement that does not fit.
+    """
+    if not device.is_cuda:
+        return False
+    users = ["actor"]
+    if config.critic.use_critic_model:
+        users.append("critic")
+    if config.algorithm.kl_beta > 0:
+        users.append("inference")
+    engines = set(group_slots(config, "rollout", device))
+    return any(engines & set(group_slots(config, user, device)) for user in users)

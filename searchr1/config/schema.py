@@ -9,10 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from searchr1.config.schema_evaluation import EvaluationConfig
-from searchr1.config.schema_health import HealthConfig
 from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
-from searchr1.config.schema_reward import RewardConfig
+from searchr1.config.schema_reward import EvaluationConfig, HealthConfig, RewardConfig
 
 ALIASES = {"agentloop.maxturn": "agentloop.max_turns"}
 """Old spellings."""

@@ -1,1 +1,1 @@
-"""Questions: rows, prompts, the loader, and the demo world."""
+"""Questions: rows, prompts, the loader, and the preparation of question sets."""

@@ -74,7 +74,7 @@ def template_text(name: str | None) -> str | None:
     if name.endswith(".txt"):
         return _own_template(name)
     if Path(name).name == "searchr1.json":
-        from searchr1.config.model_settings import own_template
+        from searchr1.data.model_settings import own_template
 
         return own_template(Path(name))
     raise UserError(

@@ -1,1 +1,1 @@
-"""What an evaluation found: metrics with intervals, tables, published numbers, files. Imports neither Ray nor vLLM."""
+"""Evaluate models: methods, ledger, tables, published numbers, and the driver."""

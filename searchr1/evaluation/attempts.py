@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from searchr1.evaluation.sources import canonical
+from searchr1.evaluation.published import canonical
 from searchr1.rewards import answers
 
 JUDGE = "judge"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from searchr1.evaluation.page_style import escape
-from searchr1.evaluation.published import Published
-from searchr1.evaluation.sources import LABELS, label
+from searchr1.evaluation.published import LABELS, Published, label
 from searchr1.evaluation.summary import Summary, Value
 from searchr1.evaluation.tables import score
 

@@ -8,8 +8,8 @@ from typing import Any
 from searchr1.evaluation.chart import interval_chart
 from searchr1.evaluation.methods import METHODS
 from searchr1.evaluation.page_style import STYLE, escape
+from searchr1.evaluation.published import canonical, label
 from searchr1.evaluation.results import Results
-from searchr1.evaluation.sources import canonical, label
 from searchr1.evaluation.tables import Table, score
 from searchr1.rewards.answers import exact_match
 

@@ -11,12 +11,10 @@ from typing import Any
 
 from searchr1.errors import UserError
 from searchr1.evaluation.attempts import Attempt
-from searchr1.evaluation.estimates import CONFIDENCE, RESAMPLES
 from searchr1.evaluation.ledger import write_whole
 from searchr1.evaluation.methods import main_method
-from searchr1.evaluation.published import Published, nearest
-from searchr1.evaluation.sources import LABELS, canonical
-from searchr1.evaluation.summary import Summary, flat_metrics, summarise
+from searchr1.evaluation.published import LABELS, Published, canonical, nearest
+from searchr1.evaluation.summary import CONFIDENCE, RESAMPLES, Summary, flat_metrics, summarise
 from searchr1.evaluation.tables import Table, comparison, markdown, method_table, plain
 
 WRONG_SHOWN, RIGHT_SHOWN = 4, 2

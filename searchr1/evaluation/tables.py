@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from searchr1.evaluation.methods import METHODS
-from searchr1.evaluation.published import Published
-from searchr1.evaluation.sources import LABELS, label
+from searchr1.evaluation.published import LABELS, Published, label
 from searchr1.evaluation.summary import SetSummary, Summary, Value
 
 SCORE_TITLES = {"exact_match": "exact match", "f1": "F1", "substring_match": "substring", "judge": "judge"}

@@ -1,1 +1,1 @@
-"""Retrieval: corpus, pages, indexes, the server, and the client that the agent uses."""
+"""The retrieval server, its indexes and its client."""

@@ -1,4 +1,4 @@
-"""Passages and pages as they travel over HTTP."""
+"""Passages and pages as they travel over HTTP, and how long a request may take."""
 
 from __future__ import annotations
 
@@ -35,3 +35,13 @@ def split_contents(contents: str) -> tuple[str, str]:
     if len(title) > 1 and title[0] == title[-1] == '"':
         title = title[1:-1].strip()
     return title, rest.strip()
+
+
+QUERIES_PER_TIMEOUT = 512
+PAIRS_PER_TIMEOUT = 5120
+"""Of query and passage, for a reranker."""
+
+
+def grown(timeout_s: float, count: int, per: int) -> float:
+    """`timeout_s` for every `per` things of a request, and for what is left over."""
+    return timeout_s * max(-(-count // per), 1)

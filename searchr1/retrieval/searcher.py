@@ -1,4 +1,4 @@
-"""The seam between the server and what answers a query: a local index, a reranker over one, or an online engine."""
+"""The seams of retrieval: an index (queries in, rows and scores out) and a searcher that answers for the server."""
 
 from __future__ import annotations
 
@@ -6,6 +6,23 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from searchr1.retrieval.documents import Page
+
+Hits = list[tuple[int, float]]
+"""(row, score), best first."""
+
+
+class Index(Protocol):
+    """What a server searches."""
+
+    @property
+    def rows(self) -> int:
+        """Passages in the index."""
+        ...
+
+    def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
+        """At most `topk` hits for each query."""
+        ...
+
 
 Document = dict[str, Any]
 """A passage as it travels: `{"id", "contents", "url"?}`."""

@@ -1,18 +1,22 @@
-"""Asking a chat model over OpenAI's HTTP API until it answers usefully or time is up."""
+"""Ask a chat model for verdicts over OpenAI's HTTP API; verdicts are kept on disk."""
 
 from __future__ import annotations
 
 import asyncio
 import email.utils
+import hashlib
 import json
 import random
+import sqlite3
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import aiohttp
 
 from searchr1.errors import UserError
+from searchr1.files.text_rows import whole_text
 
 T = TypeVar("T")
 
@@ -144,3 +148,62 @@ def _retry_after(value: str | None) -> float:
         return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
     except ValueError:
         return 0.0
+
+
+WAIT_S = 10.0
+"""For another reward process that is writing."""
+
+
+class VerdictCache:
+    """A SQLite file that several processes of one machine may share. Holds hashes and scores, no texts and no keys."""
+
+    def __init__(self, path: str) -> None:
+        """Open or create.
+
+        Raises:
+            UserError: the file cannot be written or is something else.
+        """
+        self._path = path
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._database = sqlite3.connect(path, timeout=WAIT_S, isolation_level=None)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            # A verdict lost with the machine's power is asked for again; waiting for the disk each time costs more.
+            self._database.execute("PRAGMA synchronous=OFF")
+            self._database.execute("CREATE TABLE IF NOT EXISTS verdicts (hash TEXT PRIMARY KEY, score REAL NOT NULL)")
+        except (OSError, sqlite3.Error) as error:
+            raise self._failed(error) from error
+
+    def get(self, key: str) -> float | None:
+        """The score under a key of `verdict_key`, or None.
+
+        Raises:
+            UserError: the file is damaged or gone.
+        """
+        try:
+            row = self._database.execute("SELECT score FROM verdicts WHERE hash = ?", (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        return None if row is None else float(row[0])
+
+    def put(self, key: str, score: float) -> None:
+        """Remember a score.
+
+        Raises:
+            UserError: the disk is full, the file damaged.
+        """
+        try:
+            self._database.execute("INSERT OR REPLACE INTO verdicts VALUES (?, ?)", (key, score))
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        return UserError(
+            f"reward.judge.cache_path: {self._path}: {error}; give the path of a new file, or of one written by this key"
+        )
+
+
+def verdict_key(url: str, body: dict[str, Any]) -> str:
+    """What a verdict depends on: the address, the model and the whole prompt."""
+    text = json.dumps([url, body], sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(whole_text(text).encode()).hexdigest()

@@ -25,8 +25,7 @@ from typing import Any
 from searchr1.agent.settings import GenerateParams, Generation
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.rollout.backend import KV_CACHE, WEIGHTS, Backend, Finished, OnText
-from searchr1.rollout.handover import Command, Pending, across_threads, deliver
+from searchr1.rollout.backend import KV_CACHE, WEIGHTS, Backend, Command, Finished, OnText, Pending, across_threads, deliver
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import VllmBackend
 from searchr1.rollout.weights import WeightManifest

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from searchr1.actor.weight_check import check_model_folder
 from searchr1.agent.settings import GenerateParams
+from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.files.temp_folder import VLLM_BYTES, shorten_temp_folder
 from searchr1.nvidia import vllm_mismatch
 from searchr1.rollout.backend import Finished, OnText
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.weights import WeightManifest
-from searchr1.temp_folder import VLLM_BYTES, shorten_temp_folder
 
 _ADAPTER = "policy"
 _ADAPTER_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -14,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
-from searchr1.tracking.guarded import FAILED, GuardedLogger
-from searchr1.tracking.loggers import Logger, file_loggers
+from searchr1.tracking.loggers import FAILED, GuardedLogger, Logger, file_loggers
 from searchr1.tracking.metrics import eval_table
 from searchr1.tracking.token_text import load_token_text
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, whole_groups, write_trajectories

@@ -12,7 +12,7 @@ from searchr1.agent.settings import AgentSettings, Generation
 from searchr1.agent.tools import FailureMonitor, SearchTool
 from searchr1.agent.trajectory import Sample
 from searchr1.config.load import load_config
-from searchr1.retrieval.client import ClientStats
+from searchr1.retrieval.client.client import ClientStats
 from searchr1.retrieval.documents import RetrievedDocument
 
 ROOT = Path(__file__).parents[2]

@@ -16,14 +16,14 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
-from rlinf_loop import RLINF_SETTINGS, run_rlinf
+from support.rlinf_loop import RLINF_SETTINGS, run_rlinf
 
 from searchr1.agent.loop import run_trajectory
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import FailureMonitor, SearchTool
 from searchr1.agent.trajectory import Sample
 from searchr1.config.load import load_config
-from searchr1.retrieval.client import SearchClient
+from searchr1.retrieval.client.client import SearchClient
 from searchr1.rewards.scorer import score_trajectory
 
 pytest.importorskip("rlinf")

@@ -18,10 +18,10 @@ from searchr1.agent.protocol import frame, parse_action
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import ToolResult
 from searchr1.agent.trajectory import Sample
-from searchr1.config.check import check_agent, check_config
+from searchr1.chat.session import explain_stop
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.inference.session import explain_stop
+from searchr1.preflight.check import check_agent, check_config
 from searchr1.rewards.scorer import score_trajectory
 
 TOKENIZER = Path(__file__).parents[2] / "examples/demo/cold_start"

@@ -13,7 +13,7 @@ from searchr1.agent.protocol import NO_RESULTS, Document, frame, render_body, re
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, SearchTool, build_tools, show_page
 from searchr1.config.schema import SearchToolConfig, ToolsConfig
 from searchr1.errors import UserError
-from searchr1.retrieval.client import SearchClient, SearchUnavailable
+from searchr1.retrieval.client.client import SearchClient, SearchUnavailable
 from searchr1.retrieval.documents import Page, RetrievedDocument
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from padded import make_batch, ours
+from support.padded import make_batch, ours
 
 from searchr1.algorithms.aggregation import Denominators
 from searchr1.algorithms.correction import CorrectionSettings

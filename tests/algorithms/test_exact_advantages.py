@@ -5,18 +5,18 @@ from __future__ import annotations
 import random
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracles
 
-from searchr1.actor.packing import pack
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings, compute_advantages
 from searchr1.algorithms.advantages.gae import gae, whiten_tokens
 from searchr1.config.schema import AlgorithmConfig
-from searchr1.runner.credit import assign_credit, assign_token_credit
+from searchr1.learner.packing import pack
+from searchr1.training.advantages import assign_credit, assign_token_credit
 
 Batch = tuple[list[float], list[int], list[int]]
 """Rewards, groups and policy tokens of each attempt."""

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import Token
+from support import oracles
+from support.oracles import Token
 from torch import Tensor
 
 from searchr1.algorithms.aggregation import Denominators, check_aggregation

@@ -12,15 +12,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1.actor.policy import Policy
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings, compute_advantages
 from searchr1.algorithms.lookup import is_dotted_path
 from searchr1.algorithms.policy_losses import POLICY_LOSSES, ClipSettings, PolicyInputs, policy_loss
-from searchr1.config.check import check_config
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.learner.policy import Policy
+from searchr1.preflight.check import check_config
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/custom_algorithm"
 REWARDS = [1.0, 0.0, 0.25, 1.0, 0.0, 0.0]

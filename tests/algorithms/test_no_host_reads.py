@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from host_reads import HostReads
+from support.host_reads import HostReads
 
 from searchr1.algorithms.aggregation import Denominators
 from searchr1.algorithms.correction import CorrectionSettings

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from lifted import lift
-from padded import LENGTH, LONGEST, ROWS, SEEDS, exactly, make_batch, ours
+from support.lifted import lift
+from support.padded import LENGTH, LONGEST, ROWS, SEEDS, exactly, make_batch, ours
 from torch import Tensor
 
 from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings, compute_advantages

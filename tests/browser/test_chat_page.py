@@ -9,10 +9,10 @@ import socket
 
 import pytest
 import uvicorn
-from chromium import chromium, find_chromium
-from scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
+from support.chromium import chromium, find_chromium
+from support.scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
 
-from searchr1.inference.server import Limits, create_app
+from searchr1.chat.server import Limits, create_app
 from searchr1.retrieval.documents import RetrievedDocument
 from searchr1.rollout.engine import EngineError
 

@@ -7,10 +7,10 @@ import json
 import time
 
 import pytest
-from chromium import Tab, chromium, find_chromium
-from runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_settings, write_step
+from support.chromium import Tab, chromium, find_chromium
+from support.runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_settings, write_step
 
-from searchr1.tracking.report import main
+from searchr1.commands.report import main
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium")]
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from chromium import chromium, find_chromium
+from support.chromium import chromium, find_chromium
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium")]
 

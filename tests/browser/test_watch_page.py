@@ -11,10 +11,10 @@ import sys
 import threading
 
 import pytest
-from chromium import chromium, find_chromium
-from runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_step
+from support.chromium import chromium, find_chromium
+from support.runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_step
 
-from searchr1.tracking.watch import Watched, WatchServer
+from searchr1.commands.watch import Watched, WatchServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium")]
 

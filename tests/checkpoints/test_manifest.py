@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from bit_flips import flipped
+from support.bit_flips import flipped
 
-from searchr1 import sums_file
 from searchr1.checkpoints import manifest
 from searchr1.checkpoints.manifest import (
     MANIFEST,
@@ -23,8 +22,9 @@ from searchr1.checkpoints.manifest import (
     write_manifest,
     write_rank_sums,
 )
-from searchr1.checksums import checksum, take, take_all
 from searchr1.errors import UserError
+from searchr1.files import checksums as sums_file
+from searchr1.files.checksums import checksum, take, take_all
 
 
 def make(root: Path, step: int) -> Path:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from payloads import RUN, archive, tensor_pickle
 from safetensors.torch import save_file
+from support.payloads import RUN, archive, tensor_pickle
 
 from searchr1.checkpoints.model_folder import check_files
-from searchr1.checkpoints.safetensors_header import read_header
+from searchr1.checkpoints.safetensors import read_header
 from searchr1.errors import UserError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
@@ -185,7 +185,7 @@ def test_names_on_the_hub_are_no_folders():
     "target", ["/etc/passwd", "../x.safetensors", "a/b.safetensors", "", ".", "x\0.safetensors", 3, None]
 )
 def test_an_index_that_leads_out_of_the_folder_is_refused(folder, target):
-    from searchr1.actor.megatron.hf_folder import weight_files
+    from searchr1.checkpoints.hf_folder import weight_files
 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": target}}))
     with pytest.raises(UserError, match=r"model\.safetensors\.index\.json (names|is damaged)"):
@@ -208,7 +208,7 @@ def pointers(tmp_path):
 
 def test_commands_name_the_pointer(pointers, tmp_path, monkeypatch, capsys):
     from searchr1.cli import main
-    from searchr1.runner import sft
+    from searchr1.training import sft
 
     monkeypatch.setattr(sft, "init_process_group", lambda device: None)
     monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
@@ -226,8 +226,8 @@ def test_commands_name_the_pointer(pointers, tmp_path, monkeypatch, capsys):
 
 
 def test_servers_of_encoders_and_rerankers_name_it_too(pointers):
-    from searchr1.retrieval.encoder import Encoder
-    from searchr1.retrieval.rerank import CrossEncoder
+    from searchr1.retrieval.encode.encoder import Encoder
+    from searchr1.retrieval.rerank.rerank import CrossEncoder
 
     with pytest.raises(UserError, match=r"--retriever_model .* is a Git LFS pointer"):
         Encoder("e5", pointers)

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from payloads import RUN, archive, saved
+from support.payloads import RUN, archive, saved
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
-from searchr1.actor.checkpoint import load_state, new_checkpoint, save_state
 from searchr1.checkpoints.metadata import read_metadata
 from searchr1.errors import UserError
+from searchr1.learner.checkpoint import load_state, new_checkpoint, save_state
 
 SHAPES = ("stack global, protocol 4", "getattr of a module", "instance", "a pickle in a pickle")
 """Payloads that stand for the others where reading a file takes long; every shape is tried in test_strangers_files.py."""
@@ -216,8 +216,8 @@ def test_links_are_read_through_and_pipes_are_not(checkpoint, tmp_path):
 def test_no_file_of_a_megatron_checkpoint_runs_anything(tmp_path, marker):
     from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
-    from searchr1.checkpoints.megatron import load_megatron
-    from searchr1.convert.torch_dist_writer import TorchDistWriter
+    from searchr1.checkpoints.distributed import load_megatron
+    from searchr1.checkpoints.torch_dist import TorchDistWriter
 
     def state() -> dict:
         w = ShardedTensor.from_rank_offsets("w", torch.zeros(4, 3))
@@ -272,7 +272,7 @@ def test_no_file_of_a_megatron_checkpoint_runs_anything(tmp_path, marker):
 def test_megatrons_names_are_its_own_again_after_loading(tmp_path):
     from megatron.core.dist_checkpointing.strategies import torch as strategy
 
-    from searchr1.checkpoints.megatron import load_megatron
+    from searchr1.checkpoints.distributed import load_megatron
 
     before = strategy._get_filesystem_reader, strategy.MCoreLoadPlanner
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "common_backend": "torch"}')
@@ -282,7 +282,7 @@ def test_megatrons_names_are_its_own_again_after_loading(tmp_path):
 
 
 def test_weights_to_start_from_name_their_key(tmp_path):
-    from searchr1.actor.megatron.checkpoint import load_weights
+    from searchr1.learner.megatron.checkpoint import load_weights
 
     module = SimpleNamespace(sharded_state_dict=lambda metadata: {})
     with pytest.raises(UserError, match=r"actor\.model\.megatron_checkpoint: .*metadata\.json is damaged"):

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from payloads import LARGE, REFUSED, RUN, archive, saved, tensor_pickle
+from support.payloads import LARGE, REFUSED, RUN, archive, saved, tensor_pickle
 
 from searchr1.checkpoints.metadata import read_metadata
 from searchr1.checkpoints.pickles import Reader
 from searchr1.checkpoints.torch_files import load_tensors, load_weights
 from searchr1.errors import UserError
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, {here!r})
-from payloads import LARGE, archive, tensor_pickle
+from support.payloads import LARGE, archive, tensor_pickle
 from searchr1.checkpoints.metadata import read_metadata
 from searchr1.checkpoints.torch_files import load_tensors, load_weights
 from searchr1.errors import UserError
@@ -124,7 +124,7 @@ print("bounded")
 
 
 def test_memory_stays_bounded(tmp_path):
-    script = MEMORY.format(here=str(HERE), folder=str(tmp_path))
+    script = MEMORY.format(here=str(SUPPORT), folder=str(tmp_path))
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert found.stdout.strip() == "bounded", found.stderr[-2000:]
 

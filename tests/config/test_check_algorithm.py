@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from searchr1.config.check import value_of
-from searchr1.config.check_algorithm import algorithm_warnings, check_algorithm
 from searchr1.config.schema import AlgorithmConfig, Config
+from searchr1.preflight.check import value_of
+from searchr1.preflight.check_algorithm import algorithm_warnings, check_algorithm
 
 
 def algorithm(**values: object) -> AlgorithmConfig:

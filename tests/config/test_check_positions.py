@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.config.check_positions import check_positions, model_positions, positions_of
+from searchr1.chat.load import fit_to_model
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.inference.load import fit_to_model
-from searchr1.runner.sft import longest_row
+from searchr1.preflight.check_models import check_positions, model_positions, positions_of
+from searchr1.training.sft import longest_row
 
 QWEN25 = {
     "model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.cli import main
-from searchr1.config.check import check_config, warnings
-from searchr1.config.cli import main as check_main
+from searchr1.commands.check_config import main as check_main
+from searchr1.config.layout import shares_gpus
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config
-from searchr1.config.placement import shares_gpus
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.preflight.check import check_config, warnings
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "examples/searchr1/config"

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.config.check import check_config
-from searchr1.config.cli import explain
+from searchr1.commands.check_config import explain
 from searchr1.config.critic import critic_run
-from searchr1.config.layout import critic_layout
+from searchr1.config.layout import critic_layout, group_ranks
 from searchr1.config.load import load_config
-from searchr1.config.placement import group_ranks
 from searchr1.device import Device
+from searchr1.preflight.check import check_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/searchr1/config/tiny-cpu.yaml"
 GAE = ("algorithm.adv_type=gae", "critic.use_critic_model=True")

@@ -6,13 +6,13 @@ import re
 
 import pytest
 
-from searchr1.config.check import check_config
-from searchr1.config.cli import explain
+from searchr1.commands.check_config import explain
+from searchr1.config.layout import group_ranks, parse_slots, visible_gpus
 from searchr1.config.load import load_config
-from searchr1.config.placement import group_ranks, parse_slots, visible_gpus
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.preflight.check import check_config
 
 
 def gpus(count: int) -> Device:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-import searchr1.config.memory_plan_cli
+import searchr1.commands.plan_memory
 import searchr1.device
+from searchr1.commands.plan_memory import main
 from searchr1.config.load import load_config
-from searchr1.config.memory_host import Processes, plan_cpu, plan_gpu_host
-from searchr1.config.memory_layout import layout_of
-from searchr1.config.memory_plan import GIB, SHAPES
-from searchr1.config.memory_plan_cli import main
 from searchr1.device import Device, usable_memory
+from searchr1.preflight.memory_host import Processes, plan_cpu, plan_gpu_host
+from searchr1.preflight.memory_layout import layout_of
+from searchr1.preflight.memory_plan import GIB, SHAPES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/searchr1/config"
 TINY, RECIPE = CONFIGS / "tiny-cpu.yaml", CONFIGS / "qwen2.5-3b-tool-1node.yaml"
@@ -47,7 +47,7 @@ def test_a_cpu_run_is_planned_in_host_memory(capsys):
 
 
 def test_a_cpu_run_is_held_against_this_machine(monkeypatch, capsys):
-    monkeypatch.setattr(searchr1.config.memory_plan_cli, "usable_memory", lambda: 5 * GIB)
+    monkeypatch.setattr(searchr1.commands.plan_memory, "usable_memory", lambda: 5 * GIB)
     assert main([str(TINY), *SHAPE]) == 1
     text = capsys.readouterr().out
     assert "device   cpu, 5.0 GiB of memory of this machine" in text

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from searchr1.commands.plan_memory import main
 from searchr1.config.load import load_config
-from searchr1.config.memory_layout import layout_of
-from searchr1.config.memory_plan import GIB, PHASES, SHAPES, Layout, knobs, plan_memory
-from searchr1.config.memory_plan_cli import main
+from searchr1.preflight.memory_layout import layout_of
+from searchr1.preflight.memory_plan import GIB, PHASES, SHAPES, Layout, knobs, plan_memory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/searchr1/config"
 RECIPE = CONFIGS / "qwen2.5-3b-tool-1node.yaml"

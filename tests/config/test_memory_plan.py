@@ -14,9 +14,21 @@ import pytest
 import torch
 
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.checkpoints.parameter_counts import (
+    ModelShape,
+    guess_shape,
+    padded_vocab,
+    read_shape,
+    shard_adapters,
+    shard_parameters,
+    stage_parameters,
+)
+from searchr1.commands.plan_memory import main
 from searchr1.config.load import load_config
-from searchr1.config.memory_layout import layout_of
-from searchr1.config.memory_plan import (
+from searchr1.device import Device
+from searchr1.errors import UserError
+from searchr1.preflight.memory_layout import layout_of
+from searchr1.preflight.memory_plan import (
     GIB,
     PHASES,
     SHAPES,
@@ -27,19 +39,7 @@ from searchr1.config.memory_plan import (
     plan_memory,
     remedy,
 )
-from searchr1.config.memory_plan_cli import main
-from searchr1.config.memory_shapes import (
-    ModelShape,
-    guess_shape,
-    padded_vocab,
-    read_shape,
-    shard_adapters,
-    shard_parameters,
-    stage_parameters,
-)
-from searchr1.config.memory_table import layouts_table
-from searchr1.device import Device
-from searchr1.errors import UserError
+from searchr1.preflight.memory_table import layouts_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/searchr1/config/qwen2.5-3b-tool-1node.yaml"
@@ -61,7 +61,7 @@ def hf_config(shape: ModelShape):
 def hf_model(shape: ModelShape, device: str = "meta"):
     from transformers import AutoModelForCausalLM
 
-    import searchr1.actor.attention  # noqa: F401
+    import searchr1.learner.attention  # noqa: F401
 
     with torch.device(device):
         return AutoModelForCausalLM.from_config(hf_config(shape), attn_implementation="searchr1_packed")
@@ -106,7 +106,7 @@ def test_published_sizes():
 
 def test_what_the_loss_works_on():
     from searchr1.algorithms.entropy import CHUNK_ELEMENTS
-    from searchr1.config.memory_host import CPU_LOSS_BYTES
+    from searchr1.preflight.memory_host import CPU_LOSS_BYTES
 
     assert Layout().loss_bytes == 4 * 4 * CHUNK_ELEMENTS["cuda"]
     assert 4 * 4 * CHUNK_ELEMENTS["cpu"] == CPU_LOSS_BYTES
@@ -122,7 +122,7 @@ def test_vocabulary_is_padded():
 
 @pytest.fixture(scope="module")
 def process_group():
-    from searchr1.actor.model import init_process_group
+    from searchr1.learner.model import init_process_group
 
     init_process_group(CPU)
     yield
@@ -149,16 +149,16 @@ class Actor:
     """The parts of an FSDP actor that hold memory."""
 
     def __init__(self, shape, precision="fp32", checkpointing=False):
-        from searchr1.actor.model import shard_model
-        from searchr1.actor.optimizer import build_optimizer
         from searchr1.config.schema_model import OptimConfig
+        from searchr1.learner.model import shard_model
+        from searchr1.learner.optimizer import build_optimizer
 
         model = hf_model(shape, "cpu").float()
         self.model = shard_model(model, CPU, precision=precision, gradient_checkpointing=checkpointing)
         self.optimizer = build_optimizer(self.model, OptimConfig())
 
     def gradients(self, batch):
-        from searchr1.actor.model import policy_logprobs
+        from searchr1.learner.model import policy_logprobs
 
         policy_logprobs(self.model, batch, 1.0).logprobs_M.sum().backward()
 
@@ -168,7 +168,7 @@ class Actor:
 
 
 def batch_of(count=4, prompt=4, response=28):
-    from searchr1.actor.packing import pack
+    from searchr1.learner.packing import pack
 
     (batch,) = pack(trajectories(count, prompt, response), count * (prompt + response))
     return batch
@@ -194,7 +194,7 @@ def test_fsdp_state_is_exact(process_group, shape, precision):
 def test_nothing_stays_gathered_after_scoring(process_group):
     from torch.distributed.tensor import DTensor
 
-    from searchr1.actor.fsdp import FsdpModel
+    from searchr1.learner.fsdp import FsdpModel
 
     model = FsdpModel(Actor(TINY).model, CPU)
     (found,) = model.forward([batch_of()], 1.0)
@@ -221,7 +221,7 @@ class Saved:
         return tensor
 
     def forward(self, model, batch):
-        from searchr1.actor.attention import packed_model_inputs
+        from searchr1.learner.attention import packed_model_inputs
 
         with torch.autograd.graph.saved_tensors_hooks(self.add, lambda tensor: tensor):
             self.output = model.model(**packed_model_inputs(batch))
@@ -298,9 +298,9 @@ from pathlib import Path
 jobs = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from searchr1.actor.megatron.backend import MegatronBackend
-from searchr1.config.memory_layout import layout_of
-from searchr1.config.memory_shapes import read_shape
+from searchr1.learner.megatron.backend import MegatronBackend
+from searchr1.preflight.memory_layout import layout_of
+from searchr1.checkpoints.parameter_counts import read_shape
 from searchr1.config.schema import Config
 from searchr1.device import Device
 sys.path.insert(0, sys.argv[2])
@@ -619,8 +619,8 @@ def test_a_critic_on_megatron():
     "targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")]
 )
 def test_adapters_are_those_that_peft_makes(targets):
-    from searchr1.actor.lora import add_adapters, is_adapter
     from searchr1.config.schema_model import LoraConfig
+    from searchr1.learner.lora import add_adapters, is_adapter
 
     shape = replace(TINY, tied=False)
     model = hf_model(shape)
@@ -733,7 +733,7 @@ def test_the_page_shows_what_the_command_prints():
 def test_plan_needs_no_torch():
     code = """
 import sys
-import searchr1.config.memory_plan as m
+import searchr1.preflight.memory_plan as m
 m.plan_memory(m.SHAPES["qwen2.5-3b"], m.Layout())
 print("torch" in sys.modules)
 """

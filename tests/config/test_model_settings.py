@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.checkpoints.run_settings import carry_settings
 from searchr1.config.load import given_keys, load_config, save_config
-from searchr1.config.model_settings import FILE, ModelSettings
 from searchr1.config.schema import AgentLoopConfig, Config, SamplingParams
-from searchr1.convert.run_settings import carry_settings
+from searchr1.data.model_settings import FILE, ModelSettings
 from searchr1.data.prompts import SEARCHR1, template_text
 from searchr1.errors import UserError
-from searchr1.evaluation.model_folder import fingerprint
-from searchr1.runner.eval_tasks import follow_model
-from searchr1.runner.run_folder import RunFolder
-from searchr1.runner.sft_settings import rows_settings
+from searchr1.evaluation.manifest import fingerprint
+from searchr1.evaluation.tasks import follow_model
+from searchr1.training.run_folder import RunFolder
+from searchr1.training.sft_data import rows_settings
 
 ROOT = Path(__file__).parents[2]
 COLD_START = ROOT / "examples/demo/cold_start"

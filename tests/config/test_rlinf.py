@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.rlinf_trees import NAMES, PUBLIC, tree
 
 from searchr1.algorithms.correction import CorrectionSettings, correction_weights
 from searchr1.cli import main
-from searchr1.config.check import check_config, value_of
+from searchr1.config.layout import is_evaluation
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config
-from searchr1.config.placement import is_evaluation
 from searchr1.config.rlinf import is_rlinf
-from tests.config.rlinf_trees import NAMES, PUBLIC, tree
+from searchr1.preflight.check import check_config, value_of
 from tests.config.test_config_core import CONFIGS, ROOT, files  # noqa: F401
 
 RLINF_AGENT = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from searchr1.cli import main
-from searchr1.config.check import check_config
 from searchr1.config.load import ConfigError, known_keys, load_config
 from searchr1.config.suggestions import MEANINGS, MOST, explain_unknown, suggest
+from searchr1.preflight.check import check_config
 from tests.config.test_config_core import CONFIGS
 
 TINY = CONFIGS / "tiny-cpu.yaml"

@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.convert_models import MODELS, make_model, model_name
 
-HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE))
+from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
 
-from convert_models import MODELS, make_model, model_name  # noqa: E402
-
-from searchr1.convert.hf2mg import MegatronOptions, hf2mg  # noqa: E402
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 @pytest.fixture(scope="session")
@@ -31,7 +29,7 @@ def saved_by_megatron(tmp_path_factory):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, str(HERE / "convert_ranks.py")]
+    command = [sys.executable, str(SUPPORT / "convert_ranks.py")]
     ranks = [
         subprocess.Popen(
             [*command, str(rank), str(port), str(root)],

@@ -11,18 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from convert_models import FAMILIES, assert_same_tensors, make_model, tensors_of
+from support.convert_models import FAMILIES, assert_same_tensors, make_model, tensors_of
 
+from searchr1.checkpoints import compare as verify
+from searchr1.checkpoints import to_hf
+from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
+from searchr1.checkpoints.hf_reader import HfReader
+from searchr1.checkpoints.to_hf import Options, mg2hf
+from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
 from searchr1.config.load import load_config, save_config
-from searchr1.config.model_settings import ModelSettings
-from searchr1.convert import to_hf, verify
-from searchr1.convert.hf2mg import MegatronOptions, hf2mg
-from searchr1.convert.hf_reader import HfReader
-from searchr1.convert.mg2hf import mg2hf
-from searchr1.convert.to_hf import Options
-from searchr1.convert.torch_dist import TorchDistFolder
-from searchr1.convert.torch_dist_writer import TorchDistWriter
+from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """`hf` with a tokenizer, and `mg` made from it."""
-    from searchr1.data.demo_world.tokenizer import train_tokenizer
+    from searchr1.demo.tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("commands")
     make_model("qwen2", True, "fp32", root / "hf", vocab_size=2048)

@@ -11,21 +11,20 @@ import shutil
 
 import pytest
 import torch
-from bit_flips import flipped, random_flips
-from convert_models import assert_same_tensors, make_model
+from support.bit_flips import flipped, random_flips
+from support.convert_models import assert_same_tensors, make_model
 
-from searchr1.actor.checkpoint import new_checkpoint
+from searchr1.checkpoints import safetensors as safetensors_file
+from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
+from searchr1.checkpoints.hf_reader import HfReader
 from searchr1.checkpoints.manifest import verify_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
+from searchr1.checkpoints.to_hf import fsdp2hf, mg2hf
+from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
-from searchr1.convert import output, safetensors_file
-from searchr1.convert.fsdp2hf import fsdp2hf
-from searchr1.convert.hf2mg import MegatronOptions, hf2mg
-from searchr1.convert.hf_reader import HfReader
-from searchr1.convert.mg2hf import mg2hf
-from searchr1.convert.torch_dist import TorchDistFolder
-from searchr1.convert.torch_dist_writer import TorchDistWriter
 from searchr1.errors import UserError
+from searchr1.files import output_folder as output
+from searchr1.learner.checkpoint import new_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +98,7 @@ def test_overwritten_bytes_are_found(root, actor):
 
 
 def test_one_flipped_bit_of_a_weight_is_found_by_verify(root, actor):
-    from searchr1.convert.to_hf import Options
+    from searchr1.checkpoints.to_hf import Options
 
     metadata = read_metadata(actor)
     info = next(info for index, info in metadata.storage_data.items() if index.fqn.startswith("embedding."))

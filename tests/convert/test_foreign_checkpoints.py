@@ -9,14 +9,12 @@ import zipfile
 import pytest
 import torch
 import torch.distributed as dist
-from convert_models import assert_same_tensors, make_model, tensors_of
-from foreign_folders import Layout, save_torch_format
+from support.convert_models import assert_same_tensors, make_model, tensors_of
+from support.foreign_folders import Layout, save_torch_format
 
+from searchr1.checkpoints.hf2mg import hf2mg
+from searchr1.checkpoints.to_hf import Options, fsdp2hf, mg2hf
 from searchr1.cli import main
-from searchr1.convert.fsdp2hf import fsdp2hf
-from searchr1.convert.hf2mg import hf2mg
-from searchr1.convert.mg2hf import mg2hf
-from searchr1.convert.to_hf import Options
 from searchr1.errors import UserError
 
 LATEST = "latest_checkpointed_iteration.txt"

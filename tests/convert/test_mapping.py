@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from convert_models import FAMILIES, architecture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.convert_models import FAMILIES, architecture
 
-from searchr1.actor.megatron.mapping import entries, hugging_face_shapes
+from searchr1.checkpoints.mapping import entries, hugging_face_shapes
 
 
 @st.composite

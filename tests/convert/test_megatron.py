@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from convert_models import FAMILIES, MODELS, assert_same_tensors, model_name
-from convert_ranks import LAYOUTS, WAYS
+from support.convert_models import FAMILIES, MODELS, assert_same_tensors, model_name
+from support.convert_ranks import LAYOUTS, WAYS
 
-from searchr1.convert.mg2hf import mg2hf
-from searchr1.convert.to_hf import Options
+from searchr1.checkpoints.to_hf import Options, mg2hf
 
 NAMES = [model_name(family, tied, dtype) for family, tied in MODELS for dtype in ("fp32", "bf16")]
 

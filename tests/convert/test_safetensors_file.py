@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from searchr1.convert import safetensors_file
-from searchr1.convert.hf_writer import plan_shards, stream_weights, write_weights
-from searchr1.convert.safetensors_file import DTYPE_NAMES, SafetensorsReader, SafetensorsWriter, TensorSpec, bytes_of
+from searchr1.checkpoints import safetensors as safetensors_file
+from searchr1.checkpoints.hf_writer import plan_shards, stream_weights, write_weights
+from searchr1.checkpoints.safetensors import DTYPE_NAMES, SafetensorsReader, SafetensorsWriter, TensorSpec, bytes_of
 from searchr1.errors import UserError
 
 SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=3).map(tuple)

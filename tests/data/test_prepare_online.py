@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import pytest
 from aiohttp import web
-from public_rows import flashrag_row, write_jsonl
+from support.public_rows import flashrag_row, write_jsonl
 
+from searchr1.commands.prepare_data import main
 from searchr1.data.prepare import passages
-from searchr1.data.prepare.cli import main
 from searchr1.data.prepare.prepare import NOTES
 from searchr1.errors import UserError
 

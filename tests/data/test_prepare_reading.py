@@ -188,7 +188,7 @@ def test_long_lines_are_read_and_endless_ones_refused(tmp_path, monkeypatch):
     for name, content in (("x.jsonl", json.dumps({"id": long})), ("x.csv", f'id,question\n"{long}",\n')):
         (tmp_path / name).write_text(content)
         assert next(iter(read_records(tmp_path / name))).row["id"] == long
-    monkeypatch.setattr("searchr1.text_rows.MAX_LINE_BYTES", 1 << 20)
+    monkeypatch.setattr("searchr1.files.text_rows.MAX_LINE_BYTES", 1 << 20)
     for name in ("x.jsonl", "x.jsonl.gz", "x.csv"):
         content = b'{"id": 1}\n' + b"y" * (3 << 20)
         (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)

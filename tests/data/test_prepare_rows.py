@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.data.prepare.overlap import find_overlap, question_key, split_duplicates
 from searchr1.data.prepare.rows import Question, check_row
+from searchr1.data.prepare.stats import find_overlap, question_key, split_duplicates
 from searchr1.errors import UserError
 
 QUESTION = {"question": "who?"}

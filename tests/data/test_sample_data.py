@@ -7,8 +7,9 @@ import os
 import subprocess
 from pathlib import Path
 
+from searchr1.commands import build_index as build
+from searchr1.commands import retrieval_server as server_flags
 from searchr1.data.dataset import load_dataset_files
-from searchr1.retrieval import build, server_flags
 from searchr1.rewards.answers import substring_match
 
 EXAMPLES = Path(__file__).parents[2] / "examples/searchr1"

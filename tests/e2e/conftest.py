@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.runner.demo import COLD_START, TRAIN_CONFIG, retrieval_server
+from searchr1.demo.demo import COLD_START, TRAIN_CONFIG, retrieval_server
 
 SMALL = (
     "data.data_size=64", "algorithm.group_size=4", "data.rollout_batch_size=8", "runner.seq_length=512",
@@ -49,7 +49,7 @@ class DemoFolder:
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFolder:
-    from searchr1.data.demo_world.files import write_world
+    from searchr1.demo.files import write_world
 
     path = tmp_path_factory.mktemp("demo")
     write_world(5, path / "world")

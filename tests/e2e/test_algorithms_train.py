@@ -8,9 +8,9 @@ import pytest
 from algorithms import ALGORITHMS, run_of
 from demo_runs import Surroundings, prepare, summary
 
-from searchr1.config.check import CHOICES, value_of
 from searchr1.config.load import load_config
-from searchr1.runner.demo import TRAIN_CONFIG, retrieval_server
+from searchr1.demo.demo import TRAIN_CONFIG, retrieval_server
+from searchr1.preflight.check import CHOICES, value_of
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import NO_EVAL, wait_for_step
+from support.training_runs import NO_EVAL, wait_for_step
 
-from searchr1.runner.processes import identify, is_running, stat_of, title
+from searchr1.cluster.processes import identify, is_running, stat_of, title
 
 pytestmark = [
     pytest.mark.slow,  # each starts Ray and vLLM, half a minute and more

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from searchr1.data.dataset import read_rows
-from searchr1.runner.demo import COLD_START, retrieval_server
+from searchr1.demo.demo import COLD_START, retrieval_server
 
 MODEL = ("--model_path", str(COLD_START), "--prompt_template", "demo", "--max_turns", "3")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.runner.demo import COLD_START, EVAL_CONFIG, retrieval_server
+from searchr1.demo.demo import COLD_START, EVAL_CONFIG, retrieval_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

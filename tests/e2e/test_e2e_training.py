@@ -6,11 +6,11 @@ import subprocess
 import sys
 
 import pytest
-from training_runs import NO_EVAL, kill_listener, wait_for_step
+from support.training_runs import NO_EVAL, kill_listener, wait_for_step
 
-from searchr1.runner.demo import ROOT
+from searchr1.demo.demo import ROOT
+from searchr1.report.run_files import read_rows
 from searchr1.tracking.loggers import read_metrics
-from searchr1.tracking.run_files import read_rows
 
 
 @pytest.mark.slow  # the whole pipeline: three starts of Ray and vLLM, about two minutes

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from training_runs import NO_EVAL, as_after, kill_listener, wait_for_step
+from support.training_runs import NO_EVAL, as_after, kill_listener, wait_for_step
 
-from searchr1.actor.checkpoint import checkpoint_steps
-from searchr1.runner.demo import retrieval_server
+from searchr1.demo.demo import retrieval_server
+from searchr1.learner.checkpoint import checkpoint_steps
 from searchr1.tracking.loggers import read_metrics
 
 NORMAL = 1e-4

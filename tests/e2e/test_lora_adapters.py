@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from training_runs import NO_EVAL
+from support.training_runs import NO_EVAL
 
 from searchr1.tracking.loggers import read_metrics
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from training_runs import NO_EVAL, as_after, wait_for_step
+from support.training_runs import NO_EVAL, as_after, wait_for_step
 
 from searchr1.tracking.loggers import read_metrics
 

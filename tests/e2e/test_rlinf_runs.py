@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.rlinf_trees import tree
 
 from searchr1.config.load import load_config
-from searchr1.data.demo_world.files import write_world
-from searchr1.runner.demo import COLD_START, retrieval_server
+from searchr1.demo.demo import COLD_START, retrieval_server
+from searchr1.demo.files import write_world
 from searchr1.tracking.loggers import read_metrics
-from tests.config.rlinf_trees import tree
 
 SIZES = (
     "cluster.device=cpu", "cluster.slots=1", "data.rollout_batch_size=4", "algorithm.group_size=2", "runner.seq_length=512",

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.evaluation.estimates import bootstrap_means, interval, pass_at_k
+from searchr1.evaluation.summary import bootstrap_means, interval, pass_at_k
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
@@ -53,7 +53,7 @@ def test_resampling_depends_on_seed_and_name_only():
 
 
 def test_drawing_in_parts_gives_as_many(monkeypatch):
-    monkeypatch.setattr("searchr1.evaluation.estimates._CELLS", 100)
+    monkeypatch.setattr("searchr1.evaluation.summary._CELLS", 100)
     means_BM = bootstrap_means(np.random.default_rng(0).random((40, 1)), "nq", 0, 1001)
     assert means_BM.shape == (1001, 1)
     assert means_BM.mean() == pytest.approx(np.random.default_rng(0).random((40, 1)).mean(), abs=0.02)

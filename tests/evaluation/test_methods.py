@@ -11,14 +11,13 @@ import pytest
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
-from searchr1.config.check_evaluation import METHODS as CHECKED
-from searchr1.config.check_evaluation import check_evaluation
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config, SamplingParams
-from searchr1.evaluation.manifest import differences, manifest
+from searchr1.evaluation.manifest import billions, differences, fingerprint, manifest
 from searchr1.evaluation.methods import METHODS, agent_settings, main_method, sampling_note
-from searchr1.evaluation.model_folder import billions, fingerprint
-from searchr1.runner.eval_tasks import judged, with_judge
+from searchr1.evaluation.tasks import judged, with_judge
+from searchr1.preflight.check_reward import METHODS as CHECKED
+from searchr1.preflight.check_reward import check_evaluation
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MODEL = EXAMPLES / "demo/cold_start"
@@ -79,7 +78,7 @@ def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch)
     weights.write_bytes(data)
     assert fingerprint(str(copy)) != fingerprint(str(MODEL))
     # The same for files too large to be read whole.
-    monkeypatch.setattr("searchr1.evaluation.model_folder._WHOLE_BYTES", 1 << 16)
+    monkeypatch.setattr("searchr1.evaluation.manifest._WHOLE_BYTES", 1 << 16)
     assert fingerprint(str(copy)) != fingerprint(str(MODEL))
     assert fingerprint("org/model-on-the-hub") == "org/model-on-the-hub"
 
@@ -177,7 +176,7 @@ def test_the_judge_is_asked_beside_the_configured_reward():
 
 @pytest.mark.parametrize("name", ["qwen2.5-3b-tool-1node-eval", "tiny-cpu-eval"])
 def test_shipped_recipes_lack_nothing_but_their_paths(name):
-    from searchr1.config.check import check_config
+    from searchr1.preflight.check import check_config
 
     made = load_config(EXAMPLES / f"searchr1/config/{name}.yaml", ["cluster.device=cpu", "cluster.slots=8"])
     found = {problem.key for problem in check_config(made, for_training=False)}
@@ -185,7 +184,7 @@ def test_shipped_recipes_lack_nothing_but_their_paths(name):
 
 
 def test_rlinfs_evaluation_recipe_runs_with_only_its_paths_edited(tmp_path, capsys):
-    from searchr1.config.cli import main
+    from searchr1.commands.check_config import main
 
     (tmp_path / "eval.jsonl").write_text("{}\n")
     fixture = Path(__file__).parents[1] / "config/fixtures/rlinf-eval.yaml"

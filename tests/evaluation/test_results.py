@@ -7,12 +7,11 @@ import json
 from html.parser import HTMLParser
 
 import pytest
-from chromium import chromium, find_chromium
+from support.chromium import chromium, find_chromium
 
 from searchr1.evaluation.page import page
-from searchr1.evaluation.published import PUBLISHED, nearest
+from searchr1.evaluation.published import LABELS, PUBLISHED, nearest
 from searchr1.evaluation.results import RIGHT_SHOWN, WRONG_SHOWN, Results, method_result, write_results
-from searchr1.evaluation.sources import LABELS
 from searchr1.evaluation.tables import markdown, plain
 from searchr1.tracking.trajectory_log import trajectory_row
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from searchr1.evaluation.attempts import Attempt
-from searchr1.evaluation.sources import LABELS, canonical, in_order
+from searchr1.evaluation.published import LABELS, canonical, in_order
 from searchr1.evaluation.summary import flat_metrics, summarise
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import trajectory_row

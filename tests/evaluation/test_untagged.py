@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from searchr1.agent.trajectory import Chunk, Turn
-from searchr1.config.check import require_valid
+from searchr1.cluster import channels
+from searchr1.cluster.reward_worker import RewardWorker
 from searchr1.config.load import ConfigError
 from searchr1.config.schema import Config
 from searchr1.config.schema_reward import RewardConfig
@@ -19,13 +20,12 @@ from searchr1.evaluation.methods import METHODS, agent_settings
 from searchr1.evaluation.page import page
 from searchr1.evaluation.results import Results, method_result
 from searchr1.evaluation.tables import markdown
+from searchr1.preflight.check import require_valid
 from searchr1.rewards.answers import answer_of, scored_text
 from searchr1.rewards.registry import Reward
 from searchr1.rewards.scorer import Scorer
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import trajectory_row
-from searchr1.workers import channels
-from searchr1.workers.reward import RewardWorker
 
 
 def said(make_trajectory, *texts, index=0, **fields):

@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.retrieval.balancer import BREAK_AFTER, LONGEST_REST_S, Balancer
+from searchr1.retrieval.client.balancer import BREAK_AFTER, LONGEST_REST_S, Balancer
 
 
 class Clock:

@@ -20,9 +20,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.retrieval import bm25_build
-from searchr1.retrieval.bm25_build import build_bm25
-from searchr1.retrieval.bm25_index import Bm25Index
+from searchr1.retrieval.index import bm25_build
+from searchr1.retrieval.index.bm25_build import build_bm25
+from searchr1.retrieval.index.bm25_index import Bm25Index
 
 WORDS = ["river", "rivers", "the", "of", "été", "Straße", "İstanbul", "東京", "x2", "_y", "a", "it's", "?!", "👍", "\x00"]
 passages = st.lists(st.sampled_from(WORDS), max_size=15).map(" ".join) | st.text(max_size=30)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.retrieval.bm25_index import Bm25Index
+from searchr1.retrieval.index.bm25_index import Bm25Index
 
 WORDS = ["river", "mountain", "the", "of", "été", "Straße", "東京", "x2", "a", "it's"]
 texts = st.lists(st.lists(st.sampled_from(WORDS), max_size=12).map(" ".join), min_size=1, max_size=25)
@@ -77,11 +77,11 @@ def test_nowhere_to_keep_compiled_code_is_told(monkeypatch):
 
     class Blocked:
         def find_spec(self, name, path=None, target=None):
-            if name == "searchr1.retrieval.bm25_kernel":
+            if name == "searchr1.retrieval.index.bm25_kernel":
                 raise RuntimeError("cannot cache function: no locator available")
 
-    monkeypatch.delitem(sys.modules, "searchr1.retrieval.bm25_kernel", raising=False)
-    monkeypatch.delattr("searchr1.retrieval.bm25_kernel", raising=False)
+    monkeypatch.delitem(sys.modules, "searchr1.retrieval.index.bm25_kernel", raising=False)
+    monkeypatch.delattr("searchr1.retrieval.index.bm25_kernel", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Blocked(), *sys.meta_path])
     with pytest.raises(UserError, match="NUMBA_CACHE_DIR"):
         Bm25Index.build(["one two"])

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1.retrieval.bm25_kernel import largest_scores, search_words
+from searchr1.retrieval.index.bm25_kernel import largest_scores, search_words
 
 
 def postings(seed, rows, words, spread):

@@ -17,13 +17,14 @@ import faiss
 import numpy as np
 import pytest
 
+from searchr1.commands import build_index as build
 from searchr1.errors import UserError
-from searchr1.retrieval import bm25_build, build
-from searchr1.retrieval.bm25_index import Bm25Index
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.embedding_folder import PART_ROWS
-from searchr1.retrieval.encoder import Encoder
-from searchr1.retrieval.load import load_index
+from searchr1.retrieval.encode.embedding_folder import PART_ROWS
+from searchr1.retrieval.encode.encoder import Encoder
+from searchr1.retrieval.index import bm25_build
+from searchr1.retrieval.index.bm25_index import Bm25Index
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.server.load import load_index
 
 
 def write_corpus(path, rows):
@@ -151,7 +152,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     import torch
     from transformers import BertConfig, BertModel
 
-    from searchr1.data.demo_world.tokenizer import train_tokenizer
+    from searchr1.demo.tokenizer import train_tokenizer
 
     config = BertConfig(vocab_size=2048, hidden_size=1024, num_hidden_layers=0, num_attention_heads=1, pad_token_id=0)
     torch.manual_seed(0)
@@ -179,7 +180,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
 def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_path, monkeypatch):
     corpus, expected = whole
     words = command(corpus, tmp_path / "index", encoder_path, "--faiss_type", "IVFPQ")
-    from searchr1.retrieval import embedding_folder
+    from searchr1.retrieval.encode import embedding_folder
 
     write = embedding_folder.EmbeddingFolder.write
 
@@ -202,7 +203,7 @@ def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_
 def test_a_worker_that_dies_is_told_and_the_next_start_goes_on(tmp_path, whole, encoder_path, monkeypatch):
     corpus, _ = whole
     words = command(corpus, tmp_path / "index", encoder_path, "--processes", "2")
-    from searchr1.retrieval import embed
+    from searchr1.retrieval.encode import embed
 
     monkeypatch.setattr(embed, "_work", dies)
     with pytest.raises(UserError, match=r"a process that embeds died .*run the same command again"):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import transformers
 
+from searchr1.commands import build_index as build
 from searchr1.errors import UserError
-from searchr1.retrieval import build, embedding_folder
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder
-from searchr1.retrieval.manifest import check_encoder, read_manifest
+from searchr1.retrieval.encode import embedding_folder
+from searchr1.retrieval.encode.encoder import Encoder
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.index.manifest import check_encoder, read_manifest
 
 
 @pytest.fixture

@@ -13,13 +13,14 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from searchr1.commands import build_index as build
+from searchr1.commands import retrieval_server as server_flags
 from searchr1.errors import UserError
-from searchr1.retrieval import build, server_flags
-from searchr1.retrieval.batcher import Batcher
-from searchr1.retrieval.bm25_index import Bm25Index
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.load import load_backend, load_index
-from searchr1.retrieval.metrics import Metrics
+from searchr1.retrieval.index.bm25_index import Bm25Index
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.server.batcher import Batcher
+from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.load import load_backend, load_index
 
 CASES = Path(__file__).resolve().parents[3] / "shared/cases"
 ROWS = [{"id": str(number), "contents": f'"Place {number}"\nA harbour, number {number}.'} for number in range(300)]

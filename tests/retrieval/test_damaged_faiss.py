@@ -12,24 +12,25 @@ import sys
 import faiss
 import numpy as np
 import pytest
-from bit_flips import flip
-from older_index import without_sums
+from support.bit_flips import flip
+from support.older_index import without_sums
 
+from searchr1.commands import build_index as build
+from searchr1.commands.retrieval_server import parse
 from searchr1.errors import UserError
-from searchr1.retrieval import build, faiss_files
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.dense import DenseIndex, build_faiss
-from searchr1.retrieval.embedding_file import open_embedding
-from searchr1.retrieval.faiss_files import probe, read_faiss
-from searchr1.retrieval.faiss_types import FaissType
-from searchr1.retrieval.index_check import check_index
-from searchr1.retrieval.load import load_index
-from searchr1.retrieval.manifest import DamagedIndex, Manifest, open_manifest
-from searchr1.retrieval.manifest import refused as user_error
-from searchr1.retrieval.refine import Refiner
+from searchr1.retrieval.encode.embedding_file import open_embedding
+from searchr1.retrieval.index import faiss_files
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.index.dense import DenseIndex, build_faiss
+from searchr1.retrieval.index.faiss_files import probe, read_faiss
+from searchr1.retrieval.index.faiss_types import FaissType
+from searchr1.retrieval.index.flat import Refiner
+from searchr1.retrieval.index.index_check import check_index
+from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, open_manifest
+from searchr1.retrieval.index.manifest import refused as user_error
+from searchr1.retrieval.index.verify import check_index as verify
 from searchr1.retrieval.searcher import SearchFailed
-from searchr1.retrieval.server_flags import parse
-from searchr1.retrieval.verify import check_index as verify
+from searchr1.retrieval.server.load import load_index
 
 ROWS, DIMENSION = 600, 16
 FACTORIES = ("Flat", "HNSW8,Flat", "IVF8,Flat", "IVF8,SQ8", "IVF8,PQ8x4fs")
@@ -105,12 +106,12 @@ import json, random, sys
 from pathlib import Path
 import faiss
 import numpy as np
-from searchr1.retrieval.dense import DenseIndex
-from searchr1.retrieval.faiss_files import read_faiss
-from searchr1.retrieval.manifest import DamagedIndex
-from searchr1.retrieval.refine import Refiner
+from searchr1.retrieval.index.dense import DenseIndex
+from searchr1.retrieval.index.faiss_files import read_faiss
+from searchr1.retrieval.index.manifest import DamagedIndex
+from searchr1.retrieval.index.flat import Refiner
 from searchr1.retrieval.searcher import SearchFailed
-from searchr1.retrieval.vector_file import open_vectors
+from searchr1.retrieval.index.vector_file import open_vectors
 
 faiss.omp_set_num_threads(1)
 rows, dimension = int(sys.argv[1]), int(sys.argv[2])

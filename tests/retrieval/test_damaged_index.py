@@ -11,19 +11,21 @@ import sys
 
 import numpy as np
 import pytest
-from bit_flips import flip
-from older_index import without_sums
+from support.bit_flips import flip
+from support.older_index import without_sums
 
+from searchr1.commands import build_index as build
+from searchr1.commands import retrieval_server as server_cli
 from searchr1.errors import UserError
-from searchr1.retrieval import build, index_check, server_cli
-from searchr1.retrieval.bm25_index import Bm25Index
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.index_check import check_index, files_of, state_of
-from searchr1.retrieval.load import load_index
-from searchr1.retrieval.manifest import BM25_FILES, DamagedIndex, open_manifest, refused
-from searchr1.retrieval.verify import check_index as verify
-from searchr1.retrieval.verify import checked_by
-from searchr1.sealed import seal
+from searchr1.files.sealed import seal
+from searchr1.retrieval.index import index_check
+from searchr1.retrieval.index.bm25_index import Bm25Index
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.index.index_check import check_index, files_of, state_of
+from searchr1.retrieval.index.manifest import BM25_FILES, DamagedIndex, open_manifest, refused
+from searchr1.retrieval.index.verify import check_index as verify
+from searchr1.retrieval.index.verify import checked_by
+from searchr1.retrieval.server.load import load_index
 
 DATA, INDICES, INDPTR, LARGEST, PARAMETERS, VOCABULARY = BM25_FILES
 QUERIES = ["w1 w2 w3", "title w7", "w40 w41 w42 w43", "nothing", "w5 w5 w11", " ".join(f"w{n}" for n in range(1, 200))]
@@ -88,7 +90,7 @@ FLIPS_IN_A_PROCESS = """
 import json, random, sys
 from pathlib import Path
 from searchr1.errors import UserError
-from searchr1.retrieval.bm25_index import Bm25Index
+from searchr1.retrieval.index.bm25_index import Bm25Index
 
 folder, queries, rows = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
 wanted = Bm25Index.load(folder).search(queries, 50)

@@ -8,10 +8,12 @@ import faiss
 import numpy as np
 import pytest
 
+from searchr1.commands import build_index as build
+from searchr1.commands import rerank_server
+from searchr1.commands import retrieval_server as server_flags
 from searchr1.errors import UserError
-from searchr1.retrieval import build, rerank_server, server_flags
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder
+from searchr1.retrieval.encode.encoder import Encoder
+from searchr1.retrieval.index.corpus import Corpus
 
 WORDS = ["river", "mountain", "harbour", "lighthouse", "peat", "glass", "program", "engine", "moon", "salt"]
 

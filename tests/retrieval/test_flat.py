@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1.retrieval import flat
-from searchr1.retrieval.flat import FlatSearch
+from searchr1.retrieval.index import flat
+from searchr1.retrieval.index.flat import FlatSearch
 
 
 def expected(vectors, queries, topk):

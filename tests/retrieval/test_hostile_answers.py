@@ -13,17 +13,17 @@ import httpx
 import pytest
 from aiohttp import web
 
-from searchr1.retrieval import answers
-from searchr1.retrieval.client import SearchClient, SearchUnavailable
-from searchr1.retrieval.metrics import Metrics
+from searchr1.retrieval.client import answers
+from searchr1.retrieval.client.client import SearchClient, SearchUnavailable
 from searchr1.retrieval.online import searcher
 from searchr1.retrieval.online.disk_cache import FILE, DiskCache
 from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import OnlineSearcher
-from searchr1.retrieval.rerank_client import RemoteReranker
+from searchr1.retrieval.rerank.client import RemoteReranker
 from searchr1.retrieval.searcher import SearchFailed
-from searchr1.retrieval.server import Backend, ServerState, create_app
-from searchr1.retrieval.service import Limits, RetrievalService
+from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.server import Backend, ServerState, create_app
+from searchr1.retrieval.server.service import Limits, RetrievalService
 
 
 @asynccontextmanager

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.retrieval import build, rerank_server, server_flags
+from searchr1.commands import build_index as build
+from searchr1.commands import rerank_server
+from searchr1.commands import retrieval_server as server_flags
 
 EXAMPLES = Path(__file__).parents[2] / "examples/searchr1"
 SCRIPTS = sorted(

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from searchr1.retrieval.outages import REFUSED, SILENT, OutageWatch, ServerState, problem_of
+from searchr1.retrieval.client.outages import REFUSED, SILENT, OutageWatch, ServerState, problem_of
 
 URL = "http://10.0.0.1:8000"
 CONSEQUENCE = "searches wait"
@@ -91,7 +91,7 @@ def test_a_server_of_another_system_need_not_know_ready(status, problem):
 
 
 def test_a_stopped_server_takes_connections_and_says_nothing(monkeypatch):
-    monkeypatch.setattr("searchr1.retrieval.outages.ANSWER_WITHIN_S", 0.05)
+    monkeypatch.setattr("searchr1.retrieval.client.outages.ANSWER_WITHIN_S", 0.05)
     with closing(socket.create_server(("127.0.0.1", 0))) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         assert problem_of(url) == SILENT

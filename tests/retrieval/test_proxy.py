@@ -14,8 +14,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from searchr1.errors import UserError
 from searchr1.retrieval.online import searcher as searcher_module
 from searchr1.retrieval.online.engines import ENGINES
-from searchr1.retrieval.online.fetch import PageFetcher
-from searchr1.retrieval.online.proxy import proxy_for
+from searchr1.retrieval.online.fetch import PageFetcher, proxy_for
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.searcher import SearchFailed
 

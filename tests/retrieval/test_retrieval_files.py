@@ -15,10 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.retrieval import rows as rows_module
-from searchr1.retrieval.corpus import Corpus
 from searchr1.retrieval.documents import split_contents
-from searchr1.retrieval.pages import Pages, canonical_url
+from searchr1.retrieval.index import rows as rows_module
+from searchr1.retrieval.index.corpus import Corpus, Pages, canonical_url
 
 ROWS = [{"id": str(i), "contents": f'"Tïtle {i}"\ntext {i} 💥', "url": f"https://w.example/{i}"} for i in range(9)]
 

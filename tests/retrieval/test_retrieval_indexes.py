@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import xxhash
 
+from searchr1.commands import build_index as build
 from searchr1.errors import UserError
-from searchr1.retrieval import build
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.encoder import Encoder
-from searchr1.retrieval.load import load_index
-from searchr1.retrieval.model_files import weights_hash
+from searchr1.retrieval.encode.encoder import Encoder
+from searchr1.retrieval.encode.model_files import weights_hash
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.server.load import load_index
 
 
 def write_corpus(path, count=60):

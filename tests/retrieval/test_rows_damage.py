@@ -15,12 +15,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from searchr1 import caches, sealed
+from searchr1 import caches
 from searchr1.errors import UserError
-from searchr1.retrieval import compiled, row_table, stamp, unpack
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.pages import Pages
-from searchr1.retrieval.verify_rows import bytes_of_rows, check_rows
+from searchr1.files import sealed
+from searchr1.retrieval.index import compiled, row_table, stamp, unpack
+from searchr1.retrieval.index.corpus import Corpus, Pages
+from searchr1.retrieval.index.verify import bytes_of_rows, check_rows
 
 ROWS = [{"id": str(i), "contents": f'"Tïtle {i}"\ntext {i} {i * 7919}', "url": f"https://w.example/{i}"} for i in range(30)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
@@ -123,7 +123,7 @@ def test_verify_reads_every_byte_whatever_the_file_system_says(tmp_path, monkeyp
     assert list(check_rows(path, read.append)) == []
     assert sum(read) == bytes_of_rows(path)
     monkeypatch.setattr(stamp, "same_file", lambda found, known: True)
-    monkeypatch.setattr("searchr1.retrieval.verify_rows.same_file", lambda found, known: True)
+    monkeypatch.setattr("searchr1.retrieval.index.verify.same_file", lambda found, known: True)
     for file in [file for file in tmp_path.rglob("*") if file.is_file()]:
         original = file.read_bytes()
         flip(file, random.Random(1))
@@ -232,7 +232,7 @@ def test_unusual_lines_are_read(tmp_path):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_line_without_end_is_refused_and_does_not_fill_the_memory(tmp_path, monkeypatch, packed):
-    for module in ("searchr1.text_rows", "searchr1.retrieval.unpack"):
+    for module in ("searchr1.files.text_rows", "searchr1.retrieval.index.unpack"):
         monkeypatch.setattr(f"{module}.MAX_LINE_BYTES", 1 << 20)
     content = b'{"contents": "x"}\n' + b"y" * (3 << 20)
     path = tmp_path / ("c.jsonl.gz" if packed else "c.jsonl")

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from searchr1.cli import main
+from searchr1.commands.retrieval_server import parse
 from searchr1.errors import UserError
-from searchr1.retrieval.server_flags import parse
 
 ROWS = [{"id": str(i), "contents": f'"Title {i}"\nword{i} common text'} for i in range(50)]
 
@@ -154,8 +154,8 @@ def test_workers_that_cannot_load_end_the_server_with_the_reason(files):
 SLOW = """
 import sys, time
 from searchr1.errors import UserError
-from searchr1.retrieval.metrics import Metrics
-from searchr1.retrieval.serve import bind, serve_here
+from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.serve import bind, serve_here
 def load():
     print("loading", flush=True)
     time.sleep(float(sys.argv[1]))

@@ -7,10 +7,10 @@ import json
 
 import pytest
 
-from searchr1.retrieval.batcher import Batcher
-from searchr1.retrieval.metrics import Metrics
 from searchr1.retrieval.searcher import SearchFailed
-from searchr1.retrieval.service import AnswerCache, Depth, Limits, RetrievalService, encode, to_json
+from searchr1.retrieval.server.batcher import Batcher
+from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.service import AnswerCache, Depth, Limits, RetrievalService, encode, to_json
 
 
 class SlowSearcher:

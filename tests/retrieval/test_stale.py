@@ -9,11 +9,12 @@ import shutil
 
 import pytest
 
+from searchr1.commands import build_index as build
+from searchr1.commands import retrieval_server as server_flags
 from searchr1.errors import UserError
-from searchr1.retrieval import build, rows, server_flags, stamp, unpack
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.load import load_index
-from searchr1.retrieval.pages import Pages
+from searchr1.retrieval.index import rows, stamp, unpack
+from searchr1.retrieval.index.corpus import Corpus, Pages
+from searchr1.retrieval.server.load import load_index
 
 BEFORE = b'{"id": "0", "contents": "one two"}\n{"id": "1", "contents": "x"}\n'
 AFTER = b'{"id": "0", "contents": "one"}\n{"id": "1", "contents": "two x"}\n'

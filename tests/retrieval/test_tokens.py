@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from searchr1.commands import build_index as build
+from searchr1.commands import retrieval_server as server_flags
 from searchr1.errors import UserError
-from searchr1.retrieval import build, server_flags
-from searchr1.retrieval.bm25_index import Bm25Index
-from searchr1.retrieval.corpus import Corpus
-from searchr1.retrieval.load import load_index
+from searchr1.retrieval.index.bm25_index import Bm25Index
+from searchr1.retrieval.index.corpus import Corpus
+from searchr1.retrieval.index.tokens import choose_tokenizer, get_tokenizer, split_as_bm25s, split_words, without_accents
 from searchr1.retrieval.online.searcher import PASSAGE_CHARACTERS, best_part
-from searchr1.retrieval.tokens import choose_tokenizer, get_tokenizer, split_as_bm25s, split_words, without_accents
+from searchr1.retrieval.server.load import load_index
 
 CASES = Path(__file__).resolve().parents[3] / "shared/cases/corpora"
 

@@ -9,12 +9,12 @@ import string
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lifted import lift
-from reward_trajectories import trajectory, turn
+from support.lifted import lift
+from support.reward_trajectories import trajectory, turn
 
 from searchr1.config.schema_reward import LengthPenaltyConfig
 from searchr1.rewards.matching import exact_match_reward, substring_reward
-from searchr1.rewards.penalties import length_penalty
+from searchr1.rewards.scorer import length_penalty
 
 words = st.lists(st.sampled_from(["the", "A", "Paris", "paris!", "U.S.", "42", "Łódź", " ", "\n", "-"]), max_size=4).map(
     " ".join

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from searchr1.config.check_reward import check_reward
 from searchr1.config.schema_reward import JudgeConfig, LengthPenaltyConfig, RewardConfig, SearchPenaltyConfig
+from searchr1.preflight.check_reward import check_reward
 
 JUDGE = {"base_url": "http://h:1/v1", "model": "m"}
 

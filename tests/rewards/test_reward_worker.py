@@ -8,15 +8,15 @@ import types
 from collections import defaultdict
 
 import pytest
-from reward_trajectories import trajectory, turn
+from support.reward_trajectories import trajectory, turn
 
 from searchr1.agent.trajectory import Chunk
+from searchr1.cluster import channels
+from searchr1.cluster.failure import Failure
+from searchr1.cluster.reward_worker import RewardWorker
 from searchr1.config.schema import Config
 from searchr1.config.schema_reward import RewardConfig
 from searchr1.rewards.scorer import Scorer
-from searchr1.workers import channels
-from searchr1.workers.failure import Failure
-from searchr1.workers.reward import RewardWorker
 
 
 class Done:

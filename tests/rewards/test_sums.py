@@ -12,14 +12,12 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from reward_trajectories import trajectory, turn
+from support.reward_trajectories import trajectory, turn
 
 from searchr1.config.schema_reward import LengthPenaltyConfig, RewardConfig, SearchPenaltyConfig
 from searchr1.errors import UserError
-from searchr1.rewards.citation import support
-from searchr1.rewards.evidence import evidence_of, stands_in
-from searchr1.rewards.penalties import length_penalty
-from searchr1.rewards.scorer import Scorer
+from searchr1.rewards.matching import evidence_of, stands_in, support
+from searchr1.rewards.scorer import Scorer, length_penalty
 
 SEARCH = "<search>q</search>"
 

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from searchr1.agent.settings import GenerateParams
-from searchr1.config.check_lora import without_adapters
 from searchr1.config.schema import Config
 from searchr1.device import Device
+from searchr1.preflight.check_backend import without_adapters
 from searchr1.rollout.settings import EngineSettings
 from searchr1.rollout.vllm_backend import _sampling_params, engine_arguments
 

@@ -8,13 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.actor.packing import pack
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.algorithms.advantages.turn import turn_advantages
+from searchr1.cluster.collect import Batch
 from searchr1.config.schema import AlgorithmConfig
-from searchr1.runner.collect import Batch
-from searchr1.runner.credit import assign_credit, assign_token_credit, evidence_rewards, token_kl
-from searchr1.runner.dynamic_sampling import collect_with_spread
+from searchr1.learner.packing import pack
+from searchr1.training.advantages import assign_credit, assign_token_credit, evidence_rewards, token_kl
+from searchr1.training.dynamic_sampling import collect_with_spread
 
 
 def make(index, replica, reward, turns=((3, 2, "nothing"), (4, 0, "")), golds=("Paris",), seed=0):

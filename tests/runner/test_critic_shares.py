@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import policy_ranks as ranks
 import pytest
+from support import policy_ranks as ranks
 
 from searchr1.config.schema import Config
-from searchr1.runner.critic import train_critic
+from searchr1.training.critic import train_critic
 
 
 class FakeChannel:

@@ -12,10 +12,10 @@ import uuid
 
 import pytest
 
+from searchr1.cluster import deaths
+from searchr1.cluster.deaths import Watcher, how_ended, tail
+from searchr1.cluster.processes import RUN_ID, Family
 from searchr1.errors import WorkerDied
-from searchr1.runner import deaths
-from searchr1.runner.deaths import Watcher, how_ended, tail
-from searchr1.runner.processes import RUN_ID, Family
 
 RAYLET = (
     "import os, signal, subprocess, sys, time\n"

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from searchr1 import device
-from searchr1.config.check import check_config
+from searchr1.config.layout import group_ranks
 from searchr1.config.load import load_config
-from searchr1.config.placement import group_ranks
+from searchr1.demo import demo
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.runner import demo
+from searchr1.preflight.check import check_config
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import time
 
 import pytest
 
+from searchr1.cluster.processes import identify, is_running
+from searchr1.demo import demo
 from searchr1.errors import UserError
-from searchr1.runner import demo
-from searchr1.runner.processes import identify, is_running
-from searchr1.runner.shutdown import Stopped, stops_cleanly
+from searchr1.shutdown import Stopped, stops_cleanly
 
 # What a command of ours does when it is asked to stop.
 COMMAND = (
@@ -75,7 +75,7 @@ def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
 def test_a_killed_demo_leaves_no_process(tmp_path):
     code = (
         "import subprocess, sys, time\n"
-        "from searchr1.runner.guardian import guarded\n"
+        "from searchr1.cluster.guardian import guarded\n"
         "with guarded([]):\n"
         "    child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
         "    print(child.pid, flush=True)\n"

@@ -12,15 +12,16 @@ import pytest
 
 from searchr1.agent.settings import AgentSettings, GenerateParams
 from searchr1.agent.trajectory import Chunk, Sample, Trajectory
+from searchr1.cluster import channels
+from searchr1.cluster.rollout_worker import RolloutReport
+from searchr1.cluster.stream import stream
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.runner import eval_tasks, evaluate
-from searchr1.runner.eval_tasks import add_passages, begin, evaluation_path, load_questions, open_tasks
-from searchr1.runner.passages import require_server, retrieve_passages
-from searchr1.runner.stream import stream
+from searchr1.evaluation import evaluate
+from searchr1.evaluation import tasks as eval_tasks
+from searchr1.evaluation.passages import require_server, retrieve_passages
+from searchr1.evaluation.tasks import add_passages, begin, evaluation_path, load_questions, open_tasks
 from searchr1.tracking.trajectory_log import eval_file
-from searchr1.workers import channels
-from searchr1.workers.rollout import RolloutReport
 
 MODEL = Path(__file__).parents[2] / "examples/demo/cold_start"
 

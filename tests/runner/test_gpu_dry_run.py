@@ -7,19 +7,19 @@ import signal
 from collections import defaultdict
 from pathlib import Path
 
-import gpu_machine
 import pytest
+from support import gpu_machine
 
-from searchr1.actor.checkpoint import checkpoint_steps
+from searchr1.cluster.groups import launch
 from searchr1.config.load import load_config
-from searchr1.config.memory_layout import layout_of
-from searchr1.config.memory_plan import GIB, SHAPES, plan_memory
 from searchr1.device import Device
-from searchr1.runner import train as train_module
-from searchr1.runner.groups import launch
-from searchr1.runner.run_folder import RunFolder
-from searchr1.runner.train import train
+from searchr1.learner.checkpoint import checkpoint_steps
+from searchr1.preflight.memory_layout import layout_of
+from searchr1.preflight.memory_plan import GIB, SHAPES, plan_memory
 from searchr1.tracking.loggers import read_metrics
+from searchr1.training import train as train_module
+from searchr1.training.run_folder import RunFolder
+from searchr1.training.train import train
 
 RECIPES = Path(__file__).parents[2] / "examples/searchr1/config"
 SHORT = (

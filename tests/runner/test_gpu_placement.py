@@ -8,15 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu_machine
 import pytest
+from support import gpu_machine
 
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-DRIVER = Path(__file__).with_name("gpu_workers.py")
+DRIVER = Path(__file__).parents[1] / "support/gpu_workers.py"
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ class Launched:
 
 def launched(cluster, component, visible, placement, **sizes):
     """CUDA_VISIBLE_DEVICES of each process of a group."""
-    from searchr1.config.placement import visible_gpus
-    from searchr1.runner.groups import Groups
+    from searchr1.cluster.groups import Groups
+    from searchr1.config.layout import visible_gpus
 
     config = Config()
     config.cluster.component_placement = {component: placement}

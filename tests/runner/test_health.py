@@ -13,17 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1.actor.checkpoint import checkpoint_steps
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.config.check import check_config
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
-from searchr1.config.schema_health import HealthConfig
+from searchr1.config.schema_reward import HealthConfig
 from searchr1.errors import UserError
-from searchr1.runner.health import Health
-from searchr1.runner.watches import WATCHES, examine
+from searchr1.learner.checkpoint import checkpoint_steps
+from searchr1.preflight.check import check_config
 from searchr1.tracking.loggers import read_metrics
 from searchr1.tracking.metrics import step_metrics
+from searchr1.training.health import WATCHES, Health, examine
 
 ROOT = Path(__file__).resolve().parents[2]
 USUAL = {

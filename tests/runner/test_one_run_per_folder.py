@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from searchr1.commands.report import main as report
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
+from searchr1.demo import demo
 from searchr1.errors import UserError
-from searchr1.folder_lock import NAME, folder_lock
-from searchr1.runner import demo, evaluate, sft, train
-from searchr1.runner.output import run_path
-from searchr1.tracking.report import main as report
+from searchr1.evaluation import evaluate
+from searchr1.files.folder_lock import NAME, folder_lock
+from searchr1.training import sft, train
+from searchr1.training.run_folder import run_path
 
 TINY = Path(__file__).parents[2] / "examples/searchr1/config/tiny-cpu.yaml"
 WAYS = {"fresh": (), "overwrite": ("runner.overwrite=True",), "auto": ("runner.resume_dir=auto",)}

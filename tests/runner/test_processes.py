@@ -11,9 +11,9 @@ import uuid
 
 import pytest
 
-from searchr1.rollout import shared_folder
-from searchr1.runner.guardian import Guardian
-from searchr1.runner.processes import RUN_ID, Family, end_all, environment, identify, is_running, marked, stat_of
+from searchr1.cluster.guardian import Guardian
+from searchr1.cluster.processes import RUN_ID, Family, end_all, environment, identify, is_running, marked, stat_of
+from searchr1.rollout import shared_memory as shared_folder
 
 SLEEP = "import time; time.sleep(120)"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(120)"
@@ -143,9 +143,9 @@ def test_a_run_id_of_an_outer_process_comes_back(run_id, monkeypatch):
 DRIVER = (
     "import subprocess, sys, time\n"
     "from pathlib import Path\n"
-    "from searchr1.rollout.shared_folder import SharedFolder\n"
-    "from searchr1.runner.guardian import Guardian\n"
-    "from searchr1.runner.processes import marked\n"
+    "from searchr1.rollout.shared_memory import SharedFolder\n"
+    "from searchr1.cluster.guardian import Guardian\n"
+    "from searchr1.cluster.processes import marked\n"
     "run_id, folder = sys.argv[1:]\n"
     "guardian = Guardian(run_id, [Path(folder)])\n"
     "with marked(run_id):\n"

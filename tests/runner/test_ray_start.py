@@ -13,9 +13,9 @@ import ray
 from ray._private import services
 from rlinf.scheduler import Cluster
 
+from searchr1.cluster import ray_start
+from searchr1.cluster.ray_start import cluster_address, own_ray, require_cluster, start_own
 from searchr1.errors import UserError
-from searchr1.runner import ray_start
-from searchr1.runner.ray_start import cluster_address, own_ray, require_cluster, start_own
 
 TIMED_OUT = Exception(
     "The current node timed out during startup. This could happen because some of the raylet failed to startup or the GCS "
@@ -274,7 +274,7 @@ def test_a_real_ray_below_a_long_folder_and_beside_a_cluster_that_is_gone(tmp_pa
     code = (
         "import os, ray, tempfile\n"
         "from rlinf.scheduler import Cluster\n"
-        "from searchr1.runner.ray_start import logs_folder, own_ray\n"
+        "from searchr1.cluster.ray_start import logs_folder, own_ray\n"
         "with own_ray(1):\n"
         "    cluster = Cluster(num_nodes=1)\n"
         "@ray.remote\n"

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from searchr1.actor.checkpoint import new_checkpoint
 from searchr1.agent.trajectory import Sample
 from searchr1.checkpoints.manifest import checkpoint_steps, read_contents, verify_checkpoint
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
-from searchr1.runner import train as train_module
-from searchr1.runner.run_folder import RunFolder
+from searchr1.learner.checkpoint import new_checkpoint
 from searchr1.tracking.legs import settings_changes
 from searchr1.tracking.loggers import JsonlLogger, read_metrics
+from searchr1.training import train as train_module
+from searchr1.training.run_folder import RunFolder
 
 
 class DoneCall:

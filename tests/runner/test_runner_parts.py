@@ -11,10 +11,10 @@ import pytest
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.cli import COMMANDS, main
+from searchr1.cluster.failure import Failure, WorkerError, reported, unwrap
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.runner.train import hash_seed, is_due, minibatch_ids
-from searchr1.workers.failure import Failure, WorkerError, reported, unwrap
+from searchr1.training.train import hash_seed, is_due, minibatch_ids
 
 
 def config(tmp_path, **runner):
@@ -95,10 +95,10 @@ def test_unknown_command_and_missing_file(capsys):
     assert main([]) == 0
 
 
-LIGHT = ["searchr1.config.load", "searchr1.rewards.registry", "searchr1.agent.loop", "searchr1.retrieval.server_cli"]
+LIGHT = ["searchr1.config.load", "searchr1.rewards.registry", "searchr1.agent.loop", "searchr1.commands.retrieval_server"]
 
 
-@pytest.mark.parametrize("module", [*LIGHT, "searchr1.data.dataset", "searchr1.tracking.report", "searchr1.evaluation.page"])
+@pytest.mark.parametrize("module", [*LIGHT, "searchr1.data.dataset", "searchr1.commands.report", "searchr1.evaluation.page"])
 def test_light_parts_import_without_the_heavy_libraries(module):
     code = f"import sys, {module}; print([m for m in ('ray', 'vllm', 'megatron', 'rlinf') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)

@@ -13,21 +13,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import policy_ranks as ranks
 import pytest
 import torch
+from support import policy_ranks as ranks
 
-from searchr1.config.model_settings import ModelSettings
+from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError
-from searchr1.runner.sft import parse, run_config
-from searchr1.runner.sft_data import batches, load_rows, segments_of
+from searchr1.training.sft import parse, run_config
+from searchr1.training.sft_data import batches, load_rows, segments_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from searchr1.data.demo_world.tokenizer import train_tokenizer
+    from searchr1.demo.tokenizer import train_tokenizer
 
     return train_tokenizer()
 
@@ -243,7 +243,7 @@ def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
 
 RANK = """
 import os, sys, torch
-from searchr1.runner.sft import parse, train
+from searchr1.training.sft import parse, train
 torch.set_num_threads(1)
 losses = train(parse(sys.argv[2:]))
 if os.environ["RANK"] == "0":

@@ -8,12 +8,12 @@ import json
 import pytest
 
 from searchr1.data.dataset import load_dataset_files
-from searchr1.data.demo_world.tokenizer import train_tokenizer
 from searchr1.data.model_source import load_tokenizer, looks_local
+from searchr1.demo.demo import COLD_START
+from searchr1.demo.tokenizer import train_tokenizer
 from searchr1.errors import UserError
-from searchr1.runner.demo import COLD_START
-from searchr1.runner.sft import parse
-from searchr1.runner.sft_data import load_rows
+from searchr1.training.sft import parse
+from searchr1.training.sft_data import load_rows
 
 USER = {"role": "user", "content": "who?"}
 

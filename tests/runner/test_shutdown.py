@@ -13,12 +13,12 @@ import pytest
 
 from searchr1 import cli
 from searchr1.errors import WorkerDied
-from searchr1.runner.shutdown import Stopped, is_stopping, stops_cleanly
+from searchr1.shutdown import Stopped, is_stopping, stops_cleanly
 
 COMMAND = """
 import signal, subprocess, sys, time, types
 from searchr1 import cli
-from searchr1.runner import shutdown
+from searchr1 import shutdown
 
 how = sys.argv[1]
 
@@ -164,7 +164,7 @@ def test_a_death_is_one_message_and_exit_code_1(monkeypatch, capsys):
     def leave(code):
         raise Left(code)
 
-    monkeypatch.setattr("searchr1.tracking.report.main", main)
+    monkeypatch.setattr("searchr1.commands.report.main", main)
     monkeypatch.setattr(cli, "leave", leave)
     with pytest.raises(Left) as found:
         cli.main(["report"])

@@ -11,8 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from searchr1.errors import UserError
-from searchr1.runner.weight_probe import check_gap
-from searchr1.runner.weight_sync import actor_logprobs, validate_weights
+from searchr1.training.weight_sync import actor_logprobs, check_gap, validate_weights
 
 PROBE = [[5, 6, 7], [8, 9]]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from searchr1.rollout.weights import WeightManifest
-from searchr1.runner.weight_sync import sync_weights
+from searchr1.training.weight_sync import sync_weights
 
 BUCKETS = [
     WeightManifest(3, "d", f"d/bucket-{i % 2}", (), 8, first=i == 0, last=i == 3, warnings=("slow folder",) if i < 2 else ())

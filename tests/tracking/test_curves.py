@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from searchr1.tracking.curves import (
+from searchr1.report.curves import (
     MOST_POINTS,
     charts,
     compared_charts,

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.tracking.follow import GrowingMetrics, Indexed, WatchedRun
+from searchr1.report.follow import GrowingMetrics, Indexed, WatchedRun
+from searchr1.report.run_files import logged_files
 from searchr1.tracking.loggers import JsonlLogger
-from searchr1.tracking.run_files import logged_files
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 
 

@@ -9,8 +9,7 @@ import pytest
 
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.tracking.guarded import FAILED, GuardedLogger, start_loggers
-from searchr1.tracking.loggers import hosted_loggers, read_metrics
+from searchr1.tracking.loggers import FAILED, GuardedLogger, hosted_loggers, read_metrics, start_loggers
 from searchr1.tracking.run_log import RunLog
 
 
@@ -94,8 +93,8 @@ def test_a_service_that_does_not_start_is_one_sentence(tmp_path, monkeypatch, er
 
 
 def test_an_evaluations_results_are_written_before_a_service_can_fail(tmp_path, monkeypatch, capsys):
+    from searchr1.evaluation import evaluate
     from searchr1.evaluation.results import Results
-    from searchr1.runner import evaluate
 
     order: list[str] = []
     task = types.SimpleNamespace(
@@ -137,7 +136,8 @@ def test_an_evaluations_results_are_written_before_a_service_can_fail(tmp_path, 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_key_is_looked_for_before_anything_starts(tmp_path, monkeypatch, command):
-    from searchr1.runner import evaluate, train
+    from searchr1.evaluation import evaluate
+    from searchr1.training import train
 
     module = {"train": train, "evaluate": evaluate}[command]
     stand_ins: dict[str, Any] = {

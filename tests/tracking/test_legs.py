@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from searchr1.commands.report import page
+from searchr1.commands.watch import Watched
 from searchr1.config.load import save_config
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
-from searchr1.tracking.follow import WatchedRun
+from searchr1.report.follow import WatchedRun
 from searchr1.tracking.legs import legs_of, settings_changes
 from searchr1.tracking.loggers import JsonlLogger
-from searchr1.tracking.report import page
-from searchr1.tracking.watch import Watched
 
 HOSTILE = "</script><script>alert(1)</script>\u2028"
 

@@ -13,12 +13,13 @@ import pytest
 
 from searchr1.agent.trajectory import Sample, Turn
 from searchr1.cli import main as searchr1
+from searchr1.commands import report
+from searchr1.commands.report import escape, main
 from searchr1.errors import UserError
-from searchr1.tracking import page_parts, report
+from searchr1.report import page_parts
+from searchr1.report.run_files import COLUMNS
 from searchr1.tracking.loggers import JsonlLogger
 from searchr1.tracking.metrics import eval_metrics, step_metrics
-from searchr1.tracking.report import escape, main
-from searchr1.tracking.run_files import COLUMNS
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 
 HOSTILE = (

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1.errors import UserError
-from searchr1.tracking.run_files import COLUMNS, brief, evenly, evenly_by_group, logged_files, read_rows, shares
+from searchr1.report.run_files import COLUMNS, brief, evenly, evenly_by_group, logged_files, read_rows, shares
 from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 

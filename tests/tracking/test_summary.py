@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from searchr1.tracking.run_files import brief
-from searchr1.tracking.summary import difference_is_sure, example_of, summarise
+from searchr1.report.run_files import brief
+from searchr1.report.summary import difference_is_sure, example_of, summarise
 
 
 def evaluation(step, match, searches=1.0, questions=480, sources=()):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.tracking.svg import HEIGHT, WIDTH, Series, compact, line_chart, moving_mean, ticks
+from searchr1.report.svg import HEIGHT, WIDTH, Series, compact, line_chart, moving_mean, ticks
 
 values = st.floats(-1e12, 1e12, allow_nan=False)
 points = st.dictionaries(st.integers(0, 2000).map(float), values, max_size=200).map(lambda found: sorted(found.items()))

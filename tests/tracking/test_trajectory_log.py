@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
-from searchr1.tracking.run_files import read_rows
+from searchr1.report.run_files import read_rows
 from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import (
     eval_file,

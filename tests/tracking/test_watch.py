@@ -9,11 +9,11 @@ from urllib.parse import quote
 
 import pytest
 
+from searchr1.commands.watch import Watched, WatchServer, main
 from searchr1.errors import UserError
 from searchr1.tracking.loggers import JsonlLogger
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
-from searchr1.tracking.watch import Watched, WatchServer, main
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from typing import Any
 
 from searchr1.agent.protocol import Document, render_body
 from searchr1.errors import UserError
-from searchr1.retrieval.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
-from searchr1.retrieval.outages import OutageWatch
+from searchr1.retrieval.client.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
+from searchr1.retrieval.client.outages import OutageWatch
 
 QUESTIONS_PER_CALL = 32
 CALLS_AT_ONCE = 8

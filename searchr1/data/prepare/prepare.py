@@ -14,16 +14,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from searchr1.data.events import Events
-from searchr1.data.prepare.output import write_json, write_rows
-from searchr1.data.prepare.overlap import Overlap, find_overlap, question_key, split_duplicates
 from searchr1.data.prepare.passages import search_passages
 from searchr1.data.prepare.reading import read_records, read_rows
-from searchr1.data.prepare.rows import Question, check_row
-from searchr1.data.prepare.shapes import arrow_schema, make_row
+from searchr1.data.prepare.rows import Question, arrow_schema, check_row, make_row
 from searchr1.data.prepare.sources import Source
-from searchr1.data.prepare.stats import SetStats, as_json, describe, start_stats
+from searchr1.data.prepare.stats import (
+    Overlap,
+    SetStats,
+    as_json,
+    describe,
+    find_overlap,
+    question_key,
+    split_duplicates,
+    start_stats,
+)
 from searchr1.data.prompts import wants_passages
 from searchr1.errors import UserError
+from searchr1.files.output_files import write_json, write_rows
 
 SHOWN_PROBLEMS = 20
 NOTES = ".passages.partial.jsonl"

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from searchr1.errors import UserError
-from searchr1.parquet_rows import parquet_rows
-from searchr1.text_rows import (
+from searchr1.files.parquet_rows import parquet_rows
+from searchr1.files.text_rows import (
     MAX_LINE_BYTES,
     LineTooLong,
     decode,

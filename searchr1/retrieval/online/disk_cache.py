@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
-from searchr1.text_rows import parse_json
+from searchr1.files.text_rows import parse_json
 
 FILE = "online.sqlite3"
 LOCK_TIMEOUT_S = 10.0

@@ -1,16 +1,12 @@
-"""Pages from the web, as text: bounded in size and time, and never from a private address.
-
-The policy and the pages themselves choose what is fetched, so an address could name this machine, its network or a cloud's
-metadata service. Every host is therefore resolved here, refused unless all of its addresses are public, and connected to at
-exactly the addresses that were checked; redirects go the same way. A proxy of the environment is asked to connect to the
-checked address too; pages without TLS do not go through one, since it would choose the address itself.
-"""
+"""Pages from the web as text: bounded in size and time, never from a private address, through the environment's proxy."""
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
 import socket
+import urllib.request
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -18,8 +14,42 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from searchr1.errors import UserError
 from searchr1.retrieval.documents import Page
-from searchr1.retrieval.online.proxy import proxy_for
+
+
+@dataclass(frozen=True, slots=True)
+class Proxy:
+    """How requests go through a proxy."""
+
+    variable: str
+    """Of the environment, for messages."""
+    url: str = field(repr=False)
+    """With user and password, if it has them; aiohttp takes them out and sends them."""
+
+
+def proxy_for(address: str) -> Proxy | None:
+    """Return the proxy for a web address, or None.
+
+    Raises:
+        UserError: the variable holds something else than the address of an HTTP proxy.
+    """
+    target = urlsplit(address)
+    proxies = urllib.request.getproxies_environment()
+    kind = target.scheme if proxies.get(target.scheme) else "all"
+    text = proxies.get(kind)
+    if not text or urllib.request.proxy_bypass(target.netloc.rpartition("@")[2]):
+        return None
+    variable = f"{kind.upper()}_PROXY"
+    try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        valid = False
+    if not valid:
+        raise UserError(f"{variable}: is not the address of an HTTP proxy; give http://host:port")
+    return Proxy(variable, f"{parts.scheme}://{parts.netloc}")
+
 
 TYPES = {"text/html", "application/xhtml+xml", "text/plain"}
 REDIRECTS = {301, 302, 303, 307, 308}

@@ -12,15 +12,14 @@ from typing import Any
 
 import aiohttp
 
-from searchr1.retrieval.answers import read_json, retry_after
+from searchr1.files.text_rows import whole_text
+from searchr1.retrieval.client.answers import read_json, retry_after
 from searchr1.retrieval.documents import Page
+from searchr1.retrieval.index.tokens import split_passage, split_query
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import Engine, Hit, Request
-from searchr1.retrieval.online.fetch import PageFetcher
-from searchr1.retrieval.online.proxy import proxy_for
+from searchr1.retrieval.online.fetch import PageFetcher, proxy_for
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
-from searchr1.retrieval.tokens import split_passage, split_query
-from searchr1.unicode_text import whole_text
 
 PASSAGE_CHARACTERS = 1200
 """How much of a fetched page is given."""

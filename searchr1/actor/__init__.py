@@ -1,1 +1,0 @@
-"""Training: packing, packed attention, the FSDP2 backend, checkpoints."""

@@ -1,0 +1,109 @@
+"""Where the model searches: a retrieval server, an online engine in this process, or nowhere."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from searchr1.agent.tools import Finder
+from searchr1.config.schema import SearchToolConfig
+from searchr1.errors import UserError
+from searchr1.retrieval.client.client import (
+    TOKEN_VARIABLE,
+    ClientStats,
+    SearchClient,
+    SearchUnavailable,
+    base_url,
+    wait_until_healthy,
+)
+from searchr1.retrieval.documents import Page, RetrievedDocument, split_contents
+
+HEALTH_SECONDS = 3.0
+PROBE_SECONDS = 15.0
+
+
+class OnlineFinder:
+    """An online engine; its key comes from the environment."""
+
+    def __init__(self, engine: str, topk: int, timeout_s: float, address: str | None, snippet_only: bool) -> None:
+        """Connects at the first search.
+
+        Raises:
+            UserError: no such engine, or its key is missing.
+        """
+        from searchr1.retrieval.online.engines import ENGINES
+        from searchr1.retrieval.online.searcher import OnlineSearcher
+
+        if engine not in ENGINES:
+            raise UserError(f"--engine {engine}: is not known; use one of {', '.join(ENGINES)}")
+        self._topk = topk
+        self._searcher = OnlineSearcher(
+            ENGINES[engine], address=address, snippet_only=snippet_only, concurrency=32, timeout_s=timeout_s
+        )
+
+    @property
+    def stats(self) -> ClientStats:
+        """The engine's retries are its own affair."""
+        return ClientStats()
+
+    async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
+        """Passages for each query."""
+        from searchr1.retrieval.searcher import SearchFailed
+
+        try:
+            found = await self._searcher.search(queries, self._topk)
+        except SearchFailed as error:
+            raise SearchUnavailable(str(error)) from error
+        return [[_passage(document, score) for document, score in passages] for passages in found]
+
+    async def access(self, urls: Sequence[str]) -> list[Page | None]:
+        """Pages of the public internet, as text."""
+        return await self._searcher.access(urls)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._searcher.aclose()
+
+
+def _passage(document: dict[str, object], score: float) -> RetrievedDocument:
+    contents = str(document["contents"])
+    title, text = split_contents(contents)
+    return RetrievedDocument(str(document.get("id", "")), title, text, str(document.get("url") or ""), score, contents)
+
+
+def server_finder(search: SearchToolConfig) -> Finder:
+    """The client of the run's retrieval servers."""
+    return SearchClient(
+        addresses(search),
+        topk=search.topk,
+        timeout_s=search.timeout_s,
+        retries=search.retries,
+        token=os.environ.get(TOKEN_VARIABLE),
+    )
+
+
+def addresses(search: SearchToolConfig) -> list[str]:
+    """The servers' addresses as a list."""
+    found = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
+    return [str(address) for address in found]
+
+
+async def check_servers(search: SearchToolConfig) -> str | None:
+    """What keeps the first retrieval server from answering; None if it answers. Servers of other systems, which have no
+    /health, are asked a question instead."""
+    import asyncio
+
+    address = addresses(search)[0]
+    try:
+        await asyncio.to_thread(wait_until_healthy, address, HEALTH_SECONDS)
+        return None
+    except UserError as error:
+        problem = str(error)
+    client = SearchClient([address], topk=1, timeout_s=PROBE_SECONDS, retries=0, token=os.environ.get(TOKEN_VARIABLE))
+    try:
+        await client.search(["test"])
+        return None
+    except SearchUnavailable as error:
+        return f"{problem}; a search got: {error}" if "answered" in problem else f"no answer from {base_url(address)}"
+    finally:
+        await client.aclose()

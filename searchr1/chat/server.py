@@ -1,0 +1,160 @@
+"""The chat page's HTTP interface: the page, questions with streamed answers, pages that were found."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel, Field
+
+from searchr1.chat.gate import Gate
+from searchr1.chat.session import Session
+from searchr1.chat.stream import Admission, EventStream
+from searchr1.retrieval.client.client import SearchUnavailable
+
+ROOM = Path(__file__).parent
+PAGE_CHARACTERS = 200_000
+"""Of a page that is shown to a person."""
+PAGE_TIMEOUT_S = 60.0
+RETRY_AFTER_S = 5
+ABSOLUTE_CHARACTERS = 1 << 18
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the server takes."""
+
+    question_characters: int = 4_000
+    running: int = 32
+    """Questions that are answered at once."""
+    waiting: int = 64
+    """Questions that may wait for that; more are refused with 503."""
+    answer_timeout_s: float = 600.0
+
+
+class Question(BaseModel):
+    """`POST /ask`."""
+
+    question: Annotated[str, Field(max_length=ABSOLUTE_CHARACTERS)]
+
+
+class Address(BaseModel):
+    """`POST /page`."""
+
+    url: Annotated[str, Field(max_length=4096)]
+
+
+def create_app(session: Session, limits: Limits, token: str | None = None, hosts: Iterable[str] = ()) -> Gate:
+    """The application.
+
+    Args:
+        session: what answers.
+        limits: see `Limits`.
+        token: clients must send it as `Authorization: Bearer …`; None: they need none.
+        hosts: further names of this server, see `Gate`.
+    """
+    app = FastAPI(title="searchr1 chat", docs_url=None, redoc_url=None, openapi_url=None)
+    admission = Admission(limits.running, limits.waiting)
+    html, policy = page()
+
+    @app.get("/")
+    async def index() -> Response:
+        return Response(
+            html,
+            media_type="text/html; charset=utf-8",
+            headers={
+                "content-security-policy": policy,
+                "x-content-type-options": "nosniff",
+                "referrer-policy": "no-referrer",
+                "cross-origin-opener-policy": "same-origin",
+                "cache-control": "no-cache",
+            },
+        )
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while questions can be answered, 503 once the engine has stopped."""
+        stopped = session.stop_reason
+        counts = {
+            "status": "ok" if stopped is None else "failed",
+            "running": min(admission.inside, limits.running),
+            "waiting": max(admission.inside - limits.running, 0),
+        }
+        return JSONResponse(counts, 200 if stopped is None else 503)
+
+    @app.get("/about")
+    async def about() -> Response:
+        """The model, its search and the limits."""
+        return JSONResponse(
+            session.about | {"question_characters": limits.question_characters, "stopped": session.stop_reason}
+        )
+
+    @app.post("/ask")
+    async def ask(asked: Question) -> Response:
+        """The events of one answer, a JSON object a line. Closing the connection stops the generation."""
+        question = asked.question.strip()
+        if not question:
+            return problem(422, "the question is empty")
+        if len(question) > limits.question_characters:
+            return problem(
+                422,
+                f"the question has {len(question)} characters, and {limits.question_characters} are allowed "
+                "(--max_question_characters)",
+            )
+        if session.stop_reason is not None:
+            return problem(503, f"{session.stop_reason}; start searchr1 serve-chat again")
+        busy = problem(503, "too many questions are waiting; try again soon", {"retry-after": str(RETRY_AFTER_S)})
+        return EventStream(session.ask(question), admission, limits.answer_timeout_s, busy)
+
+    @app.post("/page")
+    async def read_page(wanted: Address) -> Response:
+        """The text behind an address that a search found."""
+        try:
+            async with asyncio.timeout(PAGE_TIMEOUT_S):
+                found = await session.page(wanted.url)
+        except SearchUnavailable as error:
+            return problem(502, f"the page could not be had: {error}")
+        except TimeoutError:
+            return problem(504, f"the page did not come within {PAGE_TIMEOUT_S:g} s")
+        if found is None:
+            return problem(404, "there is no such page")
+        text = found.contents
+        return JSONResponse(
+            {"url": found.url, "text": text[:PAGE_CHARACTERS], "left_out": max(len(text) - PAGE_CHARACTERS, 0)}
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Any, error: RequestValidationError) -> Response:
+        # Without the input, which may be large, and not even encodable.
+        first = error.errors()[0]
+        return problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
+
+    return Gate(app, token, hosts)
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """Why a request was refused."""
+    return JSONResponse({"detail": detail}, status, headers)
+
+
+def page() -> tuple[bytes, str]:
+    """The page with its style and script in it, and the policy that lets these two run and nothing else."""
+    style, script = (ROOM / "chat.css").read_text(encoding="utf-8"), (ROOM / "chat.js").read_text(encoding="utf-8")
+    html = (ROOM / "chat.html").read_text(encoding="utf-8").replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
+    policy = (
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; connect-src 'self'; img-src data:; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return html.encode(), policy
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

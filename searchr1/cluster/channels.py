@@ -1,0 +1,73 @@
+"""Keys of the one channel that all groups share, and how workers use it.
+
+A channel is a process of its own; one with many keyed queues costs less than one per queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from searchr1.learner.trained import TrainedModel
+
+CHANNEL = "searchr1"
+
+
+def prompts_key(rank: int) -> str:
+    """Runner -> rollout rank: one list of `Sample` per batch."""
+    return f"prompts/{rank}"
+
+
+ROLLOUTS = "rollouts"
+"""Rollout -> reward: a `Chunk` of finished groups; None ends the batch."""
+
+
+def scored_key(rank: int) -> str:
+    """Reward -> inference rank: that rank's share of a `Chunk`; None ends the batch."""
+    return f"scored/{rank}"
+
+
+FINISHED = "finished"
+"""Reward or inference -> runner: a finished `Chunk`; None ends the batch."""
+
+
+def actor_key(replica: int) -> str:
+    """Runner -> a replica's first actor rank: the replica's share of the step, an `ActorShare`."""
+    return f"actor/{replica}"
+
+
+def critic_key(replica: int) -> str:
+    """Runner -> a replica's first critic rank: its share of the step's trajectories, then their `CriticTargets`."""
+    return f"critic/{replica}"
+
+
+async def get(channel: Any, key: str, timeout_s: float) -> Any:
+    """The next item of a queue.
+
+    Raises:
+        TimeoutError: nothing came in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        return await channel.get(key=key, async_op=True).async_wait()
+
+
+async def get_share(channel: Any, model: TrainedModel, key: Callable[[int], str], timeout_s: float) -> Any:
+    """A replica's share of a step: its first rank takes it from the channel, the others of the replica from that rank.
+
+    Raises:
+        TimeoutError: nothing came in time.
+    """
+    share = await get(channel, key(model.replica), timeout_s) if model.leads_replica else None
+    return model.to_replica(share)
+
+
+async def put(channel: Any, item: Any, key: str, timeout_s: float) -> None:
+    """Append to a queue.
+
+    Raises:
+        TimeoutError: the channel did not take it in time.
+    """
+    async with asyncio.timeout(timeout_s):
+        await channel.put(item, key=key, async_op=True).async_wait()

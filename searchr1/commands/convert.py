@@ -1,0 +1,63 @@
+"""The command line of `searchr1 convert`."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
+from searchr1.checkpoints.hf_writer import DTYPES
+from searchr1.checkpoints.to_hf import Options, fsdp2hf, mg2hf
+from searchr1.errors import UserError
+
+GIB = 1 << 30
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command."""
+    args = _parser().parse_args(argv)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    if args.shard_gib <= 0:
+        raise UserError(f"--shard-gib {args.shard_gib}: must be above 0")
+    size = int(args.shard_gib * GIB)
+    if args.command == "hf2mg":
+        lines = hf2mg(args.hf_model, args.output, MegatronOptions(dtype, args.layers, size, args.verify, args.verify_logits))
+    else:
+        options = Options(dtype, size, args.verify, getattr(args, "verify_logits", False))
+        if args.command == "mg2hf":
+            lines = mg2hf(args.checkpoint, args.output, args.hf_model, options)
+        else:
+            lines = fsdp2hf(args.checkpoint, args.output, args.hf_model, options, adapter=args.adapter)
+    print("\n".join(lines))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="searchr1 convert", description="Convert checkpoints.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    mega = commands.add_parser("mg2hf", help="Megatron checkpoint -> Hugging Face folder")
+    back = commands.add_parser("hf2mg", help="Hugging Face folder -> Megatron checkpoint")
+    fsdp = commands.add_parser("fsdp2hf", help="FSDP checkpoint -> Hugging Face folder")
+    for one in (mega, fsdp):
+        one.add_argument("--checkpoint", type=Path, required=True, help="…/checkpoints/global_step_N/actor")
+        one.add_argument(
+            "--hf-model",
+            type=Path,
+            help="base model, for config and tokenizer (default: the checkpoint's own); with LoRA also its weights",
+        )
+    back.add_argument("--hf-model", type=Path, required=True, help="folder with config.json and safetensors files")
+    back.add_argument(
+        "--layers",
+        choices=("stacked", "separate"),
+        default="stacked",
+        help="one tensor for all layers, Megatron's default, or one each (non_homogeneous_layers)",
+    )
+    for one in (mega, back, fsdp):
+        one.add_argument("--output", type=Path, required=True, help="new folder")
+        one.add_argument("--dtype", choices=sorted(DTYPES), help="precision of the output (default: as in the source)")
+        one.add_argument("--shard-gib", type=float, default=4.0, help="size of a file, in GiB (default: 4)")
+        one.add_argument("--verify", action="store_true", help="read the output back and compare every bit")
+    fsdp.add_argument("--adapter", action="store_true", help="of a LoRA checkpoint: write the adapters alone, for peft")
+    for one in (mega, back):
+        one.add_argument("--verify-logits", action="store_true", help="also run both models, however large")
+    return parser

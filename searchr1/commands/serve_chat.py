@@ -1,0 +1,98 @@
+"""`searchr1 serve-chat`: a web page that asks the model."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+
+from searchr1.chat.server import Limits, create_app
+from searchr1.commands.chat_flags import Plan, parser, plan
+from searchr1.commands.retrieval_server import write_address
+from searchr1.errors import UserError
+from searchr1.retrieval.server.serve import GRACE_S, bind, end_politely, reachable_address
+
+TOKEN_VARIABLE = "SEARCHR1_CHAT_TOKEN"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server on that host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def serve(
+    chosen: Plan, limits: Limits, listener: socket.socket, hosts: list[str], address: str, file: Path | None
+) -> None:
+    """Load the model and serve until a signal comes."""
+    from searchr1.chat.load import open_session
+
+    session = await open_session(chosen)
+    try:
+        app = create_app(session, limits, os.environ.get(TOKEN_VARIABLE) or None, hosts)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
+            proxy_headers=False,  # the client's address is not used
+            lifespan="off",
+        )
+        print(f"serving on http://{address} (search: {session.about['search']})", flush=True)
+        if file is not None:
+            write_address(file, address)
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await session.aclose()
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command."""
+    flags = parser("serve-chat", "Serve a web page that asks a trained model and shows how it searches.")
+    server = flags.add_argument_group("server", f"A token that questions need is taken from {TOKEN_VARIABLE}.")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
+    server.add_argument("--port", type=int, default=8080, help="0 takes a free one (default 8080)")
+    server.add_argument(
+        "--allowed-host",
+        "--allowed_host",
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which it is reached",
+    )
+    server.add_argument("--save-address-to", type=Path, help="write host:port into this file once questions can be asked")
+    limits = Limits()
+    for name, default, text in (
+        ("max_question_characters", limits.question_characters, "characters of a question"),
+        ("max_running", limits.running, "questions that are answered at once"),
+        ("max_waiting", limits.waiting, "questions that may wait; more get 503"),
+    ):
+        server.add_argument(
+            f"--{name}", f"--{name.replace('_', '-')}", type=int, default=default, help=f"{text} (default {default})"
+        )
+    server.add_argument(
+        "--answer_timeout_s", "--answer-timeout-s", type=float, default=limits.answer_timeout_s, help="of one answer"
+    )
+    args = flags.parse_intermixed_args(argv)
+    if min(args.max_question_characters, args.max_running, args.answer_timeout_s) <= 0 or args.max_waiting < 0:
+        raise UserError(
+            "--max_question_characters, --max_running and --answer_timeout_s must be above 0, --max_waiting at least 0"
+        )
+    chosen = plan(args)
+    listener = bind(args.host, args.port)
+    address = reachable_address(args.host, listener.getsockname()[1])
+    if not is_loopback(args.host) and not os.environ.get(TOKEN_VARIABLE):
+        print(f"everybody who reaches {address} can ask; set {TOKEN_VARIABLE} to want a token", file=sys.stderr, flush=True)
+    end_politely()
+    limits = Limits(args.max_question_characters, args.max_running, args.max_waiting, args.answer_timeout_s)
+    asyncio.run(serve(chosen, limits, listener, [args.host, *args.allowed_host], address, args.save_address_to))
+    return 0

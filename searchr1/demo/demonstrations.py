@@ -1,0 +1,99 @@
+"""Worked answers to questions of many worlds: the rows from which the cold start learns.
+
+A row is `{"segments": [{"text", "train"}]}`: segments are tokenized one by one, as the agent loop does, and the loss
+is on those that the policy would write.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from searchr1.agent.protocol import Document, render_information
+from searchr1.demo.files import contents, prompt_text
+from searchr1.demo.questions import Question, make_questions
+from searchr1.demo.world import Entity, World, make_world, passage
+
+TOPK = 2
+FIRST_WORLD_SEED = 1_000_000
+"""Worlds for demonstrations lie far from the seeds that people train and test on."""
+
+SHY_RELATIONS = frozenset({"birthplace", "employer", "mayor", "governor", "headquarters", "setting", "commander"})
+"""When the last hop is one of these, the mediocre cold start mostly guesses instead of searching."""
+GUESS_RATE = {True: 0.75, False: 0.25}
+"""Share of guesses, by whether the last relation is shy."""
+STOP_EARLY_RATE = 0.6
+"""Share of questions of several hops that are answered after too few."""
+READ_EVERY = 8
+"""Every so many full answers are trained on whole, question and passages included. Predicting passages, in which each name
+comes twice, is what teaches a small model to copy; with the policy's own words alone it takes several times longer."""
+
+Segment = dict[str, Any]
+Lookup = Callable[[Entity], list[Entity]]
+
+
+def bm25_lookup(world: World) -> Lookup:
+    """What the retrieval server would find for each entity's name."""
+    import bm25s
+
+    texts = [contents(entity) for entity in world.entities]
+    names = [entity.name for entity in world.entities]
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
+    tokens = bm25s.tokenize(names, stopwords=None, show_progress=False)
+    found, _ = index.retrieve(tokens, k=TOPK, show_progress=False)
+    table = {entity.id: [world.entities[j] for j in row] for entity, row in zip(world.entities, found, strict=True)}
+    return lambda entity: table[entity.id]
+
+
+def _information(found: list[Entity]) -> str:
+    documents = [Document(id="", title=entity.name, text=passage(entity)) for entity in found]
+    return render_information([documents], "searchr1")
+
+
+def full_answer(question: Question, lookup: Lookup, hops: int | None = None) -> list[Segment]:
+    """Look up every hop and answer; with `hops`, answer with what that many hops give."""
+    hops = question.hops if hops is None else hops
+    chain = question.chain
+    think = f"<think> I need the {question.relations[0]} of {question.start.name}</think>\n"
+    segments: list[Segment] = [{"text": prompt_text(question.text), "train": False}]
+    for hop in range(hops):
+        segments.append({"text": f"{think}<search> {chain[hop].name}</search>", "train": True})
+        segments.append({"text": _information(lookup(chain[hop])), "train": False})
+        think = f"<think> The {question.relations[hop]} is {chain[hop + 1].name}"
+        think += "</think>\n" if hop + 1 == hops else f", I need the {question.relations[hop + 1]}</think>\n"
+    segments.append({"text": f"{think}<answer> {chain[hops].name}</answer>", "train": True})
+    return segments
+
+
+def guess(question: Question, world: World, rng: random.Random) -> list[Segment]:
+    """An answer of the right kind, out of thin air."""
+    name = rng.choice(world.of(question.answer.kind)).name
+    text = f"<think> I remember this</think>\n<answer> {name}</answer>"
+    return [{"text": prompt_text(question.text), "train": False}, {"text": text, "train": True}]
+
+
+def mediocre_answer(question: Question, lookup: Lookup, world: World, rng: random.Random) -> list[Segment]:
+    """What the cold start is to imitate: it often guesses, and it often stops after the first hop."""
+    if rng.random() < GUESS_RATE[question.relations[-1] in SHY_RELATIONS]:
+        return guess(question, world, rng)
+    if question.hops > 1 and rng.random() < STOP_EARLY_RATE:
+        return full_answer(question, lookup, hops=rng.randint(1, question.hops - 1))
+    return full_answer(question, lookup)
+
+
+def demonstrations(worlds: int, questions_per_world: int, seed: int, mediocre: bool) -> Iterator[dict[str, Any]]:
+    """Rows over `worlds` different worlds, perfect or mediocre."""
+    for number in range(worlds):
+        world = make_world(FIRST_WORLD_SEED + 10_000 * seed + number)
+        lookup = bm25_lookup(world)
+        rng = random.Random(f"searchr1 demonstrations {world.seed}")
+        for row, question in enumerate(make_questions(world, "train", questions_per_world, world.seed)):
+            if mediocre:
+                yield {"segments": mediocre_answer(question, lookup, world, rng)}
+                continue
+            segments = full_answer(question, lookup)
+            if row % READ_EVERY == 0:
+                segments = [segment | {"train": True} for segment in segments]
+            yield {"segments": segments}

@@ -1,0 +1,251 @@
+"""`searchr1 eval`, and the evaluation inside a training run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.cluster.collect import collect
+from searchr1.cluster.groups import Groups, launch
+from searchr1.cluster.stream import Streamed, stream
+from searchr1.config.load import given_keys, load_for_command
+from searchr1.config.schema import Config
+from searchr1.data.loader import eval_batches
+from searchr1.device import Device
+from searchr1.errors import UserError, WorkerDied
+from searchr1.evaluation.manifest import billions
+from searchr1.evaluation.methods import sampling_note
+from searchr1.evaluation.passages import require_server, watch_servers
+from searchr1.evaluation.results import Results, method_result, write_results
+from searchr1.evaluation.summary import flat_metrics
+from searchr1.evaluation.tasks import (
+    Questions,
+    Task,
+    add_passages,
+    begin,
+    evaluation_path,
+    follow_model,
+    load_questions,
+    open_tasks,
+    with_judge,
+)
+from searchr1.files.folder_lock import FolderLock, folder_lock
+from searchr1.preflight.check import require_valid, warnings
+from searchr1.preflight.check_backend import without_adapters
+from searchr1.shutdown import Stopped
+from searchr1.tracking.eval_progress import EvalProgress
+from searchr1.tracking.loggers import GuardedLogger, file_loggers, hosted_loggers, require_backends, start_loggers
+from searchr1.tracking.logins import require_logins
+from searchr1.tracking.metrics import eval_metrics
+from searchr1.tracking.run_log import RunLog
+from searchr1.training.run_folder import NAMED_BY, run_path
+
+
+def evaluate(groups: Groups, samples: list[Sample], config: Config, log: RunLog, step: int) -> dict[str, float]:
+    """In a training run: answer every question once, greedily, and log it. Returns `val/<data source>/<name>`."""
+    trajectories: list[Trajectory] = []
+    batch_size = config.data.val_rollout_batch_size or len(samples)
+    for number, batch in enumerate(eval_batches(samples, batch_size)):
+        answered = collect(
+            groups,
+            batch,
+            step=step,
+            mode="eval",
+            group_size=1,
+            seed=config.runner.seed + number,
+            timeout_s=config.runner.step_timeout_s,
+        )
+        trajectories.extend(answered.trajectories)
+    metrics = eval_metrics(trajectories)
+    log.evaluation(step, trajectories, metrics)
+    return metrics
+
+
+def run(config: Config) -> tuple[Results, Path]:
+    """Evaluate the model that `config` names, or go on with it. Returns the results and the folder that holds them.
+
+    Raises:
+        UserError: something the user can put right; what was finished is kept, and the same call goes on from there.
+        WorkerDied: a process of the run has died; the same holds.
+    """
+    with folder_lock(run_path(config), NAMED_BY, "searchr1 eval") as lock:
+        return run_in(lock, config)
+
+
+def run_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
+    """Evaluate in a folder that no other process writes to."""
+    config = without_adapters(with_judge(config))
+    device = Device.detect(config.cluster.device)
+    questions = load_questions(config)
+    print(f"questions: {questions.described}", flush=True)
+    folder = evaluation_path(config)
+    require_backends(config.runner.logger.logger_backends)
+    require_logins(config.runner.logger.logger_backends)
+    tasks = open_tasks(config, folder, questions)
+    print(f"attempts: {sampling_note(tasks[0].settings, config.algorithm.group_size)}", flush=True)
+    try:
+        answer_pending(lock, config, device, tasks, questions, folder)
+    except UserError as error:
+        raise UserError(f"{error}\n{kept(tasks, folder, config.runner.overwrite)}") from error
+    except (Stopped, WorkerDied) as error:
+        error.go_on = f"; {kept(tasks, folder, config.runner.overwrite)}"
+        raise
+    except BaseException:
+        print(kept(tasks, folder, config.runner.overwrite), file=sys.stderr)
+        raise
+    finally:
+        for task in tasks:
+            task.ledger.close()
+    results = summarise_tasks(config, tasks, questions)
+    write_results(folder, results)
+    log_results(config, tasks, results)
+    return results, folder
+
+
+def kept(tasks: list[Task], folder: Path, overwrite: bool) -> str:
+    """What an evaluation that stops leaves, in a sentence."""
+    if overwrite and not tasks[0].ledger.begun:
+        return f"nothing in {folder} was changed"
+    done, total = sum(len(task.ledger.finished) for task in tasks), sum(len(task.samples) for task in tasks)
+    again = "the same command without runner.overwrite=True" if overwrite else "the same command"
+    return f"{done} of {total} questions are finished and kept in {folder}; {again} goes on from there"
+
+
+def answer_pending(
+    lock: FolderLock, config: Config, device: Device, every: list[Task], questions: Questions, folder: Path
+) -> None:
+    """Answer what is not finished. No process is started if everything is.
+
+    Nothing is written before the groups have started: an evaluation that is refused leaves the folder as it was.
+    """
+    tasks = [task for task in every if task.pending]
+    if not tasks:
+        begin(config, folder, every)
+        print("every question was finished before", flush=True)
+        return
+    for task in tasks:
+        if task.ledger.spoiled:
+            print(
+                f"{task.method.name}: {len(task.ledger.spoiled)} questions whose tool calls failed are asked again",
+                flush=True,
+            )
+    if any(task.method.searches or task.method.retrieves for task in tasks) and not config.tools.search.dummy_mode:
+        require_server(config)
+    pending = {
+        task.method.name: add_passages(config, task, questions) if task.method.retrieves else task.pending for task in tasks
+    }
+    with launch(config, device) as groups, watch_servers(config, any(task.method.searches for task in tasks)):
+        lock.require()
+        begin(config, folder, every)
+        for task in tasks:
+            answer(lock, groups, task, pending[task.method.name], config)
+
+
+def answer(lock: FolderLock, groups: Groups, task: Task, samples: list[Sample], config: Config) -> Streamed:
+    """Answer one method's questions; each is in the ledger as soon as it is finished."""
+    attempts = config.algorithm.group_size
+
+    def receive(trajectories: list[Trajectory]) -> None:
+        lock.require()
+        task.ledger.append(trajectories)
+        numbers = {trajectory.sample.index for trajectory in trajectories}
+        task.ledger.finished |= numbers
+        right = sum(trajectory.reward_parts["exact_match"] for trajectory in trajectories)
+        bar.advance(len(numbers), right, len(trajectories))
+
+    with EvalProgress(task.method.name, len(task.samples), len(task.ledger.finished)) as bar:
+        return stream(
+            groups,
+            samples,
+            receive,
+            group_size=attempts,
+            seed=config.runner.seed,
+            settings=task.settings,
+            # As many again as the engine takes at once: some wait for a search, and the engine never runs dry.
+            in_flight=math.ceil(2 * config.rollout.max_running_requests / attempts),
+            timeout_s=config.runner.step_timeout_s,
+        )
+
+
+def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> Results:
+    """Score everything that the ledgers hold."""
+    methods = {}
+    for task in tasks:
+        how = sampling_note(task.settings, config.algorithm.group_size)
+        wanted = len(task.samples) * config.algorithm.group_size
+        result = method_result(
+            task.ledger.rows(), wanted, str(task.folder), how, config.runner.seed, config.evaluation.untagged
+        )
+        methods[task.method.name] = result
+    model = config.rollout.model.model_path
+    return Results(model, billions(model), methods, _settings(config, tasks, questions))
+
+
+def log_results(config: Config, tasks: list[Task], results: Results) -> None:
+    """Log each method's metrics, once its results are written: a service that fails takes none of them."""
+    for task in tasks:
+        metrics = flat_metrics(results.methods[task.method.name].summary)
+        runner = replace(config.runner, experiment_name=f"{config.runner.experiment_name}-{task.method.name}")
+        makers = (
+            partial(file_loggers, task.folder, runner.logger.logger_backends, first_step=0),
+            partial(hosted_loggers, task.folder, runner, {}, first_step=0),
+        )
+        for make in makers:
+            try:
+                loggers = start_loggers(make)
+            except UserError as error:
+                print(f"warning: {error}; the results are written, but not logged there", file=sys.stderr)
+                continue
+            for logger in map(GuardedLogger, loggers):
+                logger.log(0, metrics)
+                logger.close()
+
+
+def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[str, str]:
+    """What a reader of the tables should know."""
+    search, agent = config.tools.search, config.agentloop
+    found = {
+        "model": config.rollout.model.model_path,
+        "precision": config.rollout.model.precision,
+        "questions": f"{questions.described} of {', '.join(config.data.val_data_paths)}",
+        "attempts": sampling_note(tasks[-1].settings, config.algorithm.group_size),
+        "prompt of the search loop": config.data.prompt_template or "the rows' own",
+        "chat template": "yes" if questions.chat else "no",
+        "limits": f"{config.runner.seq_length} tokens, {agent.max_turns} turns with tools, {agent.max_tool_response_length} "
+        "tokens of a tool's text",
+        "passages": "none (dummy_mode)" if search.dummy_mode else f"top {search.topk} of {search.server_addr}",
+    }
+    if config.evaluation.untagged == "text":
+        found["answers without a tag"] = "the text of the last turn (evaluation.untagged: text)"
+    if "judge" in config.reward.weights:
+        found["judge"] = f"{config.reward.judge.model} at {config.reward.judge.base_url}"
+    return found
+
+
+def main(argv: list[str]) -> int:
+    """Entry point of the sub-command."""
+    parser = argparse.ArgumentParser(
+        prog="searchr1 eval",
+        description="Evaluate a model as a YAML describes. An evaluation that was stopped goes on where it was.",
+    )
+    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu-eval.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for instance rollout.model.model_path=PATH 'evaluation.methods=[direct,cot,rag,search]'",
+    )
+    args = parser.parse_args(argv)
+    config = load_for_command(args.config, args.overrides)
+    follow_model(config, given_keys(config))
+    require_valid(config, for_training=False)
+    for text in warnings(config, for_training=False):
+        print(f"warning: {text}", file=sys.stderr)
+    results, folder = run(config)
+    print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")
+    return 0

@@ -1,0 +1,98 @@
+"""What an evaluation asks of the retrieval server itself: is it there, and passages for RAG."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Sequence
+
+from searchr1.agent.protocol import Document, InformationStyle, render_body
+from searchr1.agent.tools import as_document
+from searchr1.config.schema import Config, SearchToolConfig
+from searchr1.errors import UserError
+from searchr1.retrieval.client.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
+from searchr1.retrieval.client.outages import OutageWatch
+
+QUERIES_PER_CALL = 32
+CALLS_AT_ONCE = 8
+
+
+def require_server(config: Config) -> None:
+    """Search once, so that a server that is down or slow is told before a model is loaded.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    asyncio.run(_search(config.tools.search, ["Who wrote the first encyclopedia?"], lambda count: None))
+
+
+def watch_servers(config: Config, searched: bool = True) -> OutageWatch:
+    """Say while the block runs that a retrieval server does not answer; there is none to watch without searches.
+
+    A loop of one's own need not search: it misses a server only after that has answered once.
+    """
+    search = config.tools.search
+    servers = _addresses(search) if searched and not search.dummy_mode else []
+    return OutageWatch(servers, search.timeout_s, awaited=config.agentloop.generate_fn is None)
+
+
+def retrieve_passages(
+    config: Config, style: InformationStyle, questions: Sequence[str], progress: Callable[[int], None]
+) -> list[str]:
+    """The passages for each question, rendered as the search tool shows them, without its tags.
+
+    Args:
+        config: its `tools.search` says where, and how many passages.
+        style: how documents are shown.
+        questions: the queries.
+        progress: called with the number of questions that got theirs.
+
+    Raises:
+        UserError: the server does not answer.
+    """
+    found = asyncio.run(_search(config.tools.search, questions, progress))
+    return [render_body([documents], style, config.agentloop.no_results_message) for documents in found]
+
+
+async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Callable[[int], None]) -> list[list[Document]]:
+    """A client of its own for the whole list: `QUERIES_PER_CALL` queries a call, `CALLS_AT_ONCE` calls at once."""
+    addresses = _addresses(search)
+    client = SearchClient(
+        addresses,
+        topk=search.topk,
+        timeout_s=search.timeout_s,
+        retries=search.retries,
+        token=os.environ.get(TOKEN_VARIABLE),
+    )
+    slots = asyncio.Semaphore(CALLS_AT_ONCE)
+    results: list[list[Document]] = [[] for _ in queries]
+
+    async def one_call(start: int) -> None:
+        part = queries[start : start + QUERIES_PER_CALL]
+        async with slots:
+            answers = await client.search(part)
+        for place, found in enumerate(answers, start=start):
+            results[place] = [as_document(document) for document in found]
+        progress(len(part))
+
+    try:
+        with OutageWatch(addresses, search.timeout_s):
+            async with asyncio.TaskGroup() as calls:
+                for start in range(0, len(queries), QUERIES_PER_CALL):
+                    calls.create_task(one_call(start))
+    except ExceptionGroup as errors:
+        first = errors.exceptions[0]
+        if not isinstance(first, SearchUnavailable):
+            raise first from None
+        raise UserError(
+            f"tools.search.server_addr: {first}. Start the retrieval server "
+            "(examples/searchr1/launch_local_server.sh), or raise tools.search.timeout_s"
+        ) from None
+    finally:
+        await client.aclose()
+    return results
+
+
+def _addresses(search: SearchToolConfig) -> list[str]:
+    found = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
+    return [str(address) for address in found]

@@ -1,0 +1,1 @@
+"""Files on disk: atomic writes, locks, checksums, and rows that others wrote."""

@@ -1,0 +1,277 @@
+"""Checkpoints: PyTorch DCP inside, atomic outside.
+
+    checkpoints/global_step_N/
+      runner.json        the runner's own state
+      manifest.json      every file with its size and checksum (checkpoints/manifest.py)
+      actor/             DCP shards, hf/ (config and tokenizer of the model)
+
+A checkpoint is written under another name and renamed when it is complete, so a folder `global_step_N` is always whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_map
+
+from searchr1.checkpoints.distributed import load_distributed
+from searchr1.checkpoints.manifest import (
+    MANIFEST,
+    checkpoint_steps,
+    rank_sums,
+    verify_checkpoint,
+    write_manifest,
+    write_rank_sums,
+)
+from searchr1.checkpoints.manifest import latest_checkpoint as latest_checkpoint
+from searchr1.checkpoints.metadata import reason
+from searchr1.checkpoints.torch_files import load_tensors
+from searchr1.errors import UserError
+from searchr1.files.checksums import FileSum
+from searchr1.learner.optimizer import resume_schedule
+
+HF_FOLDER = "hf"
+SAVE_TIMEOUT_S = 3600.0
+
+
+@contextmanager
+def new_checkpoint(root: Path, step: int, sums: Mapping[str, FileSum] | None = None) -> Iterator[Path]:
+    """Yield a folder to write a checkpoint of `step` into; it gets its final name when the block ends well.
+
+    Args:
+        root: the run's folder of checkpoints.
+        step: the step.
+        sums: those that the block has taken when it ends; the others are taken then.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    final = root / f"global_step_{step}"
+    partial = root / f".partial_step_{step}_{os.getpid()}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".partial_step_*"):
+            shutil.rmtree(leftover)  # of a run that was killed while saving
+        partial.mkdir()
+        yield partial
+        known = {**(sums or {}), **rank_sums(partial)}
+        with ThreadPoolExecutor(1) as pool:  # to read the files and to wait for the disk at once
+            synced = pool.submit(_sync_all, [*partial.rglob("*")])
+            write_manifest(partial, step, known)
+            synced.result()
+        _sync_all([partial / MANIFEST, partial])
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_all([root])
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(
+            f"cannot write a checkpoint below {root}: {reason}; earlier checkpoints are untouched. Free space (or set "
+            "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
+        ) from error
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for step in checkpoint_steps(root)[:-keep]:
+        shutil.rmtree(root / f"global_step_{step}")
+
+
+def save_state(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: LambdaLR,
+    model_path: str,
+    *,
+    in_background: bool = False,
+) -> Future[None] | None:
+    """Write everything a training rank holds, but for weights that are frozen; a collective.
+
+    In the background: copies the state to host memory and returns what `finish_save` waits for, else None.
+    """
+    state = _trained_state(model, optimizer)
+    saving: Future[None] | None = None
+    if in_background:
+        # On a CPU nothing is copied on its way to host memory, and training would write into what is being saved.
+        host = tree_map(lambda value: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value, state)
+        # A thread of its own needs a group of its own.
+        writing: Any = dcp.async_save(host, checkpoint_id=folder, process_group=_background_group())
+        saving = _in_thread(functools.partial(_finish_writing, writing, folder, dist.get_rank()))
+    else:
+        dcp.save(state, checkpoint_id=folder)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        extra = {"schedule": schedule.state_dict(), "rng": _random_state()}
+        extra["schedule"].pop("lr_lambdas", None)
+        torch.save(extra, folder / "extra.pt")
+        save_hf_files(model_path, folder / HF_FOLDER)
+    dist.barrier()
+    return saving
+
+
+def _finish_writing(writing: Future[Any], folder: Path, rank: int) -> None:
+    writing.result(SAVE_TIMEOUT_S)
+    write_rank_sums(folder, rank)
+
+
+def _in_thread(work: Callable[[], None]) -> Future[None]:
+    pool = ThreadPoolExecutor(1)
+    found = pool.submit(work)
+    pool.shutdown(wait=False)
+    return found
+
+
+@contextmanager
+def told_as_disk_trouble(folder: Path) -> Iterator[None]:
+    """What PyTorch and Megatron raise when they cannot write, in words.
+
+    Raises:
+        UserError: instead of theirs.
+    """
+    try:
+        yield
+    except (OSError, CheckpointException, RuntimeError) as error:
+        text = str(error).strip() or repr(error)
+        # torch's zip writer notices a write that came up short only by its position.
+        full = any(mark in text for mark in ("No space left", "Errno 28", "File too large", "unexpected pos"))
+        reason = "the disk is full" if full else text.splitlines()[-1][:200]
+        if isinstance(error, CheckpointException) and not error.failures:
+            reason = "another rank could not write its part (is the disk full?)"
+        raise UserError(
+            f"cannot write a checkpoint below {folder}: {reason}; earlier checkpoints are untouched. Free space (or set "
+            "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
+        ) from error
+
+
+@functools.cache
+def _background_group() -> dist.ProcessGroup | None:
+    return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
+
+
+def verify_by_first_rank(folder: Path) -> None:
+    """Compare `folder`, part of a checkpoint, with what was written; one rank reads, all know; a collective.
+
+    Raises:
+        UserError: a file is missing or changed; on all ranks.
+    """
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            verify_checkpoint(folder.parent, folder.name)
+        except UserError as error:
+            problem = [str(error)]
+    dist.broadcast_object_list(problem)
+    if problem[0] is not None:
+        raise UserError(problem[0])
+
+
+def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: LambdaLR) -> None:
+    """Read what `save_state` wrote, and `TrainedModel.load` has verified, into a model of the same shape; a collective.
+
+    Raises:
+        UserError: damaged, of another model, or of the other backend.
+    """
+    if (folder / "metadata.json").is_file():  # Megatron's; ours is called .metadata
+        raise UserError(
+            f"{folder} was written by training_backend: megatron; resume with the backend that wrote it, or convert it "
+            "(searchr1 convert) and start from the model"
+        )
+    state = _trained_state(model, optimizer)
+    try:
+        load_distributed(state, folder)
+        extra = load_tensors(folder / "extra.pt")
+    except (CheckpointException, AssertionError, RuntimeError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"cannot load {folder}: it is damaged or belongs to another model ({reason(error)})") from error
+    # What is frozen is not in the checkpoint, and what is trained has been asked for by name in `load_distributed`.
+    options = StateDictOptions(strict=not _frozen(model))
+    try:
+        parts = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+        set_state_dict(model, optimizer, **parts, options=options)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder} is damaged or belongs to another model ({reason(error)}); use another checkpoint"
+        ) from error
+    try:
+        resume_schedule(schedule, int(extra["schedule"]["last_epoch"]))
+        _restore_random_state(extra["rng"])
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        raise UserError(f"{folder / 'extra.pt'} is damaged ({reason(error)}); use another checkpoint") from error
+
+
+def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    frozen = _frozen(model)
+    trained = {name: value for name, value in model_state.items() if name not in frozen}
+    return {"model": trained, "optimizer": optimizer_state}
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of weights that do not train, both names of a tied one."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def save_hf_files(model_path: str, folder: Path) -> None:
+    """Configuration, generation configuration and tokenizer, so that an export needs no other folder."""
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    folder.mkdir(parents=True, exist_ok=True)
+    AutoConfig.from_pretrained(model_path, trust_remote_code=False).save_pretrained(folder)
+    # A model without a generation configuration or a tokenizer of its own is fine here.
+    with suppress(OSError, ValueError):
+        GenerationConfig.from_pretrained(model_path, trust_remote_code=False).save_pretrained(folder)
+    with suppress(OSError, ValueError):
+        AutoTokenizer.from_pretrained(model_path, trust_remote_code=False).save_pretrained(folder)
+
+
+def _random_state() -> dict[str, Any]:
+    legacy: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = legacy
+    return {
+        "torch": torch.get_rng_state(),
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": _listed(random.getstate()),
+    }
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _restore_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+
+
+def _sync_all(paths: Iterable[Path]) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,316 @@
+"""The policy and the reference model: log-probabilities and training steps on either backend."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig
+
+from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.algorithms.correction import CorrectionSettings, correction_weights
+from searchr1.algorithms.entropy import TokenLogprobs
+from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
+from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
+from searchr1.algorithms.sums import Sums
+from searchr1.config.schema import AlgorithmConfig, Config, MismatchCorrectionConfig
+from searchr1.device import Device
+from searchr1.learner.backend import Backend, ScoringBackend
+from searchr1.learner.model import ENGINE_DTYPES
+from searchr1.learner.packing import PackedBatch, unpack_all
+from searchr1.learner.stats import all_reduce_denominators, count_denominators, training_flops
+from searchr1.learner.trained import TrainedModel, micro_batches
+from searchr1.preflight.check_algorithm import clip_settings
+
+logger = logging.getLogger(__name__)
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class ScoringModel:
+    """A model that gives log-probabilities: the reference, and what the policy builds on.
+
+    Every method is a collective: all ranks call it together.
+    """
+
+    def __init__(self, backend: ScoringBackend, config: Config) -> None:
+        self._scoring = backend
+        self._config = config
+        self._max_tokens = config.runner.max_tokens_per_mbs
+        sampling = config.algorithm.sampling_params
+        self._temperature = sampling.temperature if sampling.do_sample else 1.0
+
+    @classmethod
+    def start_reference(cls, config: Config, device: Device) -> ScoringModel:
+        """Load the frozen reference model: the weights that training starts from.
+
+        It runs on FSDP2 whatever trains the policy: without gradients and optimizer there is nothing else to share.
+        """
+        from searchr1.learner.fsdp import FsdpBackend
+
+        return cls(FsdpBackend.start_reference(config, device), config)
+
+    def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
+        """Log-probabilities of policy tokens, response-aligned ([N] each, 0 elsewhere), in the order given."""
+        return self._score(trajectories, self._temperature)
+
+    def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
+        """At temperature 1, one value per token, 0 for the first: what the rollout engine's probe gives."""
+        found = self._score([_as_trajectory(ids) for ids in sequences], 1.0)
+        return [[0.0, *values.tolist()] for values in found]
+
+    def _score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[FloatArray]:
+        batches = self._pack(trajectories)
+        found = self._scoring.forward(batches, temperature)
+        scattered = [batch.scatter_policy(values_P) for batch, values_P in zip(batches, found, strict=True)]
+        return unpack_all(batches, scattered)
+
+    def _pack(
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Sequence[float | FloatArray] | None = None,
+        old_logprobs: Sequence[FloatArray] | None = None,
+    ) -> list[PackedBatch]:
+        """Micro-batches, as many on every rank."""
+        return micro_batches(self._scoring, self._max_tokens, trajectories, advantages, old_logprobs)
+
+
+class Policy(ScoringModel, TrainedModel):
+    """The policy with its optimizer."""
+
+    def __init__(self, backend: Backend, config: Config) -> None:
+        ScoringModel.__init__(self, backend, config)
+        TrainedModel.__init__(self, backend, config)
+        self.backend = backend
+        self._loss = loss_config(config.algorithm)
+        actor = config.actor
+        self._model_config: Any = None
+        if actor.calculate_flops:
+            path = actor.model.path or config.rollout.model.model_path
+            self._model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+    @classmethod
+    def start(cls, config: Config, device: Device, total_steps: int | None = None) -> Policy:
+        """Join the process group and load the model on the backend that the configuration names.
+
+        Args:
+            config: of the run.
+            device: where to compute.
+            total_steps: optimizer steps of the whole run, for decaying schedules.
+        """
+        if config.actor.training_backend == "megatron":
+            from searchr1.learner.megatron.backend import MegatronBackend
+
+            return cls(MegatronBackend.start(config, device, total_steps), config)
+        from searchr1.learner.fsdp import FsdpBackend
+
+        return cls(FsdpBackend.start(config, device, total_steps), config)
+
+    @property
+    def rollout_dtype(self) -> torch.dtype:
+        """Of the rollout engine's weights."""
+        return ENGINE_DTYPES[self._config.rollout.model.precision]
+
+    def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
+        """As the rollout engine holds them: in its precision unless `dtype` says otherwise. On ranks but the first, a
+        tensor may be an empty shell; every rank must go through all of them."""
+        return self.backend.named_weights(dtype or self.rollout_dtype)
+
+    def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
+        """LoRA's matrices under peft's names, in the engine's precision; a collective."""
+        return self.backend.named_adapters(self.rollout_dtype)
+
+    def train_step(
+        self, trajectories: Sequence[Trajectory], advantages: Sequence[float | FloatArray], minibatch_ids: Sequence[int]
+    ) -> dict[str, float]:
+        """One optimizer step per mini-batch on this rank's share of a rollout step.
+
+        Old log-probabilities are the engine's (`recompute_logprobs: False`) or this model's before the first update.
+        For the first mini-batch the latter are the training forward's own, so no extra pass is run for it.
+
+        Args:
+            trajectories: this rank's share; shares may differ in size.
+            advantages: one per trajectory, or [N] one per response token.
+            minibatch_ids: which mini-batch each belongs to; the same numbering on all ranks.
+
+        Returns:
+            Metrics over all ranks: `actor/…` and `mismatch/…`.
+        """
+        started = time.perf_counter()
+        self.bring_back("weight", "grad", "optimizer")
+        algorithm = self._config.algorithm
+        members = [[i for i, m in enumerate(minibatch_ids) if m == number] for number in range(algorithm.n_minibatches)]
+        # The first mini-batch's are the training forward's own, unless its weights must be normalised beforehand.
+        first = 0 if self._normalizes_weights else 1
+        later = [i for indices in members[first:] for i in indices]
+        old: dict[int, FloatArray] = {}
+        if algorithm.recompute_logprobs and algorithm.n_minibatches > first:
+            recomputed = self.logprobs([trajectories[i] for i in later])
+            old = dict(zip(later, recomputed, strict=True))
+        logprob_seconds = time.perf_counter() - started
+
+        loss_sums, gap_sums = Sums(), Sums()
+        norms, skipped, stopped = [], 0, 0
+        for number, indices in enumerate(members):
+            part = [trajectories[i] for i in indices]
+            if algorithm.recompute_logprobs:
+                old_logprobs = [old[i] for i in indices] if number >= first else None
+            else:
+                old_logprobs = [trajectory.rollout_logprobs for trajectory in part]
+            batches = self._pack(part, [advantages[i] for i in indices], old_logprobs)
+            sums, gaps = self._accumulate(batches, part, self._weight_scale(part, old_logprobs))
+            loss_sums = loss_sums + sums
+            # The trained model's log-probabilities with the weights that sampled: recomputed ones are, the training
+            # forward's own are only until the first update.
+            if algorithm.recompute_logprobs or number == 0:
+                gap_sums = gap_sums + gaps
+            metrics = loss_metrics(sums)
+            norm = self.backend.clip_gradients(self._config.actor.optim.clip_grad)
+            if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
+                # A non-finite gradient would stay in Adam's moments for ever; leaving one update out costs little.
+                skipped += 1
+                logger.warning("an update was skipped: gradient norm %s, loss %s", norm, metrics["loss"])
+            elif ratio_too_large(metrics["ratio"], algorithm.early_stop_imp_ratio):
+                stopped += 1
+                limit = algorithm.early_stop_imp_ratio
+                logger.warning("an update was left out: its mean ratio %s is above %s", metrics["ratio"], limit)
+            else:
+                self.backend.step()
+                norms.append(norm)
+            self.backend.zero_grad()
+        result = {f"actor/{name}": value for name, value in loss_metrics(loss_sums).items()}
+        for name in ("loss", "policy_loss", "kl_loss"):
+            if f"actor/{name}" in result:
+                result[f"actor/{name}"] /= algorithm.n_minibatches
+        result |= {f"mismatch/{name}": value for name, value in mismatch_metrics(gap_sums).items()}
+        self.offload("grad", "optimizer")
+        seconds = time.perf_counter() - started
+        if "flops" in loss_sums.totals:
+            rate = float(loss_sums.totals["flops"]) / (seconds - logprob_seconds) / dist.get_world_size()
+            result["actor/tflops_per_rank"] = rate / 1e12
+        return result | {
+            "actor/grad_norm": sum(norms) / len(norms) if norms else math.nan,
+            "actor/lr": self.backend.learning_rate,
+            "actor/updates": float(len(norms)),
+            "actor/skipped_updates": float(skipped),
+            "actor/early_stopped": float(stopped),
+            "time/logprob": logprob_seconds,
+            "time/train": seconds - logprob_seconds,
+        }
+
+    @property
+    def _normalizes_weights(self) -> bool:
+        correction = self._config.algorithm.mismatch_correction
+        return correction.level is not None and correction.normalize and not self._loss.ratio_is_correction
+
+    def _weight_scale(self, trajectories: Sequence[Trajectory], old_logprobs: Sequence[FloatArray] | None) -> float:
+        """1 / mean of a mini-batch's correction weights over all ranks' policy tokens; 1 if they are not normalised."""
+        if not self._normalizes_weights or old_logprobs is None:
+            return 1.0
+        assert self._loss.correction is not None
+        masks = [trajectory.loss_mask for trajectory in trajectories]
+        gaps = [old[mask] - t.rollout_logprobs[mask] for old, t, mask in zip(old_logprobs, trajectories, masks, strict=True)]
+        segments = np.repeat(np.arange(len(gaps)), [len(gap) for gap in gaps])
+        d_P = torch.from_numpy(np.concatenate([*gaps, np.zeros(0, dtype=np.float32)])).double()
+        weights_P = correction_weights(d_P, torch.from_numpy(segments), self._loss.correction).weights_P
+        sums = torch.stack([weights_P.sum(), torch.tensor(float(len(d_P)), dtype=torch.float64)]).to(self.backend.device)
+        dist.all_reduce(sums, group=self.backend.data_group)
+        return float(sums[1] / sums[0]) if sums[0] > 0 else 1.0
+
+    def _accumulate(
+        self, batches: list[PackedBatch], trajectories: Sequence[Trajectory], weight_scale: float = 1.0
+    ) -> tuple[Sums, Sums]:
+        """Gradients of one mini-batch. Returns the loss's and the mismatch's sums over all ranks."""
+        algorithm = self._config.algorithm
+        longest = algorithm.sampling_params.max_new_tokens or self._config.runner.seq_length
+        local = count_denominators(trajectories, longest)
+        denominators = all_reduce_denominators(local, self.backend.device, self.backend.data_group)
+        loss_sums, gap_sums = Sums(), Sums()
+
+        def loss(batch: PackedBatch, values: TokenLogprobs) -> Tensor:
+            nonlocal loss_sums, gap_sums
+            logprobs_T = batch.scatter_policy(values.logprobs_M)
+            # Without given ones the weights are still those of the rollout: the forward's own are the old ones.
+            old_T = batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs_T.detach()
+            output = policy_gradient_loss(
+                LossInputs(
+                    logprobs_T=logprobs_T,
+                    old_logprobs_T=old_T,
+                    advantages_T=batch.advantages_T,
+                    loss_mask_T=batch.loss_mask_T,
+                    segment_ids_T=batch.segment_ids_T,
+                    denominators=denominators,
+                    rollout_logprobs_T=batch.rollout_logprobs_T,
+                    weight_scale=weight_scale,
+                    policy_positions_P=batch.policy_positions_P,
+                    sequences=len(batch.lengths),
+                    ref_logprobs_T=self._reference(batch),
+                    entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
+                ),
+                self._loss,
+            )
+            loss_sums = loss_sums + output.sums
+            sampled_T = old_T if algorithm.recompute_logprobs else logprobs_T
+            gap_sums = gap_sums + mismatch_sums(sampled_T, batch.rollout_logprobs_T, batch.policy_positions_P)
+            if self._model_config is not None:
+                flops = training_flops(self._model_config, batch.lengths, len(values.logprobs_M))
+                loss_sums = loss_sums + Sums(
+                    {"flops": torch.full((), flops, dtype=torch.float64, device=self.backend.device)}
+                )
+            return output.loss
+
+        with_entropy = algorithm.calculate_entropy or algorithm.entropy_bonus != 0
+        self.backend.forward_backward(batches, self._temperature, with_entropy, loss)
+        return self.backend.share(loss_sums), self.backend.share(gap_sums)
+
+    def _reference(self, batch: PackedBatch) -> Tensor | None:
+        if self._config.algorithm.kl_beta == 0:
+            return None
+        # A filler batch has no trajectories and so no reference; zeros are never read there.
+        return batch.ref_logprobs_T if batch.ref_logprobs_T is not None else torch.zeros_like(batch.advantages_T)
+
+
+def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
+    """The loss that the `algorithm` section asks for."""
+    return LossConfig(
+        clip=clip_settings(algorithm),
+        loss_type=algorithm.loss_type,
+        aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by config/check.py
+        kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
+        kl_penalty_type=algorithm.kl_penalty_type,
+        entropy_bonus=algorithm.entropy_bonus,
+        llds_coef=algorithm.llds_coef,
+        llds_gate=algorithm.llds_gate,  # type: ignore[arg-type]  # likewise
+        correction=correction_settings(algorithm.mismatch_correction),
+        ratio_is_correction=not algorithm.recompute_logprobs,
+    )
+
+
+def correction_settings(config: MismatchCorrectionConfig) -> CorrectionSettings | None:
+    """What `algorithm.mismatch_correction` asks for."""
+    if config.level is None:
+        return None
+    # config/check.py has seen to the names.
+    return CorrectionSettings(config.level, config.bound, config.lower, config.upper, config.veto)  # type: ignore[arg-type]
+
+
+def _as_trajectory(ids: list[int]) -> Trajectory:
+    """A probe: everything after the first token counts as sampled."""
+    response = np.array(ids[1:], dtype=np.int32)
+    return Trajectory(
+        sample=Sample("probe/0", 0, ids[:1], "", []),
+        replica=0,
+        response_ids=response,
+        loss_mask=np.ones(len(response), dtype=np.bool_),
+        rollout_logprobs=np.zeros(len(response), dtype=np.float32),
+        turns=[],
+        stop="eos",
+    )

@@ -1,0 +1,1 @@
+"""Read runs: summaries, curves and the trajectory viewer."""

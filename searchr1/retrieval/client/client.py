@@ -1,0 +1,259 @@
+"""The agent's side of the retrieval server: kept connections, a deadline per call, retries over several servers."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from searchr1.errors import UserError
+from searchr1.retrieval.client.answers import read_json, read_refusal, retry_after
+from searchr1.retrieval.client.balancer import Balancer
+from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, Page, RetrievedDocument, grown, split_contents
+
+TOKEN_VARIABLE = "SEARCHR1_RETRIEVAL_TOKEN"
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 5.0
+TELL_EVERY_S = 10.0
+RETRY_STATUS = {429, 500, 502, 503, 504}
+
+T = TypeVar("T")
+
+
+class SearchUnavailable(Exception):
+    """No server answered within the deadline; the message says what the last one did."""
+
+
+@dataclass(slots=True)
+class ClientStats:
+    """Counts since the start."""
+
+    calls: int = 0
+    retries: int = 0
+    failures: int = 0
+    rests: int = 0
+    """How often a server was left alone for a while."""
+
+
+def base_url(address: str) -> str:
+    """`host:port` or a URL -> a URL without a trailing slash; 0.0.0.0 is read as this machine.
+
+    Raises:
+        UserError: empty, or no address.
+    """
+    text = address.strip()
+    text = text if "://" in text else f"http://{text}"
+    try:
+        url = urlsplit(text)
+        valid = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
+    except ValueError as error:
+        raise UserError(f"tools.search.server_addr: {address!r} is no address ({error}); give host:port") from error
+    if not valid:
+        raise UserError(f"tools.search.server_addr: {address!r} is no address; give host:port of the retrieval server")
+    return text.rstrip("/").removesuffix("/retrieve").replace("://0.0.0.0", "://127.0.0.1")
+
+
+class SearchClient:
+    """`await search(queries)`; safe to use from many coroutines of one event loop.
+
+    A call asks the least busy of the servers that work, and another one if that fails (see `Balancer`). Its deadline
+    (`timeout_s` for every 512 queries) covers everything: waiting for a connection, all attempts and the pauses between
+    them.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        topk: int = 3,
+        timeout_s: float = 30.0,
+        retries: int = 8,
+        max_connections: int = 256,
+        token: str | None = None,
+    ) -> None:
+        if not addresses:
+            raise UserError("tools.search.server_addr: names no server")
+        self._urls = [base_url(address) for address in addresses]
+        self._topk = topk
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._max_connections = max_connections
+        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._balancer = Balancer(len(self._urls), time.monotonic)
+        self._session: aiohttp.ClientSession | None = None
+        self._stats = ClientStats()
+
+    @property
+    def stats(self) -> ClientStats:
+        """Counts since the start."""
+        return replace(self._stats, rests=self._balancer.rests)
+
+    async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
+        """Passages for each query, best first.
+
+        Raises:
+            SearchUnavailable: no usable answer within the deadline.
+        """
+        if not queries:
+            return []
+        body = {"queries": list(queries), "topk": self._topk, "return_scores": True}
+        return await self._call("/retrieve", body, lambda found: [_document(item) for item in found], len(queries))
+
+    async def access(self, urls: Sequence[str]) -> list[Page | None]:
+        """The page behind each address, or None.
+
+        Raises:
+            SearchUnavailable: no usable answer within the deadline.
+        """
+        if not urls:
+            return []
+        return await self._call("/access", {"urls": list(urls)}, _page, len(urls))
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def _call(self, path: str, body: dict[str, Any], read: Callable[[Any], T], expected: int) -> list[T]:
+        """Post to one server after the other until one gives `expected` results that `read` understands."""
+        self._stats.calls += 1
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + grown(self._timeout_s, expected, QUERIES_PER_TIMEOUT)
+        tried: set[int] = set()
+        problem = "no attempt was made"
+        for attempt in range(self._retries + 1):
+            if len(tried) == len(self._urls):  # every server has had its turn: give them time
+                pause = random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
+                await asyncio.sleep(min(pause, max(deadline - loop.time(), 0)))
+                tried.clear()
+            server = self._balancer.choose(tried)
+            tried.add(server)
+            # A server that hangs must leave time for the others, if there are others.
+            others = min(self._retries - attempt, len(self._urls) - len(tried))
+            seconds = max(deadline - loop.time(), 0) / (others + 1)
+            try:
+                async with asyncio.timeout(seconds):
+                    result = await self._post(self._urls[server] + path, body, expected)
+                if len(result) != expected:
+                    raise ValueError(f"answered {len(result)} results for {expected}")
+                found = [read(item) for item in result]
+            except _Refused as error:
+                self._note(server, error)
+                problem = f"{self._urls[server]}{path}: {error}"
+                if error.status not in RETRY_STATUS:
+                    break
+            except TimeoutError:
+                self._balancer.done(server, worked=False)
+                problem = f"{self._urls[server]}{path}: no answer within {seconds:.1f} s"
+            except (aiohttp.ClientError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                self._balancer.done(server, worked=False)
+                problem = f"{self._urls[server]}{path}: {type(error).__name__} {error}".strip()
+            except BaseException:
+                self._balancer.given_up(server)
+                raise
+            else:
+                self._balancer.done(server, worked=True)
+                return found
+            if attempt == self._retries or loop.time() >= deadline:
+                break
+            self._stats.retries += 1
+        self._stats.failures += 1
+        raise SearchUnavailable(problem)
+
+    def _note(self, server: int, refusal: _Refused) -> None:
+        """What a status says about its server: the client's own mistakes say nothing, "try later" is no failure."""
+        if refusal.status in (429, 503) and refusal.retry_after_s is not None:
+            self._balancer.busy(server, refusal.retry_after_s)
+        else:
+            self._balancer.done(server, worked=refusal.status not in RETRY_STATUS)
+
+    async def _post(self, url: str, body: dict[str, Any], asked: int) -> list[Any]:
+        """One attempt. A connection on which anything went wrong is not used again."""
+        if self._session is None:
+            # The deadline of the call is the only time limit.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self._max_connections),
+                timeout=aiohttp.ClientTimeout(total=None),
+                headers=self._headers,
+            )
+        async with self._session.post(url, json=body) as response:
+            if response.status != 200:
+                raise _Refused(response.status, await read_refusal(response), response.headers.get("retry-after"))
+            result = (await read_json(response, asked))["result"]
+        if not isinstance(result, list):
+            raise ValueError("result is no list")
+        return result
+
+
+class _Refused(Exception):
+    """A server answered with another status than 200."""
+
+    def __init__(self, status: int, text: str, header: str | None) -> None:
+        super().__init__(f"status {status}: {text[:200]}")
+        self.status = status
+        self.retry_after_s = retry_after(header)
+
+
+def _page(item: dict[str, Any] | None) -> Page | None:
+    return Page(str(item.get("url", "")), str(item.get("contents", ""))) if item else None
+
+
+def _document(item: dict[str, Any]) -> RetrievedDocument:
+    """From `{"document": …, "score": …}` or a bare document, as different servers answer."""
+    document = item.get("document", item)
+    contents = str(document.get("contents", ""))
+    title, text = split_contents(contents)
+    return RetrievedDocument(
+        id=str(document.get("id", "")),
+        title=str(document.get("title") or title),
+        text=text,
+        url=document.get("url"),
+        score=item.get("score"),
+        contents=contents,
+    )
+
+
+def wait_until_healthy(address: str, timeout_s: float) -> None:
+    """Wait until a server can be searched: its /ready says so, or its /health where there is no /ready.
+
+    Raises:
+        UserError: it did not answer in time.
+    """
+    url = base_url(address)
+    started = told = time.monotonic()
+    while True:
+        status = _status(f"{url}/ready")
+        if status == 404:  # of another system
+            status = _status(f"{url}/health")
+        if status == 200:
+            return
+        now = time.monotonic()
+        if now - started > timeout_s:
+            reason = "did not answer" if status is None else f"answered {status}"
+            raise UserError(f"the retrieval server at {address} {reason} within {timeout_s:.0f} s ({url}/ready)")
+        if now - told > TELL_EVERY_S:
+            told = now
+            print(f"waiting for the retrieval server at {address} ({now - started:.0f} s)", file=sys.stderr, flush=True)
+        time.sleep(0.1)
+
+
+def _status(url: str) -> int | None:
+    """The status of an address; None if nobody answers."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=2.0) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Text to vectors: encoders, and embeddings of a whole corpus."""

@@ -1,0 +1,1 @@
+"""Indexes and the rows behind them: BM25, FAISS, exact search."""

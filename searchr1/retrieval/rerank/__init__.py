@@ -1,0 +1,1 @@
+"""A second stage that reorders passages with a cross-encoder."""

@@ -1,0 +1,1 @@
+"""The retrieval server's HTTP interface and its processes."""

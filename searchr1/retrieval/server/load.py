@@ -1,0 +1,164 @@
+"""From flags to what a server answers from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from searchr1.errors import UserError
+from searchr1.retrieval.encode.encoder import CachedEncoder, Encoder
+from searchr1.retrieval.index.bm25_build import tokenizer_for
+from searchr1.retrieval.index.bm25_index import Bm25Index
+from searchr1.retrieval.index.corpus import Corpus, Pages
+from searchr1.retrieval.index.dense import DenseIndex, load_faiss, set_search_parameters
+from searchr1.retrieval.index.flat import INNER_PRODUCT, Refiner
+from searchr1.retrieval.index.index_check import State, check_index, faiss_file, files_of, state_of
+from searchr1.retrieval.index.manifest import ADVICE, MANIFEST, Manifest, check_encoder, read_manifest
+from searchr1.retrieval.index.vector_file import open_vectors
+from searchr1.retrieval.online.disk_cache import DiskCache
+from searchr1.retrieval.online.engines import ENGINES
+from searchr1.retrieval.online.searcher import OnlineSearcher
+from searchr1.retrieval.rerank.client import RemoteReranker
+from searchr1.retrieval.rerank.rerank import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
+from searchr1.retrieval.searcher import Index, Searcher
+from searchr1.retrieval.server.batcher import Batcher
+from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.server import Backend
+from searchr1.retrieval.server.service import Limits, RetrievalService
+
+CACHED_QUERIES = 100_000
+"""Vectors of queries that are kept: 300 MB at 768 dimensions."""
+
+
+def load_backend(args: argparse.Namespace, metrics: Metrics, checked: State | None = None) -> Backend:
+    """Load everything. `checked`: files of the index that the parent process has checked.
+
+    Raises:
+        UserError: something is missing, damaged, or does not belong together.
+    """
+    if args.engine is not None:
+        return load_online(args, metrics)
+    set_threads(args.retriever_name, bool(args.reranker_model), threads_of(args))
+    limits = Limits(args.max_pending, args.timeout_s, args.cache_mib << 20)
+    corpus = Corpus(args.corpus_path)
+    index = load_index(args, corpus, checked)
+    pages = Pages(args.pages_path) if args.pages_path else None
+    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch, corpus.empty))
+    about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
+    if corpus.peculiarities():
+        about["rows"] = corpus.peculiarities()
+    return Backend(RetrievalService(searcher, limits, metrics), pages, about)
+
+
+def load_online(args: argparse.Namespace, metrics: Metrics) -> Backend:
+    """An online engine; it has a cache of its own, on disk, whose entries grow old."""
+    online = OnlineSearcher(
+        ENGINES[args.engine],
+        address=args.engine_url,
+        snippet_only=args.snippet_only,
+        concurrency=args.search_concurrency,
+        timeout_s=args.timeout_s,
+        cache=DiskCache(args.cache_dir) if args.cache_dir else None,
+    )
+    service = RetrievalService(reranking(args, online), Limits(args.max_pending, args.timeout_s, cache_bytes=0), metrics)
+    return Backend(service, online, {"engine": args.engine})
+
+
+def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:
+    """With a second stage, if the flags ask for one."""
+    if args.reranker_url:
+        return RerankingSearcher(searcher, RemoteReranker(args.reranker_url, args.timeout_s), args.topk_retrieval)
+    if args.reranker_model:
+        size = args.reranker_batch_size
+        model = CrossEncoder(
+            args.reranker_model, device=device_of(args), dtype=args.dtype, token_budget=size and size * PAIR_TOKENS
+        )
+        return RerankingSearcher(searcher, LocalReranker(model), args.topk_retrieval)
+    return searcher
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """Where encoder and reranker compute."""
+    return args.device or ("cuda" if args.faiss_gpu else "cpu")
+
+
+def threads_of(args: argparse.Namespace) -> int:
+    """Processor threads of one process."""
+    return args.threads or max((os.cpu_count() or 1) // args.workers, 1)
+
+
+def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
+    """Processor threads of the libraries that search."""
+    if retriever_name != "bm25" or reranks:
+        import faiss
+        import torch
+
+        faiss.omp_set_num_threads(threads)
+        torch.set_num_threads(threads)
+
+
+def load_index(args: argparse.Namespace, corpus: Corpus, checked: State | None = None) -> Index:
+    """The index that the flags describe; files that are still as they were when they were `checked` are not checked again.
+
+    Raises:
+        UserError: missing, damaged, or not of this corpus.
+    """
+    path: Path | None = args.index_path
+    name: str = args.retriever_name
+    if path is None and name == "bm25":
+        tokenizer = tokenizer_for(corpus, args.tokenizer)
+        print(f"no --index_path: building the BM25 index in memory (tokenizer {tokenizer})", flush=True)
+        return Bm25Index.build(corpus.contents(), threads=threads_of(args), tokenizer=tokenizer)
+    if path is None or (args.retriever_model is None and name != "bm25"):
+        raise UserError(f"--retriever_name {name} needs --index_path and --retriever_model")
+    if not path.exists():
+        raise UserError(f"--index_path {path}: no such file; run searchr1 build-index or download.py")
+    folder = path if path.is_dir() else path.parent
+    manifest = read_manifest(folder, corpus, name)
+    if name == "bm25" and manifest is None:
+        raise UserError(f"--index_path {folder}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
+    if checked is None or checked != state_of(files_of(path, manifest, name)):
+        check_index(path, manifest, name)
+    index = load_bm25(args, folder, manifest) if name == "bm25" and manifest else load_dense(args, path, manifest)
+    if index.rows != len(corpus):
+        raise UserError(f"--index_path {path}: has {index.rows} rows, --corpus_path {len(corpus)} passages")
+    return index
+
+
+def load_bm25(args: argparse.Namespace, folder: Path, manifest: Manifest) -> Index:
+    """A BM25 folder, mapped."""
+    if args.tokenizer not in (None, "auto", manifest.tokenizer):
+        raise UserError(
+            f"--tokenizer {args.tokenizer}: --index_path {folder} was built with {manifest.tokenizer or 'words of bm25s'}; "
+            "leave the flag out, or build the index again"
+        )
+    return Bm25Index.load(folder, manifest.stemmer, threads_of(args), manifest.tokenizer, checked=True)
+
+
+def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) -> Index:
+    """A FAISS file, with its vectors if it has rounded them."""
+    folder = path if path.is_dir() else path.parent
+    file = faiss_file(path, manifest, args.retriever_name)
+    if not file.is_file():
+        raise UserError(f"--index_path {file}: no such file; run searchr1 build-index or download.py")
+    pooling = manifest.pooling if manifest and manifest.pooling != "own" else None
+    encoder = Encoder(args.retriever_name, args.retriever_model, device=device_of(args), dtype=args.dtype, pooling=pooling)
+    if manifest:
+        check_encoder(manifest, encoder, folder)
+    faiss_index = load_faiss(file, encoder.dimension, args.faiss_gpu)
+    if manifest and manifest.metric == "inner product" and faiss_index.metric_type != INNER_PRODUCT:
+        raise UserError(f"--index_path {file}: is damaged: it is not searched by inner product, as built; {ADVICE}")
+    set_search_parameters(
+        faiss_index,
+        args.nprobe or (manifest.nprobe if manifest else None),
+        args.ef_search or (manifest.ef_search if manifest else None),
+    )
+    refiner, factor = None, 1
+    if manifest and manifest.vectors:
+        refiner = Refiner(open_vectors(folder / manifest.vectors, manifest.rows, encoder.dimension))
+        factor = args.refine_factor or manifest.refine_factor or 1
+    elif args.refine_factor:
+        raise UserError(f"--refine_factor {args.refine_factor}: this index has no exact vectors beside it")
+    return DenseIndex(faiss_index, CachedEncoder(encoder, CACHED_QUERIES), refiner, factor)

@@ -1,1 +1,0 @@
-"""The loops: training, evaluation, supervised fine-tuning, and the demo that runs them all."""
