@@ -22,7 +22,8 @@ from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, grown
 from searchr1.retrieval.rerank.client import RERANK_TOKEN_VARIABLE, RETRY_AFTER_S
 from searchr1.retrieval.rerank.rerank import MAX_PENDING, CrossEncoder, LocalReranker
 from searchr1.retrieval.searcher import Document, SearchFailed
-from searchr1.retrieval.server.gate import Gate, Metrics
+from searchr1.retrieval.server.gate import Gate
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.serve import bind, peak_memory_mib, reachable_address, serve_app
 from searchr1.retrieval.server.server import MAX_PASSAGES, MAX_TOPK, REFUSALS, Query, TopK, as_json, explain
 

@@ -152,8 +152,8 @@ def serve(argv: list[str], checked: State | None, listener: socket.socket, ready
     Raises:
         UserError: something cannot be loaded.
     """
-    from searchr1.retrieval.server.gate import Metrics
     from searchr1.retrieval.server.load import load_backend
+    from searchr1.retrieval.server.metrics import Metrics
 
     args = parse(argv)
     metrics = Metrics()

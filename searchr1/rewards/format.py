@@ -11,7 +11,7 @@ from searchr1.agent.trajectory import Trajectory, Turn
 from searchr1.config.schema_reward import RewardConfig
 from searchr1.rewards import answers
 from searchr1.rewards.matching import any_stands_in, evidence_of
-from searchr1.rewards.registry import RewardFn
+from searchr1.rewards.types import RewardFn
 
 _OPENS_THINKING = frame("rlinf")[1]
 """The environment's own way of opening the next turn; retrieved text cannot stand so late in a tool text."""

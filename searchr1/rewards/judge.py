@@ -14,7 +14,7 @@ from searchr1.config.schema_reward import JudgeConfig, RewardConfig
 from searchr1.errors import UserError
 from searchr1.rewards import answers
 from searchr1.rewards.judge_client import ChatClient, VerdictCache, completions_url, verdict_key
-from searchr1.rewards.registry import RewardFn
+from searchr1.rewards.types import RewardFn
 
 PROMPT = (
     "You grade answers to questions. The user's message is one JSON object: `question`, `gold_answers` (each is right) and "

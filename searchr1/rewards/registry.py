@@ -1,27 +1,16 @@
-"""Reward functions by name or dotted path, and what a reward is to the rest of the system."""
+"""Reward functions by name or dotted path."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema_reward import RewardConfig
 from searchr1.errors import UserError
 from searchr1.rewards.format import make as make_format
 from searchr1.rewards.judge import make as make_judge
 from searchr1.rewards.matching import citation_reward, exact_match_reward, f1_reward, substring_reward
-
-RewardResult = float | Mapping[str, float]
-"""The reward, or parts with a key "reward"."""
-
-RewardFn = Callable[[str, Sequence[str], Trajectory], RewardResult | Awaitable[RewardResult]]
-"""(policy_text, golden_answers, trajectory) -> result, at once or awaited."""
-
-RewardMaker = Callable[[RewardConfig], RewardFn]
-"""A reward that the YAML's `reward` section says more about."""
-
+from searchr1.rewards.types import RewardFn, RewardMaker
 
 REWARDS: dict[str, RewardFn] = {
     "searchr1": exact_match_reward,

@@ -7,6 +7,7 @@ import io
 import json
 
 import pytest
+from support.chat_flags import MODEL, planned
 from support.scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
 
 from searchr1.agent.settings import AgentSettings
@@ -18,12 +19,7 @@ from searchr1.commands.infer import main, read_questions, run
 from searchr1.config.load import load_config, save_config
 from searchr1.errors import UserError
 
-MODEL = "examples/demo/cold_start"
 HEADLINE = "examples/searchr1/config/qwen2.5-3b-tool-1node.yaml"
-
-
-def planned(*argv):
-    return plan(parser("infer", "").parse_args(["--model_path", MODEL, *argv]))
 
 
 def test_without_a_run_the_headline_recipe_counts():

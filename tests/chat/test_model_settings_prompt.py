@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.chat_flags import planned
 from support.scripted_session import ANSWER, SEARCH, Finder
-from test_infer_flags import planned
 
 from searchr1.agent.loop import run_trajectory
 from searchr1.agent.settings import AgentSettings, Generation

@@ -1,18 +1,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.question_rows import RLINF, load, write_jsonl
 
-from searchr1.data.dataset import LoadedData, load_dataset_files
 from searchr1.data.prompts import fill_template
 from searchr1.errors import UserError
 
-RLINF = {"prompt": "Who?", "solutions": ["Ann", "Anna"]}
 SEARCHR1 = {
     "data_source": "nq",
     "prompt": [{"role": "user", "content": "Answer the question. Question: Who?\n"}],
@@ -22,15 +19,6 @@ SEARCHR1 = {
 }
 SMALL = {"data_source": "sample", "prompt": "Who?", "ability": "search", "reward_model": "f1_score", "answer": "Ann"}
 FLASHRAG = {"id": "test_3", "question": "Who?", "golden_answers": ["Ann"]}
-
-
-def write_jsonl(path: Path, *rows: Any) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def load(*paths: Path, tokenizer: Any, **options: Any) -> LoadedData:
-    return load_dataset_files(paths, tokenizer=tokenizer, **({"max_prompt_length": 1000} | options))
 
 
 def test_rlinf_rows(tmp_path, tokenizer):

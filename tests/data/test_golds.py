@@ -7,7 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from test_dataset import load, write_jsonl
+from support.question_rows import load, write_jsonl
 
 from searchr1.data.golds import read_golds
 from searchr1.errors import UserError

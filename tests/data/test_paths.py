@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 import pytest
-from test_dataset import RLINF, load, write_jsonl
+from support.question_rows import RLINF, load, write_jsonl
 
 from searchr1.data.paths import DataFile, HubId, parse_hub_id, path_problem, source_names
 from searchr1.data.prepare.hub import split_files

@@ -19,8 +19,8 @@ from searchr1.errors import UserError
 from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.server.batcher import Batcher
-from searchr1.retrieval.server.gate import Metrics
 from searchr1.retrieval.server.load import load_backend, load_index
+from searchr1.retrieval.server.metrics import Metrics
 
 CASES = Path(__file__).resolve().parents[3] / "shared/cases"
 ROWS = [{"id": str(number), "contents": f'"Place {number}"\nA harbour, number {number}.'} for number in range(300)]

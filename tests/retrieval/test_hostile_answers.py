@@ -21,7 +21,7 @@ from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.rerank.client import RemoteReranker
 from searchr1.retrieval.searcher import SearchFailed
-from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.server import Backend, ServerState, create_app
 from searchr1.retrieval.server.service import Limits, RetrievalService
 

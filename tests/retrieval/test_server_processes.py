@@ -154,7 +154,7 @@ def test_workers_that_cannot_load_end_the_server_with_the_reason(files):
 SLOW = """
 import sys, time
 from searchr1.errors import UserError
-from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.serve import bind, serve_here
 def load():
     print("loading", flush=True)

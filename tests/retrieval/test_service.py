@@ -9,7 +9,7 @@ import pytest
 
 from searchr1.retrieval.searcher import SearchFailed
 from searchr1.retrieval.server.batcher import Batcher
-from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.service import AnswerCache, Depth, Limits, RetrievalService, encode, to_json
 
 

@@ -25,7 +25,8 @@ WAYS = {
 
 
 def main(rank: int, port: int, folder: Path) -> None:
-    from searchr1.learner.megatron.backend import Layout, start_megatron
+    from searchr1.config.layout import Layout
+    from searchr1.learner.megatron.parallel import start_megatron
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)

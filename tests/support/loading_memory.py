@@ -54,7 +54,7 @@ def load(how: str, folder: str, world: int) -> Any:
     from searchr1.config.layout import Layout
     from searchr1.config.schema import Config
     from searchr1.learner.megatron import model as parts
-    from searchr1.learner.megatron.backend import start_megatron
+    from searchr1.learner.megatron.parallel import start_megatron
 
     settings = Config().actor.model
     settings.precision = "fp32"

@@ -21,11 +21,11 @@ from searchr1.config.layout import Layout, actor_layout
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.learner.backend import Resident, T
-from searchr1.learner.megatron.backend import start_megatron
 from searchr1.learner.megatron.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from searchr1.learner.megatron.export import gather_hugging_face
 from searchr1.learner.megatron.model import build_model, first_layer_of_stage, load_hugging_face, local_parameters
 from searchr1.learner.megatron.optimizer import build_ddp, build_optimizer, torch_optimizers
+from searchr1.learner.megatron.parallel import start_megatron
 from searchr1.learner.model import init_process_group
 from searchr1.learner.optimizer import lr_factor
 from searchr1.learner.packing import PackedBatch

@@ -24,7 +24,7 @@ from searchr1.retrieval.rerank.client import RemoteReranker
 from searchr1.retrieval.rerank.rerank import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
 from searchr1.retrieval.searcher import Index, Searcher
 from searchr1.retrieval.server.batcher import Batcher
-from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.server import Backend
 from searchr1.retrieval.server.service import Limits, RetrievalService
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from searchr1.errors import UserError
 from searchr1.retrieval.searcher import PageSource, SearchFailed
-from searchr1.retrieval.server.gate import Gate, Metrics
+from searchr1.retrieval.server.gate import Gate
+from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.service import RETRY_AFTER_S, Depth, RetrievalService, to_json
 
 MAX_URLS = 4096

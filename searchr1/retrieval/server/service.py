@@ -13,7 +13,7 @@ import orjson
 
 from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, grown
 from searchr1.retrieval.searcher import Document, Reranks, Searcher, SearchFailed
-from searchr1.retrieval.server.gate import Metrics
+from searchr1.retrieval.server.metrics import Metrics
 
 RETRY_AFTER_S = 1.0
 ENTRY_BYTES = 200

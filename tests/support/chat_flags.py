@@ -1,0 +1,11 @@
+"""Plan what `searchr1 infer` runs, from its flags."""
+
+from __future__ import annotations
+
+from searchr1.commands.chat_flags import parser, plan
+
+MODEL = "examples/demo/cold_start"
+
+
+def planned(*argv):
+    return plan(parser("infer", "").parse_args(["--model_path", MODEL, *argv]))
