@@ -234,7 +234,7 @@ class Bench:
             *(
                 run_trajectory(
                     sample=sample,
-                    replica=0,
+                    rollout_id=0,
                     engine=engine,
                     tools=tools,
                     tokenizer=self._tokenizer,

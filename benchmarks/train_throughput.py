@@ -72,7 +72,7 @@ def make_trajectories(count: int, vocabulary: int, longest: int) -> list[Any]:
         found.append(
             Trajectory(
                 sample=Sample(f"b/{index}", index, rng.integers(0, vocabulary, prompt).tolist(), "", []),
-                replica=0,
+                rollout_id=0,
                 response_ids=rng.integers(0, vocabulary, response).astype(np.int32),
                 loss_mask=mask,
                 rollout_logprobs=np.where(mask, -10, 0).astype(np.float32),

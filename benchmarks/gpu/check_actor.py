@@ -39,7 +39,7 @@ def trajectories(vocabulary: int) -> list[Any]:
         mask = (np.arange(response) // 20) % 2 == 0
         found.append(
             Trajectory(
-                sample=Sample(f"k/{index}", index, rng.integers(3, vocabulary, prompt).tolist(), "", []), replica=0,
+                sample=Sample(f"k/{index}", index, rng.integers(3, vocabulary, prompt).tolist(), "", []), rollout_id=0,
                 response_ids=rng.integers(3, vocabulary, response).astype(np.int32), loss_mask=mask,
                 rollout_logprobs=np.where(mask, -6.0, 0).astype(np.float32), turns=[], stop="answer",
             )

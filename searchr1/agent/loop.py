@@ -36,7 +36,7 @@ LONG_TEXT = 20_000
 async def run_trajectory(
     *,
     sample: Sample,
-    replica: int,
+    rollout_id: int,
     engine: Engine,
     tools: Mapping[str, Tool],
     tokenizer: Any,
@@ -47,7 +47,7 @@ async def run_trajectory(
 
     Args:
         sample: the question.
-        replica: which attempt of its group this is.
+        rollout_id: which attempt of its group this is.
         engine: shared by all trajectories.
         tools: by action: "search", "access".
         tokenizer: encodes tool text.
@@ -77,7 +77,7 @@ async def run_trajectory(
             settings.sampling,
             max_new_tokens=limit,
             min_new_tokens=min(settings.sampling.min_new_tokens, limit),
-            seed=_turn_seed(seed, sample.id, replica, len(turns)),
+            seed=_turn_seed(seed, sample.id, rollout_id, len(turns)),
         )
         generation = cut_turn(await engine.generate(response.all_ids, params), settings.toolcall_parser, tokenizer)
         # The oldest weights that took part: an update may fall between two turns.
@@ -122,7 +122,7 @@ async def run_trajectory(
         turn.tool_tokens = len(text_ids)
     return Trajectory(
         sample=sample,
-        replica=replica,
+        rollout_id=rollout_id,
         response_ids=np.array(response.ids, dtype=np.int32),
         loss_mask=np.array(response.mask, dtype=np.bool_),
         rollout_logprobs=np.array(response.logprobs, dtype=np.float32),
@@ -134,19 +134,19 @@ async def run_trajectory(
 
 
 async def run_group(run: GenerateFn, group_size: int, **arguments: Any) -> list[Trajectory]:
-    """All attempts at one question at once, in the order of their replica numbers.
+    """All attempts at one question at once, in the order of their ids.
 
     Args:
         run: `run_trajectory` or the user's own.
         group_size: attempts.
-        **arguments: those of `run_trajectory` without `replica`.
+        **arguments: those of `run_trajectory` without `rollout_id`.
 
     Raises:
         Exception: the first failure of an attempt; the others are cancelled.
     """
     try:
         async with asyncio.TaskGroup() as group:
-            attempts = [group.create_task(run(replica=replica, **arguments)) for replica in range(group_size)]
+            attempts = [group.create_task(run(rollout_id=rollout_id, **arguments)) for rollout_id in range(group_size)]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     return [attempt.result() for attempt in attempts]
@@ -260,9 +260,9 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def _turn_seed(seed: int, sample_id: str, replica: int, turn: int) -> int:
+def _turn_seed(seed: int, sample_id: str, rollout_id: int, turn: int) -> int:
     """A stable seed of one generation, independent of everything else."""
-    digest = hashlib.blake2b(f"{seed}/{sample_id}/{replica}/{turn}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{sample_id}/{rollout_id}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

@@ -51,7 +51,7 @@ class Trajectory:
     """One attempt at one question. N is the number of response tokens (policy and environment)."""
 
     sample: Sample
-    replica: int
+    rollout_id: int
     """Which of the `group_size` attempts this is."""
     response_ids: npt.NDArray[np.int32]
     """[N] what the policy sampled and what the environment wrote, in order."""

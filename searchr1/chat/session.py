@@ -130,7 +130,7 @@ class Session:
             watch = Watch(self._engine, self._tools, self._tokenizer, emit)
             trajectory = await self._run(
                 sample=sample,
-                replica=0,
+                rollout_id=0,
                 engine=watch,
                 tools=watch.tools,
                 tokenizer=self._tokenizer,

@@ -12,7 +12,7 @@ from searchr1.cluster.groups import Groups
 
 @dataclass(slots=True)
 class Batch:
-    """All trajectories of one step, sorted by question and replica: the order in which they finished is gone."""
+    """All trajectories of one step, sorted by question and rollout: the order in which they finished is gone."""
 
     trajectories: list[Trajectory]
     rollout_seconds: float
@@ -88,7 +88,7 @@ def collect(
     expected = len(samples) * group_size
     if len(trajectories) != expected:
         raise RuntimeError(f"{len(trajectories)} trajectories came back, {expected} went out")
-    trajectories.sort(key=lambda t: (t.sample.index, t.replica))
+    trajectories.sort(key=lambda t: (t.sample.index, t.rollout_id))
     reward_end = max(reward.seconds - rollout.seconds, 0.0)
     return Batch(
         trajectories=trajectories,

@@ -20,7 +20,7 @@ class Attempt:
 
     question: int
     """Equal for all attempts at one question."""
-    replica: int
+    rollout_id: int
     source: str
     """Name of the question set."""
     exact_match: float
@@ -68,7 +68,7 @@ class Attempt:
         verdict = parts.get(JUDGE_PART)
         return cls(
             question=question,
-            replica=int(row["replica"]),
+            rollout_id=int(row["replica"]),
             source=canonical(row["data_source"]),
             exact_match=answers.exact_match(answer, golds),
             f1=answers.f1(answer, golds),

@@ -177,14 +177,14 @@ def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], set[int]
             break
         try:
             row = json.loads(line)
-            number, replica = int(row["number"]), int(row["replica"])
+            number, rollout_id = int(row["number"]), int(row["replica"])
             went_wrong = row["stop"] == "error" or any(turn["tool_error"] is not None for turn in row["turns"])
         except (ValueError, KeyError, TypeError) as error:
             if not file.read(1):
                 break  # the last line: a kill can leave a hole before its end
             raise UserError(f"{path}:{line_number}: not a logged answer ({error}); remove the line") from error
         seen = parts.setdefault(number, {})
-        seen[replica] = went_wrong
+        seen[rollout_id] = went_wrong
         if len(seen) == attempts:
             finished.add(number)
             (failed.add if any(seen.values()) else failed.discard)(number)

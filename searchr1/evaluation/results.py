@@ -117,8 +117,8 @@ def score_rows(rows: Iterable[Row], wanted: int, where: str, untagged: str = "re
             attempt = Attempt.from_row(row, number, untagged)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise UserError(f"{where}: a row is not a logged answer ({error!r}); set runner.overwrite=True") from error
-        found[number, attempt.replica] = attempt
-        if attempt.replica == 0:
+        found[number, attempt.rollout_id] = attempt
+        if attempt.rollout_id == 0:
             right = attempt.exact_match > 0
             kept = shown.setdefault((canonical(row["data_source"]), right), {})
             kept[number] = row | {"answer": attempt.answer}

@@ -119,7 +119,7 @@ def summarise(attempts: Sequence[Attempt], seed: int = 0, resamples: int = 0, un
     by_source: dict[str, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
         by_source[attempt.source].append(attempt)
-    group_size = max(attempt.replica for attempt in attempts) + 1
+    group_size = max(attempt.rollout_id for attempt in attempts) + 1
     names = score_names(attempts, group_size)
     sets, resampled = [], []
     for source in in_order(set(by_source)):

@@ -307,7 +307,7 @@ def _as_trajectory(ids: list[int]) -> Trajectory:
     response = np.array(ids[1:], dtype=np.int32)
     return Trajectory(
         sample=Sample("probe/0", 0, ids[:1], "", []),
-        replica=0,
+        rollout_id=0,
         response_ids=response,
         loss_mask=np.ones(len(response), dtype=np.bool_),
         rollout_logprobs=np.zeros(len(response), dtype=np.float32),

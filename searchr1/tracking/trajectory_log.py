@@ -57,7 +57,7 @@ def trajectory_row(trajectory: Trajectory, token_text: TokenText | None = None) 
     return {
         "id": sample.id,
         "data_source": sample.data_source,
-        "replica": trajectory.replica,
+        "replica": trajectory.rollout_id,
         "question": sample.question,
         "golden_answers": sample.golden_answers,
         "answer": answer_of(trajectory.policy_text),

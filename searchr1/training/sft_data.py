@@ -157,7 +157,7 @@ def load_rows(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> t
             rows.append(
                 Trajectory(
                     sample=Sample(f"{name}/{line}", len(rows), [int(ids[0])], "", []),
-                    replica=0,
+                    rollout_id=0,
                     response_ids=ids[1:],
                     loss_mask=mask[1:],
                     rollout_logprobs=np.zeros(len(ids) - 1, dtype=np.float32),

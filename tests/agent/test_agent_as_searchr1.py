@@ -80,7 +80,7 @@ def run(tokenizer, recipe, turns, *changes):
     trajectory = asyncio.run(
         run_trajectory(
             sample=Sample("set/0", 0, tokenizer.encode("Question: ?", add_special_tokens=False), "?", ["Paris"]),
-            replica=0,
+            rollout_id=0,
             engine=engine,
             tools={"search": tool},
             tokenizer=tokenizer,

@@ -118,7 +118,7 @@ async def both(tokenizer, turns, max_turns, max_response, topk=3, settings=None)
         tool = SearchTool(client, settings.information_style, FailureMonitor(0.0, "search"), settings.no_results_message)
         trajectory = await run_trajectory(
             sample=Sample("set/0", 0, prompt_ids, QUESTION, ["Paris"]),
-            replica=0,
+            rollout_id=0,
             engine=OurEngine(ours, tokenizer),
             tools={"search": tool},
             tokenizer=tokenizer,

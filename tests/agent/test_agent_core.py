@@ -70,12 +70,12 @@ def settings(**changes):
     return AgentSettings(**(defaults | changes))
 
 
-def run(engine, tool=None, prompt="Q?", replica=0, seed=1, **changes):
+def run(engine, tool=None, prompt="Q?", rollout_id=0, seed=1, **changes):
     sample = Sample("set/0", 0, [ord(c) for c in prompt], prompt, ["Paris"])
     return asyncio.run(
         run_trajectory(
             sample=sample,
-            replica=replica,
+            rollout_id=rollout_id,
             engine=engine,
             tools={"search": tool or Tool()},
             tokenizer=CharTokenizer(),
@@ -200,10 +200,10 @@ def test_tool_without_a_deadline_of_its_own_is_given_up():
     assert t.tool_failures == 1
 
 
-def test_seeds_differ_by_turn_and_replica_but_not_by_order():
-    def seeds(replica, seed=1):
+def test_seeds_differ_by_turn_and_rollout_but_not_by_order():
+    def seeds(rollout_id, seed=1):
         engine = ScriptedEngine(SEARCH, ANSWER)
-        run(engine, replica=replica, seed=seed)
+        run(engine, rollout_id=rollout_id, seed=seed)
         return [params.seed for _, params in engine.asked]
 
     assert seeds(0) == seeds(0)
@@ -220,7 +220,7 @@ def test_one_slow_search_delays_nobody():
 
     async def one(tool):
         return await run_trajectory(
-            sample=Sample("set/0", 0, [81], "Q", ["Paris"]), replica=0, engine=ScriptedEngine(SEARCH, ANSWER),
+            sample=Sample("set/0", 0, [81], "Q", ["Paris"]), rollout_id=0, engine=ScriptedEngine(SEARCH, ANSWER),
             tools={"search": tool}, tokenizer=CharTokenizer(), settings=settings(), seed=0,
         )  # fmt: skip
 

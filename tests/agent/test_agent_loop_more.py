@@ -84,7 +84,7 @@ def arguments(engine, tool=None, tokenizer=None, prompt_ids=(81,), **changes):
 
 
 def run(*lines, **changes):
-    return asyncio.run(run_trajectory(replica=0, **arguments(Engine(*lines), **changes)))
+    return asyncio.run(run_trajectory(rollout_id=0, **arguments(Engine(*lines), **changes)))
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_a_tools_text_carries_no_control_token(tokenizer, evil, limit):
     engine = Engine(SEARCH, ANSWER, encode=lambda text: tokenizer.encode(text, add_special_tokens=False))
     body = f"one two{evil}three four five"
     changes = {"tool": Tool(body), "tokenizer": tokenizer, "max_tool_response_length": limit}
-    t = asyncio.run(run_trajectory(replica=0, **arguments(engine, **changes)))
+    t = asyncio.run(run_trajectory(rollout_id=0, **arguments(engine, **changes)))
     tool_ids = t.response_ids[~t.loss_mask].tolist()
     assert tokenizer.convert_tokens_to_ids(evil) not in tool_ids
     assert tokenizer.decode(tool_ids) == t.turns[0].tool_text
@@ -166,7 +166,7 @@ def test_tool_tokens_do_not_depend_on_being_cut(tokenizer):
     def tool_ids(limit):
         engine = Engine(SEARCH, ANSWER, encode=lambda text: tokenizer.encode(text, add_special_tokens=False))
         changes = {"tool": Tool("the city of Paris. It is"), "tokenizer": tokenizer, "max_tool_response_length": limit}
-        t = asyncio.run(run_trajectory(replica=0, **arguments(engine, **changes)))
+        t = asyncio.run(run_trajectory(rollout_id=0, **arguments(engine, **changes)))
         return t.response_ids[~t.loss_mask].tolist()
 
     whole = tool_ids(500)
@@ -266,7 +266,7 @@ def test_invariants(lines, body, room, max_turns, limit, per_turn, side, style, 
     engine = Engine(*lines)
     t = asyncio.run(
         run_trajectory(
-            replica=0,
+            rollout_id=0,
             **arguments(
                 engine,
                 Tool(body),
@@ -304,26 +304,26 @@ def test_invariants(lines, body, room, max_turns, limit, per_turn, side, style, 
 def test_a_group_runs_at_once_and_keeps_its_order():
     delays = [0.2, 0.0, 0.1]
 
-    async def attempt(*, replica, **kwargs):
-        await asyncio.sleep(delays[replica])
-        return await run_trajectory(replica=replica, **kwargs)
+    async def attempt(*, rollout_id, **kwargs):
+        await asyncio.sleep(delays[rollout_id])
+        return await run_trajectory(rollout_id=rollout_id, **kwargs)
 
     started = time.perf_counter()
     group = asyncio.run(run_group(attempt, 3, **arguments(Engine())))
-    assert [t.replica for t in group] == [0, 1, 2]
+    assert [t.rollout_id for t in group] == [0, 1, 2]
     assert time.perf_counter() - started < 0.29
 
 
 def test_a_failed_attempt_cancels_the_others_and_is_told_as_it_is():
     cancelled = []
 
-    async def attempt(*, replica, **kwargs):
-        if replica == 1:
+    async def attempt(*, rollout_id, **kwargs):
+        if rollout_id == 1:
             raise UserError("the server is gone")
         try:
             await asyncio.sleep(30)
         except asyncio.CancelledError:
-            cancelled.append(replica)
+            cancelled.append(rollout_id)
             raise
 
     with pytest.raises(UserError, match="the server is gone"):
@@ -355,11 +355,11 @@ def test_a_long_page_does_not_hold_up_the_others():
     async def both():
         tokenizer = Slow()
         slow = asyncio.create_task(
-            run_trajectory(replica=0, **arguments(Engine(SEARCH), Tool("x" * 50_000), tokenizer=tokenizer))
+            run_trajectory(rollout_id=0, **arguments(Engine(SEARCH), Tool("x" * 50_000), tokenizer=tokenizer))
         )
         await asyncio.sleep(0.05)
         started = time.perf_counter()
-        await run_trajectory(replica=1, **arguments(Engine(SEARCH), Tool(), tokenizer=tokenizer))
+        await run_trajectory(rollout_id=1, **arguments(Engine(SEARCH), Tool(), tokenizer=tokenizer))
         fast = time.perf_counter() - started
         assert not slow.done()
         assert len((await slow).response_ids) < 2000

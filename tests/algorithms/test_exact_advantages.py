@@ -77,9 +77,9 @@ def test_low_precision_rewards_are_worked_out_in_float64(name: str) -> None:
     assert computed(name, batch, dtype=torch.bfloat16) == pytest.approx(computed(name, batch), rel=1e-2, abs=1e-4)
 
 
-def attempt(group: int, replica: int, reward: float, shape: list[tuple[int, int, bool]], seed: int = 0) -> Trajectory:
+def attempt(group: int, rollout_id: int, reward: float, shape: list[tuple[int, int, bool]], seed: int = 0) -> Trajectory:
     """Of turns (policy tokens, tool tokens, whether it found the answer)."""
-    rng = np.random.default_rng([seed, group, replica])
+    rng = np.random.default_rng([seed, group, rollout_id])
     policy_tokens = sum(policy for policy, _, _ in shape)
     # Drawn for policy tokens alone, so that the environment's can be changed without changing them.
     sampled, reference = -rng.exponential(1.0, policy_tokens), 0.3 * rng.normal(size=policy_tokens)
@@ -88,7 +88,7 @@ def attempt(group: int, replica: int, reward: float, shape: list[tuple[int, int,
     logprobs[mask], ref[mask] = sampled, sampled + reference
     return Trajectory(
         sample=Sample(f"s/{group}", group, [1, 2], "?", ["Paris"]),
-        replica=replica,
+        rollout_id=rollout_id,
         response_ids=np.arange(len(mask), dtype=np.int32),
         loss_mask=mask,
         rollout_logprobs=logprobs,
@@ -117,9 +117,9 @@ Plan = list[tuple[int, float, list[tuple[int, int, bool]]]]
 def build(plan: Plan, tool_tokens: int = 1) -> list[Trajectory]:
     """`tool_tokens` times as many tokens of the environment; the last turn has none."""
     found = []
-    for replica, (group, reward, turns) in enumerate(plan):
+    for rollout_id, (group, reward, turns) in enumerate(plan):
         shape = [(p, tool * tool_tokens * (k < len(turns) - 1), hit) for k, (p, tool, hit) in enumerate(turns)]
-        found.append(attempt(group, replica, reward, shape))
+        found.append(attempt(group, rollout_id, reward, shape))
     return found
 
 

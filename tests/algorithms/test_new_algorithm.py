@@ -163,7 +163,7 @@ def trajectories() -> list[Trajectory]:
     return [
         Trajectory(
             sample=Sample(f"s/{i}", GROUPS[i], rng.integers(0, 256, 6).tolist(), "", []),
-            replica=i % 3,
+            rollout_id=i % 3,
             response_ids=rng.integers(0, 256, length).astype(np.int32),
             loss_mask=np.ones(length, dtype=np.bool_),
             # Off the policy on both sides, so that the taper shows.

@@ -72,7 +72,7 @@ def test_the_same_tokens_go_to_the_engine_as_in_the_runs_evaluation(run, capsys)
     (sample,) = load_data(config, training=False).val
     asyncio.run(
         run_trajectory(
-            sample=sample, replica=0, engine=theirs, tools=build_tools(config, Finder()), tokenizer=tokenizer,
+            sample=sample, rollout_id=0, engine=theirs, tools=build_tools(config, Finder()), tokenizer=tokenizer,
             settings=AgentSettings.from_config(config, "eval"), seed=0,
         )
     )  # fmt: skip

@@ -66,7 +66,7 @@ def test_the_trajectory_is_token_for_token_the_one_of_training():
     plain = asyncio.run(
         run_trajectory(
             sample=Sample("question/0", 0, watched.sample.prompt_ids, "q", []),
-            replica=0,
+            rollout_id=0,
             engine=Plain(),
             tools=session._tools,
             tokenizer=CharTokenizer(),

@@ -134,7 +134,7 @@ def trajectories(count, prompt, response):
     return [
         Trajectory(
             sample=Sample(f"s/{index}", index, rng.integers(0, 512, prompt).tolist(), "", []),
-            replica=0,
+            rollout_id=0,
             response_ids=rng.integers(0, 512, response).astype(np.int32),
             loss_mask=np.ones(response, dtype=np.bool_),
             rollout_logprobs=np.zeros(response, dtype=np.float32),

@@ -14,7 +14,7 @@ def make_trajectory() -> Callable[..., Trajectory]:
     """One search, then an answer that is right or wrong; any field can be given."""
 
     def make(
-        index: int = 0, replica: int = 0, source: str = "nq", right: bool = True, answer: str | None = None, **fields: Any
+        index: int = 0, rollout_id: int = 0, source: str = "nq", right: bool = True, answer: str | None = None, **fields: Any
     ) -> Trajectory:
         said = answer if answer is not None else ("Ann Lee" if right else "Bob")
         turns = [
@@ -23,7 +23,7 @@ def make_trajectory() -> Callable[..., Trajectory]:
         ]
         defaults: dict[str, Any] = {
             "sample": Sample(f"{source}/{index}", index, [1, 2], "Who?", ["Ann Lee"], source),
-            "replica": replica,
+            "rollout_id": rollout_id,
             "response_ids": np.arange(10, dtype=np.int32),
             "loss_mask": np.array([True] * 4 + [False] * 3 + [True] * 3),
             "rollout_logprobs": np.zeros(10, np.float32),

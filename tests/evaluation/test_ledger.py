@@ -33,7 +33,7 @@ def test_what_was_finished_is_there_again(tmp_path, make_trajectory):
 
 @pytest.mark.parametrize("attempts", [1, 2])
 def test_cut_off_at_any_byte_every_whole_question_is_kept(tmp_path, make_trajectory, attempts):
-    rows = [make_trajectory(i, replica=r, answer="Zoë") for i in range(3) for r in range(attempts)]
+    rows = [make_trajectory(i, rollout_id=r, answer="Zoë") for i in range(3) for r in range(attempts)]
     with Ledger.open(tmp_path / "whole", manifest(attempts=attempts)) as ledger:
         ledger.append(rows)
     data = eval_file(tmp_path / "whole", 0).read_bytes()

@@ -86,7 +86,7 @@ def test_per_set_macro_and_all(make_trajectory):
 
 def test_several_attempts_give_avg_and_pass_at_k(make_trajectory):
     right = {0: [True, False, False, False], 1: [True, True, True, True], 2: [False] * 4}
-    rows = [make_trajectory(i, replica=r, right=ok) for i, oks in right.items() for r, ok in enumerate(oks)]
+    rows = [make_trajectory(i, rollout_id=r, right=ok) for i, oks in right.items() for r, ok in enumerate(oks)]
     found = summarise([attempt_of(row) for row in rows])
     assert found.group_size == 4
     scores = found.overall.scores

@@ -76,7 +76,7 @@ def make_trajectories(count=8, seed=0):
         found.append(
             Trajectory(
                 sample=Sample(f"s/{index}", index // 2, rng.integers(0, 2048, 6).tolist(), "", []),
-                replica=index % 2,
+                rollout_id=index % 2,
                 response_ids=rng.integers(0, 2048, length).astype(np.int32),
                 loss_mask=mask,
                 rollout_logprobs=np.where(mask, -7.6 + rng.normal(0, 0.1, length), 0).astype(np.float32),

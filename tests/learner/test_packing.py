@@ -26,7 +26,7 @@ def make_trajectory(index: int, prompt: int, response: int, seed: int = 0, with_
     mask = generator.random(response) < 0.6
     return Trajectory(
         sample=Sample(f"toy/{index}", index, generator.integers(1, 90, prompt).tolist(), "?", ["!"]),
-        replica=0,
+        rollout_id=0,
         response_ids=generator.integers(1, 90, response).astype(np.int32),
         loss_mask=mask,
         rollout_logprobs=(-generator.random(response) * mask).astype(np.float32),

@@ -69,7 +69,7 @@ def trajectories() -> list[Trajectory]:
         made.append(
             Trajectory(
                 sample=Sample(f"toy/{index}", index, generator.integers(1, 96, prompt).tolist(), "?", ["!"]),
-                replica=0,
+                rollout_id=0,
                 response_ids=generator.integers(1, 96, response).astype(np.int32),
                 loss_mask=mask,
                 rollout_logprobs=(-4 * generator.random(response)).astype(np.float32),

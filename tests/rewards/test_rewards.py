@@ -24,7 +24,7 @@ def trajectory(*texts: str, golds: tuple[str, ...] = ("Paris",), reward_name: st
     ]
     return Trajectory(
         sample=Sample("set/0", 0, [1], "Q? <answer> Paris </answer>", list(golds), reward_name=reward_name),
-        replica=0,
+        rollout_id=0,
         response_ids=np.zeros(1, np.int32),
         loss_mask=np.ones(1, np.bool_),
         rollout_logprobs=np.zeros(1, np.float32),

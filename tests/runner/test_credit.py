@@ -17,14 +17,14 @@ from searchr1.training.advantages import assign_credit, assign_token_credit, evi
 from searchr1.training.dynamic_sampling import collect_with_spread
 
 
-def make(index, replica, reward, turns=((3, 2, "nothing"), (4, 0, "")), golds=("Paris",), seed=0):
+def make(index, rollout_id, reward, turns=((3, 2, "nothing"), (4, 0, "")), golds=("Paris",), seed=0):
     """A trajectory of turns (policy tokens, tool tokens, tool text)."""
-    rng = np.random.default_rng([seed, index, replica])
+    rng = np.random.default_rng([seed, index, rollout_id])
     mask = np.concatenate([np.repeat([True, False], [policy, tool]) for policy, tool, _ in turns])
     logprobs = np.where(mask, -rng.exponential(1.0, len(mask)), 0).astype(np.float32)
     return Trajectory(
         sample=Sample(f"s/{index}", index, [1, 2], "?", list(golds)),
-        replica=replica,
+        rollout_id=rollout_id,
         response_ids=rng.integers(0, 50, len(mask)).astype(np.int32),
         loss_mask=mask,
         rollout_logprobs=logprobs,
@@ -39,7 +39,7 @@ def make(index, replica, reward, turns=((3, 2, "nothing"), (4, 0, "")), golds=("
 
 
 def test_the_kl_is_taken_from_the_reward_before_groups_are_compared():
-    trajectories = [make(0, replica, reward) for replica, reward in enumerate([1.0, 0.0, 1.0, 0.0])]
+    trajectories = [make(0, rollout_id, reward) for rollout_id, reward in enumerate([1.0, 0.0, 1.0, 0.0])]
     for name, estimate in (("k1", lambda d: d), ("k2", lambda d: d**2 / 2), ("abs", np.abs)):
         algorithm = AlgorithmConfig(adv_type="rloo", kl_in="reward", kl_beta=0.05, kl_penalty_type=name)
         divergences = []
@@ -133,9 +133,9 @@ def test_turn_advantages_equal_the_formula(attempts, weight):
 
 def batch_of(rewards, seed=0):
     trajectories = [
-        make(index, replica, reward, seed=seed)
+        make(index, rollout_id, reward, seed=seed)
         for index, group in enumerate(rewards)
-        for replica, reward in enumerate(group)
+        for rollout_id, reward in enumerate(group)
     ]
     return Batch(trajectories, 2.0, 0.5, 0.25, 10, 1, 0, 0.8)
 
@@ -165,7 +165,7 @@ def test_groups_without_spread_are_replaced_in_order():
         }
     )
     trajectories = filled.batch.trajectories
-    assert [(t.sample.index, t.replica) for t in trajectories] == [(i, r) for i in range(3) for r in range(2)]
+    assert [(t.sample.index, t.rollout_id) for t in trajectories] == [(i, r) for i in range(3) for r in range(2)]
     assert [t.reward for t in trajectories] == [1.0, 0.0] * 3
     assert trajectories[4].sample.id == "s/1"  # of the second refill
     assert filled.batch.rollout_seconds == 6.0

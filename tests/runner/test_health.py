@@ -310,7 +310,7 @@ def test_entropy_is_that_of_the_sampled_tokens_of_all_trajectories():
     def make(logprobs, mask):
         return Trajectory(
             sample=Sample("s/0", 0, [1], "", []),
-            replica=0,
+            rollout_id=0,
             response_ids=np.ones(len(mask), dtype=np.int32),
             loss_mask=np.array(mask),
             rollout_logprobs=np.array(logprobs, dtype=np.float32),

@@ -25,10 +25,10 @@ def config(tmp_path, **runner):
     return made
 
 
-def make(index, replica):
+def make(index, rollout_id):
     return Trajectory(
         sample=Sample(f"s/{index}", index, [1], "", []),
-        replica=replica,
+        rollout_id=rollout_id,
         response_ids=np.ones(2, dtype=np.int32),
         loss_mask=np.ones(2, dtype=np.bool_),
         rollout_logprobs=np.zeros(2, dtype=np.float32),
@@ -42,7 +42,7 @@ def test_groups_are_never_split_over_minibatches(tmp_path, shuffle):
     made = config(tmp_path)
     made.algorithm.n_minibatches = 3
     made.algorithm.shuffle_rollout = shuffle
-    trajectories = [make(index, replica) for index in range(6) for replica in range(4)]
+    trajectories = [make(index, rollout_id) for index in range(6) for rollout_id in range(4)]
     ids = minibatch_ids(trajectories, made, step=1)
     pairs = {(t.sample.index, number) for t, number in zip(trajectories, ids, strict=True)}
     assert len(pairs) == 6

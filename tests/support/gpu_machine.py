@@ -334,7 +334,7 @@ class Scorer:
 
     async def score_all(self, trajectories, untagged):
         for trajectory in trajectories:
-            trajectory.reward = float(trajectory.replica % 2)
+            trajectory.reward = float(trajectory.rollout_id % 2)
 
     async def aclose(self):
         pass

@@ -92,7 +92,7 @@ def make_trajectories(seed: int, count: int = 8) -> tuple[list[Trajectory], list
         found.append(
             Trajectory(
                 sample=Sample(f"s/{index}", index // 2, rng.integers(0, VOCAB, 6).tolist(), "", []),
-                replica=index % 2,
+                rollout_id=index % 2,
                 response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
                 loss_mask=mask,
                 rollout_logprobs=near[0],

@@ -25,7 +25,7 @@ def trajectory(
     mask = np.array([True] * policy_tokens + [False] * tool_tokens)
     return Trajectory(
         sample=Sample("set/0", 0, [1], question, list(golds), reward_name=reward_name),
-        replica=0,
+        rollout_id=0,
         response_ids=np.zeros(len(mask), np.int32),
         loss_mask=mask,
         rollout_logprobs=np.zeros(len(mask), np.float32),

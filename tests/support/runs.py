@@ -13,7 +13,7 @@ HOSTILE = (
 
 
 def row(
-    number: int, *, replica: int = 0, right: bool = True, searches: int = 1, source: str = "one_hop", **fields: Any
+    number: int, *, rollout_id: int = 0, right: bool = True, searches: int = 1, source: str = "one_hop", **fields: Any
 ) -> dict[str, Any]:
     """A logged trajectory: some searches, then an answer; every word is a token, of probability 0.5 and 0.97 in turn."""
     turns = [
@@ -26,7 +26,7 @@ def row(
     return {
         "id": f"{source}/{number}",
         "data_source": source,
-        "replica": replica,
+        "replica": rollout_id,
         "question": f"What is thing {number}?",
         "golden_answers": ["right"],
         "answer": answer,
@@ -109,7 +109,7 @@ def make_run(run: Path) -> Path:
         write_step(run, f"eval_step_{step}", rows)
         write_metrics(run, [evaluation(step, right, 1.0 + step / 20)])
     for step in (1, 2):
-        rows = [row(i, replica=r, right=r > 1) for i in range(4) for r in range(4)]
+        rows = [row(i, rollout_id=r, right=r > 1) for i in range(4) for r in range(4)]
         rows[0] |= {"stop": "length", "answer": None, "right": False}
         rows[1]["turns"][0] |= {"tool_error": "no answer within 20 s"}
         write_step(run, f"step_{step}", rows)

@@ -94,7 +94,7 @@ def run(tmp_path: Path, make_trajectory: Any) -> Path:
             write_trajectories(eval_file(folder, step), rows)
             log.log(step, eval_metrics(rows))
         if step:
-            rows = [make_trajectory(i, replica) for i in range(6) for replica in range(5)]
+            rows = [make_trajectory(i, rollout_id) for i in range(6) for rollout_id in range(5)]
             write_trajectories(train_file(folder, step), rows)
             seconds = {"time/rollout": 3.0, "time/train": 1.5, "time/step": 5.0, "actor/kl": 0.01, "actor/entropy": 0.4}
             log.log(step, step_metrics(rows) | seconds | {"mismatch/logprob_gap_max": 1e-6, "actor/grad_norm": float("nan")})

@@ -71,13 +71,13 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path, make_trajectory):
     [(None, [0, 1, 2, 3, 4, 5]), (24, [0, 1, 2, 3, 4, 5]), (23, [0, 1, 2, 3, 4]), (9, [0, 3]), (4, [0]), (0, [])],
 )
 def test_a_step_is_thinned_by_whole_groups(make_trajectory, most, kept):
-    step = [make_trajectory(index, replica) for index in range(6) for replica in range(4)]
-    assert [(t.sample.index, t.replica) for t in whole_groups(step, most)] == [(i, r) for i in kept for r in range(4)]
+    step = [make_trajectory(index, rollout_id) for index in range(6) for rollout_id in range(4)]
+    assert [(t.sample.index, t.rollout_id) for t in whole_groups(step, most)] == [(i, r) for i in kept for r in range(4)]
 
 
 def test_a_group_that_is_larger_than_the_limit_is_cut(make_trajectory):
-    step = [make_trajectory(index, replica) for index in range(2) for replica in range(4)]
-    assert [(t.sample.index, t.replica) for t in whole_groups(step, 3)] == [(0, 0), (0, 1), (0, 2)]
+    step = [make_trajectory(index, rollout_id) for index in range(2) for rollout_id in range(4)]
+    assert [(t.sample.index, t.rollout_id) for t in whole_groups(step, 3)] == [(0, 0), (0, 1), (0, 2)]
 
 
 def test_tokens_are_logged_beside_the_text(tmp_path, make_trajectory):

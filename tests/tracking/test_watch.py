@@ -26,7 +26,7 @@ def run(tmp_path, make_trajectory):
         rows = [make_trajectory(i, right=i < step) for i in range(6)]
         write_trajectories(eval_file(folder, step), rows)
         log.log(step, eval_metrics(rows))
-    write_trajectories(train_file(folder, 1), [make_trajectory(0, replica) for replica in range(3)])
+    write_trajectories(train_file(folder, 1), [make_trajectory(0, rollout_id) for rollout_id in range(3)])
     return folder
 
 
