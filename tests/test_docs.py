@@ -23,11 +23,11 @@ from searchr1.config.schema import ALIASES
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted(
     str(page.relative_to(ROOT))
-    for pattern in ("README*.rst", "CONTRIBUTING.md", "docs/**/*.md", "docs/**/*.rst", "examples/**/README*")
+    for pattern in ("README*.rst", "CONTRIBUTING.md", "docs/**/*.md", "examples/**/README*")
     for page in ROOT.glob(pattern)
 )
 TRANSLATED = [("README.rst", "README.zh.rst")] + [
-    (f"docs/{name}.md", f"docs/zh/{name}.md") for name in ("reproduce-8-gpus", "one-gpu", "laptop")
+    (f"docs/get-started/{name}.md", f"docs/zh/get-started/{name}.md") for name in ("reproduce-8-gpus", "one-gpu", "laptop")
 ]
 KEYS = set(known_keys()) | set(ALIASES)
 SECTIONS = {key for key in known_keys() if "." not in key}

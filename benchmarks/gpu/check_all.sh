@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that docs/gpu.md reports, on the first GPU, one after the other: 15 to 20 minutes.
+# Everything that docs/guides/gpu.md reports, on the first GPU, one after the other: 15 to 20 minutes.
 #   benchmarks/gpu/check_all.sh [FOLDER]      logs go there (default runs/gpu-checks); exit code 1 if a check failed
 # CHECKS="actor engine" picks some: tests actor engine loop training sync.
 set -u

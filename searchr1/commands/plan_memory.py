@@ -28,7 +28,7 @@ from searchr1.preflight.memory_table import layouts_table
 
 GPUS_PER_NODE = 8
 """What `all` means unless `cluster.slots` or `--gpus` says otherwise."""
-NOT_MEASURED = "Computed, not measured: see docs/layouts.md for what the formulas leave out."
+NOT_MEASURED = "Computed, not measured: see docs/guides/layouts.md for what the formulas leave out."
 
 
 def find_model(config: Config, model_config: str | None, shape: str | None) -> tuple[ModelShape, str]:
@@ -266,7 +266,7 @@ def main(argv: list[str]) -> int:
         help="memory of the machine in GiB (default: with cluster.device: cpu what this one has, on GPUs not compared)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, sizes in bytes")
-    parser.add_argument("--table", action="store_true", help="print the tables of docs/layouts.md and nothing else")
+    parser.add_argument("--table", action="store_true", help="print the tables of docs/guides/layouts.md and nothing else")
     args = parser.parse_intermixed_args(argv)
     if args.host_gib is not None and args.host_gib <= 0:
         raise UserError("--host-gib: must be more than 0")

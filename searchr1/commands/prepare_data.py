@@ -27,7 +27,7 @@ examples:
   searchr1 prepare-data --input mine=questions.csv --split train --format jsonl --rows rlinf --out data/mine
   searchr1 prepare-data --sets nq --split test --template rag --search 127.0.0.1:8000 --out data/rag
 
-docs/data.md tells the row shapes and the templates."""
+docs/guides/data.md tells the row shapes and the templates."""
 
 
 def parser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """RLinf's YAMLs: what they mean in RLinf, said in our keys, and one line for each key that has no part in it.
 
 `translate` works on the plain values of a tree that carries RLinf's marks, before the schema reads them. A key that stands
-neither in RLinf's table (`rlinf_keys.py`) nor in our schema is left for the schema to reject. See docs/rlinf.md.
+neither in RLinf's table (`rlinf_keys.py`) nor in our schema is left for the schema to reject. See docs/guides/rlinf.md.
 """
 
 from __future__ import annotations

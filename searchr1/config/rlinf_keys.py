@@ -126,14 +126,16 @@ KEYS: dict[str, Entry] = {
         "format_reward call_search_reward length_limit max_length_limit length_penalty over_context_penalty fixed_role",
         WIDESEEK,
     ),
-    **_all("agentloop", "use_llm_judge use_local_judge", Only(OFF, "use reward.reward_type: judge; see docs/rewards.md")),
+    **_all(
+        "agentloop", "use_llm_judge use_local_judge", Only(OFF, "use reward.reward_type: judge; see docs/guides/rewards.md")
+    ),
     **_all(
         "agentloop", "llm_ip llm_port llm_type", Ignored("there is no judge here; with one, reward.judge says where it is")
     ),
     "agentloop.extra_config": Section("RLinf's Search-R1 agent does not read it"),
     "tools.mcp_file_system": Only((None,), "the tools are search and access"),
     "tools.codejudge": Section("is the tool of another agent"),
-    "tools.online": Only(OFF, "start searchr1's server with an online engine; see docs/retrieval.rst"),
+    "tools.online": Only(OFF, "start searchr1's server with an online engine; see docs/guides/retrieval.md"),
     "tools.use_access_summary": Only(OFF, "pages are shown as they are"),
     "tools.use_jina": Only(OFF, "pages come from the retrieval server"),
     **_all(
@@ -191,7 +193,7 @@ KEYS: dict[str, Entry] = {
     "actor.model.model_type": SHAPE,
     "actor.model.encoder_seq_length": PACKED,
     "actor.model.attn_implementation": FUSED,
-    "actor.model.is_lora": Only(OFF, "set actor.lora.rank; see docs/lora.md"),
+    "actor.model.is_lora": Only(OFF, "set actor.lora.rank; see docs/guides/lora.md"),
     **_all("actor.model", MEGATRON_SHAPE, SHAPE),
     **_all("actor.model", MEGATRON_FUSED, FUSED),
     "actor.model.attention_softmax_in_fp32": Only((None, True), "attention is computed in fp32 inside its kernel"),

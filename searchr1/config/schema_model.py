@@ -166,7 +166,7 @@ class LrSchedConfig:
 
 @dataclass
 class LoraConfig:
-    """LoRA (fsdp): train small matrices beside frozen weights; see docs/lora.md."""
+    """LoRA (fsdp): train small matrices beside frozen weights; see docs/guides/lora.md."""
 
     rank: int = 0
     """Of the update of each matrix; 0 trains all weights instead."""

@@ -73,7 +73,7 @@ class RewardConfig:
     use_reward_model: bool = False
     """A learned reward model; not supported."""
     reward_type: str = "searchr1"
-    """Name of a reward (docs/rewards.md) or the dotted path of a function; without effect if `weights` is set."""
+    """Name of a reward (docs/guides/rewards.md) or the dotted path of a function; without effect if `weights` is set."""
     weights: dict[str, Any] = field(default_factory=dict)
     """A weighted sum instead: names or dotted paths -> weights; a weight of 0 only reports."""
     reward_scale: float = 1.0
@@ -105,7 +105,7 @@ class EvaluationConfig:
 
 @dataclass
 class HealthConfig:
-    """Limits that a healthy run keeps (docs/health.md); null turns one off."""
+    """Limits that a healthy run keeps (docs/guides/health.md); null turns one off."""
 
     entropy_min: float | None = 0.005
     """Entropy of a sampled token in nats, at least."""

@@ -17,7 +17,7 @@ from searchr1.preflight.memory_layout import Layout
 
 GIB = 1 << 30
 PHASES = ("start", "rollout", "train", "save", "sync", "wake")
-"""In the order of time; what happens in each is in docs/layouts.md."""
+"""In the order of time; what happens in each is in docs/guides/layouts.md."""
 CONTEXT_BYTES = GIB
 """Assumed for each process on a GPU: CUDA context, NCCL's and cuBLAS's buffers."""
 SLEEPING_BYTES = GIB // 2

@@ -1,4 +1,4 @@
-"""The tables of docs/layouts.md: for each model and number of GPUs, the layout that costs least speed and still fits."""
+"""The tables of docs/guides/layouts.md: per model and number of GPUs, the layout that fits and costs least speed."""
 
 from __future__ import annotations
 

@@ -266,7 +266,7 @@ class Health:
                 *(f"  {finding}" for finding in findings),
                 *self._put_aside(first),
                 *self._how_to_go_on(first),
-                "runner.health.warn_only=True goes on regardless; docs/health.md tells what each limit means.",
+                "runner.health.warn_only=True goes on regardless; docs/guides/health.md tells what each limit means.",
             ]
         )
 

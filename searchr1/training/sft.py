@@ -1,6 +1,6 @@
 """`searchr1 sft`: supervised fine-tuning with loss masks, packed, on one process or many (torchrun).
 
-Rows (files of docs/data.md, or data sets of the hub), one of
+Rows (files of docs/guides/data.md, or data sets of the hub), one of
     {"messages": [{"role", "content"}, …]}              loss on the assistant's messages; also ShareGPT's conversations
     {"prompt": str, "response": str}                    loss on the response
     {"segments": [{"text": str, "train": bool}, …]}     loss where `train`; segments are tokenized one by one, as the agent

@@ -42,7 +42,7 @@ def test_links_and_named_files_exist(page):
 
 
 def test_every_algorithm_has_a_page_with_its_yaml():
-    shown = "".join(page.read_text() for page in PAGES if page.stem != "README")
+    shown = "".join(page.read_text() for page in PAGES if page.stem != "index")
     for key, names in (("adv_type", ADVANTAGES), ("loss_type", POLICY_LOSSES)):
         for name in (*names, *(["gae"] if key == "adv_type" else [])):  # gae needs a critic's values
             if name != "reinforce++_baseline":  # on the page of reinforce++
@@ -53,5 +53,5 @@ def test_every_algorithm_has_a_page_with_its_yaml():
 
 
 def test_the_index_links_every_page():
-    index = (ROOT / "docs/algorithms/README.md").read_text()
-    assert {page.name for page in PAGES} - {"README.md"} <= set(re.findall(r"\]\((\S+\.md)\)", index))
+    index = (ROOT / "docs/algorithms/index.md").read_text()
+    assert {page.name for page in PAGES} - {"index.md"} <= set(re.findall(r"\]\((\S+\.md)\)", index))

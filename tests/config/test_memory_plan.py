@@ -533,7 +533,7 @@ def test_every_knob_lowers_the_peak_and_a_remedy_fits():
     taken, plan = remedy(seventy, starved, 80 * GIB)
     assert plan.fits(80 * GIB)
     assert any("rollout.tensor_parallel_size" in text for text in taken)
-    # As docs/layouts.md says.
+    # As docs/guides/layouts.md says.
     eight = Layout(gpus=8, cpu_offload=True, recompute="full", engine_tp=4, engine_share=0.6)
     assert not plan_memory(seventy, eight).fits(80 * GIB)
     assert plan_memory(seventy, replace(eight, reference=False)).fits(80 * GIB)
@@ -727,7 +727,7 @@ def test_names_of_models():
 
 
 def test_the_page_shows_what_the_command_prints():
-    assert layouts_table() in (ROOT / "docs/layouts.md").read_text()
+    assert layouts_table() in (ROOT / "docs/guides/layouts.md").read_text()
 
 
 def test_plan_needs_no_torch():

@@ -324,7 +324,7 @@ def test_entropy_is_that_of_the_sampled_tokens_of_all_trajectories():
 
 
 def test_the_page_lists_every_limit_with_its_default():
-    page = (ROOT / "docs/health.md").read_text()
+    page = (ROOT / "docs/guides/health.md").read_text()
     rows = dict(re.findall(r"^\| [^|]+ \| `([a-z_]+)` \| ([^|]+) \|", page, flags=re.MULTILINE))
     defaults = {field.name: field.default for field in fields(HealthConfig)}
     assert {name: json.loads(value.lower()) for name, value in rows.items()} == defaults

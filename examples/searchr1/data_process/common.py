@@ -19,7 +19,7 @@ def run(what: str, split: str, local_dir: str, template: str = "searchr1", sets:
     """
     parser = argparse.ArgumentParser(description=f"{what} Further flags: searchr1 prepare-data --help", allow_abbrev=False)
     parser.add_argument("--local_dir", default=local_dir, help="folder of the files (default: %(default)s)")
-    parser.add_argument("--template_type", default="base", help=f"base ({template}), or a template of docs/data.md")
+    parser.add_argument("--template_type", default="base", help=f"base ({template}), or a template of docs/guides/data.md")
     if sets:
         parser.add_argument("--data_sources", default=sets, help="comma-separated (default: %(default)s)")
     args, further = parser.parse_known_args()

@@ -6,7 +6,7 @@ the same turn of the other attempts at the question, and added to the attempt's 
     A_k = A + weight * (r_k - mean of r_k in the group) / (standard deviation + 1e-6)
 
 The last turn, which answers, has A alone. An attempt that has no turn k does not count in that turn's mean, so the added
-part teaches to search better and has no effect on the decision to search at all (docs/algorithms/credit.md).
+part teaches to search better and has no effect on the decision to search at all (docs/algorithms/turn-level.md).
 """
 
 from __future__ import annotations

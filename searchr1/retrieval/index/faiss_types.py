@@ -33,7 +33,7 @@ def faiss_type(name: str, rows: int, dimension: int) -> FaissType:
     """The index behind a name, for so many vectors.
 
     `IVFPQ` is the one for large corpora: two dimensions in four bits, about a fourteenth of Flat's memory. See
-    docs/retrieval.rst for what each costs and finds.
+    docs/guides/retrieval.md for what each costs and finds.
     """
     lists = list_count(rows)
     if name == "IVF":
