@@ -216,7 +216,7 @@ def edited(name: str, folder: Path) -> list[str]:
 
 def test_every_recipe_is_in_these_tables():
     tested_elsewhere = {"qwen2.5-3b-tool-1node", "qwen2.5-3b-tool-1node-eval", "tiny-cpu", "tiny-cpu-eval"}
-    tested_elsewhere |= {"tiny-gpu", "tiny-gpu-eval"}  # tests/runner/test_demo.py
+    tested_elsewhere |= {"tiny-gpu", "tiny-gpu-eval"}  # tests/demo/test_demo.py
     shipped = {path.name.removesuffix(".yaml") for path in (EXAMPLES / "config").glob("*.yaml")}
     assert shipped - tested_elsewhere == set(RECIPES) == set(PUBLISHED)
 
