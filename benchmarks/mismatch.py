@@ -114,13 +114,13 @@ class OldWeights:
         self._load(groups, *self._kept[0], timeout_s)
         return time.perf_counter() - started
 
-    def evaluate(self, groups: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
-        """In place of `searchr1.evaluation.evaluate.evaluate`."""
-        from searchr1.evaluation.evaluate import evaluate
+    def validate(self, groups: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
+        """In place of `searchr1.evaluation.validation.validate`."""
+        from searchr1.evaluation.validation import validate
 
         timeout_s = config.runner.step_timeout_s
         self._load(groups, *self._kept[-1], timeout_s)
-        metrics = evaluate(groups, samples, config, log, step)
+        metrics = validate(groups, samples, config, log, step)
         self._load(groups, *self._kept[0], timeout_s)
         return metrics
 
@@ -138,7 +138,7 @@ def train_with_old_weights(delay: int, arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="searchr1-old-weights-") as folder:
         old_weights = OldWeights(delay, Path(folder))
-        replaced = (weight_sync, "sync_weights", old_weights.sync), (train, "evaluate", old_weights.evaluate)
+        replaced = (weight_sync, "sync_weights", old_weights.sync), (train, "validate", old_weights.validate)
         for module, name, ours in replaced:
             if not hasattr(module, name):  # or nothing would stand in the way, and nobody would notice
                 raise AttributeError(f"{module.__name__} has no {name} any more")

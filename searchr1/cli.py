@@ -14,8 +14,8 @@ from searchr1.shutdown import Stopped, leave, stops_cleanly
 from searchr1.streams import EXIT_BROKEN_PIPE, drop_output, leave_ascii, open_streams, output_is_broken
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("searchr1.training.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
-    "eval": ("searchr1.evaluation.evaluate", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
+    "train": ("searchr1.commands.train", "train a policy: searchr1 train CONFIG.yaml [key=value ...]"),
+    "eval": ("searchr1.commands.eval", "evaluate a model: searchr1 eval CONFIG.yaml [key=value ...]"),
     "check-config": ("searchr1.commands.check_config", "print what a YAML would run, or every problem in it"),
     "plan-memory": ("searchr1.commands.plan_memory", "what a run would need of each GPU, from its YAML alone"),
     "prepare-data": ("searchr1.commands.prepare_data", "make training and evaluation files of question sets"),

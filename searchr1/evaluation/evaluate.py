@@ -1,8 +1,7 @@
-"""`searchr1 eval`, and the evaluation inside a training run."""
+"""Evaluate a model on question sets, method by method."""
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from dataclasses import replace
@@ -10,12 +9,9 @@ from functools import partial
 from pathlib import Path
 
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.cluster.collect import collect
 from searchr1.cluster.groups import Groups, launch
 from searchr1.cluster.stream import Streamed, stream
-from searchr1.config.load import given_keys, load_for_command
 from searchr1.config.schema import Config
-from searchr1.data.loader import eval_batches
 from searchr1.device import Device
 from searchr1.errors import UserError, WorkerDied
 from searchr1.evaluation.manifest import billions
@@ -29,44 +25,20 @@ from searchr1.evaluation.tasks import (
     add_passages,
     begin,
     evaluation_path,
-    follow_model,
     load_questions,
     open_tasks,
     with_judge,
 )
 from searchr1.files.folder_lock import FolderLock, folder_lock
-from searchr1.preflight.check import require_valid, warnings
 from searchr1.preflight.check_backend import without_adapters
 from searchr1.shutdown import Stopped
 from searchr1.tracking.eval_progress import EvalProgress
 from searchr1.tracking.loggers import GuardedLogger, file_loggers, hosted_loggers, require_backends, start_loggers
 from searchr1.tracking.logins import require_logins
-from searchr1.tracking.metrics import eval_metrics
-from searchr1.tracking.run_log import RunLog
-from searchr1.training.run_folder import NAMED_BY, run_path
+from searchr1.tracking.run_path import NAMED_BY, run_path
 
 
-def evaluate(groups: Groups, samples: list[Sample], config: Config, log: RunLog, step: int) -> dict[str, float]:
-    """In a training run: answer every question once, greedily, and log it. Returns `val/<data source>/<name>`."""
-    trajectories: list[Trajectory] = []
-    batch_size = config.data.val_rollout_batch_size or len(samples)
-    for number, batch in enumerate(eval_batches(samples, batch_size)):
-        answered = collect(
-            groups,
-            batch,
-            step=step,
-            mode="eval",
-            group_size=1,
-            seed=config.runner.seed + number,
-            timeout_s=config.runner.step_timeout_s,
-        )
-        trajectories.extend(answered.trajectories)
-    metrics = eval_metrics(trajectories)
-    log.evaluation(step, trajectories, metrics)
-    return metrics
-
-
-def run(config: Config) -> tuple[Results, Path]:
+def evaluate(config: Config) -> tuple[Results, Path]:
     """Evaluate the model that `config` names, or go on with it. Returns the results and the folder that holds them.
 
     Raises:
@@ -74,10 +46,10 @@ def run(config: Config) -> tuple[Results, Path]:
         WorkerDied: a process of the run has died; the same holds.
     """
     with folder_lock(run_path(config), NAMED_BY, "searchr1 eval") as lock:
-        return run_in(lock, config)
+        return evaluate_in(lock, config)
 
 
-def run_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
+def evaluate_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
     """Evaluate in a folder that no other process writes to."""
     config = without_adapters(with_judge(config))
     device = Device.detect(config.cluster.device)
@@ -225,27 +197,3 @@ def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[s
     if "judge" in config.reward.weights:
         found["judge"] = f"{config.reward.judge.model} at {config.reward.judge.base_url}"
     return found
-
-
-def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
-    parser = argparse.ArgumentParser(
-        prog="searchr1 eval",
-        description="Evaluate a model as a YAML describes. An evaluation that was stopped goes on where it was.",
-    )
-    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu-eval.yaml")
-    parser.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="for instance rollout.model.model_path=PATH 'evaluation.methods=[direct,cot,rag,search]'",
-    )
-    args = parser.parse_args(argv)
-    config = load_for_command(args.config, args.overrides)
-    follow_model(config, given_keys(config))
-    require_valid(config, for_training=False)
-    for text in warnings(config, for_training=False):
-        print(f"warning: {text}", file=sys.stderr)
-    results, folder = run(config)
-    print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")
-    return 0

@@ -26,8 +26,8 @@ from searchr1.evaluation.manifest import manifest
 from searchr1.evaluation.methods import METHODS, Method, agent_settings
 from searchr1.evaluation.passages import retrieve_passages
 from searchr1.tracking.eval_progress import EvalProgress
+from searchr1.tracking.run_path import run_path
 from searchr1.tracking.token_text import load_token_text
-from searchr1.training.run_folder import run_path
 
 logger = logging.getLogger(__name__)
 

@@ -28,25 +28,7 @@ from searchr1.learner.checkpoint import HF_FOLDER, new_checkpoint, prune_checkpo
 from searchr1.shutdown import Stopped
 from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics
-
-NAMED_BY = "runner.experiment_name"
-"""The key that a user changes to get another folder."""
-
-
-def run_path(config: Config) -> Path:
-    """`{runner.output_dir}/{runner.experiment_name}`, which need not exist; nothing is written.
-
-    Raises:
-        UserError: it cannot be made or written to.
-    """
-    path = Path(config.runner.output_dir) / config.runner.experiment_name
-    there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
-    if not there.is_dir():
-        raise UserError(f"runner.output_dir: cannot write {path}: {there} is no folder; give another one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"runner.output_dir: cannot write {path}: {there} is not writable; give another one")
-    return path
-
+from searchr1.tracking.run_path import run_path
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import sys
 import time
 from pathlib import Path
 
@@ -16,25 +14,24 @@ from searchr1.cluster.actor_worker import ActorShare
 from searchr1.cluster.collect import Batch, collect
 from searchr1.cluster.groups import Groups, launch
 from searchr1.config.layout import actor_layout
-from searchr1.config.load import load_for_command
 from searchr1.config.schema import Config
 from searchr1.data.load import load_data
 from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
-from searchr1.evaluation.evaluate import evaluate
 from searchr1.evaluation.passages import watch_servers
+from searchr1.evaluation.validation import validate
 from searchr1.files.folder_lock import FolderLock, folder_lock
 from searchr1.learner.packing import sequence_length, split_balanced
-from searchr1.preflight.check import require_valid, warnings
 from searchr1.tracking.loggers import hosted_loggers, require_backends, start_loggers
 from searchr1.tracking.logins import require_logins
 from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.run_log import RunLog
+from searchr1.tracking.run_path import NAMED_BY, run_path
 from searchr1.training.advantages import Advantage, assign_credit
 from searchr1.training.critic import train_critic
 from searchr1.training.dynamic_sampling import Filled, collect_with_spread
 from searchr1.training.health import Health
-from searchr1.training.run_folder import NAMED_BY, RunFolder, run_path
+from searchr1.training.run_folder import RunFolder
 from searchr1.training.weight_sync import actor_logprobs, refresh_engines, validate_weights
 
 
@@ -88,7 +85,7 @@ def train_in(lock: FolderLock, config: Config) -> Path:
         folder.begin()
         with RunLog(folder.path, config, hosted, first_step=step, total_steps=total_steps) as log:
             if step == 0 and config.runner.val_before_train:
-                evaluate(groups, data.val, config, log, step)
+                validate(groups, data.val, config, log, step)
 
             while step < total_steps:
                 step += 1
@@ -111,7 +108,7 @@ def train_in(lock: FolderLock, config: Config) -> Path:
                 folder.step = step
                 health.check(step, metrics)
                 if is_due(step, total_steps, config.runner.val_check_interval):
-                    evaluate(groups, data.val, config, log, step)
+                    validate(groups, data.val, config, log, step)
                 # What was saved counts from here on: a run killed before evaluates again instead of never.
                 if saves and not health.allows_saving(step):
                     folder.drop_save()
@@ -177,18 +174,3 @@ def hash_seed(seed: int, step: int, refill: int = 0) -> int:
 def is_due(step: int, total_steps: int, interval: int) -> bool:
     """Every `interval` steps, and after the last one; -1 or 0 means never."""
     return interval > 0 and (step % interval == 0 or step == total_steps)
-
-
-def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
-    parser = argparse.ArgumentParser(prog="searchr1 train", description="Train a policy as a YAML describes.")
-    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance runner.max_steps=10")
-    args = parser.parse_args(argv)
-    config = load_for_command(args.config, args.overrides)
-    require_valid(config, for_training=True)
-    for text in warnings(config):
-        print(f"warning: {text}", file=sys.stderr)
-    folder = train(config)
-    print(f"done: {folder}")
-    return 0

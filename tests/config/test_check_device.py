@@ -9,17 +9,17 @@ import pytest
 import searchr1.device
 from searchr1.commands import chat_flags as flags
 from searchr1.commands.check_config import main as check_config_command
+from searchr1.commands.eval import main as eval_command
 from searchr1.commands.plan_memory import main as plan_memory_command
+from searchr1.commands.train import main as train_command
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
 from searchr1.demo import demo
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.evaluation.evaluate import main as eval_command
 from searchr1.preflight import check_device
 from searchr1.preflight.check import check_config, warnings
 from searchr1.preflight.check_device import require_precision
-from searchr1.training.train import main as train_command
 
 CONFIGS = Path(__file__).resolve().parents[2] / "examples/searchr1/config"
 TRAIN, EVAL = CONFIGS / "tiny-cpu.yaml", CONFIGS / "tiny-cpu-eval.yaml"

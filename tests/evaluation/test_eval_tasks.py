@@ -182,7 +182,7 @@ def test_an_evaluation_that_is_refused_changes_nothing(config, monkeypatch, over
     config.evaluation.methods = ["direct", "search"]
     config.tools.search.server_addr = "127.0.0.1:1"
     with pytest.raises(UserError, match=r"127\.0\.0\.1:1"):
-        evaluate.run(config)
+        evaluate.evaluate(config)
     monkeypatch.setattr(evaluate, "require_server", lambda config: None)
 
     def no_start(*_):
@@ -190,11 +190,11 @@ def test_an_evaluation_that_is_refused_changes_nothing(config, monkeypatch, over
 
     monkeypatch.setattr(evaluate, "launch", no_start)
     with pytest.raises(UserError, match="the groups do not start") as error:
-        evaluate.run(config)
+        evaluate.evaluate(config)
     assert ("was changed" in str(error.value)) == overwrite
     config.runner.logger.logger_backends = ["no-such-backend"]
     with pytest.raises(UserError, match="no-such-backend"):
-        evaluate.run(config)
+        evaluate.evaluate(config)
     assert everything_in(folder) == before
 
 
@@ -204,7 +204,7 @@ def test_other_settings_for_one_of_several_methods_change_no_other(config):
     config.evaluation.methods = ["direct", "search"]
     config.agentloop.max_turns += 1  # `direct`, which comes first, does not depend on it
     with pytest.raises(UserError, match=r"limits\.max_turns"):
-        evaluate.run(config)
+        evaluate.evaluate(config)
     assert everything_in(folder) == before
 
 

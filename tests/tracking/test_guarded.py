@@ -128,7 +128,7 @@ def test_an_evaluations_results_are_written_before_a_service_can_fail(tmp_path, 
     config.runner.output_dir, config.runner.experiment_name = str(tmp_path), "run"
     config.runner.logger.logger_backends = []
     config.cluster.device = "cpu"
-    assert evaluate.run(config) == (results, tmp_path)
+    assert evaluate.evaluate(config) == (results, tmp_path)
     assert order == ["logins", "answers", "results", "service"]
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "val/a": 1.0}
     assert "ConnectionError: no network" in capsys.readouterr().err
@@ -161,5 +161,5 @@ def test_a_key_is_looked_for_before_anything_starts(tmp_path, monkeypatch, comma
     config.runner.logger.logger_backends = ["wandb"]
     config.cluster.device = "cpu"
     with pytest.raises(UserError, match="wandb is not logged in"):
-        (train.train if command == "train" else evaluate.run)(config)
+        (train.train if command == "train" else evaluate.evaluate)(config)
     assert not (tmp_path / "out").exists()

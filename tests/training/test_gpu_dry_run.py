@@ -169,7 +169,7 @@ class Killed(BaseException):
 def test_a_run_killed_between_saving_and_the_end_of_its_step_repeats_all_of_it(layout, moment, tmp_path, monkeypatch):
     """Neither the metrics nor the evaluation of a step are lost or written twice."""
     config = configured(layout, tmp_path)
-    real_refresh, real_evaluate, real_save = train_module.refresh_engines, train_module.evaluate, RunFolder.save
+    real_refresh, real_validate, real_save = train_module.refresh_engines, train_module.validate, RunFolder.save
 
     def kill(when, step):
         if (when, step) == (moment, 2):
@@ -184,15 +184,15 @@ def test_a_run_killed_between_saving_and_the_end_of_its_step_repeats_all_of_it(l
         kill("sync", step)
         return seconds
 
-    def evaluate(groups, samples, config, log, step):
+    def validate(groups, samples, config, log, step):
         kill("evaluation", step)
-        real_evaluate(groups, samples, config, log, step)
+        real_validate(groups, samples, config, log, step)
         kill("evaluated", step)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", save)
         patch.setattr(train_module, "refresh_engines", refresh_engines)
-        patch.setattr(train_module, "evaluate", evaluate)
+        patch.setattr(train_module, "validate", validate)
         with pytest.raises(Killed):
             executed(config)
     root = tmp_path / config.runner.experiment_name

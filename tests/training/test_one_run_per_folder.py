@@ -13,8 +13,8 @@ from searchr1.demo import demo
 from searchr1.errors import UserError
 from searchr1.evaluation import evaluate
 from searchr1.files.folder_lock import NAME, folder_lock
+from searchr1.tracking.run_path import run_path
 from searchr1.training import sft, train
-from searchr1.training.run_folder import run_path
 
 TINY = Path(__file__).parents[2] / "examples/searchr1/config/tiny-cpu.yaml"
 WAYS = {"fresh": (), "overwrite": ("runner.overwrite=True",), "auto": ("runner.resume_dir=auto",)}
@@ -37,7 +37,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("command", [train.train, evaluate.run], ids=["train", "eval"])
+@pytest.mark.parametrize("command", [train.train, evaluate.evaluate], ids=["train", "eval"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_second_run_is_refused_however_it_is_asked_for(tmp_path, command, way):
     config = config_in(tmp_path, *WAYS[way])

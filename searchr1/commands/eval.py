@@ -1,0 +1,35 @@
+"""`searchr1 eval`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from searchr1.config.load import given_keys, load_for_command
+from searchr1.evaluation.evaluate import evaluate
+from searchr1.evaluation.tasks import follow_model
+from searchr1.preflight.check import require_valid, warnings
+
+
+def main(argv: list[str]) -> int:
+    """Evaluate a model as a YAML describes. Return the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="searchr1 eval",
+        description="Evaluate a model as a YAML describes. An evaluation that was stopped goes on where it was.",
+    )
+    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu-eval.yaml")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="for instance rollout.model.model_path=PATH 'evaluation.methods=[direct,cot,rag,search]'",
+    )
+    args = parser.parse_args(argv)
+    config = load_for_command(args.config, args.overrides)
+    follow_model(config, given_keys(config))
+    require_valid(config, for_training=False)
+    for text in warnings(config, for_training=False):
+        print(f"warning: {text}", file=sys.stderr)
+    results, folder = evaluate(config)
+    print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")
+    return 0
