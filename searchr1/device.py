@@ -5,6 +5,7 @@ Everything else asks a `Device` and never tests for CUDA itself. Importing this 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from dataclasses import dataclass
@@ -292,3 +293,8 @@ def _host_memory() -> MemoryStats:
     return MemoryStats(
         used_bytes=used, peak_bytes=peak, total_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     )
+
+
+def have_liger() -> bool:
+    """Return whether Liger's kernels are installed."""
+    return importlib.util.find_spec("liger_kernel") is not None

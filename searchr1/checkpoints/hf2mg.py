@@ -21,11 +21,11 @@ from searchr1.checkpoints.megatron_source import MegatronSource
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.model_shape import Architecture, read_architecture
 from searchr1.checkpoints.safetensors import pieces
+from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.checkpoints.torch_dist import FILE_BYTES, TorchDistFolder, TorchDistWriter
 from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.errors import UserError
 from searchr1.files.output_folder import new_folder, refuse_used
-from searchr1.learner.checkpoint import HF_FOLDER
 from searchr1.progress import progress_bar
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")

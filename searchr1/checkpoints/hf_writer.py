@@ -14,6 +14,7 @@ from torch import Tensor
 from searchr1.checkpoints.hf_folder import INDEX, SINGLE
 from searchr1.checkpoints.model_folder import MODEL_SUMS, check_files
 from searchr1.checkpoints.safetensors import SafetensorsWriter, TensorSpec
+from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.errors import UserError
 
 SHARD_BYTES = 4 << 30
@@ -122,8 +123,6 @@ def config_folder(given: Path | None, checkpoint: Path) -> Path:
     Raises:
         UserError: it has no config.json, or a file that no library should open.
     """
-    from searchr1.learner.checkpoint import HF_FOLDER
-
     if given is not None:
         if not (given / "config.json").is_file():
             raise UserError(f"--hf-model {given}: has no config.json; give the folder of the base model")

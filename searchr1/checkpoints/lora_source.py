@@ -10,6 +10,7 @@ from torch import Tensor
 
 from searchr1.checkpoints.hf_reader import HfReader
 from searchr1.checkpoints.hf_writer import config_folder
+from searchr1.checkpoints.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 from searchr1.checkpoints.mapping import SliceReader
 from searchr1.checkpoints.model_folder import write_model_sums
 from searchr1.checkpoints.run_settings import carry_settings
@@ -17,7 +18,6 @@ from searchr1.checkpoints.safetensors import SafetensorsWriter, TensorSpec
 from searchr1.checkpoints.torch_dist import TorchDistFolder
 from searchr1.errors import UserError
 from searchr1.files.output_folder import new_folder
-from searchr1.learner.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 
 _PREFIX = "model."
 _NAMED = ".default.weight"

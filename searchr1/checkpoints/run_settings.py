@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.config.load import leaves, load_config
 from searchr1.config.schema import Config
 from searchr1.data.model_settings import FILE, ModelSettings
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import HF_FOLDER
 from searchr1.tracking.legs import read_settings
 
 

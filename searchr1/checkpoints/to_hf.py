@@ -19,6 +19,7 @@ from searchr1.checkpoints.hf_folder import OUTPUT_LAYER, check_shapes
 from searchr1.checkpoints.hf_reader import HfReader, main_dtype
 from searchr1.checkpoints.hf_writer import SHARD_BYTES, config_folder, copy_hf_files, stream_weights
 from searchr1.checkpoints.locate import locate
+from searchr1.checkpoints.lora import LoraRecord, check_base, weight_folder
 from searchr1.checkpoints.lora_source import LoraSource, write_adapter
 from searchr1.checkpoints.manifest import verify_source
 from searchr1.checkpoints.mapping import SliceReader
@@ -31,7 +32,6 @@ from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
 from searchr1.files.output_folder import new_folder, refuse_used
-from searchr1.learner.lora import LoraRecord, check_base, weight_folder
 from searchr1.progress import progress_bar
 
 

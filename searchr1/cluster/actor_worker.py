@@ -88,7 +88,7 @@ class ActorWorker(Worker):
 
     def _publish_adapter(self, version: int) -> Any:
         """LoRA's matrices alone, all at once."""
-        from searchr1.learner.lora import peft_settings
+        from searchr1.checkpoints.lora import peft_settings
         from searchr1.rollout.shared_memory import weight_directory, weight_folders
         from searchr1.rollout.weights import publish_adapter
 

@@ -1,21 +1,10 @@
-"""Checkpoints: PyTorch DCP inside, atomic outside.
-
-    checkpoints/global_step_N/
-      runner.json        the runner's own state
-      manifest.json      every file with its size and checksum (checkpoints/manifest.py)
-      actor/             DCP shards, hf/ (config and tokenizer of the model)
-
-A checkpoint is written under another name and renamed when it is complete, so a folder `global_step_N` is always whole.
-"""
+"""A training rank's state in PyTorch DCP shards, and what comes with it."""
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
 import random
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,71 +21,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
 from searchr1.checkpoints.distributed import load_distributed
-from searchr1.checkpoints.manifest import (
-    MANIFEST,
-    checkpoint_steps,
-    rank_sums,
-    verify_checkpoint,
-    write_manifest,
-    write_rank_sums,
-)
-from searchr1.checkpoints.manifest import latest_checkpoint as latest_checkpoint
+from searchr1.checkpoints.manifest import verify_checkpoint, write_rank_sums
 from searchr1.checkpoints.metadata import reason
+from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.checkpoints.torch_files import load_tensors
 from searchr1.errors import UserError
-from searchr1.files.checksums import FileSum
 from searchr1.learner.optimizer import resume_schedule
 
-HF_FOLDER = "hf"
 SAVE_TIMEOUT_S = 3600.0
-
-
-@contextmanager
-def new_checkpoint(root: Path, step: int, sums: Mapping[str, FileSum] | None = None) -> Iterator[Path]:
-    """Yield a folder to write a checkpoint of `step` into; it gets its final name when the block ends well.
-
-    Args:
-        root: the run's folder of checkpoints.
-        step: the step.
-        sums: those that the block has taken when it ends; the others are taken then.
-
-    Raises:
-        UserError: the disk is full or not writable; earlier checkpoints are untouched.
-    """
-    final = root / f"global_step_{step}"
-    partial = root / f".partial_step_{step}_{os.getpid()}"
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        for leftover in root.glob(".partial_step_*"):
-            shutil.rmtree(leftover)  # of a run that was killed while saving
-        partial.mkdir()
-        yield partial
-        known = {**(sums or {}), **rank_sums(partial)}
-        with ThreadPoolExecutor(1) as pool:  # to read the files and to wait for the disk at once
-            synced = pool.submit(_sync_all, [*partial.rglob("*")])
-            write_manifest(partial, step, known)
-            synced.result()
-        _sync_all([partial / MANIFEST, partial])
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_all([root])
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise UserError(
-            f"cannot write a checkpoint below {root}: {reason}; earlier checkpoints are untouched. Free space (or set "
-            "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
-        ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def prune_checkpoints(root: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
-    for step in checkpoint_steps(root)[:-keep]:
-        shutil.rmtree(root / f"global_step_{step}")
 
 
 def save_state(
@@ -266,12 +198,3 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
     version, internal, gauss_next = state["python"]
     random.setstate((version, tuple(internal), gauss_next))
-
-
-def _sync_all(paths: Iterable[Path]) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

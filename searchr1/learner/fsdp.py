@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from searchr1.algorithms.sums import Sums
+from searchr1.checkpoints.lora import LoraRecord, is_adapter
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import LoraConfig, LrSchedConfig, OptimConfig
 from searchr1.device import Device
@@ -20,7 +21,7 @@ from searchr1.errors import UserError
 from searchr1.learner.attention import NAME, packed_model_inputs
 from searchr1.learner.backend import MicroBatchLoss, Resident, T, ValueLoss
 from searchr1.learner.checkpoint import SAVE_TIMEOUT_S, load_state, save_state
-from searchr1.learner.lora import LoraRecord, check_resume, full_adapters, full_weights, is_adapter
+from searchr1.learner.lora import check_resume, full_adapters, full_weights
 from searchr1.learner.model import build_model, init_process_group, load_model, policy_logprobs, shard_model
 from searchr1.learner.optimizer import build_optimizer, build_schedule, clip_gradients
 from searchr1.learner.packing import PackedBatch

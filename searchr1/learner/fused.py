@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import nn
 from transformers import AttentionInterface
 
-from searchr1.device import Device
+from searchr1.device import Device, have_liger
 from searchr1.errors import UserError
 from searchr1.learner.attention import NAME, packed_attention
-from searchr1.preflight.check_device import have_liger
 
 LIGER_FAMILIES = ("qwen2", "qwen3", "llama")
 """`model_type` of those whose Liger kernels are compared with transformers' own layers (tests/learner/test_fused.py)."""

@@ -20,6 +20,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
 from searchr1.checkpoints.hf_folder import local_folder
+from searchr1.checkpoints.lora import base_name
 from searchr1.checkpoints.weight_check import (
     StoredWeights,
     check_model_folder,
@@ -32,7 +33,7 @@ from searchr1.device import Device
 from searchr1.learner import attention
 from searchr1.learner.attention import packed_model_inputs
 from searchr1.learner.fused import use_compile, use_liger
-from searchr1.learner.lora import add_adapters, base_name
+from searchr1.learner.lora import add_adapters
 from searchr1.learner.packing import PackedBatch
 
 logger = logging.getLogger(__name__)

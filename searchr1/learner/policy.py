@@ -16,19 +16,19 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.algorithms.correction import CorrectionSettings, correction_weights
+from searchr1.algorithms.correction import correction_weights
 from searchr1.algorithms.entropy import TokenLogprobs
-from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
+from searchr1.algorithms.loss import LossInputs, loss_metrics, policy_gradient_loss
 from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
 from searchr1.algorithms.sums import Sums
-from searchr1.config.schema import AlgorithmConfig, Config, MismatchCorrectionConfig
+from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.learner.backend import Backend, ScoringBackend
+from searchr1.learner.loss_settings import loss_config
 from searchr1.learner.model import ENGINE_DTYPES
 from searchr1.learner.packing import PackedBatch, unpack_all
 from searchr1.learner.stats import all_reduce_denominators, count_denominators, training_flops
 from searchr1.learner.trained import TrainedModel, micro_batches
-from searchr1.preflight.check_algorithm import clip_settings
 
 logger = logging.getLogger(__name__)
 
@@ -276,30 +276,6 @@ class Policy(ScoringModel, TrainedModel):
             return None
         # A filler batch has no trajectories and so no reference; zeros are never read there.
         return batch.ref_logprobs_T if batch.ref_logprobs_T is not None else torch.zeros_like(batch.advantages_T)
-
-
-def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
-    """The loss that the `algorithm` section asks for."""
-    return LossConfig(
-        clip=clip_settings(algorithm),
-        loss_type=algorithm.loss_type,
-        aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by config/check.py
-        kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
-        kl_penalty_type=algorithm.kl_penalty_type,
-        entropy_bonus=algorithm.entropy_bonus,
-        llds_coef=algorithm.llds_coef,
-        llds_gate=algorithm.llds_gate,  # type: ignore[arg-type]  # likewise
-        correction=correction_settings(algorithm.mismatch_correction),
-        ratio_is_correction=not algorithm.recompute_logprobs,
-    )
-
-
-def correction_settings(config: MismatchCorrectionConfig) -> CorrectionSettings | None:
-    """What `algorithm.mismatch_correction` asks for."""
-    if config.level is None:
-        return None
-    # config/check.py has seen to the names.
-    return CorrectionSettings(config.level, config.bound, config.lower, config.upper, config.veto)  # type: ignore[arg-type]
 
 
 def _as_trajectory(ids: list[int]) -> Trajectory:

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from searchr1.algorithms.lookup import is_dotted_path
 from searchr1.config.load import Problem
 from searchr1.config.schema import AlgorithmConfig, MismatchCorrectionConfig
 from searchr1.errors import UserError
 
-if TYPE_CHECKING:
-    from searchr1.algorithms.policy_losses import ClipSettings
-
 NO_FILTER_TOP_K = 100_000
 """A `top_k` from here on keeps every token that has any probability to speak of."""
-
-
-def clip_settings(algorithm: AlgorithmConfig) -> ClipSettings:
-    """The limits of the ratio.
-
-    Raises:
-        UserError: one that makes no sense.
-    """
-    from searchr1.algorithms.policy_losses import ClipSettings  # brings torch
-
-    low = algorithm.ratio_clip_eps if algorithm.clip_ratio_low is None else algorithm.clip_ratio_low
-    high = algorithm.ratio_clip_eps if algorithm.clip_ratio_high is None else algorithm.clip_ratio_high
-    return ClipSettings(low, high, algorithm.clip_ratio_c, algorithm.sapo_tau_positive, algorithm.sapo_tau_negative)
 
 
 def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[Problem]:
@@ -45,6 +28,7 @@ def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[P
         yield Problem("algorithm.gae_lambda", f"must be between 0 and 1, found {algorithm.gae_lambda:g}")
     try:
         from searchr1.algorithms.advantages.grpo_dynamic import check_loss_scales
+        from searchr1.learner.loss_settings import clip_settings
 
         clip_settings(algorithm)
         if algorithm.adv_type == "grpo_dynamic":
@@ -90,7 +74,7 @@ def algorithm_warnings(algorithm: AlgorithmConfig) -> Iterator[str]:
     on_policy = algorithm.recompute_logprobs and algorithm.n_minibatches == 1
     if algorithm.llds_coef > 0 and on_policy:
         yield "algorithm.llds_coef: is 0 at a step's first update; it needs n_minibatches of 2 or more"
-    if algorithm.loss_type == "gspo" and min(clip_settings(algorithm).low, clip_settings(algorithm).high) >= 0.1:
+    if algorithm.loss_type == "gspo" and _narrowest_clip(algorithm) >= 0.1:
         yield "algorithm.clip_ratio_high: gspo's ratio is a mean over a sequence and hardly ever 10% off; the paper has 4e-4"
     if correction.level is not None and not algorithm.recompute_logprobs:
         drops = correction.bound in ("mask", "reject") or correction.veto > 0
@@ -110,3 +94,10 @@ def algorithm_warnings(algorithm: AlgorithmConfig) -> Iterator[str]:
             f"algorithm.sampling_params: {', '.join(filtered)} changes the engine's log-probabilities and not the actor's; "
             "mismatch/… measures by how much"
         )
+
+
+def _narrowest_clip(algorithm: AlgorithmConfig) -> float:
+    from searchr1.learner.loss_settings import clip_settings
+
+    clip = clip_settings(algorithm)
+    return min(clip.low, clip.high)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 from searchr1.config.critic import critic_run
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import FsdpConfig
-from searchr1.device import Device
+from searchr1.device import Device, have_liger
 from searchr1.errors import UserError
 
 
@@ -100,11 +99,6 @@ def kernel_warnings(config: Config, device: Device) -> Iterator[str]:
             "actor.fsdp.liger: norms, rotations and SwiGLU are not fused, because liger_kernel is not installed; "
             "pip install liger-kernel, or set it to False"
         )
-
-
-def have_liger() -> bool:
-    """Whether Liger's kernels are installed."""
-    return importlib.util.find_spec("liger_kernel") is not None
 
 
 def _joined(names: list[str]) -> str:

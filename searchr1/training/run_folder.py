@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, verify_checkpoint
+from searchr1.checkpoints.step_folder import HF_FOLDER, new_checkpoint, prune_checkpoints
 from searchr1.cluster.groups import Groups
 from searchr1.config.difference import Difference, differences
 from searchr1.config.load import save_config
@@ -24,7 +25,6 @@ from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError, WorkerDied
 from searchr1.files.checksums import FileSum, take_all
 from searchr1.files.sealed import read_json
-from searchr1.learner.checkpoint import HF_FOLDER, new_checkpoint, prune_checkpoints
 from searchr1.shutdown import Stopped
 from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics

@@ -17,8 +17,9 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
 from searchr1.checkpoints.metadata import read_metadata
+from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import load_state, new_checkpoint, save_state
+from searchr1.learner.checkpoint import load_state, save_state
 
 SHAPES = ("stack global, protocol 4", "getattr of a module", "instance", "a pickle in a pickle")
 """Payloads that stand for the others where reading a file takes long; every shape is tried in test_strangers_files.py."""

@@ -619,8 +619,9 @@ def test_a_critic_on_megatron():
     "targets", [("q_proj", "v_proj"), ("k_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")]
 )
 def test_adapters_are_those_that_peft_makes(targets):
+    from searchr1.checkpoints.lora import is_adapter
     from searchr1.config.schema_model import LoraConfig
-    from searchr1.learner.lora import add_adapters, is_adapter
+    from searchr1.learner.lora import add_adapters
 
     shape = replace(TINY, tied=False)
     model = hf_model(shape)

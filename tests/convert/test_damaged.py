@@ -19,12 +19,12 @@ from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
 from searchr1.checkpoints.hf_reader import HfReader
 from searchr1.checkpoints.manifest import verify_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
+from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.checkpoints.to_hf import fsdp2hf, mg2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
 from searchr1.errors import UserError
 from searchr1.files import output_folder as output
-from searchr1.learner.checkpoint import new_checkpoint
 
 
 @pytest.fixture(scope="module")

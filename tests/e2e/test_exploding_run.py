@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support.training_runs import NO_EVAL, as_after, kill_listener, wait_for_step
 
+from searchr1.checkpoints.manifest import checkpoint_steps
 from searchr1.demo.demo import retrieval_server
-from searchr1.learner.checkpoint import checkpoint_steps
 from searchr1.tracking.loggers import read_metrics
 
 NORMAL = 1e-4

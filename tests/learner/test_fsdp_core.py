@@ -17,11 +17,11 @@ import torch
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, read_contents, verify_checkpoint
+from searchr1.checkpoints.step_folder import new_checkpoint, prune_checkpoints
 from searchr1.checkpoints.to_hf import fsdp2hf
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import new_checkpoint, prune_checkpoints
 from searchr1.learner.policy import Policy
 
 CPU = Device.detect("cpu")

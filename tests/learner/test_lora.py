@@ -13,12 +13,13 @@ import pytest
 import torch
 from support import policy_ranks as ranks
 
+from searchr1.checkpoints.lora import LoraRecord, base_name, hash_weights, is_adapter, merge
+from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.checkpoints.to_hf import Options, fsdp2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import new_checkpoint
-from searchr1.learner.lora import LoraRecord, base_name, full_weights, hash_weights, is_adapter, merge
+from searchr1.learner.lora import full_weights
 from searchr1.learner.policy import Policy
 from searchr1.preflight.check import check_config
 

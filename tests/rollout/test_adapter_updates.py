@@ -19,7 +19,8 @@ SCRIPT = """
 import asyncio, sys
 import torch
 from transformers import Qwen2ForCausalLM
-from searchr1.learner.lora import add_adapters, full_adapters, full_weights, is_adapter, peft_settings
+from searchr1.learner.lora import add_adapters, full_adapters, full_weights
+from searchr1.checkpoints.lora import is_adapter, peft_settings
 from searchr1.agent.settings import GenerateParams
 from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device

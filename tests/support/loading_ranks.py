@@ -87,8 +87,8 @@ def load_rows(job: dict[str, Any]) -> nn.Module:
     Raises:
         AssertionError: more is read of the files than what this rank holds of them, or in larger pieces than it should.
     """
+    from searchr1.checkpoints.lora import is_adapter
     from searchr1.learner import model as loading
-    from searchr1.learner.lora import is_adapter
 
     pieces: list[torch.Tensor] = []
     read = loading.StoredWeights.read

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from support import gpu_machine
 
+from searchr1.checkpoints.manifest import checkpoint_steps
 from searchr1.cluster.groups import launch
 from searchr1.config.load import load_config
 from searchr1.device import Device
-from searchr1.learner.checkpoint import checkpoint_steps
 from searchr1.preflight.memory_layout import layout_of
 from searchr1.preflight.memory_plan import GIB, SHAPES, plan_memory
 from searchr1.tracking.loggers import read_metrics

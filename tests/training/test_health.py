@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.checkpoints.manifest import checkpoint_steps
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
 from searchr1.config.schema_reward import HealthConfig
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import checkpoint_steps
 from searchr1.preflight.check import check_config
 from searchr1.tracking.loggers import read_metrics
 from searchr1.tracking.metrics import step_metrics

@@ -9,10 +9,10 @@ import yaml
 
 from searchr1.agent.trajectory import Sample
 from searchr1.checkpoints.manifest import checkpoint_steps, read_contents, verify_checkpoint
+from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import new_checkpoint
 from searchr1.tracking.legs import settings_changes
 from searchr1.tracking.loggers import JsonlLogger, read_metrics
 from searchr1.training import train as train_module

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from searchr1.checkpoints.distributed import load_megatron
 from searchr1.checkpoints.manifest import write_rank_sums
 from searchr1.checkpoints.mapping import VALUE_HEAD
+from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.errors import UserError
-from searchr1.learner.checkpoint import HF_FOLDER, save_hf_files
+from searchr1.learner.checkpoint import save_hf_files
 from searchr1.learner.megatron.optimizer import torch_optimizers, use_fused_adam
 
 if TYPE_CHECKING:

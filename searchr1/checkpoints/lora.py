@@ -1,0 +1,152 @@
+"""LoRA's adapters in files: their names, the record beside them, and how they are merged into their base model's weights."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from searchr1.config.schema_model import LoraConfig
+from searchr1.errors import UserError
+
+RECORD = "lora.json"
+"""In a checkpoint's `actor` folder: what the adapters belong to."""
+ADAPTER_NAME = "default"
+"""The name that peft gives an adapter by default."""
+BASE_LAYER = ".base_layer."
+"""What peft inserts into the name of a weight that has an adapter."""
+_MARKS = (".lora_A.", ".lora_B.")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an A or a B."""
+    return any(mark in name for mark in _MARKS)
+
+
+def base_name(name: str) -> str:
+    """The Hugging Face name of a base model's parameter, or of the weight that an adapter's A or B changes."""
+    for mark in _MARKS:
+        if mark in name:
+            return name.partition(mark)[0] + ".weight"
+    return name.replace(BASE_LAYER, ".")
+
+
+def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + scale * B A, a new fp32 tensor [out, in].
+
+    Args:
+        weight: W [out, in], of any precision.
+        a: A [rank, in], fp32.
+        b: B [out, rank], fp32.
+        scale: alpha / rank.
+    """
+    return weight.float() + (b @ a) * scale
+
+
+def peft_name(name: str) -> str:
+    """What an A or a B is called in the files that peft writes."""
+    return "base_model.model." + name.replace(f".{ADAPTER_NAME}.weight", ".weight")
+
+
+def peft_settings(rank: int, alpha: float, target_modules: list[str]) -> dict[str, Any]:
+    """The same adapters in peft's words."""
+    return {"r": rank, "lora_alpha": alpha, "target_modules": list(target_modules), "lora_dropout": 0.0, "bias": "none"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRecord:
+    """What the adapters of a checkpoint belong to."""
+
+    base_model: str
+    """Folder or hub name of the base model."""
+    base_sha256: str
+    """Of its weights, see `hash_weights`."""
+    rank: int
+    alpha: float
+    target_modules: list[str]
+
+    @classmethod
+    def of(cls, base_model: str, config: LoraConfig) -> LoraRecord:
+        """Of a run's base model and adapters; reads the base model's files once per process."""
+        return cls(base_model, hash_weights(base_model), config.rank, config.alpha, sorted(config.target_modules))
+
+    @classmethod
+    def read(cls, folder: Path) -> LoraRecord | None:
+        """Of a checkpoint's `actor` folder; None if it holds a whole model.
+
+        Raises:
+            UserError: the record is damaged.
+        """
+        path = folder / RECORD
+        if not path.exists():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
+
+    def write(self, folder: Path) -> None:
+        """Beside the adapters."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @property
+    def scale(self) -> float:
+        """alpha / rank."""
+        return self.alpha / self.rank
+
+
+def check_base(record: LoraRecord, base_model: str, key: str) -> None:
+    """Refuse another base model than the adapters were trained on.
+
+    Args:
+        record: of the adapters.
+        base_model: a folder or hub name.
+        key: the setting or flag that names it.
+
+    Raises:
+        UserError: there is no model, or its weights differ.
+    """
+    try:
+        found = hash_weights(base_model)
+    except UserError as error:
+        raise UserError(f"{error}; give the base model's folder as {key}") from error
+    if found != record.base_sha256:
+        raise UserError(
+            f"{base_model} is not the base model that these adapters were trained on, which was {record.base_model}: the "
+            f"weights have another hash. Give that one's folder as {key}"
+        )
+
+
+def weight_folder(base_model: str) -> Path:
+    """The local folder of a model, downloaded if it is a hub name.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from searchr1.checkpoints.hf_folder import local_folder
+
+    return local_folder(base_model)
+
+
+@functools.cache
+def hash_weights(base_model: str) -> str:
+    """SHA-256 over names and contents of the folder's safetensors files.
+
+    Raises:
+        UserError: there are none.
+    """
+    folder = weight_folder(base_model)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: LoRA needs the base model's weights in safetensors files, and finds none there")
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
