@@ -21,8 +21,7 @@ from typing import Any
 
 from charts import Chart, drawing
 from demo_runs import Run, mean_curve, numbers, run_missing
-
-from searchr1.report.svg import Series
+from line_charts import Series
 
 BUDGET = (
     "data.rollout_batch_size=8", "algorithm.group_size=8", "algorithm.n_minibatches=2", "runner.max_steps=6",

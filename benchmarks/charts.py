@@ -1,4 +1,4 @@
-"""Charts for the documentation: several of searchr1.tracking's line charts on one SVG that stands alone."""
+"""Charts for the documentation: several line charts on one SVG that stands alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from searchr1.report.svg import HEIGHT, WIDTH, Series, line_chart
+from line_charts import HEIGHT, WIDTH, Series, line_chart
 
 GAP, HEAD, LEGEND_LINE, LEGEND_COLUMN = 24.0, 24.0, 15.0, 205.0
 LONG_NAME = 34

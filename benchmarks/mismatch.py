@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from charts import Chart, drawing
 from demo_runs import TRAIN, Run, mean_curve, numbers, run_missing
+from line_charts import Series
 
-from searchr1.report.svg import Series
 from searchr1.rollout.weights import WeightPublisher, WeightReader
 
 DELAY = 4

@@ -10,9 +10,9 @@ from typing import Any
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
+from searchr1.chat.plan import Plan
 from searchr1.chat.search_backends import OnlineFinder, addresses, check_servers, server_finder
 from searchr1.chat.session import PromptSettings, Session
-from searchr1.commands.chat_flags import Plan
 from searchr1.config.schema import Config
 from searchr1.data import model_source
 from searchr1.device import Device

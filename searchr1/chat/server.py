@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -19,8 +16,9 @@ from searchr1.chat.gate import Gate
 from searchr1.chat.session import Session
 from searchr1.chat.stream import Admission, EventStream
 from searchr1.retrieval.client.client import SearchUnavailable
+from searchr1.ui.page import Page
 
-ROOM = Path(__file__).parent
+CHAT = Page("chat.html", ("base.css", "blocks.css", "chat.css"), ("dom.js", "chat.js"))
 PAGE_CHARACTERS = 200_000
 """Of a page that is shown to a person."""
 PAGE_TIMEOUT_S = 60.0
@@ -63,7 +61,8 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
     """
     app = FastAPI(title="searchr1 chat", docs_url=None, redoc_url=None, openapi_url=None)
     admission = Admission(limits.running, limits.waiting)
-    html, policy = page()
+    html = CHAT.render({}).encode()
+    policy = CHAT.policy("img-src data:", "frame-ancestors 'none'", connect=True)
 
     @app.get("/")
     async def index() -> Response:
@@ -143,18 +142,3 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
     """Why a request was refused."""
     return JSONResponse({"detail": detail}, status, headers)
-
-
-def page() -> tuple[bytes, str]:
-    """The page with its style and script in it, and the policy that lets these two run and nothing else."""
-    style, script = (ROOM / "chat.css").read_text(encoding="utf-8"), (ROOM / "chat.js").read_text(encoding="utf-8")
-    html = (ROOM / "chat.html").read_text(encoding="utf-8").replace("/*STYLE*/", style).replace("/*SCRIPT*/", script)
-    policy = (
-        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html.encode(), policy
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

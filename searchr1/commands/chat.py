@@ -11,7 +11,7 @@ from rich.text import Text as Styled
 
 from searchr1.chat.session import Session
 from searchr1.chat.terminal import Terminal, printable
-from searchr1.commands.chat_flags import parser, plan
+from searchr1.commands.chat_flags import parser, plan_of
 
 HELP = """\
 Type a question and press Enter; each question stands alone.
@@ -92,7 +92,7 @@ def main(argv: list[str]) -> int:
 
     flags = parser("chat", "Ask a trained model that searches, question by question, in the terminal.")
     args = flags.parse_intermixed_args(argv)
-    chosen = plan(args)
+    chosen = plan_of(args)
     with suppress(ImportError):  # line editing and arrow keys, where Python has them
         import readline  # noqa: F401
     with asyncio.Runner() as runner:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import uvicorn
 
+from searchr1.chat.plan import Plan
 from searchr1.chat.server import Limits, create_app
-from searchr1.commands.chat_flags import Plan, parser, plan
+from searchr1.commands.chat_flags import parser, plan_of
 from searchr1.commands.retrieval_server import write_address
 from searchr1.errors import UserError
 from searchr1.retrieval.server.serve import GRACE_S, bind, end_politely, reachable_address
@@ -87,7 +88,7 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--max_question_characters, --max_running and --answer_timeout_s must be above 0, --max_waiting at least 0"
         )
-    chosen = plan(args)
+    chosen = plan_of(args)
     listener = bind(args.host, args.port)
     address = reachable_address(args.host, listener.getsockname()[1])
     if not is_loopback(args.host) and not os.environ.get(TOKEN_VARIABLE):

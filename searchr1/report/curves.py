@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from searchr1.report.svg import Points, compact
 from searchr1.tracking.metrics import data_sources
 
 Row = dict[str, Any]
+Points = list[tuple[float, float]]
+"""(step, value), steps ascending."""
 
 MOST_POINTS = 2000
 """Points of a line in the page; of longer runs every n-th step is drawn."""
@@ -90,6 +91,16 @@ def points_of(rows: Sequence[Row], name: str) -> Points:
     """(step, value) wherever the metric was logged; of a step that was logged twice the last value."""
     found = {float(row["step"]): row[name] for row in rows if isinstance(row.get(name), int | float)}
     return sorted((step, float(value)) for step, value in found.items() if math.isfinite(value))
+
+
+def compact(value: float) -> str:
+    """Return a number in at most four digits."""
+    size = abs(value)
+    if size >= 1e6 or 0 < size < 1e-3:
+        return f"{value:.1e}"
+    if size >= 1e4:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
 def evaluations_of(rows: Sequence[Row]) -> list[Row]:

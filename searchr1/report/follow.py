@@ -8,7 +8,8 @@ from typing import Any
 
 from searchr1.errors import UserError
 from searchr1.report.overview import RunView, ends_of
-from searchr1.report.run_files import LoggedFile, Row, brief, logged_files, parse_row, read_json
+from searchr1.report.run_files import LoggedFile, Row, brief, logged_files, parse_row
+from searchr1.tracking.json_lines import parse_json
 from searchr1.tracking.legs import Leg, SettingsChange, legs_of, settings_changes
 from searchr1.tracking.loggers import METRICS_FILE
 
@@ -78,7 +79,7 @@ class GrowingMetrics:
         if not line.strip():
             return
         try:
-            row: Any = read_json(line)
+            row: Any = parse_json(line)
         except ValueError:
             row = None
         if isinstance(row, dict) and isinstance(row.get("step"), int):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from searchr1.errors import UserError
+from searchr1.tracking.json_lines import finite_number, parse_json
+from searchr1.tracking.loggers import METRICS_FILE
 from searchr1.tracking.trajectory_log import eval_file, logged_steps, train_file
 
 Row = dict[str, Any]
@@ -20,7 +21,7 @@ COLUMNS = (
     "id", "replica", "source", "question", "golds", "answer", "reward", "right", "stop", "forced", "searches", "invalid",
     "failures", "length", "surprise",
 )  # fmt: skip
-"""What `brief` tells of a row, in this order."""
+"""The values of a `brief`, in this order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +34,34 @@ class LoggedFile:
 
 
 def logged_files(run: Path) -> list[LoggedFile]:
-    """All files of a run: evaluations, then training steps, each by ascending step."""
+    """Return all files of a run: evaluations, then training steps, each by ascending step."""
     evals = [LoggedFile("eval", step, eval_file(run, step)) for step in logged_steps(run, "eval_step_")]
     return evals + [LoggedFile("train", step, train_file(run, step)) for step in logged_steps(run, "step_")]
 
 
+def runs_in(folder: Path) -> list[Path]:
+    """Return the folder itself if it holds a run, else those in it that do: an evaluation's methods, a demo's training.
+
+    Raises:
+        UserError: there is none.
+    """
+    if _holds_run(folder):
+        return [folder]
+    try:
+        runs = sorted(inner for inner in folder.iterdir() if inner.is_dir() and _holds_run(inner))
+    except OSError:
+        runs = []
+    if not runs:
+        raise UserError(f"{folder}: no run there ({METRICS_FILE} is missing); give a run's folder")
+    return runs
+
+
+def _holds_run(folder: Path) -> bool:
+    return (folder / METRICS_FILE).is_file() or bool(logged_files(folder))
+
+
 def read_lines(path: Path) -> list[tuple[int, bytes]]:
-    """The lines of a file that are not blank, with their numbers; a last one that a kill cut short is left out.
+    """Return the lines of a file that are not blank, with their numbers, without a last one that a kill cut short.
 
     Raises:
         UserError: not readable.
@@ -51,23 +73,14 @@ def read_lines(path: Path) -> list[tuple[int, bytes]]:
     return [(number, line) for number, line in enumerate(content.split(b"\n")[:-1], start=1) if line.strip()]
 
 
-def read_json(line: bytes | str) -> Any:
-    """Read a line of JSON; NaN and numbers beyond every float, which JavaScript does not read, become None.
-
-    Raises:
-        ValueError: not JSON.
-    """
-    return json.loads(line, parse_constant=lambda _: None, parse_float=lambda text: _number(float(text)), parse_int=_integer)
-
-
 def parse_row(path: Path, number: int, line: bytes) -> Row:
-    """One line as a trajectory.
+    """Return one line as a trajectory.
 
     Raises:
-        UserError: it is not one of ours.
+        UserError: the line is not a logged trajectory.
     """
     try:
-        row = read_json(line)
+        row = parse_json(line)
     except ValueError as error:
         raise UserError(f"{path}:{number}: not valid JSON ({error}); remove the file or the line") from error
     if (
@@ -80,21 +93,21 @@ def parse_row(path: Path, number: int, line: bytes) -> Row:
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """All trajectories of a file.
+    """Yield all trajectories of a file.
 
     Raises:
-        UserError: a line that is not one of ours.
+        UserError: a line is not a logged trajectory.
     """
     for number, line in read_lines(path):
         yield parse_row(path, number, line)
 
 
 def brief(row: Row) -> list[Any]:
-    """A row's `COLUMNS`. Right is an exact match, or a reward above 0 where the reward tells of no exact match."""
+    """Return a row's `COLUMNS`. Right is an exact match, or a reward above 0 where the reward has no exact match."""
     turns = row["turns"]
     parts = row.get("reward_parts")
     match = parts.get("exact_match", row.get("reward")) if isinstance(parts, dict) else row.get("reward")
-    values = [_number(value) for turn in turns for value in _list(turn.get("token_surprise"))]
+    values = [finite_number(value) for turn in turns for value in _list(turn.get("token_surprise"))]
     surprises = [value for value in values if value is not None]
     return [
         _text(row.get("id")),
@@ -103,8 +116,8 @@ def brief(row: Row) -> list[Any]:
         _text(row.get("question")),
         [_text(gold) for gold in _list(row.get("golden_answers"))],
         None if row.get("answer") is None else _text(row["answer"]),
-        _number(row.get("reward")),
-        (_number(match) or 0.0) > 0,
+        finite_number(row.get("reward")),
+        (finite_number(match) or 0.0) > 0,
         _text(row.get("stop")),
         bool(row.get("forced_final")),
         _whole(row.get("searches")),
@@ -116,12 +129,12 @@ def brief(row: Row) -> list[Any]:
 
 
 def evenly(items: Sequence[T], count: int) -> list[T]:
-    """At most `count` of `items`, evenly spread."""
+    """Return at most `count` of `items`, evenly spread."""
     return list(items) if len(items) <= count else [items[i * len(items) // count] for i in range(count)]
 
 
 def evenly_by_group(items: Sequence[T], count: int, group_of: Callable[[T], object]) -> list[T]:
-    """At most `count` of `items`, as whole groups that are evenly spread; single items if not one group fits."""
+    """Return at most `count` of `items`, as whole groups that are evenly spread; single items if not one group fits."""
     if len(items) <= count:
         return list(items)
     groups: dict[object, list[T]] = {}
@@ -134,7 +147,7 @@ def evenly_by_group(items: Sequence[T], count: int, group_of: Callable[[T], obje
 
 
 def shares(totals: Sequence[int], budget: int) -> list[int]:
-    """How many rows of each file are shown: all if they fit, else the same number of each and all of the smaller ones."""
+    """Return how many rows of each file are shown: all if they fit, else equally many of each and all of smaller files."""
     left, given = budget, [0] * len(totals)
     order = sorted(range(len(totals)), key=lambda i: totals[i])
     for rank, i in enumerate(order):
@@ -151,19 +164,5 @@ def _text(value: object) -> str:
     return value if isinstance(value, str) else "" if value is None else str(value)
 
 
-def _number(value: object) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:  # an integer beyond every float
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _integer(text: str) -> int | None:
-    return None if _number(int(text)) is None else int(text)
-
-
 def _whole(value: object) -> int:
-    return int(_number(value) or 0)
+    return int(finite_number(value) or 0)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from searchr1.config.schema import RunnerConfig
 from searchr1.errors import UserError
-from searchr1.report.run_files import read_json
+from searchr1.tracking.json_lines import parse_json
 
 METRICS_FILE = "metrics.jsonl"
 EXTRAS = {"tensorboard": "train", "wandb": "wandb", "swanlab": "swanlab"}
@@ -176,7 +176,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = read_json(line)
+            row = parse_json(line)
         except ValueError as error:
             if number == len(lines):
                 break

@@ -77,12 +77,12 @@ def test_an_answer_is_streamed_with_its_searches_and_passages():
         await tab.until("document.getElementById('about').textContent.includes('scripted')")
         await ask(tab, "Who wrote the first program?")
         # Thoughts grow before the answer is there.
-        await tab.until("document.querySelector('.think .body') && !document.querySelector('.answer')")
+        await tab.until("document.querySelector('.think .text') && !document.querySelector('.answer')")
         await idle(tab)
         assert await text_of(tab, "article h2") == "Who wrote the first program?"
-        assert await text_of(tab, ".think .body") == "Who was it?|Found it."
-        assert await text_of(tab, ".search .body") == "first program"
-        assert await text_of(tab, ".answer .body") == "Ada Lovelace"
+        assert await text_of(tab, ".think .text") == "Who was it?|Found it."
+        assert await text_of(tab, ".search .text") == "first program"
+        assert await text_of(tab, ".answer .text") == "Ada Lovelace"
         assert (await text_of(tab, "article > details > summary")).startswith("1 passage in ")
         await tab.run("for (const box of document.querySelectorAll('details')) box.open = true")
         assert "Ada wrote the first program." in await text_of(tab, ".passage")
@@ -136,8 +136,8 @@ def test_what_models_and_pages_say_is_text_and_never_markup():
         await tab.until("document.querySelector('.answer')")
         await idle(tab)
         await tab.run("for (const box of document.querySelectorAll('details')) box.open = true")
-        assert await text_of(tab, ".answer .body") == HOSTILE
-        assert HOSTILE in await text_of(tab, ".made-up .body")
+        assert await text_of(tab, ".answer .text") == HOSTILE
+        assert HOSTILE in await text_of(tab, ".forged .text")
         assert await text_of(tab, ".passage") == f"{HOSTILE}|{HOSTILE}"
         # The bad address is no link; the good one carries its markup as an address.
         assert await tab.run("[...document.querySelectorAll('details a')].map(a => a.protocol).join()") == "https:"
@@ -185,7 +185,7 @@ def test_dead_searches_and_dead_engines_are_told_and_the_page_recovers():
         await tab.until(
             "document.querySelectorAll('article').length === 3 && document.querySelectorAll('.stats').length === 2"
         )
-        assert await text_of(tab, "article:last-of-type .answer .body") == "Ada Lovelace"
+        assert await text_of(tab, "article:last-of-type .answer .text") == "Ada Lovelace"
         assert tab.console == []
 
     play(scene, session)
@@ -220,7 +220,7 @@ def test_a_token_is_asked_for_and_limits_are_told():
         await tab.until("document.querySelector('.error')")
         assert "wants its token" in await text_of(tab, ".error")
         await tab.run("document.getElementById('token').value = 'abc'")
-        await tab.run("document.getElementById('gate').requestSubmit()")
+        await tab.run("document.getElementById('token-form').requestSubmit()")
         await tab.until("document.getElementById('about').textContent.includes('scripted')")
         await ask(tab, "Who wrote the first program?")
         await tab.until("document.querySelector('.answer')")

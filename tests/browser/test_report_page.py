@@ -81,7 +81,7 @@ def test_what_happened_is_told_in_words_numbers_and_curves(page, tmp_path):
             )
             # Exact match has steps 0 to 20; the training reward's two steps come before the change.
             assert (await tab.run(marked))[:2] == [0, 1]
-            # The example's second link opens the attempt that was right.
+            # The example's second link opens the rollout that was right.
             await tab.run("document.querySelectorAll('.example .link')[1].click()")
             await there(tab, "#detail .answer")
             assert "evaluation, step 20" in await tab.run("$('detail').innerText")
@@ -142,7 +142,7 @@ def test_a_trajectory_in_full(page):
                 "its answer",
                 "0.25 s",
                 "Page 1",
-                "attempt 1",
+                "rollout 1",
             ):
                 assert part in seen
             assert await texts(tab, ".part") == ["reward1", "exact_match1", "format0.25"]

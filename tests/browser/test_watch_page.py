@@ -14,14 +14,14 @@ import pytest
 from support.chromium import chromium, find_chromium
 from support.runs import HOSTILE, evaluation, hostile_row, make_run, row, write_metrics, write_step
 
-from searchr1.commands.watch import Watched, WatchServer
+from searchr1.report.watch import WatchedRuns, WatchServer
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(find_chromium() is None, reason="no Chromium")]
 
 
 @contextlib.contextmanager
 def served(run, port=0):
-    with WatchServer(("127.0.0.1", port), Watched([run]), []) as server:
+    with WatchServer(("127.0.0.1", port), WatchedRuns([run]), []) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         try:

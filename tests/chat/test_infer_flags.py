@@ -11,11 +11,13 @@ from support.chat_flags import MODEL, planned
 from support.scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
 
 from searchr1.agent.settings import AgentSettings
+from searchr1.chat.infer import read_questions, run
 from searchr1.chat.load import build_tools, fit_to_model, open_finder, prompt_settings
+from searchr1.chat.plan import RECIPE
 from searchr1.chat.search_backends import check_servers
 from searchr1.chat.terminal import printable
-from searchr1.commands.chat_flags import RECIPE, parser, plan
-from searchr1.commands.infer import main, read_questions, run
+from searchr1.commands.chat_flags import parser, plan_of
+from searchr1.commands.infer import main
 from searchr1.config.load import load_config, save_config
 from searchr1.errors import UserError
 
@@ -99,7 +101,7 @@ def test_a_checkpoint_that_was_not_converted_is_recognised(tmp_path):
     with pytest.raises(UserError, match="convert it first"):
         planned("--model_path", str(tmp_path))
     with pytest.raises(UserError, match="--model_path: is missing"):
-        plan(parser("infer", "").parse_args([]))
+        plan_of(parser("infer", "").parse_args([]))
 
 
 def test_lengths_are_cut_to_the_model_unless_they_were_asked_for():

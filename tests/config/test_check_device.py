@@ -50,7 +50,7 @@ def test_several_machines_are_refused_by_every_command(command, arguments):
 def test_several_machines_are_refused_for_chat():
     args = flags.parser("chat", "").parse_args(["--model_path", "/nowhere", NODES])
     with pytest.raises(UserError, match=r"cluster\.num_nodes: 2 machines"):
-        flags.plan(args)
+        flags.plan_of(args)
 
 
 def run_of(backend: str = "fsdp", precision: str = "fp16", kl_beta: float = 0.0) -> Config:

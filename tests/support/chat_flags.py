@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from searchr1.commands.chat_flags import parser, plan
+from searchr1.commands.chat_flags import parser, plan_of
 
 MODEL = "examples/demo/cold_start"
 
 
 def planned(*argv):
-    return plan(parser("infer", "").parse_args(["--model_path", MODEL, *argv]))
+    return plan_of(parser("infer", "").parse_args(["--model_path", MODEL, *argv]))

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.commands.report import page
-from searchr1.commands.watch import Watched
 from searchr1.config.load import save_config
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.report.follow import WatchedRun
+from searchr1.report.page import report_page
+from searchr1.report.watch import WatchedRuns
 from searchr1.tracking.legs import legs_of, settings_changes
 from searchr1.tracking.loggers import JsonlLogger
 
@@ -40,7 +40,7 @@ def make_run(run: Path, *first_steps: int) -> Path:
 
 
 def overview_of_report(*runs: Path) -> dict[str, object]:
-    text = "".join(page(runs))
+    text = "".join(report_page(runs))
     start = text.index('id="overview">') + len('id="overview">')
     return dict(json.loads(text[start : text.index("</script>", start)]))
 
@@ -62,7 +62,7 @@ def test_report_and_watch_show_where_settings_changed(tmp_path):
     run = make_run(tmp_path / "run", 1, 5, 11)
     shown = overview_of_report(run)["changes"]
     assert shown == [{"run": "", "step": 5, "settings": ["actor.optim.lr: 1e-06 -> 2e-06"]}, LR_AT_11]
-    assert Watched([run]).overview()["changes"] == shown
+    assert WatchedRuns([run]).overview()["changes"] == shown
     other = make_run(tmp_path / "other", 1, 3)
     compared = overview_of_report(run, other)["changes"]
     assert [(change["run"], change["step"]) for change in compared] == [("run", 5), ("run", 11), ("other", 3)]
@@ -73,13 +73,13 @@ def test_runs_without_a_change_or_without_a_record_are_shown_as_before(tmp_path,
     run = make_run(tmp_path / "run", *legs)
     save_config(Config(), run / "config.yaml")
     assert overview_of_report(run)["changes"] == []
-    assert Watched([run]).overview()["changes"] == []
-    assert Watched([run]).overview()["problem"] == ""
+    assert WatchedRuns([run]).overview()["changes"] == []
+    assert WatchedRuns([run]).overview()["problem"] == ""
 
 
 def test_watch_sees_a_resume_with_other_settings(tmp_path):
     run = make_run(tmp_path / "run", 1)
-    watched = Watched([run])
+    watched = WatchedRuns([run])
     before = watched.overview()
     write_leg(run, 7, lr=5e-6)
     after = watched.overview()
@@ -101,7 +101,7 @@ def test_a_damaged_record_is_an_error_of_the_report_and_a_notice_of_watch(tmp_pa
 def test_text_in_settings_cannot_become_markup(tmp_path):
     run = make_run(tmp_path / "run", 1)
     write_leg(run, 4, message=HOSTILE)
-    text = "".join(page([run]))
+    text = "".join(report_page([run]))
     assert "alert(1)</script>" not in text
     (change,) = overview_of_report(run)["changes"]  # type: ignore[misc, attr-defined]
     assert "</script>" in change["settings"][0]

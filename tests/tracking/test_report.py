@@ -13,14 +13,14 @@ import pytest
 
 from searchr1.agent.trajectory import Sample, Turn
 from searchr1.cli import main as searchr1
-from searchr1.commands import report
-from searchr1.commands.report import escape, main
+from searchr1.commands.report import main
 from searchr1.errors import UserError
-from searchr1.report import page_parts
+from searchr1.report.page import REPORT, report_page
 from searchr1.report.run_files import COLUMNS
 from searchr1.tracking.loggers import JsonlLogger
 from searchr1.tracking.metrics import eval_metrics, step_metrics
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
+from searchr1.ui.page import escape
 
 HOSTILE = (
     "</pre></details><script>alert(1)</script><img src=x onerror=alert(2)><a href='javascript:alert(3)'>\"'&lt;"
@@ -78,7 +78,7 @@ class Reader(HTMLParser):
 
 
 def page(*runs: Path, **choices: Any) -> str:
-    return "".join(report.page(runs, **choices))
+    return "".join(report_page(runs, **choices))
 
 
 @pytest.fixture
@@ -120,10 +120,10 @@ def test_the_page_is_whole_and_its_policy_allows_nothing_but_its_own_script_and_
 
 def test_the_script_builds_with_text_alone():
     assert not re.search(
-        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser", page_parts.script()
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function|DOMParser", REPORT.script
     )
     for ending in ("</script", "</style", "<!--"):
-        assert ending not in (page_parts.script() + page_parts.style()).lower()
+        assert ending not in (REPORT.script + REPORT.style).lower()
 
 
 def test_the_page_tells_the_run(run):

@@ -9,8 +9,9 @@ from urllib.parse import quote
 
 import pytest
 
-from searchr1.commands.watch import Watched, WatchServer, main
+from searchr1.commands.watch import main
 from searchr1.errors import UserError
+from searchr1.report.watch import WatchedRuns, WatchServer
 from searchr1.tracking.loggers import JsonlLogger
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
@@ -32,7 +33,7 @@ def run(tmp_path, make_trajectory):
 
 @pytest.fixture
 def server(run):
-    with WatchServer(("127.0.0.1", 0), Watched([run]), ["watch.example"]) as made:
+    with WatchServer(("127.0.0.1", 0), WatchedRuns([run]), ["watch.example"]) as made:
         thread = threading.Thread(target=made.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield made
@@ -183,7 +184,7 @@ def test_large_answers_are_compressed_for_those_who_can(server):
 
 
 def test_a_run_that_does_not_exist_yet(tmp_path, make_trajectory):
-    watched = Watched([tmp_path / "later"])
+    watched = WatchedRuns([tmp_path / "later"])
     assert "There is no folder" in watched.overview()["problem"]
     (tmp_path / "later").mkdir()
     remove_later(tmp_path / "later", 0)
@@ -195,7 +196,7 @@ def test_a_run_that_does_not_exist_yet(tmp_path, make_trajectory):
 
 def test_an_evaluation_that_begins_later_is_found_below_its_folder(tmp_path, make_trajectory):
     folder = tmp_path / "compared"
-    watched = Watched([folder])
+    watched = WatchedRuns([folder])
     assert watched.overview()["files"] == []
     for method in ("direct", "search"):
         run_of_one = folder / method

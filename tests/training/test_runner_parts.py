@@ -98,7 +98,7 @@ def test_unknown_command_and_missing_file(capsys):
 LIGHT = ["searchr1.config.load", "searchr1.rewards.registry", "searchr1.agent.loop", "searchr1.commands.retrieval_server"]
 
 
-@pytest.mark.parametrize("module", [*LIGHT, "searchr1.data.dataset", "searchr1.commands.report", "searchr1.evaluation.page"])
+@pytest.mark.parametrize("module", [*LIGHT, "searchr1.data.dataset", "searchr1.report.page", "searchr1.evaluation.page"])
 def test_light_parts_import_without_the_heavy_libraries(module):
     code = f"import sys, {module}; print([m for m in ('ray', 'vllm', 'megatron', 'rlinf') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=True)

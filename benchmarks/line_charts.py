@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Points = list[tuple[float, float]]
+from searchr1.report.curves import Points, compact
 
 WIDTH, HEIGHT = 420.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 10.0, 10.0, 24.0
@@ -65,16 +65,6 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [number * step for number in range(first, last + 1)]
-
-
-def compact(value: float) -> str:
-    """A number in at most four digits."""
-    size = abs(value)
-    if size >= 1e6 or 0 < size < 1e-3:
-        return f"{value:.1e}"
-    if size >= 1e4:
-        return f"{value / 1e3:.3g}k"
-    return f"{value:.4g}" if size >= 100 else f"{value:.3g}"
 
 
 class _Frame:

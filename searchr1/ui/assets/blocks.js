@@ -1,9 +1,5 @@
 // A trajectory's turns as blocks: thought, search, passages, answer; with each token's probability where it was logged.
 
-const LABELS = {
-  think: "think", search: "search", access: "open page", answer: "answer", loose: "text outside tags",
-  information: "information", forged: "information that the model made up", message: "message to the model",
-};
 // Least probability of each shade, from none to the strongest.
 const SHADES = [0.9, 0.5, 0.2, 0.05, 0];
 const OPENING = /<(think|search|access|answer|information)>/g;
@@ -97,14 +93,6 @@ function passages(node, text) {
     at = start + match[1].length;
   }
   tagged(node, text.slice(at));
-}
-
-function block(kind, note) {
-  const node = make("section", "block " + kind), head = make("h4", "", LABELS[kind]);
-  if (note) head.append(make("small", "", note));
-  const text = make("div", "text");
-  node.append(head, text);
-  return [node, text];
 }
 
 function seconds(value) { return typeof value === "number" ? compact(value) + " s" : ""; }

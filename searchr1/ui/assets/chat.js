@@ -1,37 +1,8 @@
-"use strict";
-const $ = id => document.getElementById(id);
-const LABELS = { think: "Thinking", search: "Search", access: "Open a page", answer: "Answer", text: "Text",
-                 information: "Written by the model itself, not retrieved" };
+// The chat page: a question at a time, its events as they come.
+
 let running = null;  // AbortController of the answer that is being written
+const KINDS = { text: "loose", information: "forged" };  // blocks of the stream that the page shows under another name
 
-// Everything that a model, a page or a server wrote enters this page as text, never as markup.
-function make(tag, className, text) {
-  const node = document.createElement(tag);
-  if (className) node.className = className;
-  if (text !== undefined) node.textContent = text;
-  return node;
-}
-
-function button(text, className, action) {
-  const node = make("button", className, text);
-  node.type = "button";
-  node.addEventListener("click", action);
-  return node;
-}
-
-// A link to the web; null for any other kind of address, which must not become a link.
-function webLink(address, text) {
-  let url;
-  try { url = new URL(address); } catch { return null; }
-  if (url.protocol !== "http:" && url.protocol !== "https:") return null;
-  const link = make("a", "", text);
-  link.href = url.href;
-  link.target = "_blank";
-  link.rel = "noopener noreferrer";
-  return link;
-}
-
-const count = (number, one, many) => number + " " + (number === 1 ? one : many || one + "s");
 const duration = seconds => seconds < 1 ? Math.max(1, Math.round(seconds * 1000)) + " ms" : seconds.toFixed(1) + " s";
 
 async function request(path, options) {
@@ -81,7 +52,7 @@ class Answer {
     $("answers").append(this.node);
   }
 
-  leave() { this.kind = this.block = null; }  // the next text begins a block of its own
+  leave() { this.kind = this.text = null; }  // the next text begins a block of its own
 
   add(node) {
     this.leave();
@@ -97,60 +68,58 @@ class Answer {
     if (this[method]) this[method](event);
   }
 
-  on_waiting(event) { status("waiting for " + count(event.before, "other answer") + " to end …", true); }
+  on_waiting(event) { status("waiting for " + plural(event.before, "other answer") + " to end …", true); }
   on_turn() { this.leave(); }
 
-  on_text({ block, text }) {
-    if (block !== this.kind) {
-      const step = make("div", "step " + (block === "information" ? "made-up" : block));
-      this.block = document.createTextNode("");
-      const body = make("div", "body");
-      body.append(this.block);
-      step.append(make("span", "label", LABELS[block] || block), body);
-      this.node.append(step);
-      this.kind = block;
+  on_text({ block: kind, text }) {
+    if (kind !== this.kind) {
+      const [node, inside] = block(KINDS[kind] || kind);
+      this.text = document.createTextNode("");
+      inside.append(this.text);
+      this.node.append(node);
+      this.kind = kind;
     }
-    this.block.appendData(text);
+    this.text.appendData(clean(text));
   }
 
   on_call({ action, arguments: queries }) {
-    if (queries.length > 1) this.add(make("p", "note", count(queries.length, "query", "queries") + ": " + queries.join(" · ")));
+    if (queries.length > 1) this.add(make("p", "note", plural(queries.length, "query", "queries") + ": " + queries.join(" · ")));
   }
 
   on_found({ action, results, seconds }) {
-    const found = results.flat(), box = make("details"), list = make("ol");
-    const what = action === "access" ? count(found.length, "page") : count(found.length, "passage");
+    const passages = results.flat(), box = make("details"), list = make("ol");
+    const what = plural(passages.length, action === "access" ? "page" : "passage");
     box.append(make("summary", "", what + " in " + duration(seconds)), list);
-    for (const passage of found) list.append(passageNode(passage));
-    this.found = this.add(box);
+    for (const passage of passages) list.append(passageNode(passage));
+    this.results = this.add(box);
   }
 
   on_read({ text, tokens }) {
-    if (!this.found) return;
+    if (!this.results) return;
     const box = make("details");
-    box.append(make("summary", "", "as the model read it: " + count(tokens, "token")), make("pre", "read", text.trim()));
-    this.found.append(box);
+    box.append(make("summary", "", "as the model read it: " + plural(tokens, "token")), make("pre", "read", text.trim()));
+    this.results.append(box);
   }
 
   on_tool_failed({ action, message }) {
-    this.found = null;
+    this.results = null;
     this.add(make("p", "error", (action === "access" ? "The page could not be opened: " : "The search failed: ") + message));
   }
 
   on_invalid({ text }) {
-    const told = text.trim() ? " It was told so, and goes on." : " It goes on.";
-    this.add(make("p", "note", "The model neither searched nor answered." + told));
+    const message = text.trim() ? " It was given a message about that, and goes on." : " It goes on.";
+    this.add(make("p", "note", "The model neither searched nor answered." + message));
   }
 
   on_done({ answer, note, stats }) {
     this.ended = true;
     if (note) this.add(make("p", "note", "No answer: " + note + "."));
-    const parts = [count(stats.searches, "search", "searches"), count(stats.turns, "turn"),
-                   count(stats.policy_tokens, "token") + " written, " + stats.read_tokens + " read",
+    const parts = [plural(stats.searches, "search", "searches"), plural(stats.turns, "turn"),
+                   plural(stats.policy_tokens, "token") + " written, " + stats.read_tokens + " read",
                    duration(stats.seconds), Math.round(stats.tokens_per_second) + " tokens/s"];
     const line = make("p", "stats", parts.join(" · "));
     if (answer && navigator.clipboard) {
-      line.append(" · ", button("copy answer", "link", () => navigator.clipboard.writeText(answer).catch(() => {})));
+      line.append(" · ", button("link", "copy answer", () => navigator.clipboard.writeText(answer).catch(() => {})));
     }
     this.add(line);
   }
@@ -158,7 +127,7 @@ class Answer {
   on_error({ message }) {
     this.ended = true;
     const box = make("p", "error", message);
-    box.append(button("Ask again", "", () => ask(this.question)));
+    box.append(button("", "Ask again", () => ask(this.question)));
     this.add(box);
   }
 
@@ -173,7 +142,7 @@ function passageNode({ title, text, url, score }) {
   head.append(webLink(url, name) || make("b", "", name));
   if (typeof score === "number") head.append(make("span", "score", "score " + score.toFixed(2)));
   item.append(head, make("div", "passage", text));
-  if (url) item.append(make("span", "where", url), button("Read the page", "link", () => openPage(url)));
+  if (url) item.append(make("span", "where", url), button("link", "Read the page", () => openPage(url)));
   return item;
 }
 
@@ -259,7 +228,7 @@ async function showAbout() {
 }
 
 $("composer").addEventListener("submit", event => { event.preventDefault(); submit(); });
-$("gate").addEventListener("submit", event => { event.preventDefault(); showAbout(); $("question").focus(); });
+$("token-form").addEventListener("submit", event => { event.preventDefault(); showAbout(); $("question").focus(); });
 $("question").addEventListener("input", grow);
 $("question").addEventListener("keydown", event => {
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;

@@ -33,16 +33,16 @@ function showSummaries(summaries, open) {
 function exampleOf(example, open) {
   const box = make("div", "example");
   box.append(make("p", "question", "For example: " + example.question));
-  for (const attempt of example.attempts) {
-    const line = make("p", "attempt");
-    line.append(make("b", "", "Step " + count(attempt.step) + ": "));
-    attempt.queries.forEach((query, i) => {
+  for (const rollout of example.attempts) {
+    const line = make("p", "rollout");
+    line.append(make("b", "", "Step " + count(rollout.step) + ": "));
+    rollout.queries.forEach((query, i) => {
       line.append(i ? ", then " : "searched ", make("span", "query", query));
     });
-    if (!attempt.queries.length) line.append("searched nothing");
-    line.append(attempt.answer === null ? ", gave no answer " : ", answered ");
-    if (attempt.answer !== null) line.append(make("span", "reply", attempt.answer), " ");
-    line.append(verdict(attempt.right), " ", button("link", "read it", () => open(attempt.key)));
+    if (!rollout.queries.length) line.append("searched nothing");
+    line.append(rollout.answer === null ? ", gave no answer " : ", answered ");
+    if (rollout.answer !== null) line.append(make("span", "reply", rollout.answer), " ");
+    line.append(verdict(rollout.right), " ", button("link", "read it", () => open(rollout.key)));
     box.append(line);
   }
   return box;

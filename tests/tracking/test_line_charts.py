@@ -6,8 +6,9 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from line_charts import HEIGHT, WIDTH, Series, line_chart, moving_mean, ticks
 
-from searchr1.report.svg import HEIGHT, WIDTH, Series, compact, line_chart, moving_mean, ticks
+from searchr1.report.curves import compact
 
 values = st.floats(-1e12, 1e12, allow_nan=False)
 points = st.dictionaries(st.integers(0, 2000).map(float), values, max_size=200).map(lambda found: sorted(found.items()))

@@ -1,4 +1,4 @@
-// The page as a whole: filters, the address, keys, and news from `searchr1 watch`.
+// The page as a whole: filters, the address, keys, and updates from `searchr1 watch`.
 
 const POLL_MS = 2000;
 
@@ -120,8 +120,8 @@ class App {
 
   labelOf(row) {
     const parts = [plural(row.searches, "search", "searches"), "reward " + value(row.reward)];
-    if (this.files().length > 1) parts.unshift(attemptLabel(row, this.overview.runs));
-    else if (row.file.mode === "train") parts.unshift("attempt " + (row.replica + 1));
+    if (this.files().length > 1) parts.unshift(rolloutLabel(row, this.overview.runs));
+    else if (row.file.mode === "train") parts.unshift("rollout " + (row.replica + 1));
     if (!$("source").hidden) parts.push(short(row.source, 24));
     return parts.join(" · ");
   }
@@ -260,7 +260,7 @@ class App {
     if (this.overview.live && this.pending) filters.scope = [run, mode, step].join("-");
   }
 
-  // ---- news
+  // ---- updates
 
   async follow() {
     const live = $("live"), say = (text, well) => { live.textContent = clean(text); live.className = "live " + (well ? "on" : "off"); };
@@ -274,7 +274,7 @@ class App {
         else if (answer.status !== 304) throw new Error("it answered " + answer.status);
         say("live", true);
       } catch (error) {
-        say("no news, the server does not answer: " + error.message, false);
+        say("no updates, the server does not answer: " + error.message, false);
       }
     }
   }

@@ -21,6 +21,18 @@ function button(className, text, action) {
   return node;
 }
 
+// A link to the web; null for any other kind of address, which must not become a link.
+function webLink(address, text) {
+  let url;
+  try { url = new URL(address); } catch { return null; }
+  if (url.protocol !== "http:" && url.protocol !== "https:") return null;
+  const link = make("a", "", text);
+  link.href = url.href;
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+  return link;
+}
+
 function option(value, text) {
   const node = make("option", "", text);
   node.value = value;
@@ -39,19 +51,16 @@ const count = value => Number(value).toLocaleString("en-US");
 const plural = (number, one, many) => count(number) + " " + (number === 1 ? one : many || one + "s");
 const short = (text, most) => text.length <= most ? text : text.slice(0, most - 1) + "…";
 
-// The tip that follows the pointer.
-function showTip(lines, x, y) {
-  const tip = $("tip");
-  tip.replaceChildren(...lines);
-  tip.hidden = false;
-  const box = tip.getBoundingClientRect();
-  tip.style.left = Math.max(4, Math.min(x + 14, innerWidth - box.width - 8)) + "px";
-  tip.style.top = (y + 18 + box.height > innerHeight ? y - box.height - 10 : y + 18) + "px";
-}
+const LABELS = {
+  think: "think", search: "search", access: "open page", answer: "answer", loose: "text outside tags",
+  information: "information", forged: "information that the model made up", message: "message to the model",
+};
 
-function hideTip() { $("tip").hidden = true; }
-
-function problem(text) {
-  $("problem").textContent = clean(text || "");
-  $("problem").hidden = !text;
+// A block of a trajectory, and the node that holds its text.
+function block(kind, note) {
+  const node = make("section", "block " + kind), head = make("h4", "", LABELS[kind]);
+  if (note) head.append(make("small", "", note));
+  const text = make("div", "text");
+  node.append(head, text);
+  return [node, text];
 }

@@ -1,4 +1,4 @@
-// The pane that shows one trajectory, its score, and other attempts at the same question.
+// The pane that shows one trajectory, its score, and other rollouts of the same question.
 
 const MOST_COLUMNS = 12;
 
@@ -7,7 +7,7 @@ function stepName(file, runs) {
   return run + (file.mode === "eval" ? "evaluation" : "training") + ", step " + count(file.step);
 }
 
-function attemptLabel(row, runs) {
+function rolloutLabel(row, runs) {
   const parts = [row.file.mode === "eval" ? "eval" : "train", count(row.file.step)];
   if (runs.length > 1) parts.unshift(runs[row.file.run]);
   return parts.join(" ") + (row.file.mode === "train" ? " #" + (row.replica + 1) : "");
@@ -42,7 +42,7 @@ class Detail {
     this.node.replaceChildren(make("p", "nothing", text));
   }
 
-  // The attempts of this kind (evaluations, or training steps) at the same question: what [ and ] walk through.
+  // The rollouts of this kind (evaluations, or training steps) of the same question: what [ and ] walk through.
   walk(by) {
     if (!this.row) return;
     const line = this.others.filter(other => other.file.mode === this.row.file.mode && other.file.run === this.row.file.run);
@@ -79,7 +79,7 @@ class Detail {
     fact("searches", count(row.searches));
     fact("tool failures", row.failures || "");
     fact("mean probability", row.surprise === null ? "" : Math.exp(-row.surprise / 1000).toFixed(3) + " a token");
-    fact("from", `${stepName(row.file, this.app.overview.runs)}, ${row.source}, ${row.id}, attempt ${row.replica + 1}`);
+    fact("from", `${stepName(row.file, this.app.overview.runs)}, ${row.source}, ${row.id}, rollout ${row.replica + 1}`);
     head.append(title, facts, this.rewards());
     return head;
   }
@@ -100,7 +100,7 @@ class Detail {
     box.append(make("span", "", "Same question:"));
     for (const other of this.others) {
       const chip = button("chip" + (other.key === this.row.key ? " chosen" : ""), "", () => this.app.open(other));
-      chip.append(verdict(other.right), " " + clean(attemptLabel(other, runs)));
+      chip.append(verdict(other.right), " " + clean(rolloutLabel(other, runs)));
       chip.title = clean(`${stepName(other.file, runs)}: ${other.answer === null ? "no answer" : other.answer}, ${plural(other.searches, "search", "searches")}`);
       if (other.key === this.row.key) chip.setAttribute("aria-current", "true");
       box.append(chip);
@@ -130,7 +130,7 @@ class Detail {
     return box;
   }
 
-  // Attempts at the same question beside each other: the evaluations, or of a training question its attempts.
+  // Rollouts of the same question beside each other: the evaluations, or the rollouts of a training question.
   async columns(number) {
     const { runs } = this.app.overview, same = this.others.filter(other => other.file.mode === this.row.file.mode);
     const start = Math.max(0, Math.min(same.findIndex(other => other.key === this.row.key) - MOST_COLUMNS / 2, same.length - MOST_COLUMNS));
@@ -140,7 +140,7 @@ class Detail {
     const box = make("div", "columns");
     shown.forEach((other, i) => {
       const column = make("section", "column" + (other.key === this.row.key ? " chosen" : "")), head = make("h3");
-      head.append(verdict(other.right), " ", button("link", attemptLabel(other, runs), () => this.app.open(other)));
+      head.append(verdict(other.right), " ", button("link", rolloutLabel(other, runs), () => this.app.open(other)));
       column.append(head, make("p", "facts", `${other.answer === null ? "no answer" : other.answer} · ${plural(other.searches, "search", "searches")} · reward ${value(other.reward)}`));
       column.append(...blocksOf(bodies[i], this.shade));
       box.append(column);
