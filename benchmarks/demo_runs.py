@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from searchr1.demo.demo import COLD_START, TRAIN_CONFIG, retrieval_server
+from searchr1.demo.demo import COLD_START, CPU_RECIPES
 from searchr1.demo.files import write_world
+from searchr1.demo.processes import retrieval_server
 from searchr1.tracking.loggers import read_metrics
 
 WORLD_SEED = 0
@@ -77,7 +78,7 @@ class Surroundings:
             "SEARCHR1_DEMO_DIR": str(self.folder), "SEARCHR1_SEARCH_ADDR": self.address,
             "SEARCHR1_COLD_START": str(COLD_START),
         }  # fmt: skip
-        words = [*run.command, str(TRAIN_CONFIG), *run.budget, *run.overrides]
+        words = [*run.command, str(CPU_RECIPES.train), *run.budget, *run.overrides]
         words += [f"runner.experiment_name=runs/{run.name}", "runner.overwrite=True"]
         words += [f"data.val_data_paths=[{self.folder / 'held-out.jsonl'}]"]
         log = path / "train.log"
@@ -131,8 +132,8 @@ def run_missing(folder: Path, runs: Sequence[Run], curves: Sequence[str] = ()) -
     failed: list[str] = []
     if not wanted:
         return failed
-    with retrieval_server(folder / "world", folder / "retrieval.log") as address:
-        surroundings = Surroundings(folder, address)
+    with retrieval_server(folder / "world", folder / "retrieval.log") as server:
+        surroundings = Surroundings(folder, server.address)
         started = time.perf_counter()
         for number, run in enumerate(wanted, start=1):
             began = time.perf_counter()

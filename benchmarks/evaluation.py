@@ -37,8 +37,9 @@ from searchr1.agent.trajectory import Trajectory  # noqa: E402
 from searchr1.cluster.groups import Groups, launch  # noqa: E402
 from searchr1.config.load import load_config  # noqa: E402
 from searchr1.config.schema import Config  # noqa: E402
-from searchr1.demo.demo import COLD_START, EVAL_CONFIG, retrieval_server  # noqa: E402
+from searchr1.demo.demo import COLD_START, CPU_RECIPES  # noqa: E402
 from searchr1.demo.files import jsonl_row, write_jsonl, write_world  # noqa: E402
+from searchr1.demo.processes import retrieval_server  # noqa: E402
 from searchr1.demo.questions import make_questions  # noqa: E402
 from searchr1.demo.world import make_world  # noqa: E402
 from searchr1.evaluation.evaluate import answer  # noqa: E402
@@ -97,7 +98,7 @@ async def rounds(arguments: argparse.Namespace, folder: Path, address: str) -> l
     """All rounds, the two ways next to each other."""
     os.environ.update(SEARCHR1_DEMO_DIR=str(folder), SEARCHR1_SEARCH_ADDR=address)
     overrides = [f"rollout.model.model_path={arguments.model}", "runner.logger.logger_backends=[]"]
-    config = load_config(EVAL_CONFIG, overrides)
+    config = load_config(CPU_RECIPES.eval, overrides)
     engine = await Engine.start(arguments.model, DEVICE, EngineSettings.from_config(config))
     world = make_world(WORLD)
     found = []
@@ -146,8 +147,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_world(WORLD, folder / "world")
-        with retrieval_server(folder / "world", folder / "retrieval.log") as address:
-            found = asyncio.run(rounds(arguments, folder, address))
+        with retrieval_server(folder / "world", folder / "retrieval.log") as server:
+            found = asyncio.run(rounds(arguments, folder, server.address))
     median = statistics.median(row["ratio"] for row in found)
     print(f"median ratio {median:.2f} over {len(found)} rounds")
     if arguments.out is not None:

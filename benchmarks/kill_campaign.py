@@ -30,9 +30,10 @@ from typing import Any
 from kills.leg import NOTICE_S, Kill, Leg, Outcome, Setting
 from kills.processes import Server
 
-from searchr1.demo.demo import ROOT
 from searchr1.demo.files import write_world
 from searchr1.tracking.loggers import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ENDING = {
     "fsdp": """

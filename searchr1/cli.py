@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("searchr1.commands.report", "write a page about a run: summary, curves, trajectories"),
     "watch": ("searchr1.commands.watch", "serve that page while training goes on"),
     "demo-world": ("searchr1.commands.demo_world", "make the fictional encyclopedia and its questions"),
-    "demo": ("searchr1.demo.demo", "the whole pipeline on the demo world (what run.sh calls)"),
+    "demo": ("searchr1.commands.demo", "the whole pipeline on the demo world (what run.sh calls)"),
 }
 
 RETRIEVAL = {"retrieval-server", "rerank-server", "build-index"}

@@ -17,7 +17,9 @@ from pathlib import Path
 import psutil
 
 from kills.processes import Family, Server, shared_files, title, wait_until_gone
-from searchr1.demo.demo import COLD_START, ROOT, TRAIN_CONFIG
+from searchr1.demo.demo import COLD_START, CPU_RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
 
 NOTICE_S = 15.0
 """How soon something has to be said, or the run to end, and how soon nothing may be left of it."""
@@ -108,7 +110,7 @@ class Setting:
             "rollout.vllm.kv_cache_memory_gb=0.1", "tools.search.timeout_s=60", "tools.search.retries=100",
             f"runner.output_dir={self.folder}", f"runner.experiment_name={experiment}",
         ]  # fmt: skip
-        return ["train", str(TRAIN_CONFIG), *settings, *self.overrides]
+        return ["train", str(CPU_RECIPES.train), *settings, *self.overrides]
 
     def environment(self) -> dict[str, str]:
         """What it is started with."""

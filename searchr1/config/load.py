@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from searchr1.config.overrides import Override, quoted, read_override
+from searchr1.config.recipes import find_config, package_data
 from searchr1.config.rlinf import Note, is_rlinf, translate
 from searchr1.config.rlinf_keys import KEYS, READ
 from searchr1.config.schema import ALIASES, RETIRED, Config
@@ -37,6 +38,7 @@ RESOLVERS = {
     "divide": lambda a, b: a / b,
     "int_div": lambda a, b: a // b,
     "not": lambda a: not a,
+    "package_data": package_data,
 }
 
 
@@ -65,6 +67,7 @@ class ConfigError(UserError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML (Hydra's `defaults` included), apply `key=value` overrides, and check names and types.
 
+    `path` is a file or the name of a recipe (`searchr1/config/recipes.py`).
     A tree that carries RLinf's marks is read as RLinf reads it (`searchr1/config/rlinf.py`). `Config.notes` says what became
     of keys that are not ours.
 
@@ -73,7 +76,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         UserError: no such file, or not YAML.
     """
     read = [read_override(override) for override in overrides]
-    tree = _compose(Path(path), read)
+    tree = _compose(find_config(path), read)
     problems: list[Problem] = []
     values = _resolve(tree, problems)
     named = [override.key for override in read]
@@ -148,10 +151,6 @@ def _compose(path: Path, overrides: Sequence[Override]) -> DictConfig:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
 
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give the path of a YAML")
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{path}: a configuration's name ends in .yaml")
     require_bounded(path)
     for name, function in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)

@@ -9,12 +9,12 @@ import pytest
 import searchr1.device
 from searchr1.commands import chat_flags as flags
 from searchr1.commands.check_config import main as check_config_command
+from searchr1.commands.demo import main as demo_command
 from searchr1.commands.eval import main as eval_command
 from searchr1.commands.plan_memory import main as plan_memory_command
 from searchr1.commands.train import main as train_command
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
-from searchr1.demo import demo
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.preflight import check_device
@@ -36,7 +36,7 @@ RLINF = Path(__file__).parent / "fixtures/rlinf-train.yaml"
         (check_config_command, [TRAIN, NODES, "--eval"]),
         (plan_memory_command, [TRAIN, NODES, "--shape", "qwen2.5-3b"]),
         (plan_memory_command, [EVAL, NODES, "--shape", "qwen2.5-3b"]),
-        (demo.main, [NODES]),
+        (demo_command, [NODES]),
         (train_command, [RLINF, NODES]),
         (check_config_command, [RLINF, NODES]),
         (plan_memory_command, [RLINF, NODES, "--shape", "qwen2.5-3b"]),

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from searchr1 import device
+from searchr1.commands.demo import main as demo_command
 from searchr1.config.layout import group_ranks
 from searchr1.config.load import load_config
 from searchr1.demo import demo
+from searchr1.demo.demo import CPU_RECIPES, GPU_RECIPES
+from searchr1.demo.processes import Server
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.preflight.check import check_config
@@ -38,17 +41,17 @@ def commands(monkeypatch, tmp_path):
             (out / "eval/eval.json").write_text(json.dumps({"val/exact_match": 0.5, "val/searches": 1.0}))
 
     @contextmanager
-    def running_server(world, log):
-        yield demo.Server("127.0.0.1:1", None, log)
+    def retrieval_server(world, log):
+        yield Server("127.0.0.1:1", None, log)
 
-    monkeypatch.setattr(demo, "command", command)
-    monkeypatch.setattr(demo, "running_server", running_server)
+    monkeypatch.setattr(demo, "run_command", command)
+    monkeypatch.setattr(demo, "retrieval_server", retrieval_server)
 
 
 @pytest.mark.usefixtures("commands")
 def test_a_demo_that_goes_on_converts_its_newest_checkpoint(tmp_path, capsys):
     for steps in (2, 40):
-        assert demo.main(["--out", str(tmp_path), "--steps", str(steps)]) == 0
+        assert demo_command(["--out", str(tmp_path), "--steps", str(steps)]) == 0
         assert (tmp_path / "model/from").read_text() == str(tmp_path / f"train/checkpoints/global_step_{steps}/actor")
     assert f"page    {tmp_path}/train/report.html" in capsys.readouterr().out
 
@@ -69,8 +72,10 @@ def test_training_and_evaluation_are_wholly_on_one_device(monkeypatch, demo_fold
     monkeypatch.setattr(device, "_cuda_device_count", lambda: gpus)
     monkeypatch.setattr(device.nvidia, "vllm_build", lambda: "cuda" if gpus else "cpu")
     kind = "cuda" if gpus else "cpu"
-    for path, groups in zip(
-        demo.configs([]), (["rollout", "reward", "actor", "inference"], ["rollout", "reward"]), strict=True
+    recipes = demo.pick_recipes([])
+    for path, groups in (
+        (recipes.train, ["rollout", "reward", "actor", "inference"]),
+        (recipes.eval, ["rollout", "reward"]),
     ):
         config = load_config(path, [f"rollout.model.model_path={demo.COLD_START}"])
         found = Device.detect(config.cluster.device)
@@ -81,7 +86,7 @@ def test_training_and_evaluation_are_wholly_on_one_device(monkeypatch, demo_fold
 
 def test_the_gpu_s_yamls_are_those_of_the_cpu_but_for_the_device():
     differing = {"cluster", "rollout", "actor"}
-    for here, there in ((demo.TRAIN_CONFIG, demo.GPU_TRAIN_CONFIG), (demo.EVAL_CONFIG, demo.GPU_EVAL_CONFIG)):
+    for here, there in ((CPU_RECIPES.train, GPU_RECIPES.train), (CPU_RECIPES.eval, GPU_RECIPES.eval)):
         cpu, gpu = load_config(here), load_config(there)
         assert {name for name in vars(cpu) if getattr(cpu, name) != getattr(gpu, name)} - {"given", "notes"} == differing
         assert cpu.rollout.model.model_path == gpu.rollout.model.model_path
@@ -89,28 +94,28 @@ def test_the_gpu_s_yamls_are_those_of_the_cpu_but_for_the_device():
 
 def test_what_the_machine_asks_for_holds_for_the_evaluation_too(monkeypatch, commands, tmp_path):
     seen = []
-    make_files = demo.command
+    make_files = demo.run_command
 
     def command(name, *words, env=None, server=None):
         seen.append((name, words))
         make_files(name, *words, env=env, server=server)
 
-    monkeypatch.setattr(demo, "command", command)
+    monkeypatch.setattr(demo, "run_command", command)
     words = ["cluster.device=cpu", "rollout.model.precision=fp16", "rollout.max_running_requests=4"]
-    assert demo.main(["--out", str(tmp_path), "--steps", "1", *words]) == 0
+    assert demo_command(["--out", str(tmp_path), "--steps", "1", *words]) == 0
     (evaluation,) = [words for name, words in seen if name == "eval"]
-    assert evaluation == (demo.EVAL_CONFIG, "runner.overwrite=True", "cluster.device=cpu", "rollout.model.precision=fp16")
+    assert evaluation == (CPU_RECIPES.eval, "runner.overwrite=True", "cluster.device=cpu", "rollout.model.precision=fp16")
 
 
 def test_the_user_s_word_on_the_device_goes_first(monkeypatch):
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 8)
-    assert demo.configs(["cluster.device=cpu", "runner.seed=1"]) == (demo.TRAIN_CONFIG, demo.EVAL_CONFIG)
+    assert demo.pick_recipes(["cluster.device=cpu", "runner.seed=1"]) == CPU_RECIPES
     monkeypatch.setattr(device.nvidia, "vllm_build", lambda: "cuda")
-    found = {problem.key: problem.message for problem in check_config(load_config(demo.TRAIN_CONFIG), True)}
+    found = {problem.key: problem.message for problem in check_config(load_config(CPU_RECIPES.train), True)}
     assert "cpu, but the vLLM installed here is the build for GPUs" in found["cluster.device"]
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 0)
     with pytest.raises(UserError, match="cuda was asked for"):
-        demo.configs(["cluster.device=cuda"])
+        demo.pick_recipes(["cluster.device=cuda"])
 
 
 def test_a_machine_with_a_gpu_runs_on_the_cpu_only_if_that_was_chosen(monkeypatch, capsys):
@@ -120,8 +125,8 @@ def test_a_machine_with_a_gpu_runs_on_the_cpu_only_if_that_was_chosen(monkeypatc
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(device.nvidia, "RECORD", "no-record")
     with pytest.raises(UserError, match="auto finds a GPU"):
-        demo.configs([])
+        demo.pick_recipes([])
     monkeypatch.setenv("SEARCHR1_EXTRA", "cpu")
     device.nvidia._report_once.cache_clear()
-    assert demo.configs([]) == (demo.TRAIN_CONFIG, demo.EVAL_CONFIG)
+    assert demo.pick_recipes([]) == CPU_RECIPES
     assert "auto is the CPU although a GPU is here (/dev/nvidia0): SEARCHR1_EXTRA=cpu" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from searchr1.cluster.processes import identify, is_running
-from searchr1.demo import demo
+from searchr1.demo import processes
 from searchr1.errors import UserError
 from searchr1.shutdown import Stopped, stops_cleanly
 
@@ -29,8 +29,8 @@ COMMAND = (
 
 @pytest.fixture
 def program(monkeypatch):
-    monkeypatch.setattr(demo, "PROGRAM", (sys.executable, "-c", COMMAND))
-    monkeypatch.setattr(demo, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(processes, "PROGRAM", (sys.executable, "-c", COMMAND))
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.05)
 
 
 class Soon:
@@ -49,7 +49,7 @@ class Soon:
 def test_a_signal_is_passed_on_and_waited_for(kind, tmp_path):
     file = tmp_path / "seen"
     with pytest.raises(Stopped) as found, stops_cleanly():
-        demo.command(file, server=Soon(file, lambda: signal.raise_signal(kind)))
+        processes.run_command(file, server=Soon(file, lambda: signal.raise_signal(kind)))
     assert found.value.exit_code == 128 + kind
     assert file.read_text() == kind.name
 
@@ -59,7 +59,7 @@ def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
     log, file = tmp_path / "server.log", tmp_path / "seen"
     log.write_text("no more memory\n")
     process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
-    server = demo.Server("127.0.0.1:1", process, log)
+    server = processes.Server("127.0.0.1:1", process, log)
     server.require_running()
 
     def end():
@@ -68,7 +68,7 @@ def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
         server.require_running()
 
     with pytest.raises(UserError, match=rf"process {process.pid}\) was ended by SIGKILL(.|\n)*no more memory"):
-        demo.command(file, server=Soon(file, end))
+        processes.run_command(file, server=Soon(file, end))
     assert file.read_text() == "SIGTERM"
 
 

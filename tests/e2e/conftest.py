@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.demo.demo import COLD_START, TRAIN_CONFIG, retrieval_server
+from searchr1.demo.demo import COLD_START, CPU_RECIPES
+from searchr1.demo.processes import retrieval_server
 
 SMALL = (
     "data.data_size=64", "algorithm.group_size=4", "data.rollout_batch_size=8", "runner.seq_length=512",
@@ -39,7 +40,7 @@ class DemoFolder:
             "SEARCHR1_COLD_START": str(COLD_START),
         }
         return subprocess.Popen(
-            [sys.executable, "-m", "searchr1.cli", "train", str(TRAIN_CONFIG), *SMALL, *overrides],
+            [sys.executable, "-m", "searchr1.cli", "train", str(CPU_RECIPES.train), *SMALL, *overrides],
             env=env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -58,5 +59,5 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoFolder:
 
 @pytest.fixture
 def address(demo: DemoFolder) -> Iterator[str]:
-    with retrieval_server(demo.path / "world", demo.path / "retrieval.log") as found:
-        yield found
+    with retrieval_server(demo.path / "world", demo.path / "retrieval.log") as server:
+        yield server.address

@@ -9,7 +9,8 @@ from algorithms import ALGORITHMS, run_of
 from demo_runs import Surroundings, prepare, summary
 
 from searchr1.config.load import load_config
-from searchr1.demo.demo import TRAIN_CONFIG, retrieval_server
+from searchr1.demo.demo import CPU_RECIPES
+from searchr1.demo.processes import retrieval_server
 from searchr1.preflight.check import CHOICES, value_of
 
 
@@ -17,13 +18,13 @@ from searchr1.preflight.check import CHOICES, value_of
 def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surroundings]:
     folder = tmp_path_factory.mktemp("algorithms")
     prepare(folder)
-    with retrieval_server(folder / "world", folder / "retrieval.log") as address:
-        yield Surroundings(folder, address)
+    with retrieval_server(folder / "world", folder / "retrieval.log") as server:
+        yield Surroundings(folder, server.address)
 
 
 def test_the_table_leaves_no_advantage_and_no_loss_out():
     runs = [run_of(name, seed=0) for name in ALGORITHMS]
-    configs = [load_config(TRAIN_CONFIG, [*run.budget, *run.overrides]) for run in runs]
+    configs = [load_config(CPU_RECIPES.train, [*run.budget, *run.overrides]) for run in runs]
     for key in ("algorithm.adv_type", "algorithm.loss_type", "algorithm.advantage_mode", "algorithm.kl_in"):
         assert {value_of(config, key) for config in configs} == set(CHOICES[key])
 

@@ -14,7 +14,8 @@ import aiohttp
 import pytest
 
 from searchr1.data.dataset import read_rows
-from searchr1.demo.demo import COLD_START, retrieval_server
+from searchr1.demo.demo import COLD_START
+from searchr1.demo.processes import retrieval_server
 
 MODEL = ("--model_path", str(COLD_START), "--prompt_template", "demo", "--max_turns", "3")
 
@@ -72,8 +73,8 @@ def questions_of(demo):
 def served(demo, tmp_path_factory):
     """What a server answered, which then ended well."""
     folder = tmp_path_factory.mktemp("chat")
-    with retrieval_server(demo.path / "world", folder / "retrieval.log") as address:
-        return served_answers(demo, address, folder)
+    with retrieval_server(demo.path / "world", folder / "retrieval.log") as server:
+        return served_answers(demo, server.address, folder)
 
 
 def served_answers(demo, address, tmp_path):

@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.demo.demo import COLD_START, EVAL_CONFIG, retrieval_server
+from searchr1.demo.demo import COLD_START, CPU_RECIPES
+from searchr1.demo.processes import retrieval_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def start(folder: Path, address: str, *overrides: str) -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "searchr1.cli", "eval", str(EVAL_CONFIG), f"rollout.model.model_path={COLD_START}"]
+    words = [sys.executable, "-m", "searchr1.cli", "eval", str(CPU_RECIPES.eval), f"rollout.model.model_path={COLD_START}"]
     env = os.environ | {"SEARCHR1_DEMO_DIR": str(folder), "SEARCHR1_SEARCH_ADDR": address}
     return subprocess.Popen(
         [*words, "runner.logger.logger_backends=[]", *overrides],
@@ -103,8 +104,8 @@ def test_all_methods_in_one_run_and_a_server_that_dies_in_the_middle(demo, tmp_p
         "tools.search.max_failure_rate=0.05",
     )
     folder = demo.path / "eval-methods"
-    with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as address:
-        process = start(demo.path, address, *common)
+    with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as server:
+        process = start(demo.path, server.address, *common)
         wait_for_rows(folder / "search/trajectories/eval_step_0.jsonl", 20, process)
     try:
         output, _ = process.communicate(timeout=300)
@@ -115,8 +116,8 @@ def test_all_methods_in_one_run_and_a_server_that_dies_in_the_middle(demo, tmp_p
     assert "tools.search.server_addr" in message
     assert "of 400 questions are finished and kept in" in message
     assert "Traceback" not in message
-    with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as address:
-        output = finish(start(demo.path, address, *common))
+    with retrieval_server(demo.path / "world", tmp_path / "retrieval.log") as server:
+        output = finish(start(demo.path, server.address, *common))
     found = json.loads((folder / "results.json").read_text())["methods"]
     assert list(found) == ["direct", "cot", "rag", "search"]
     assert all(one["all"]["questions"] == 100 for one in found.values())

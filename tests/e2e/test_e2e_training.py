@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from support.training_runs import NO_EVAL, kill_listener, wait_for_step
 
-from searchr1.demo.demo import ROOT
 from searchr1.report.run_files import read_rows
 from searchr1.tracking.loggers import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow  # the whole pipeline: three starts of Ray and vLLM, about two minutes

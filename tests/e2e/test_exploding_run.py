@@ -13,7 +13,7 @@ import pytest
 from support.training_runs import NO_EVAL, as_after, kill_listener, wait_for_step
 
 from searchr1.checkpoints.manifest import checkpoint_steps
-from searchr1.demo.demo import retrieval_server
+from searchr1.demo.processes import retrieval_server
 from searchr1.tracking.loggers import read_metrics
 
 NORMAL = 1e-4
@@ -26,16 +26,16 @@ COMMON = (
 @pytest.fixture(scope="module")
 def restarted(demo) -> Path:
     """The folder of a run of four steps, each saved, whose server was killed and came back after the first one."""
-    with retrieval_server(demo.path / "world", demo.path / "retrieval-restarted.log") as address:
-        port = int(address.rpartition(":")[2])
+    with retrieval_server(demo.path / "world", demo.path / "retrieval-restarted.log") as server:
+        port = int(server.address.rpartition(":")[2])
         words = ("runner.experiment_name=restarts", "runner.max_steps=4", "runner.save_interval=1", *NO_EVAL)
-        process = demo.start(address, *words, "runner.keep_checkpoints=null")
+        process = demo.start(server.address, *words, "runner.keep_checkpoints=null")
         try:
             wait_for_step(demo.path / "restarts/metrics.jsonl", 1, process)
             kill_listener(port)
             time.sleep(1)
-            server = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(demo.path / "world/corpus.jsonl")]
-            again = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *server, "--port", str(port)])
+            words = ["retrieval-server", "--retriever_name", "bm25", "--corpus_path", str(demo.path / "world/corpus.jsonl")]
+            again = subprocess.Popen([sys.executable, "-m", "searchr1.cli", *words, "--port", str(port)])
             try:
                 output, _ = process.communicate(timeout=600)
             finally:

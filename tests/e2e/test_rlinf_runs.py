@@ -12,8 +12,9 @@ import yaml
 from support.rlinf_trees import tree
 
 from searchr1.config.load import load_config
-from searchr1.demo.demo import COLD_START, retrieval_server
+from searchr1.demo.demo import COLD_START
 from searchr1.demo.files import write_world
+from searchr1.demo.processes import retrieval_server
 from searchr1.tracking.loggers import read_metrics
 
 SIZES = (
@@ -26,8 +27,8 @@ SIZES = (
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("rlinf") / "world"
     write_world(5, folder)
-    with retrieval_server(folder, folder / "retrieval.log") as address:
-        yield folder, address
+    with retrieval_server(folder, folder / "retrieval.log") as server:
+        yield folder, server.address
 
 
 @pytest.mark.slow  # an engine and a trainer start in processes of their own: about a minute each

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from searchr1.commands.demo import main as demo_command
 from searchr1.commands.report import main as report
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
@@ -25,7 +26,7 @@ def nothing_is_read(monkeypatch):
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("a run that is refused goes no further")
 
-    for module, name in ((train, "load_data"), (evaluate, "load_questions"), (sft, "train"), (demo, "command")):
+    for module, name in ((train, "load_data"), (evaluate, "load_questions"), (sft, "train"), (demo, "run_command")):
         monkeypatch.setattr(module, name, reached)
 
 
@@ -68,7 +69,7 @@ def test_fine_tuning_and_the_demo_too(tmp_path):
         with pytest.raises(UserError, match=r"--output: .*out is in use by searchr1 sft on"):
             sft.main(words)
         with pytest.raises(UserError, match=r"--out: .*out is in use by searchr1 sft on"):
-            demo.main(["--out", str(tmp_path / "out"), "cluster.device=cpu"])
+            demo_command(["--out", str(tmp_path / "out"), "cluster.device=cpu"])
 
 
 def test_only_the_first_process_of_a_fine_tuning_locks(tmp_path, monkeypatch):
