@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from searchr1.rollout.shared_buffer import SharedBuffer
 from searchr1.rollout.shared_memory import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     PREFIX,
     SHARED_MEMORY,
-    SharedBuffer,
     SharedFolder,
     remove_folder,
 )

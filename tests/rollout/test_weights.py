@@ -25,7 +25,8 @@ from torch import Tensor
 
 from searchr1.errors import UserError
 from searchr1.rollout import shared_memory as shared_folder
-from searchr1.rollout.shared_memory import SharedBuffer, weight_directory
+from searchr1.rollout.shared_buffer import SharedBuffer
+from searchr1.rollout.shared_memory import weight_directory
 from searchr1.rollout.weights import (
     DEFAULT_BUCKET_BYTES,
     WeightManifest,
