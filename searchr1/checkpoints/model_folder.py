@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from searchr1.checkpoints.safetensors import read_header
+from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, FileSum, LaterFormat, damaged, read_sums, take_all, write_sums
 from searchr1.files.lfs import refuse_pointer

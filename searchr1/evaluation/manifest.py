@@ -14,7 +14,7 @@ from typing import Any
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
-from searchr1.checkpoints.safetensors import read_header
+from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.config.schema import Config
 from searchr1.data.model_settings import FILE
 from searchr1.errors import UserError

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support.payloads import RUN, archive, tensor_pickle
 
 from searchr1.checkpoints.model_folder import check_files
-from searchr1.checkpoints.safetensors import read_header
+from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.errors import UserError
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"

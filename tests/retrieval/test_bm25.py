@@ -111,7 +111,7 @@ def test_a_killed_build_leaves_the_older_index_as_it_was(tmp_path):
     build_bm25(zipf(60), tmp_path)
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     script = (
-        "import os, signal, sys, numpy as np; from pathlib import Path; from searchr1.retrieval import bm25_build\n"
+        "import os, signal, sys, numpy as np; from pathlib import Path; from searchr1.retrieval.index import bm25_build\n"
         "class Texts:\n"
         "    def __len__(self): return 100_000\n"
         "    def contents(self, start=0, stop=None): return ('one two' for _ in range(start, stop or 100_000))\n"
