@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Protocol
 from searchr1.agent.protocol import Document, InformationStyle, neutralise, render_body
 from searchr1.config.schema import ToolsConfig
 from searchr1.errors import UserError
-from searchr1.retrieval.client.client import TOKEN_VARIABLE, ClientStats, SearchClient, SearchUnavailable
+from searchr1.retrieval.client.client import ClientStats, SearchClient, SearchUnavailable, server_addresses
 from searchr1.retrieval.documents import Page, RetrievedDocument
 
 FAILURE_WINDOW = 200
@@ -186,15 +185,8 @@ def build_tools(config: ToolsConfig, style: InformationStyle, no_results_message
     search = config.search
     if search.dummy_mode:
         return {"search": DummySearchTool(style, no_results_message)}
-    addresses = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
-    client = SearchClient(
-        [str(address) for address in addresses],
-        topk=search.topk,
-        timeout_s=search.timeout_s,
-        retries=search.retries,
-        token=os.environ.get(TOKEN_VARIABLE),
-    )
-    monitor = FailureMonitor(search.max_failure_rate, f"tools.search.server_addr {', '.join(map(str, addresses))}")
+    client = SearchClient.from_config(search)
+    monitor = FailureMonitor(search.max_failure_rate, f"tools.search.server_addr {', '.join(server_addresses(search))}")
     tools: dict[str, Tool] = {"search": SearchTool(client, style, monitor, no_results_message)}
     if config.access.enabled:
         tools["access"] = AccessTool(client, monitor)

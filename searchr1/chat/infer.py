@@ -148,12 +148,12 @@ async def run(session: Session, questions: list[str], *, as_rows: bool, full: bo
 async def load_and_run(chosen: Plan, questions: list[str], *, as_rows: bool, full: bool) -> bool:
     """Load the model and answer all questions, in one event loop; return as `run` does."""
     from searchr1.chat.load import open_session
-    from searchr1.chat.search_backends import addresses
+    from searchr1.retrieval.client.client import server_addresses
     from searchr1.retrieval.client.outages import OutageWatch
 
     session = await open_session(chosen)
     search = chosen.config.tools.search
-    servers = [] if chosen.engine or search.dummy_mode else addresses(search)
+    servers = [] if chosen.engine or search.dummy_mode else server_addresses(search)
     try:
         # As many again as the engine takes at once: some wait for a search, and none waits so long that it is given up.
         at_once = 2 * chosen.config.rollout.max_running_requests

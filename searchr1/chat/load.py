@@ -11,7 +11,7 @@ from typing import Any
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
 from searchr1.chat.plan import Plan
-from searchr1.chat.search_backends import OnlineFinder, addresses, check_servers, server_finder
+from searchr1.chat.search_backends import OnlineFinder, check_servers
 from searchr1.chat.session import PromptSettings, Session
 from searchr1.config.schema import Config
 from searchr1.data import model_source
@@ -20,6 +20,7 @@ from searchr1.errors import UserError
 from searchr1.preflight.check_backend import without_adapters
 from searchr1.preflight.check_device import require_precision
 from searchr1.preflight.check_models import positions_of
+from searchr1.retrieval.client.client import SearchClient, server_addresses
 
 PLAIN_TEMPLATES = ("demo",)
 """Never put into a chat message: the demo models' chat template adds the same text."""
@@ -103,12 +104,12 @@ async def open_finder(plan: Plan) -> Finder | None:
         return OnlineFinder(plan.engine, search.topk, search.timeout_s, plan.engine_url, plan.snippet_only)
     if search.dummy_mode:
         return None
-    finder = server_finder(search)
+    finder = SearchClient.from_config(search)
     problem = await check_servers(search) if plan.check else None
     if problem is not None:
         if not goes_on_without(problem):
             raise UserError(
-                f"--retriever-url {', '.join(addresses(search))}: {problem}. Start the retrieval server (searchr1 "
+                f"--retriever-url {', '.join(server_addresses(search))}: {problem}. Start the retrieval server (searchr1 "
                 "retrieval-server), give its address, take --engine for an online engine, --no-search to do without, or "
                 "--no-check if it is still to come"
             )
@@ -142,7 +143,7 @@ def build_tools(config: Config, finder: Finder | None) -> dict[str, Tool]:
 def about_search(plan: Plan) -> str:
     """For people."""
     search = plan.config.tools.search
-    return plan.engine or ("off" if search.dummy_mode else ", ".join(addresses(search)))
+    return plan.engine or ("off" if search.dummy_mode else ", ".join(server_addresses(search)))
 
 
 def prompt_settings(plan: Plan, tokenizer: Any) -> PromptSettings:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from dataclasses import replace
 
-from searchr1.agent.tools import Finder
 from searchr1.config.schema import SearchToolConfig
 from searchr1.errors import UserError
 from searchr1.retrieval.client.client import (
-    TOKEN_VARIABLE,
     ClientStats,
     SearchClient,
     SearchUnavailable,
     base_url,
+    server_addresses,
     wait_until_healthy,
 )
 from searchr1.retrieval.documents import Page, RetrievedDocument, split_contents
@@ -71,35 +70,18 @@ def _passage(document: dict[str, object], score: float) -> RetrievedDocument:
     return RetrievedDocument(str(document.get("id", "")), title, text, str(document.get("url") or ""), score, contents)
 
 
-def server_finder(search: SearchToolConfig) -> Finder:
-    """The client of the run's retrieval servers."""
-    return SearchClient(
-        addresses(search),
-        topk=search.topk,
-        timeout_s=search.timeout_s,
-        retries=search.retries,
-        token=os.environ.get(TOKEN_VARIABLE),
-    )
-
-
-def addresses(search: SearchToolConfig) -> list[str]:
-    """The servers' addresses as a list."""
-    found = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
-    return [str(address) for address in found]
-
-
 async def check_servers(search: SearchToolConfig) -> str | None:
     """What keeps the first retrieval server from answering; None if it answers. Servers of other systems, which have no
     /health, are asked a question instead."""
     import asyncio
 
-    address = addresses(search)[0]
+    address = server_addresses(search)[0]
     try:
         await asyncio.to_thread(wait_until_healthy, address, HEALTH_SECONDS)
         return None
     except UserError as error:
         problem = str(error)
-    client = SearchClient([address], topk=1, timeout_s=PROBE_SECONDS, retries=0, token=os.environ.get(TOKEN_VARIABLE))
+    client = SearchClient.from_config(replace(search, server_addr=address, topk=1, timeout_s=PROBE_SECONDS, retries=0))
     try:
         await client.search(["test"])
         return None

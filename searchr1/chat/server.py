@@ -12,13 +12,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from searchr1.chat.gate import Gate
 from searchr1.chat.session import Session
 from searchr1.chat.stream import Admission, EventStream
+from searchr1.http_guard import Guard, HostNames
 from searchr1.retrieval.client.client import SearchUnavailable
 from searchr1.ui.page import Page
 
 CHAT = Page("chat.html", ("base.css", "blocks.css", "chat.css"), ("dom.js", "chat.js"))
+MAX_BODY_BYTES = 1 << 20
+OPEN_PATHS = {"/", "/health"}
+"""Paths that need no token."""
 PAGE_CHARACTERS = 200_000
 """Of a page that is shown to a person."""
 PAGE_TIMEOUT_S = 60.0
@@ -50,14 +53,14 @@ class Address(BaseModel):
     url: Annotated[str, Field(max_length=4096)]
 
 
-def create_app(session: Session, limits: Limits, token: str | None = None, hosts: Iterable[str] = ()) -> Gate:
+def create_app(session: Session, limits: Limits, token: str | None = None, hosts: Iterable[str] = ()) -> Guard:
     """The application.
 
     Args:
         session: what answers.
         limits: see `Limits`.
         token: clients must send it as `Authorization: Bearer …`; None: they need none.
-        hosts: further names of this server, see `Gate`.
+        hosts: further names of this server, see `HostNames`.
     """
     app = FastAPI(title="searchr1 chat", docs_url=None, redoc_url=None, openapi_url=None)
     admission = Admission(limits.running, limits.waiting)
@@ -136,7 +139,7 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
         first = error.errors()[0]
         return problem(422, f"{'.'.join(map(str, first['loc']))}: {first['msg']}")
 
-    return Gate(app, token, hosts)
+    return Guard(app, max_body_bytes=MAX_BODY_BYTES, open_paths=OPEN_PATHS, token=token, hosts=HostNames(hosts))
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:

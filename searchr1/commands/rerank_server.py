@@ -3,119 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
-from typing import Annotated, Any
 
-from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response
-from pydantic import BaseModel, Field, model_validator
-
-from searchr1.commands.retrieval_server import write_address
+from searchr1.commands.server_flags import add_address_flags
 from searchr1.errors import UserError
-from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, grown
-from searchr1.retrieval.rerank.client import RERANK_TOKEN_VARIABLE, RETRY_AFTER_S
+from searchr1.retrieval.rerank.client import RERANK_TOKEN_VARIABLE
 from searchr1.retrieval.rerank.rerank import MAX_PENDING, CrossEncoder, LocalReranker
-from searchr1.retrieval.searcher import Document, SearchFailed
-from searchr1.retrieval.server.gate import Gate
+from searchr1.retrieval.rerank.server import create_rerank_app
+from searchr1.retrieval.server.address import bind, reachable_address, write_address
+from searchr1.retrieval.server.app import MAX_TOPK
 from searchr1.retrieval.server.metrics import Metrics
-from searchr1.retrieval.server.serve import bind, peak_memory_mib, reachable_address, serve_app
-from searchr1.retrieval.server.server import MAX_PASSAGES, MAX_TOPK, REFUSALS, Query, TopK, as_json, explain
-
-
-class RerankRequest(BaseModel):
-    """`POST /rerank`; a document is `{"contents": ...}` or `{"document": {"contents": ...}}`, as /retrieve gives it."""
-
-    queries: Annotated[list[Query], Field(max_length=MAX_PASSAGES)]
-    documents: list[list[dict[str, Any]]]
-    rerank_topk: TopK | None = None
-    return_scores: bool = False
-
-    @model_validator(mode="after")
-    def fitting(self) -> RerankRequest:
-        """One list of documents per query, each with a text."""
-        if len(self.documents) != len(self.queries):
-            raise ValueError(f"{len(self.queries)} queries, but {len(self.documents)} lists of documents")
-        if sum(map(len, self.documents)) > MAX_PASSAGES:
-            raise ValueError(f"more than {MAX_PASSAGES} documents in one request")
-        self.documents = [[unwrapped(document) for document in row] for row in self.documents]
-        return self
-
-
-def unwrapped(document: Document) -> Document:
-    """The passage of an item with or without a score.
-
-    Raises:
-        ValueError: it has no text.
-    """
-    inner = document.get("document")
-    found = inner if isinstance(inner, dict) else document
-    if not isinstance(found.get("contents"), str):
-        raise ValueError('a document has no "contents"')
-    return found
-
-
-class RankedDocument(BaseModel):
-    """A document with `return_scores`."""
-
-    document: dict[str, Any]
-    score: float
-
-
-class RerankAnswer(BaseModel):
-    """One list per query, best first."""
-
-    result: list[list[RankedDocument | dict[str, Any]]]
-
-
-def create_rerank_app(
-    reranker: LocalReranker, default_topk: int, timeout_s: float, metrics: Metrics, token: str | None = None
-) -> Gate:
-    """The application; it closes the reranker when it stops."""
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await reranker.aclose()
-
-    app = FastAPI(title="searchr1 rerank server", docs_url=None, redoc_url=None, lifespan=lifespan)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """The process is alive."""
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> dict[str, str]:
-        """Requests can be sent: the server does not answer before its model is loaded."""
-        return {"status": "ready"}
-
-    @app.get("/metrics", responses={401: REFUSALS[401]}, response_class=Response)
-    def prometheus() -> Response:
-        """Counters in Prometheus' text format; batches are counted in pairs."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.post("/rerank", responses=REFUSALS | {200: {"model": RerankAnswer}}, response_class=Response)
-    async def rerank(request: RerankRequest) -> Response:
-        """The best documents of each query, best first."""
-        patience_s = grown(timeout_s, sum(map(len, request.documents)), PAIRS_PER_TIMEOUT)
-        try:
-            async with asyncio.timeout(patience_s):
-                found = await reranker.rerank(request.queries, request.documents, request.rerank_topk or default_topk)
-        except TimeoutError as error:
-            raise SearchFailed(f"no answer within {patience_s:g} s", RETRY_AFTER_S) from error
-        if request.return_scores:
-            return as_json({"result": [[{"document": d, "score": score} for d, score in row] for row in found]}, 200)
-        return as_json({"result": [[document for document, _ in row] for row in found]}, 200)
-
-    for kind in (SearchFailed, RequestValidationError):
-        app.add_exception_handler(kind, lambda _, error: explain(error))
-    return Gate(app, metrics, token)
+from searchr1.retrieval.server.processes import peak_memory_mib, serve_app
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -142,11 +42,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     model.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="fp16 on a GPU, else fp32")
 
     service = parser.add_argument_group("service")
-    service.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
-    service.add_argument("--port", type=int, default=6980, help="0 takes a free one (default 6980)")
-    service.add_argument(
-        "--save-address-to", help="write host:port into this file, or into a file in this folder, once the server is up"
-    )
+    add_address_flags(service, 6980, saved="requests can be sent")
     service.add_argument("--max_pending", type=int, default=MAX_PENDING, help="pairs in the queue before 503")
     service.add_argument("--timeout_s", type=float, default=30.0, help="a request that takes longer gets 503 (default 30)")
     args = parser.parse_args(argv)

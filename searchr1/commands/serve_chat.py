@@ -7,16 +7,16 @@ import ipaddress
 import os
 import socket
 import sys
-from pathlib import Path
 
 import uvicorn
 
 from searchr1.chat.plan import Plan
 from searchr1.chat.server import Limits, create_app
 from searchr1.commands.chat_flags import parser, plan_of
-from searchr1.commands.retrieval_server import write_address
+from searchr1.commands.server_flags import add_address_flags, add_host_names_flag
 from searchr1.errors import UserError
-from searchr1.retrieval.server.serve import GRACE_S, bind, end_politely, reachable_address
+from searchr1.retrieval.server.address import bind, reachable_address, write_address
+from searchr1.retrieval.server.processes import GRACE_S, end_politely
 
 TOKEN_VARIABLE = "SEARCHR1_CHAT_TOKEN"
 
@@ -30,7 +30,7 @@ def is_loopback(host: str) -> bool:
 
 
 async def serve(
-    chosen: Plan, limits: Limits, listener: socket.socket, hosts: list[str], address: str, file: Path | None
+    chosen: Plan, limits: Limits, listener: socket.socket, hosts: list[str], address: str, file: str | None
 ) -> None:
     """Load the model and serve until a signal comes."""
     from searchr1.chat.load import open_session
@@ -59,18 +59,8 @@ def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     flags = parser("serve-chat", "Serve a web page that asks a trained model and shows how it searches.")
     server = flags.add_argument_group("server", f"A token that questions need is taken from {TOKEN_VARIABLE}.")
-    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
-    server.add_argument("--port", type=int, default=8080, help="0 takes a free one (default 8080)")
-    server.add_argument(
-        "--allowed-host",
-        "--allowed_host",
-        "--allow-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="a name under which it is reached",
-    )
-    server.add_argument("--save-address-to", type=Path, help="write host:port into this file once questions can be asked")
+    add_address_flags(server, 8080, saved="questions can be asked")
+    add_host_names_flag(server)
     limits = Limits()
     for name, default, text in (
         ("max_question_characters", limits.question_characters, "characters of a question"),
@@ -95,5 +85,5 @@ def main(argv: list[str]) -> int:
         print(f"everybody who reaches {address} can ask; set {TOKEN_VARIABLE} to want a token", file=sys.stderr, flush=True)
     end_politely()
     limits = Limits(args.max_question_characters, args.max_running, args.max_waiting, args.answer_timeout_s)
-    asyncio.run(serve(chosen, limits, listener, [args.host, *args.allowed_host], address, args.save_address_to))
+    asyncio.run(serve(chosen, limits, listener, [args.host, *args.allow_host], address, args.save_address_to))
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from searchr1.commands.server_flags import add_address_flags, add_host_names_flag
 from searchr1.errors import UserError
 from searchr1.report.watch import PORT, WatchedRuns, WatchServer
 
@@ -15,16 +16,8 @@ def main(argv: list[str]) -> int:
         prog="searchr1 watch", description="Serve the page about a run, or several, while training goes on."
     )
     parser.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN_DIR", help="a run's folder; it need not exist yet")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, default=PORT, help=f"default {PORT}; 0 takes a free one")
-    parser.add_argument(
-        "--allow-host",
-        "--allowed-host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="name by which browsers may reach the server",
-    )
+    add_address_flags(parser, PORT)
+    add_host_names_flag(parser)
     args = parser.parse_args(argv)
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port}: give 0 to 65535")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 
 from searchr1.agent.protocol import Document, InformationStyle, render_body
 from searchr1.agent.tools import as_document
 from searchr1.config.schema import Config, SearchToolConfig
 from searchr1.errors import UserError
-from searchr1.retrieval.client.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
+from searchr1.retrieval.client.client import SearchClient, SearchUnavailable, server_addresses
 from searchr1.retrieval.client.outages import OutageWatch
 
 QUERIES_PER_CALL = 32
@@ -32,7 +31,7 @@ def watch_servers(config: Config, searched: bool = True) -> OutageWatch:
     A loop of one's own need not search: it misses a server only after that has answered once.
     """
     search = config.tools.search
-    servers = _addresses(search) if searched and not search.dummy_mode else []
+    servers = server_addresses(search) if searched and not search.dummy_mode else []
     return OutageWatch(servers, search.timeout_s, awaited=config.agentloop.generate_fn is None)
 
 
@@ -56,14 +55,7 @@ def retrieve_passages(
 
 async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Callable[[int], None]) -> list[list[Document]]:
     """A client of its own for the whole list: `QUERIES_PER_CALL` queries a call, `CALLS_AT_ONCE` calls at once."""
-    addresses = _addresses(search)
-    client = SearchClient(
-        addresses,
-        topk=search.topk,
-        timeout_s=search.timeout_s,
-        retries=search.retries,
-        token=os.environ.get(TOKEN_VARIABLE),
-    )
+    client = SearchClient.from_config(search)
     slots = asyncio.Semaphore(CALLS_AT_ONCE)
     results: list[list[Document]] = [[] for _ in queries]
 
@@ -76,7 +68,7 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
         progress(len(part))
 
     try:
-        with OutageWatch(addresses, search.timeout_s):
+        with OutageWatch(server_addresses(search), search.timeout_s):
             async with asyncio.TaskGroup() as calls:
                 for start in range(0, len(queries), QUERIES_PER_CALL):
                     calls.create_task(one_call(start))
@@ -91,8 +83,3 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
     finally:
         await client.aclose()
     return results
-
-
-def _addresses(search: SearchToolConfig) -> list[str]:
-    found = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
-    return [str(address) for address in found]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import ipaddress
 import json
-import re
 import socket
 import socketserver
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.http_guard import HostNames
 from searchr1.report.follow import Stamp, WatchedRun
 from searchr1.report.overview import names_of, overview_of
 from searchr1.report.page import REPORT, render
@@ -28,7 +27,6 @@ PORT = 8765
 REQUEST_TIMEOUT_S = 30.0
 MOST_BODIES = 500
 """Trajectories in one answer."""
-_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d+)?")
 SMALL = 2_000
 """Bytes up to which an answer is sent uncompressed."""
 
@@ -123,8 +121,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer one request."""
-        if not self.server.allows(self.headers.get("host", "")):
-            # Another site's name that was pointed at this machine must not read the run.
+        if not self.server.host_names.accept(self.headers.get("host", "")):
             return self._json({"problem": "unknown host name; start searchr1 watch with --allow-host NAME"}, 403)
         try:
             url = urllib.parse.urlsplit(self.path)
@@ -187,7 +184,7 @@ class WatchServer(ThreadingHTTPServer):
             self.address_family = socket.AF_INET6
         super().__init__(address, Handler)
         self.watched = watched
-        self._names = {"localhost", address[0].lower(), *(name.lower() for name in names)}
+        self.host_names = HostNames([address[0], *names])
 
     def server_bind(self) -> None:
         """Bind as a plain TCP server: a look-up of this machine's name in the network can take long."""
@@ -198,20 +195,6 @@ class WatchServer(ThreadingHTTPServer):
         """Report errors, but not that a browser went away in the middle of an answer."""
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
-
-    def allows(self, host: str) -> bool:
-        """Return whether a Host header names this server: an IP address, localhost, or a name that was given."""
-        match = _HOST.fullmatch(host.lower())
-        if match is None:
-            return False
-        name = match[1]
-        if name in self._names:
-            return True
-        try:
-            ipaddress.ip_address(name.strip("[]"))
-        except ValueError:
-            return False
-        return True
 
 
 def _key(run: int, file: LoggedFile) -> str:

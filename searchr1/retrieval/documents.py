@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +47,13 @@ PAIRS_PER_TIMEOUT = 5120
 def grown(timeout_s: float, count: int, per: int) -> float:
     """`timeout_s` for every `per` things of a request, and for what is left over."""
     return timeout_s * max(-(-count // per), 1)
+
+
+def encode_json(content: Any) -> bytes:
+    """Encode JSON; half a surrogate pair, which UTF-8 cannot hold, is escaped."""
+    import orjson
+
+    try:
+        return orjson.dumps(content)
+    except TypeError:
+        return json.dumps(content).encode()

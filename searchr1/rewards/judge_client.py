@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import hashlib
 import json
 import random
 import sqlite3
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,11 +15,11 @@ import aiohttp
 
 from searchr1.errors import UserError
 from searchr1.files.text_rows import whole_text
+from searchr1.retry import Backoff, Retries, parse_retry_after
 
 T = TypeVar("T")
 
-FIRST_PAUSE_S = 0.25
-LONGEST_PAUSE_S = 10.0
+BACKOFF = Backoff(0.25, 10.0, (0.5, 1.0))
 ANSWER_BYTES = 1 << 20
 """Of one HTTP answer."""
 TOLD_CHARACTERS = 200
@@ -47,6 +45,7 @@ class ChatClient:
         self._key = api_key
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(concurrency)
+        self._rng = random.Random()
         self._session: aiohttp.ClientSession | None = None
 
     async def ask(self, body: dict[str, Any], read: Callable[[str], T]) -> T:
@@ -59,20 +58,18 @@ class ChatClient:
             UserError: no useful reply in time, or one that will not change; names the address.
         """
         async with self._slots:
-            deadline = time.monotonic() + self._timeout_s
-            pause = FIRST_PAUSE_S
+            retries = Retries(BACKOFF, self._rng, timeout_s=self._timeout_s)
             while True:
                 try:
-                    return read(await self._attempt(body, deadline))
+                    return read(await self._attempt(body, retries.remaining_s()))
                 except (_Retry, ValueError, aiohttp.ClientError, TimeoutError, OSError) as error:
-                    wait = max(pause * random.uniform(0.5, 1.0), getattr(error, "after_s", 0.0))
-                    if time.monotonic() + wait >= deadline:
+                    wait_s = retries.next_wait_s(getattr(error, "after_s", 0.0))
+                    if wait_s is None:
                         raise UserError(
                             f"reward.judge.base_url: {self.url} gave no verdict within {self._timeout_s:g} s "
                             f"(reward.judge.timeout_s); the last attempt: {self._told(error)}"
                         ) from None
-                await asyncio.sleep(wait)
-                pause = min(pause * 2, LONGEST_PAUSE_S)
+                await asyncio.sleep(wait_s)
 
     async def aclose(self) -> None:
         """Close the connections; the next request opens new ones."""
@@ -80,11 +77,11 @@ class ChatClient:
         if session is not None:
             await session.close()
 
-    async def _attempt(self, body: dict[str, Any], deadline: float) -> str:
+    async def _attempt(self, body: dict[str, Any], remaining_s: float) -> str:
         """The text of the model's reply."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         # A third of the time: a connection that hangs leaves room for two more.
-        timeout = aiohttp.ClientTimeout(total=min(self._timeout_s / 3, max(deadline - time.monotonic(), 0.001)))
+        timeout = aiohttp.ClientTimeout(total=min(self._timeout_s / 3, max(remaining_s, 0.001)))
         if self._session is None:
             self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         async with self._session.post(
@@ -97,7 +94,7 @@ class ChatClient:
                     "check base_url, model, api_key_env and request"
                 )
             if answer.status != 200:
-                raise _Retry(f"status {answer.status}: {text}", _retry_after(answer.headers.get("Retry-After")))
+                raise _Retry(f"status {answer.status}: {text}", parse_retry_after(answer.headers.get("Retry-After")) or 0.0)
         try:
             content = json.loads(text)["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError):
@@ -134,20 +131,6 @@ async def _read(answer: aiohttp.ClientResponse) -> str:
         if len(data) > ANSWER_BYTES:
             raise _Retry(f"more than {ANSWER_BYTES} bytes")
     return data.decode(errors="replace")
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds, from seconds or a date; 0 if there is neither."""
-    if value is None:
-        return 0.0
-    try:
-        return max(float(value), 0.0)
-    except ValueError:
-        pass
-    try:
-        return max(email.utils.parsedate_to_datetime(value).timestamp() - time.time(), 0.0)
-    except ValueError:
-        return 0.0
 
 
 WAIT_S = 10.0

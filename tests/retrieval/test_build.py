@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from searchr1.retrieval.index import bm25_build
 from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.server.load import load_index
+from searchr1.retrieval.server.start import ServerOptions
 
 
 def write_corpus(path, rows):
@@ -219,8 +219,7 @@ def dies(*_):
 
 
 def flags(**values):
-    defaults = dict.fromkeys(["index_path", "retriever_model", "dtype", "nprobe", "ef_search", "refine_factor"])
-    return argparse.Namespace(**(defaults | {"faiss_gpu": False, "device": None, "threads": 1, "workers": 1} | values))
+    return ServerOptions(**{"threads": 1} | values)
 
 
 def test_a_lossy_index_finds_what_an_exact_one_finds(tmp_path, whole, encoder_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import shutil
@@ -26,6 +25,7 @@ from searchr1.retrieval.index.manifest import BM25_FILES, DamagedIndex, open_man
 from searchr1.retrieval.index.verify import check_index as verify
 from searchr1.retrieval.index.verify import checked_by
 from searchr1.retrieval.server.load import load_index
+from searchr1.retrieval.server.start import ServerOptions
 
 DATA, INDICES, INDPTR, LARGEST, PARAMETERS, VOCABULARY = BM25_FILES
 QUERIES = ["w1 w2 w3", "title w7", "w40 w41 w42 w43", "nothing", "w5 w5 w11", " ".join(f"w{n}" for n in range(1, 200))]
@@ -58,9 +58,7 @@ def index(tmp_path, made):
 
 
 def flags(**values):
-    unset = ["index_path", "tokenizer", "retriever_model", "device", "dtype", "nprobe", "ef_search", "refine_factor"]
-    defaults = dict.fromkeys(unset) | {"retriever_name": "bm25", "faiss_gpu": False, "threads": 1, "workers": 1}
-    return argparse.Namespace(**(defaults | values))
+    return ServerOptions(**{"retriever_name": "bm25", "threads": 1} | values)
 
 
 def start(folder):

@@ -21,8 +21,8 @@ from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.rerank.client import RemoteReranker
 from searchr1.retrieval.searcher import SearchFailed
+from searchr1.retrieval.server.app import Backend, ServerState, create_app
 from searchr1.retrieval.server.metrics import Metrics
-from searchr1.retrieval.server.server import Backend, ServerState, create_app
 from searchr1.retrieval.server.service import Limits, RetrievalService
 
 
@@ -92,14 +92,6 @@ def test_a_refusal_without_end_is_read_to_its_first_words():
             assert len(str(caught.value)) < 400
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize(
-    ("header", "seconds"),
-    [("7", 7.0), ("9" * 400, 3600.0), ("²", None), ("-1", None), ("soon", None), ("", None), (None, None)],
-)
-def test_retry_after(header, seconds):
-    assert answers.retry_after(header) == seconds
 
 
 def test_larger_requests_may_have_larger_answers():

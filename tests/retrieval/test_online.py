@@ -23,6 +23,7 @@ from searchr1.retrieval.online.disk_cache import FILE, DiskCache
 from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import PASSAGE_CHARACTERS, OnlineSearcher, best_part
 from searchr1.retrieval.searcher import SearchFailed
+from searchr1.retry import Backoff
 
 SECRET = "k3y-that-must-not-leak"
 KEYS = {name: SECRET for engine in ENGINES.values() for name in engine.variables}
@@ -91,7 +92,7 @@ class Pages:
 def environment(monkeypatch):
     for name, value in KEYS.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(searcher_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(searcher_module, "BACKOFF", Backoff(0.01, 8.0, (0.5, 1.5)))
 
 
 @asynccontextmanager

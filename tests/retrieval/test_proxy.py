@@ -17,6 +17,7 @@ from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.fetch import PageFetcher, proxy_for
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.searcher import SearchFailed
+from searchr1.retry import Backoff
 
 PASSWORD = "p4ss/w:rd"
 QUOTED = "p4ss%2Fw%3Ard"
@@ -28,7 +29,7 @@ def environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("SERPER_API_KEY", "k3y")
-    monkeypatch.setattr(searcher_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(searcher_module, "BACKOFF", Backoff(0.01, 8.0, (0.5, 1.5)))
 
 
 @asynccontextmanager

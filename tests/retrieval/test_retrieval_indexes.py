@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -15,6 +14,7 @@ from searchr1.retrieval.encode.encoder import Encoder
 from searchr1.retrieval.encode.model_files import weights_hash
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.server.load import load_index
+from searchr1.retrieval.server.start import ServerOptions
 
 
 def write_corpus(path, count=60):
@@ -28,9 +28,7 @@ def write_corpus(path, count=60):
 
 
 def flags(**values):
-    unset = ["index_path", "tokenizer", "retriever_model", "device", "dtype", "nprobe", "ef_search", "refine_factor"]
-    defaults = dict.fromkeys(unset) | {"retriever_name": "bm25", "faiss_gpu": False, "threads": 1, "workers": 1}
-    return argparse.Namespace(**(defaults | values))
+    return ServerOptions(**{"retriever_name": "bm25", "threads": 1} | values)
 
 
 def test_saved_bm25_index_finds_what_the_one_in_memory_finds(tmp_path):

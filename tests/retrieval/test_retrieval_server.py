@@ -14,10 +14,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from searchr1.commands.retrieval_server import write_address
 from searchr1.errors import UserError
 from searchr1.retrieval.client.client import SearchClient, wait_until_healthy
-from searchr1.retrieval.server.serve import bind, reachable_address
+from searchr1.retrieval.server.address import bind, reachable_address, write_address
 
 ROWS = [
     ("Ada Lovelace", "Ada Lovelace wrote the first program.", "https://wiki.example/Ada_Lovelace"),

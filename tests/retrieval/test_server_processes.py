@@ -155,7 +155,8 @@ SLOW = """
 import sys, time
 from searchr1.errors import UserError
 from searchr1.retrieval.server.metrics import Metrics
-from searchr1.retrieval.server.serve import bind, serve_here
+from searchr1.retrieval.server.address import bind
+from searchr1.retrieval.server.processes import serve_here
 def load():
     print("loading", flush=True)
     time.sleep(float(sys.argv[1]))

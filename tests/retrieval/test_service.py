@@ -7,10 +7,11 @@ import json
 
 import pytest
 
+from searchr1.retrieval.documents import encode_json
 from searchr1.retrieval.searcher import SearchFailed
 from searchr1.retrieval.server.batcher import Batcher
 from searchr1.retrieval.server.metrics import Metrics
-from searchr1.retrieval.server.service import AnswerCache, Depth, Limits, RetrievalService, encode, to_json
+from searchr1.retrieval.server.service import AnswerCache, Depth, Limits, RetrievalService, encode
 
 
 class SlowSearcher:
@@ -195,7 +196,7 @@ def test_the_cache_keeps_to_its_size_and_drops_the_oldest():
 
 
 def test_half_surrogate_pairs_are_escaped():
-    assert json.loads(to_json({"a": "\ud83d"})) == {"a": "\ud83d"}
+    assert json.loads(encode_json({"a": "\ud83d"})) == {"a": "\ud83d"}
     assert encode([({"id": "1", "contents": "é"}, 0.5)], False) == '[{"id":"1","contents":"é"}]'.encode()
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.agent.protocol import Document, render_body
+from searchr1.config.schema import SearchToolConfig
 from searchr1.errors import UserError
-from searchr1.retrieval.client.client import TOKEN_VARIABLE, SearchClient, SearchUnavailable
+from searchr1.retrieval.client.client import SearchClient, SearchUnavailable
 from searchr1.retrieval.client.outages import OutageWatch
 
 QUESTIONS_PER_CALL = 32
@@ -84,9 +85,8 @@ def _read_notes(notes: Path, asked: dict[str, Any]) -> dict[str, str]:
 async def _search_all(
     calls: Sequence[Sequence[str]], addresses: Sequence[str], topk: int, keep: Callable[[Sequence[str], Sequence[str]], None]
 ) -> None:
-    client = SearchClient(
-        addresses, topk=topk, timeout_s=TIMEOUT_S, token=os.environ.get(TOKEN_VARIABLE), max_connections=CALLS_AT_ONCE
-    )
+    search = SearchToolConfig(server_addr=list(addresses), topk=topk, timeout_s=TIMEOUT_S)
+    client = SearchClient.from_config(search, max_connections=CALLS_AT_ONCE)
     waiting = iter(calls)
 
     async def work() -> None:

@@ -13,7 +13,6 @@ MAX_ANSWER_BYTES = 64 << 20
 BYTES_EACH = 4 << 20
 MAX_REFUSAL_BYTES = 4096
 READ_BYTES = 1 << 16
-LONGEST_RETRY_AFTER_S = 3600.0
 
 
 async def read_json(response: aiohttp.ClientResponse, asked: int = 1) -> Any:
@@ -51,10 +50,3 @@ async def _read(response: aiohttp.ClientResponse, limit: int) -> bytes:
         if len(body) > limit:
             break
     return bytes(body)
-
-
-def retry_after(header: str | None) -> float | None:
-    """Return the seconds of a Retry-After header; None if it names none."""
-    if header is None or not (header.isascii() and header.isdecimal()):
-        return None
-    return min(float(header), LONGEST_RETRY_AFTER_S)

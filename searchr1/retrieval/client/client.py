@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import sys
 import time
@@ -10,21 +11,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from searchr1.errors import UserError
-from searchr1.retrieval.client.answers import read_json, read_refusal, retry_after
+from searchr1.retrieval.client.answers import read_json, read_refusal
 from searchr1.retrieval.client.balancer import Balancer
 from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, Page, RetrievedDocument, grown, split_contents
+from searchr1.retry import Backoff, Retries, parse_retry_after
 
 TOKEN_VARIABLE = "SEARCHR1_RETRIEVAL_TOKEN"
-FIRST_PAUSE_S = 0.1
-LONGEST_PAUSE_S = 5.0
+BACKOFF = Backoff(0.2, 5.0, (0.0, 1.0))
+"""Between the rounds in which every server had its turn."""
 TELL_EVERY_S = 10.0
 RETRY_STATUS = {429, 500, 502, 503, 504}
+
+if TYPE_CHECKING:  # the client works without the configuration's libraries
+    from searchr1.config.schema import SearchToolConfig
 
 T = TypeVar("T")
 
@@ -62,6 +67,12 @@ def base_url(address: str) -> str:
     return text.rstrip("/").removesuffix("/retrieve").replace("://0.0.0.0", "://127.0.0.1")
 
 
+def server_addresses(search: SearchToolConfig) -> list[str]:
+    """Return the addresses in `tools.search.server_addr`, which holds one or a list."""
+    given = search.server_addr if isinstance(search.server_addr, list) else [search.server_addr]
+    return [str(address) for address in given]
+
+
 class SearchClient:
     """`await search(queries)`; safe to use from many coroutines of one event loop.
 
@@ -88,9 +99,26 @@ class SearchClient:
         self._retries = retries
         self._max_connections = max_connections
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
-        self._balancer = Balancer(len(self._urls), time.monotonic)
+        self._rng = random.Random()
+        self._balancer = Balancer(len(self._urls), time.monotonic, self._rng)
         self._session: aiohttp.ClientSession | None = None
         self._stats = ClientStats()
+
+    @classmethod
+    def from_config(cls, search: SearchToolConfig, max_connections: int = 256) -> SearchClient:
+        """Make the client of `tools.search`; its bearer token comes from the environment.
+
+        Raises:
+            UserError: an address is missing or wrong.
+        """
+        return cls(
+            server_addresses(search),
+            topk=search.topk,
+            timeout_s=search.timeout_s,
+            retries=search.retries,
+            max_connections=max_connections,
+            token=os.environ.get(TOKEN_VARIABLE),
+        )
 
     @property
     def stats(self) -> ClientStats:
@@ -127,20 +155,15 @@ class SearchClient:
     async def _call(self, path: str, body: dict[str, Any], read: Callable[[Any], T], expected: int) -> list[T]:
         """Post to one server after the other until one gives `expected` results that `read` understands."""
         self._stats.calls += 1
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + grown(self._timeout_s, expected, QUERIES_PER_TIMEOUT)
+        timeout_s = grown(self._timeout_s, expected, QUERIES_PER_TIMEOUT)
+        retries = Retries(BACKOFF, self._rng, attempts=self._retries + 1, timeout_s=timeout_s, last_attempt=True)
         tried: set[int] = set()
-        problem = "no attempt was made"
-        for attempt in range(self._retries + 1):
-            if len(tried) == len(self._urls):  # every server has had its turn: give them time
-                pause = random.uniform(0, min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S))
-                await asyncio.sleep(min(pause, max(deadline - loop.time(), 0)))
-                tried.clear()
+        while True:
             server = self._balancer.choose(tried)
             tried.add(server)
             # A server that hangs must leave time for the others, if there are others.
-            others = min(self._retries - attempt, len(self._urls) - len(tried))
-            seconds = max(deadline - loop.time(), 0) / (others + 1)
+            others = min(self._retries - retries.failures, len(self._urls) - len(tried))
+            seconds = retries.remaining_s() / (others + 1)
             try:
                 async with asyncio.timeout(seconds):
                     result = await self._post(self._urls[server] + path, body, expected)
@@ -164,9 +187,12 @@ class SearchClient:
             else:
                 self._balancer.done(server, worked=True)
                 return found
-            if attempt == self._retries or loop.time() >= deadline:
+            if (wait_s := retries.next_wait_s()) is None:
                 break
             self._stats.retries += 1
+            if len(tried) == len(self._urls):  # every server has had its turn: give them time
+                await asyncio.sleep(wait_s)
+                tried.clear()
         self._stats.failures += 1
         raise SearchUnavailable(problem)
 
@@ -201,7 +227,7 @@ class _Refused(Exception):
     def __init__(self, status: int, text: str, header: str | None) -> None:
         super().__init__(f"status {status}: {text[:200]}")
         self.status = status
-        self.retry_after_s = retry_after(header)
+        self.retry_after_s = parse_retry_after(header)
 
 
 def _page(item: dict[str, Any] | None) -> Page | None:

@@ -22,11 +22,11 @@ START_BYTES = 256 << 20
 BAR_BYTES = 1 << 30
 """What takes longer than a look at a bar."""
 
-State = tuple[tuple[str, int, int, int], ...]
+IndexState = tuple[tuple[str, int, int, int], ...]
 """Path, size, inode and time of change of each file: the same files have the same contents."""
 
 
-def state_of(paths: Iterable[Path]) -> State:
+def state_of(paths: Iterable[Path]) -> IndexState:
     """Return the state of files; those that are missing are left out."""
     found = [(path, path.stat()) for path in sorted(paths) if path.exists()]
     return tuple((str(path), status.st_size, status.st_ino, status.st_ctime_ns) for path, status in found)
@@ -47,7 +47,7 @@ def files_of(path: Path, manifest: Manifest | None, retriever_name: str) -> list
     return [*named, *(file for file in served if file not in named)]
 
 
-def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> State:
+def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> IndexState:
     """Check the files of an index, say in a line what was checked, and return the state that they had.
 
     Raises:

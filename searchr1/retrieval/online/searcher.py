@@ -13,19 +13,19 @@ from typing import Any
 import aiohttp
 
 from searchr1.files.text_rows import whole_text
-from searchr1.retrieval.client.answers import read_json, retry_after
+from searchr1.retrieval.client.answers import read_json
 from searchr1.retrieval.documents import Page
 from searchr1.retrieval.index.tokens import split_passage, split_query
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import Engine, Hit, Request
 from searchr1.retrieval.online.fetch import PageFetcher, proxy_for
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
+from searchr1.retry import Backoff, Retries, parse_retry_after
 
 PASSAGE_CHARACTERS = 1200
 """How much of a fetched page is given."""
 ATTEMPTS = 4
-FIRST_PAUSE_S = 0.5
-LONGEST_PAUSE_S = 8.0
+BACKOFF = Backoff(0.5, 8.0, (0.5, 1.5))
 LONGEST_WORD = 60
 """A stretch is cut at a space if there is one so near to its end."""
 
@@ -59,6 +59,7 @@ class OnlineSearcher:
         self._snippet_only = snippet_only
         self._timeout_s = timeout_s
         self._free = asyncio.Semaphore(concurrency)
+        self._rng = random.Random()
         self._cache = cache
         self.fetcher = fetcher or PageFetcher()
         self._session: aiohttp.ClientSession | None = None
@@ -121,8 +122,8 @@ class OnlineSearcher:
 
     async def _ask(self, request: Request) -> Any:
         """Send it; again after a pause where the engine says that it is busy."""
-        problem = SearchFailed(f"{self._engine.name}: not asked")
-        for attempt in range(ATTEMPTS):
+        retries = Retries(BACKOFF, self._rng, attempts=ATTEMPTS)
+        while True:
             try:
                 async with self._client().request(
                     request.method,
@@ -139,11 +140,9 @@ class OnlineSearcher:
                 raise SearchFailed(f"{self._engine.name}: an answer that is no JSON, or too large") from error
             except aiohttp.ClientError as error:  # its text may hold the address, and that the key
                 problem = SearchFailed(f"{self._engine.name}: {type(error).__name__}{self._through(error)}", 1.0)
-            if problem.retry_after_s is None or attempt == ATTEMPTS - 1:
-                break
-            pause = min(FIRST_PAUSE_S * 2**attempt, LONGEST_PAUSE_S) * random.uniform(0.5, 1.5)
-            await asyncio.sleep(max(pause, problem.retry_after_s))
-        raise problem
+            if problem.retry_after_s is None or (wait_s := retries.next_wait_s(problem.retry_after_s)) is None:
+                raise problem
+            await asyncio.sleep(wait_s)
 
     def _through(self, error: aiohttp.ClientError) -> str:
         """What a failure has to do with the proxy."""
@@ -161,7 +160,7 @@ class OnlineSearcher:
         if status == 407 and self._proxy:
             return SearchFailed(f"{name}: the proxy of {self._proxy.variable} wants another user or password (407)")
         if status == 429 or status >= 500:
-            return SearchFailed(f"{name}: busy ({status})", retry_after(header) or 0.0)
+            return SearchFailed(f"{name}: busy ({status})", parse_retry_after(header) or 0.0)
         return SearchFailed(f"{name}: answered {status}")
 
     async def _page(self, url: str) -> Page | None:

@@ -12,9 +12,8 @@ import aiohttp
 from searchr1.errors import UserError
 from searchr1.retrieval.client.answers import read_json, read_refusal
 from searchr1.retrieval.client.client import base_url
-from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, grown
+from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, encode_json, grown
 from searchr1.retrieval.searcher import Document, Found, SearchFailed
-from searchr1.retrieval.server.service import to_json
 
 RERANK_TOKEN_VARIABLE = "SEARCHR1_RERANK_TOKEN"
 """The rerank server's bearer token; read by the server too."""
@@ -77,7 +76,7 @@ class RemoteReranker:
         headers = {"content-type": "application/json"}
         try:
             limit = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._open().post(self._url, data=to_json(body), headers=headers, timeout=limit) as answer:
+            async with self._open().post(self._url, data=encode_json(body), headers=headers, timeout=limit) as answer:
                 if answer.status != 200:
                     reason = (await read_refusal(answer))[:200]
                     raise SearchFailed(f"{self._url} answered {answer.status}: {reason}", RETRY_AFTER_S)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus, Pages
 from searchr1.retrieval.index.dense import DenseIndex, load_faiss, set_search_parameters
 from searchr1.retrieval.index.flat import INNER_PRODUCT, Refiner
-from searchr1.retrieval.index.index_check import State, check_index, faiss_file, files_of, state_of
+from searchr1.retrieval.index.index_check import IndexState, check_index, faiss_file, files_of, state_of
 from searchr1.retrieval.index.manifest import ADVICE, MANIFEST, Manifest, check_encoder, read_manifest
 from searchr1.retrieval.index.vector_file import open_vectors
 from searchr1.retrieval.online.disk_cache import DiskCache
@@ -23,70 +21,72 @@ from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.rerank.client import RemoteReranker
 from searchr1.retrieval.rerank.rerank import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
 from searchr1.retrieval.searcher import Index, Searcher
+from searchr1.retrieval.server.app import Backend
 from searchr1.retrieval.server.batcher import Batcher
 from searchr1.retrieval.server.metrics import Metrics
-from searchr1.retrieval.server.server import Backend
 from searchr1.retrieval.server.service import Limits, RetrievalService
+from searchr1.retrieval.server.start import NO_CORPUS, ServerOptions
 
 CACHED_QUERIES = 100_000
 """Vectors of queries that are kept: 300 MB at 768 dimensions."""
 
 
-def load_backend(args: argparse.Namespace, metrics: Metrics, checked: State | None = None) -> Backend:
+def load_backend(options: ServerOptions, metrics: Metrics, checked: IndexState | None = None) -> Backend:
     """Load everything. `checked`: files of the index that the parent process has checked.
 
     Raises:
         UserError: something is missing, damaged, or does not belong together.
     """
-    if args.engine is not None:
-        return load_online(args, metrics)
-    set_threads(args.retriever_name, bool(args.reranker_model), threads_of(args))
-    limits = Limits(args.max_pending, args.timeout_s, args.cache_mib << 20)
-    corpus = Corpus(args.corpus_path)
-    index = load_index(args, corpus, checked)
-    pages = Pages(args.pages_path) if args.pages_path else None
-    searcher = reranking(args, Batcher(index, corpus, metrics.observe_batch, corpus.empty))
-    about: dict[str, Any] = {"passages": len(corpus), "pages": len(pages) if pages else 0, "retriever": args.retriever_name}
+    if options.engine is not None:
+        return load_online(options.engine, options, metrics)
+    if options.corpus_path is None:
+        raise UserError(NO_CORPUS)
+    set_threads(options.retriever_name, bool(options.reranker_model), options.process_threads)
+    limits = Limits(options.max_pending, options.timeout_s, options.cache_mib << 20)
+    corpus = Corpus(options.corpus_path)
+    index = load_index(options, corpus, checked)
+    pages = Pages(options.pages_path) if options.pages_path else None
+    searcher = reranking(options, Batcher(index, corpus, metrics.observe_batch, corpus.empty))
+    about: dict[str, Any] = {
+        "passages": len(corpus),
+        "pages": len(pages) if pages else 0,
+        "retriever": options.retriever_name,
+    }
     if corpus.peculiarities():
         about["rows"] = corpus.peculiarities()
     return Backend(RetrievalService(searcher, limits, metrics), pages, about)
 
 
-def load_online(args: argparse.Namespace, metrics: Metrics) -> Backend:
+def load_online(engine: str, options: ServerOptions, metrics: Metrics) -> Backend:
     """An online engine; it has a cache of its own, on disk, whose entries grow old."""
     online = OnlineSearcher(
-        ENGINES[args.engine],
-        address=args.engine_url,
-        snippet_only=args.snippet_only,
-        concurrency=args.search_concurrency,
-        timeout_s=args.timeout_s,
-        cache=DiskCache(args.cache_dir) if args.cache_dir else None,
+        ENGINES[engine],
+        address=options.engine_url,
+        snippet_only=options.snippet_only,
+        concurrency=options.search_concurrency,
+        timeout_s=options.timeout_s,
+        cache=DiskCache(options.cache_dir) if options.cache_dir else None,
     )
-    service = RetrievalService(reranking(args, online), Limits(args.max_pending, args.timeout_s, cache_bytes=0), metrics)
-    return Backend(service, online, {"engine": args.engine})
+    service = RetrievalService(
+        reranking(options, online), Limits(options.max_pending, options.timeout_s, cache_bytes=0), metrics
+    )
+    return Backend(service, online, {"engine": engine})
 
 
-def reranking(args: argparse.Namespace, searcher: Searcher) -> Searcher:
+def reranking(options: ServerOptions, searcher: Searcher) -> Searcher:
     """With a second stage, if the flags ask for one."""
-    if args.reranker_url:
-        return RerankingSearcher(searcher, RemoteReranker(args.reranker_url, args.timeout_s), args.topk_retrieval)
-    if args.reranker_model:
-        size = args.reranker_batch_size
+    if options.reranker_url:
+        return RerankingSearcher(searcher, RemoteReranker(options.reranker_url, options.timeout_s), options.topk_retrieval)
+    if options.reranker_model:
+        size = options.reranker_batch_size
         model = CrossEncoder(
-            args.reranker_model, device=device_of(args), dtype=args.dtype, token_budget=size and size * PAIR_TOKENS
+            options.reranker_model,
+            device=options.model_device,
+            dtype=options.dtype,
+            token_budget=size and size * PAIR_TOKENS,
         )
-        return RerankingSearcher(searcher, LocalReranker(model), args.topk_retrieval)
+        return RerankingSearcher(searcher, LocalReranker(model), options.topk_retrieval)
     return searcher
-
-
-def device_of(args: argparse.Namespace) -> str:
-    """Where encoder and reranker compute."""
-    return args.device or ("cuda" if args.faiss_gpu else "cpu")
-
-
-def threads_of(args: argparse.Namespace) -> int:
-    """Processor threads of one process."""
-    return args.threads or max((os.cpu_count() or 1) // args.workers, 1)
 
 
 def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
@@ -99,19 +99,19 @@ def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def load_index(args: argparse.Namespace, corpus: Corpus, checked: State | None = None) -> Index:
+def load_index(options: ServerOptions, corpus: Corpus, checked: IndexState | None = None) -> Index:
     """The index that the flags describe; files that are still as they were when they were `checked` are not checked again.
 
     Raises:
         UserError: missing, damaged, or not of this corpus.
     """
-    path: Path | None = args.index_path
-    name: str = args.retriever_name
+    path: Path | None = options.index_path
+    name: str = options.retriever_name
     if path is None and name == "bm25":
-        tokenizer = tokenizer_for(corpus, args.tokenizer)
+        tokenizer = tokenizer_for(corpus, options.tokenizer)
         print(f"no --index_path: building the BM25 index in memory (tokenizer {tokenizer})", flush=True)
-        return Bm25Index.build(corpus.contents(), threads=threads_of(args), tokenizer=tokenizer)
-    if path is None or (args.retriever_model is None and name != "bm25"):
+        return Bm25Index.build(corpus.contents(), threads=options.process_threads, tokenizer=tokenizer)
+    if path is None or (options.retriever_model is None and name != "bm25"):
         raise UserError(f"--retriever_name {name} needs --index_path and --retriever_model")
     if not path.exists():
         raise UserError(f"--index_path {path}: no such file; run searchr1 build-index or download.py")
@@ -121,44 +121,49 @@ def load_index(args: argparse.Namespace, corpus: Corpus, checked: State | None =
         raise UserError(f"--index_path {folder}: no finished BM25 index ({MANIFEST} is missing); run searchr1 build-index")
     if checked is None or checked != state_of(files_of(path, manifest, name)):
         check_index(path, manifest, name)
-    index = load_bm25(args, folder, manifest) if name == "bm25" and manifest else load_dense(args, path, manifest)
+    index = (
+        load_bm25(options, folder, manifest)
+        if name == "bm25" and manifest
+        else load_dense(options, str(options.retriever_model), path, manifest)
+    )
     if index.rows != len(corpus):
         raise UserError(f"--index_path {path}: has {index.rows} rows, --corpus_path {len(corpus)} passages")
     return index
 
 
-def load_bm25(args: argparse.Namespace, folder: Path, manifest: Manifest) -> Index:
+def load_bm25(options: ServerOptions, folder: Path, manifest: Manifest) -> Index:
     """A BM25 folder, mapped."""
-    if args.tokenizer not in (None, "auto", manifest.tokenizer):
+    if options.tokenizer not in (None, "auto", manifest.tokenizer):
         raise UserError(
-            f"--tokenizer {args.tokenizer}: --index_path {folder} was built with {manifest.tokenizer or 'words of bm25s'}; "
+            f"--tokenizer {options.tokenizer}: --index_path {folder} was built with "
+            f"{manifest.tokenizer or 'words of bm25s'}; "
             "leave the flag out, or build the index again"
         )
-    return Bm25Index.load(folder, manifest.stemmer, threads_of(args), manifest.tokenizer, checked=True)
+    return Bm25Index.load(folder, manifest.stemmer, options.process_threads, manifest.tokenizer, checked=True)
 
 
-def load_dense(args: argparse.Namespace, path: Path, manifest: Manifest | None) -> Index:
+def load_dense(options: ServerOptions, model: str, path: Path, manifest: Manifest | None) -> Index:
     """A FAISS file, with its vectors if it has rounded them."""
     folder = path if path.is_dir() else path.parent
-    file = faiss_file(path, manifest, args.retriever_name)
+    file = faiss_file(path, manifest, options.retriever_name)
     if not file.is_file():
         raise UserError(f"--index_path {file}: no such file; run searchr1 build-index or download.py")
     pooling = manifest.pooling if manifest and manifest.pooling != "own" else None
-    encoder = Encoder(args.retriever_name, args.retriever_model, device=device_of(args), dtype=args.dtype, pooling=pooling)
+    encoder = Encoder(options.retriever_name, model, device=options.model_device, dtype=options.dtype, pooling=pooling)
     if manifest:
         check_encoder(manifest, encoder, folder)
-    faiss_index = load_faiss(file, encoder.dimension, args.faiss_gpu)
+    faiss_index = load_faiss(file, encoder.dimension, options.faiss_gpu)
     if manifest and manifest.metric == "inner product" and faiss_index.metric_type != INNER_PRODUCT:
         raise UserError(f"--index_path {file}: is damaged: it is not searched by inner product, as built; {ADVICE}")
     set_search_parameters(
         faiss_index,
-        args.nprobe or (manifest.nprobe if manifest else None),
-        args.ef_search or (manifest.ef_search if manifest else None),
+        options.nprobe or (manifest.nprobe if manifest else None),
+        options.ef_search or (manifest.ef_search if manifest else None),
     )
     refiner, factor = None, 1
     if manifest and manifest.vectors:
         refiner = Refiner(open_vectors(folder / manifest.vectors, manifest.rows, encoder.dimension))
-        factor = args.refine_factor or manifest.refine_factor or 1
-    elif args.refine_factor:
-        raise UserError(f"--refine_factor {args.refine_factor}: this index has no exact vectors beside it")
+        factor = options.refine_factor or manifest.refine_factor or 1
+    elif options.refine_factor:
+        raise UserError(f"--refine_factor {options.refine_factor}: this index has no exact vectors beside it")
     return DenseIndex(faiss_index, CachedEncoder(encoder, CACHED_QUERIES), refiner, factor)

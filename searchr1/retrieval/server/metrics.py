@@ -8,6 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+COUNTED_PATHS = {"/", "/health", "/ready", "/retrieve", "/access", "/metrics", "/rerank"}
+"""Any other path is counted as `other`, so that clients cannot make up counters."""
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
@@ -29,6 +31,12 @@ class Metrics:
         self.pending = Gauge(
             f"{prefix}_pending_queries", "Waiting or being searched", registry=registry, multiprocess_mode="livesum"
         )
+
+    def observe_request(self, path: str, status: int, seconds: float) -> None:
+        """Count one request."""
+        label = path if path in COUNTED_PATHS else "other"
+        self.requests.labels(label, str(status)).inc()
+        self.request_seconds.labels(label).observe(seconds)
 
     def observe_batch(self, queries: int, seconds: float) -> None:
         """Count one batch."""

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import orjson
-
-from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, grown
+from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, encode_json, grown
 from searchr1.retrieval.searcher import Document, Reranks, Searcher, SearchFailed
 from searchr1.retrieval.server.metrics import Metrics
 
@@ -170,12 +166,4 @@ def _size(key: Key, answer: bytes) -> int:
 def encode(hits: Sequence[tuple[Document, float]], return_scores: bool) -> bytes:
     """The passages of one query, as JSON."""
     items = [{"document": d, "score": score} for d, score in hits] if return_scores else [d for d, _ in hits]
-    return to_json(items)
-
-
-def to_json(content: Any) -> bytes:
-    """JSON; text with half a surrogate pair, which UTF-8 cannot hold, is escaped."""
-    try:
-        return orjson.dumps(content)
-    except TypeError:
-        return json.dumps(content).encode()
+    return encode_json(items)

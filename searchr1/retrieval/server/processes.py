@@ -22,10 +22,9 @@ from typing import Any
 import uvicorn
 
 from searchr1.errors import UserError
-from searchr1.retrieval.server.gate import Gate
-from searchr1.retrieval.server.server import Backend, ServerState, create_app
+from searchr1.http_guard import Guard
+from searchr1.retrieval.server.app import Backend, ServerState, create_app
 
-BACKLOG = 1024
 GRACE_S = 5
 """Requests in flight have so long to finish when the server stops."""
 MAX_RESTARTS_A_MINUTE = 5
@@ -33,39 +32,6 @@ MAX_RESTARTS_A_MINUTE = 5
 Load = Callable[[], Backend]
 Ready = Callable[[dict[str, Any]], None]
 """Told what was loaded."""
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port; port 0 takes a free one.
-
-    Raises:
-        UserError: the port is taken, or the host is not of this machine.
-    """
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        found.bind((host, port))
-        found.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
-        found.close()
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"--port {port}: cannot listen on --host {host} ({reason}); give another --port or --host"
-        ) from error
-    return found
-
-
-def reachable_address(host: str, port: int) -> str:
-    """host:port under which clients find a server that listens on `host`."""
-    if host in ("0.0.0.0", "::"):
-        # No packet is sent: this asks which of our addresses the others see.
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(("192.0.2.1", 9))
-                host = probe.getsockname()[0]
-            except OSError:
-                host = "127.0.0.1"
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def peak_memory_mib() -> float:
@@ -125,7 +91,7 @@ def serve_here(listener: socket.socket, load: Load, metrics: Any, topk: int, tok
         raise server.problem
 
 
-def serve_app(app: Gate, listener: socket.socket, started: Callable[[], None] | None) -> None:
+def serve_app(app: Guard, listener: socket.socket, started: Callable[[], None] | None) -> None:
     """Serve an application that is loaded already, until a signal comes."""
 
     class Server(uvicorn.Server):
@@ -138,7 +104,7 @@ def serve_app(app: Gate, listener: socket.socket, started: Callable[[], None] | 
     Server(server_config(app)).run(sockets=[listener])
 
 
-def server_config(app: Gate) -> uvicorn.Config:
+def server_config(app: Guard) -> uvicorn.Config:
     """How uvicorn is run."""
     return uvicorn.Config(
         app,
