@@ -37,7 +37,7 @@ WITH_SUBCOMMANDS = {"convert"}
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>[\w+-]*)\n(?P<body>.*?)^(?P=indent)```$", re.M | re.S)
 DIRECTIVE = re.compile(r" *\.\. code-block:: *(\w*)")
 FLAG = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
-COMMAND = re.compile(r"(?<![\w/.-])(?:searchr1|searchr1\.cli)[ \t]+([a-z][a-z0-9-]*)((?:[^\n;&|`#)]|\|(?=\w))*)")
+COMMAND = re.compile(r"(?<![\w/.-])(?<!from )(?:searchr1|searchr1\.cli)[ \t]+([a-z][a-z0-9-]*)((?:[^\n;&|`#)]|\|(?=\w))*)")
 KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z_][a-z0-9_]*)+)(?![\w/(*{{:]|\.\*|\.\w)")
 OVERRIDE = re.compile(r"(?<![\w./-])([a-z]+(?:\.[a-z_][a-z0-9_]*)+)=(?!=)")
 FOLDERS = ("examples", "toolkits", "tests", "benchmarks", "docs", "searchr1")
@@ -196,7 +196,7 @@ def translation_problems(english: str, chinese: str) -> Iterator[str]:
     """Where a translation says something else: code (comments may differ), headings, links, what stands in code style."""
 
     def commands(page: str) -> list[str]:
-        return [re.sub(r"[ \t]+#(?: .*)?$", "", body, flags=re.M) for _, body in blocks(page)]
+        return [re.sub(r"(?:^|[ \t]+)#(?: .*)?$", "", body, flags=re.M) for _, body in blocks(page)]
 
     def targets(page: str) -> Counter[str]:
         found = (os.path.normpath(Path(page).parent / target) for target in links(page))

@@ -61,7 +61,7 @@ def test_the_commands_page_is_current():
 
 
 def test_the_http_page_has_every_path_of_the_servers():
-    served = {("GET", "/api/" + path) for path in re.findall(r'"/api/(\w+)"', sources("commands/watch.py"))}
+    served = {("GET", "/api/" + path) for path in re.findall(r'"/api/(\w+)"', sources("**/*.py"))}
     assert served, "no paths in the watch server"
     served |= {(method.upper(), path) for method, path in re.findall(r'@app\.(get|post)\("(/[^"]*)"', sources("**/*.py"))}
     named = set(re.findall(r"`(GET|POST) (/[\w/]*)`", HTTP))
