@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 import yaml
-from searchr1.retrieval.server.app import AccessRequest, RetrieveRequest
 
 import searchr1
 from searchr1.chat.events import Event
 from searchr1.chat.server import Address, Question
 from searchr1.retrieval.rerank.server import RerankRequest
+from searchr1.retrieval.server.app import AccessRequest, RetrieveRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
