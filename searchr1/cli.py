@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "infer": ("searchr1.commands.infer", "answer questions with a trained model, and print how"),
     "chat": ("searchr1.commands.chat", "ask a trained model in the terminal"),
     "serve-chat": ("searchr1.commands.serve_chat", "a web page that asks a trained model"),
-    "sft": ("searchr1.training.sft", "supervised fine-tuning on chat or plain rows"),
+    "sft": ("searchr1.commands.sft", "supervised fine-tuning on chat or plain rows"),
     "convert": ("searchr1.commands.convert", "checkpoints: Megatron or FSDP to Hugging Face, Hugging Face to Megatron"),
     "verify": ("searchr1.commands.verify", "whether checkpoints, models, indexes and corpora are still what was written"),
     "retrieval-server": ("searchr1.commands.retrieval_server", "serve /retrieve, /access and /health"),

@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             freed = held - device.memory().used_bytes
         metrics = policy.train_step(rows, [1.0, -1.0] * (len(rows) // 2), [0] * len(rows))
         losses.append([metrics["actor/loss"], metrics["actor/grad_norm"], metrics.get("actor/entropy", 0.0)])
-    policy.bring_back("weight")
+    policy.reload("weight")
     after = policy.logprobs(rows)
     weights = {name: value.float().cpu() for name, value in policy.named_weights(torch.float32)}
     torch.save({"before": before, "after": after, "losses": losses, "weights": weights, "freed": freed}, args.result)

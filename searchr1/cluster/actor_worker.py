@@ -57,7 +57,7 @@ class ActorWorker(Worker):
 
     @reported
     async def train_step(self) -> dict[str, float]:
-        """Take this replica's share of the step from the channel and train on it. Returns metrics of all ranks."""
+        """Train on this data-parallel rank's share of the step, from the channel. Return metrics of all ranks."""
         timeout_s = self._config.runner.step_timeout_s
         share: ActorShare = await channels.get_share(self._channel, self._policy, channels.actor_key, timeout_s)
         metrics = self._policy.train_step(share.trajectories, share.advantages, share.minibatch_ids)
@@ -75,7 +75,7 @@ class ActorWorker(Worker):
             return self._publish_adapter(version)
         named, elements = self._policy.named_weights(), self._policy.backend.parameter_count
         size = bucket_size(elements, self._policy.rollout_dtype)
-        self._policy.bring_back("weight")
+        self._policy.reload("weight")
         self._buckets: Iterator[Any]
         if self._rank == 0:
             if self._publisher is None:
@@ -92,7 +92,7 @@ class ActorWorker(Worker):
         from searchr1.rollout.shared_memory import weight_directory, weight_folders
         from searchr1.rollout.weights import publish_adapter
 
-        self._policy.bring_back("weight")
+        self._policy.reload("weight")
         named, lora = list(self._policy.named_adapters()), self._config.actor.lora
         if self._rank != 0:
             return None
@@ -121,7 +121,7 @@ class ActorWorker(Worker):
     @reported
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
         """Log-probability of each token of each sequence (0 for the first) under the current weights."""
-        self._policy.bring_back("weight")
+        self._policy.reload("weight")
         logprobs = self._policy.probe_logprobs(sequences)
         self._leave_gpu()
         return logprobs

@@ -33,14 +33,14 @@ FINISHED = "finished"
 """Reward or inference -> runner: a finished `Chunk`; None ends the batch."""
 
 
-def actor_key(replica: int) -> str:
-    """Runner -> a replica's first actor rank: the replica's share of the step, an `ActorShare`."""
-    return f"actor/{replica}"
+def actor_key(dp_rank: int) -> str:
+    """Runner -> the leader of the actor's data-parallel rank: its share of the step, an `ActorShare`."""
+    return f"actor/{dp_rank}"
 
 
-def critic_key(replica: int) -> str:
-    """Runner -> a replica's first critic rank: its share of the step's trajectories, then their `CriticTargets`."""
-    return f"critic/{replica}"
+def critic_key(dp_rank: int) -> str:
+    """Runner -> the leader of the critic's data-parallel rank: its share of the trajectories, then their `CriticTargets`."""
+    return f"critic/{dp_rank}"
 
 
 async def get(channel: Any, key: str, timeout_s: float) -> Any:
@@ -54,13 +54,13 @@ async def get(channel: Any, key: str, timeout_s: float) -> Any:
 
 
 async def get_share(channel: Any, model: TrainedModel, key: Callable[[int], str], timeout_s: float) -> Any:
-    """A replica's share of a step: its first rank takes it from the channel, the others of the replica from that rank.
+    """Return a data-parallel rank's share of a step: its leader takes it from the channel, the others from the leader.
 
     Raises:
         TimeoutError: nothing came in time.
     """
-    share = await get(channel, key(model.replica), timeout_s) if model.leads_replica else None
-    return model.to_replica(share)
+    share = await get(channel, key(model.dp_rank), timeout_s) if model.is_dp_leader else None
+    return model.broadcast_from_dp_leader(share)
 
 
 async def put(channel: Any, item: Any, key: str, timeout_s: float) -> None:

@@ -18,7 +18,7 @@ from searchr1.device import Device
 
 @dataclass(slots=True)
 class CriticTargets:
-    """What the trajectories that a replica has given values for should have got. All arrays are response-aligned."""
+    """What the values of a data-parallel rank's trajectories should have been. All arrays are response-aligned."""
 
     returns: list[Any]
     minibatch_ids: list[int]
@@ -49,11 +49,11 @@ class CriticWorker(Worker):
 
     @reported
     async def values(self) -> list[Any] | None:
-        """Take this replica's share of a step, keep it for `train_step`, and give its values on the replica's first rank."""
+        """Take this data-parallel rank's share of a step and keep it for `train_step`. The leader returns its values."""
         self._trajectories: list[Trajectory] = await self._share()
         self._values = self._critic.values(self._trajectories)
         self._device.empty_cache()
-        return self._values if self._critic.leads_replica else None
+        return self._values if self._critic.is_dp_leader else None
 
     @reported
     async def train_step(self) -> dict[str, float]:

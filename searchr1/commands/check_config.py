@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from searchr1.config.critic import critic_run
+from searchr1.config.critic import critic_backend
 from searchr1.config.layout import actor_layout, critic_layout, describe_device, group_ranks, is_evaluation
 from searchr1.config.load import ConfigError, load_config
 from searchr1.config.schema import Config
@@ -69,7 +69,7 @@ def _evaluation(config: Config) -> str:
 
 def _critic(config: Config, device: Device) -> str:
     layout = critic_layout(config, len(group_ranks(config, "critic", device)))
-    backend, optim = critic_run(config).actor.training_backend, config.critic.optim
+    backend, optim = critic_backend(config), config.critic.optim
     return (
         f"critic      {backend}, tensor x pipeline x data parallel {layout.tensor_parallel} x {layout.pipeline_parallel} x "
         f"{layout.data_parallel}; learning rate {optim.lr:g}, alone in the first {config.critic.warmup_steps} steps"

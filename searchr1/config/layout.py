@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from searchr1.config.critic import critic_run
+from searchr1.config.critic import critic_backend, critic_model
 from searchr1.config.schema import Config
+from searchr1.config.schema_model import ActorModelConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
 
@@ -35,42 +36,51 @@ class Layout:
 
     @property
     def data_parallel(self) -> int:
-        """Replicas, each of which trains on a share of the data."""
+        """Data-parallel ranks: copies of the model, each of which trains on a share of the data."""
         return self.world // (self.tensor_parallel * self.pipeline_parallel)
 
-    def data_rank(self, rank: int) -> int:
-        """Which replica a rank belongs to."""
+    def dp_rank(self, rank: int) -> int:
+        """Return the data-parallel rank of a process."""
         return rank // self.tensor_parallel % self.data_parallel
 
-    def leads(self, rank: int) -> bool:
-        """Whether a rank is its replica's first: the one that takes its share of the data from the channel."""
+    def is_dp_leader(self, rank: int) -> bool:
+        """Return whether a process is the first of its data-parallel rank: the one that takes its share of the data."""
         return rank % self.tensor_parallel == 0 and rank < self.tensor_parallel * self.data_parallel
 
 
-def actor_layout(config: Config, world: int, section: str = "actor") -> Layout:
-    """The layout of a run's actor group of `world` ranks; on FSDP2 every rank is a replica.
+def model_layout(backend: str, model: ActorModelConfig, world: int, section: str) -> Layout:
+    """Return how `world` ranks share a model; on FSDP2 every rank is a data-parallel rank of its own.
 
     Args:
-        config: of the run, or `critic_run` of it.
-        world: ranks.
+        backend: `fsdp` or `megatron`.
+        model: with the parallel sizes.
+        world: ranks of the group.
         section: of the YAML, for messages.
 
     Raises:
         UserError: the sizes do not divide the ranks.
     """
-    if config.actor.training_backend != "megatron":
+    if backend != "megatron":
         return Layout(world, 1, 1)
-    model = config.actor.model
     return Layout.of(world, model.tensor_model_parallel_size, model.pipeline_model_parallel_size, section)
 
 
-def critic_layout(config: Config, world: int) -> Layout:
-    """The same of the critic group.
+def actor_layout(config: Config, world: int) -> Layout:
+    """Return the layout of a run's actor group of `world` ranks.
 
     Raises:
-        UserError: likewise.
+        UserError: the sizes do not divide the ranks.
     """
-    return actor_layout(critic_run(config), world, "critic")
+    return model_layout(config.actor.training_backend, config.actor.model, world, "actor")
+
+
+def critic_layout(config: Config, world: int) -> Layout:
+    """Return the layout of a run's critic group of `world` ranks.
+
+    Raises:
+        UserError: the sizes do not divide the ranks.
+    """
+    return model_layout(critic_backend(config), critic_model(config), world, "critic")
 
 
 def parse_slots(value: object, slots: int, key: str) -> list[int]:
@@ -214,10 +224,14 @@ def group_slots(config: Config, component: str, device: Device) -> list[int]:
 
 def _model_parallel_size(config: Config, component: str) -> int:
     """Processes that one copy of a group's model needs."""
-    run = critic_run(config) if component == "critic" else config
-    if component not in ("actor", "critic") or run.actor.training_backend != "megatron":
+    models = {
+        "actor": (config.actor.training_backend, config.actor.model),
+        "critic": (critic_backend(config), critic_model(config)),
+    }
+    backend, model = models.get(component, ("", config.actor.model))
+    if backend != "megatron":
         return 1
-    return run.actor.model.tensor_model_parallel_size * run.actor.model.pipeline_model_parallel_size
+    return model.tensor_model_parallel_size * model.pipeline_model_parallel_size
 
 
 def group_ranks(config: Config, component: str, device: Device) -> list[tuple[int, ...]]:

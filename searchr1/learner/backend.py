@@ -1,10 +1,14 @@
-"""What a training backend does for `policy.py` and `critic.py`: the seam between algorithms and FSDP2 or Megatron-Core."""
+"""What a training backend does for `policy.py` and `critic.py`: the seam between algorithms and FSDP2 or Megatron-Core.
+
+A micro-batch is trained on by `forward`, a loss of its values, and `backward`. Megatron-Core's pipeline decides itself which
+stage runs what when; its backends have `run_schedule` instead, which takes the loss as a function.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -12,14 +16,13 @@ from torch import Tensor
 
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
+from searchr1.device import Device
 from searchr1.learner.packing import PackedBatch
+from searchr1.learner.trainer_config import Resident, TrainerConfig
 
 T = TypeVar("T")
 
-Resident = Literal["weight", "optimizer", "grad"]
-"""Groups of tensors that can leave the GPU between phases: `actor.offload_*`."""
-
-MicroBatchLoss = Callable[[PackedBatch, TokenLogprobs], Tensor]
+PolicyLoss = Callable[[PackedBatch, TokenLogprobs], Tensor]
 """The loss of one micro-batch, a share of the mean over the whole mini-batch: sums, never means, over ranks."""
 
 ValueLoss = Callable[[PackedBatch, Tensor], Tensor]
@@ -35,65 +38,65 @@ class ModelPart(Protocol):
 
 
 class ScoringBackend(ModelPart, Protocol):
-    """Of a language model."""
+    """A language model that gives log-probabilities."""
 
-    def forward(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
-        """Log-probabilities [P] of each batch's policy tokens, on every rank, without gradients."""
+    def logprobs(self, batches: Sequence[PackedBatch], temperature: float) -> list[Tensor]:
+        """Return log-probabilities [P] of each batch's policy tokens, on every rank, without gradients."""
         ...
 
 
 class TrainingBackend(ModelPart, Protocol):
-    """With an optimizer, whatever is on top of the decoder. Every method but the properties is a collective."""
+    """A model with an optimizer, whatever is on top of the decoder. Every method but the properties is a collective."""
 
     @property
-    def replica(self) -> int:
-        """Which copy of the model this rank is part of; a copy trains on one share of the data."""
+    def dp_rank(self) -> int:
+        """Data-parallel rank: which copy of the model this process is part of; a copy trains on one share of the data."""
         ...
 
     @property
-    def leads_replica(self) -> bool:
-        """Whether this rank is the first of its copy, the one that is handed the share."""
+    def is_dp_leader(self) -> bool:
+        """Whether this process is the first of its data-parallel rank, the one that takes the share."""
         ...
 
-    def to_replica(self, value: T | None) -> T:
-        """What the replica's first rank has, on all its ranks."""
+    def broadcast_from_dp_leader(self, value: T | None) -> T:
+        """Return the leader's value on all processes of the data-parallel rank."""
         ...
 
     def share(self, sums: Sums) -> Sums:
-        """Sums over all data, on every rank, from what a loss collected (empty where it was not called)."""
+        """Return sums over all data, on every rank, of what a loss collected (empty where it was not called)."""
         ...
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale gradients down to `max_norm`. Returns the norm before, over all ranks (nan or inf if a gradient is)."""
+        """Scale gradients down to `max_norm`. Return the norm before, over all ranks (nan or inf if a gradient is)."""
         ...
 
     def step(self) -> None:
-        """One update of the weights, and of the learning rate."""
+        """Update the weights once, and the learning rate."""
         ...
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Drop the gradients."""
         ...
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next update."""
         ...
 
     @property
     def parameter_count(self) -> int:
-        """Of the whole model, over all ranks."""
+        """Parameters of the whole model, over all ranks."""
         ...
 
     def named_weights(self, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
-        """Full tensors under their Hugging Face names, one at a time, a tied output layer left out.
+        """Yield full tensors under their Hugging Face names, one at a time, a tied output layer left out.
 
         On ranks but the first they may be empty shells on the "meta" device.
         """
         ...
 
     def resident(self, kind: Resident) -> Iterator[Tensor]:
-        """This rank's tensors of one kind, as far as they exist now; no collective."""
+        """Yield this rank's tensors of one kind, as far as they exist now; no collective."""
         ...
 
     def save(self, folder: Path, in_background: bool = False) -> None:
@@ -104,7 +107,7 @@ class TrainingBackend(ModelPart, Protocol):
         ...
 
     def finish_save(self) -> None:
-        """Wait until a save in the background has been written; does nothing without one."""
+        """Wait until a save in the background has been written; do nothing without one."""
         ...
 
     def load(self, folder: Path) -> None:
@@ -112,27 +115,101 @@ class TrainingBackend(ModelPart, Protocol):
         ...
 
 
-class Backend(ScoringBackend, TrainingBackend, Protocol):
-    """A policy."""
+class PolicyBackend(ScoringBackend, TrainingBackend, Protocol):
+    """A policy that is trained a micro-batch at a time."""
 
-    def forward_backward(
-        self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: MicroBatchLoss
-    ) -> None:
-        """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
+    def forward(self, batch: PackedBatch, temperature: float, with_entropy: bool) -> TokenLogprobs:
+        """Return log-probabilities [P] of the policy tokens, and their entropies, with gradients."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add up the gradients of a micro-batch's loss over ranks."""
         ...
 
     def named_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """LoRA's matrices, full tensors under peft's names, one at a time; nothing where all weights are trained."""
+        """Yield LoRA's matrices, full tensors under peft's names, one at a time; nothing where all weights are trained."""
+        ...
+
+
+@runtime_checkable
+class PolicySchedule(Protocol):
+    """A policy whose backend runs its micro-batches itself."""
+
+    def run_schedule(self, batches: Sequence[PackedBatch], temperature: float, with_entropy: bool, loss: PolicyLoss) -> None:
+        """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
+        ...
+
+
+class ScheduledPolicyBackend(ScoringBackend, TrainingBackend, PolicySchedule, Protocol):
+    """A policy on Megatron-Core."""
+
+    def named_adapters(self, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """See `PolicyBackend`."""
         ...
 
 
 class ValueBackend(TrainingBackend, Protocol):
-    """A critic: a decoder with a scalar head that starts at 0."""
+    """A critic: a decoder with a scalar head that starts at 0, trained a micro-batch at a time."""
 
     def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """[P] of each batch's policy tokens: the value of the state before it; on every rank, without gradients."""
+        """Return [P] of each batch's policy tokens: the value of the state before it; on every rank, without gradients."""
         ...
 
-    def forward_backward(self, batches: Sequence[PackedBatch], loss: ValueLoss) -> None:
-        """As `Backend` does."""
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Return values [P] in fp32, with gradients."""
         ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Add up the gradients of a micro-batch's loss over ranks."""
+        ...
+
+
+@runtime_checkable
+class ValueSchedule(Protocol):
+    """A critic whose backend runs its micro-batches itself."""
+
+    def run_schedule(self, batches: Sequence[PackedBatch], loss: ValueLoss) -> None:
+        """Add up the gradients of `loss` over batches and ranks. Ranks without the model's output do not call it."""
+        ...
+
+
+class ScheduledValueBackend(TrainingBackend, ValueSchedule, Protocol):
+    """A critic on Megatron-Core."""
+
+    def values(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
+        """See `ValueBackend`."""
+        ...
+
+
+AnyPolicyBackend = PolicyBackend | ScheduledPolicyBackend
+AnyValueBackend = ValueBackend | ScheduledValueBackend
+
+
+def start_policy_backend(trainer: TrainerConfig, device: Device) -> AnyPolicyBackend:
+    """Join the process group and load a policy on the backend that is asked for; a collective.
+
+    Raises:
+        UserError: there is no such model, or its backend or layout does not fit it.
+    """
+    if trainer.backend == "megatron":
+        from searchr1.learner.megatron.backend import MegatronBackend
+
+        return MegatronBackend.start(trainer, device)
+    from searchr1.learner.fsdp import FsdpBackend
+
+    return FsdpBackend.start(trainer, device)
+
+
+def start_value_backend(trainer: TrainerConfig, device: Device) -> AnyValueBackend:
+    """Join the process group and load a critic on the backend that is asked for; a collective.
+
+    Raises:
+        UserError: there is no such model, or its backend or layout does not fit it.
+    """
+    if trainer.backend == "megatron":
+        from searchr1.learner.megatron.backend import MegatronValueBackend
+
+        return MegatronValueBackend.start(trainer, device)
+    from searchr1.learner.fsdp import FsdpValueBackend
+
+    return FsdpValueBackend.start(trainer, device)

@@ -71,14 +71,14 @@ def _finish_writing(writing: Future[Any], folder: Path, rank: int) -> None:
 
 def _in_thread(work: Callable[[], None]) -> Future[None]:
     pool = ThreadPoolExecutor(1)
-    found = pool.submit(work)
+    future = pool.submit(work)
     pool.shutdown(wait=False)
-    return found
+    return future
 
 
 @contextmanager
-def told_as_disk_trouble(folder: Path) -> Iterator[None]:
-    """What PyTorch and Megatron raise when they cannot write, in words.
+def disk_errors_named(folder: Path) -> Iterator[None]:
+    """Turn what PyTorch and Megatron raise when they cannot write into an error that names the problem.
 
     Raises:
         UserError: instead of theirs.
@@ -103,8 +103,8 @@ def _background_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None
 
 
-def verify_by_first_rank(folder: Path) -> None:
-    """Compare `folder`, part of a checkpoint, with what was written; one rank reads, all know; a collective.
+def verify_on_first_rank(folder: Path) -> None:
+    """Compare `folder`, part of a checkpoint, with what was written; one rank reads for all; a collective.
 
     Raises:
         UserError: a file is missing or changed; on all ranks.

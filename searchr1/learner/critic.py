@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from torch import Tensor
 from searchr1.agent.trajectory import Trajectory
 from searchr1.algorithms.sums import Sums, on_host, total
 from searchr1.algorithms.value_loss import clipped_value_loss
-from searchr1.config.critic import critic_run
 from searchr1.config.schema import Config
 from searchr1.device import Device
-from searchr1.learner.backend import ValueBackend
+from searchr1.learner.backend import AnyValueBackend, ValueSchedule, start_value_backend
 from searchr1.learner.packing import FloatArray, PackedBatch, unpack_all
 from searchr1.learner.stats import all_reduce_denominators, count_denominators
 from searchr1.learner.trained import TrainedModel, micro_batches
+from searchr1.learner.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -27,34 +28,34 @@ logger = logging.getLogger(__name__)
 class Critic(TrainedModel):
     """One rank of the critic. Every method is a collective."""
 
-    def __init__(self, backend: ValueBackend, config: Config) -> None:
-        super().__init__(backend, config)
-        self.backend = backend
-        self._config = config
-        self._max_tokens = config.runner.max_tokens_per_mbs
+    backend: AnyValueBackend
+
+    def __init__(self, backend: AnyValueBackend, config: Config) -> None:
+        self._trainer = TrainerConfig.for_critic(config)
+        super().__init__(backend, self._trainer)
+        self._cliprange = config.critic.cliprange_value
+        self._n_minibatches = config.algorithm.n_minibatches
 
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None) -> Critic:
         """Join the process group and load the critic: the policy's decoder unless `critic.model_path` says otherwise.
 
+        Args:
+            config: of the run.
+            device: where to compute.
+            total_steps: optimizer steps of the whole run, for decaying schedules.
+
         Raises:
             UserError: there is no such model, or its backend cannot do it.
         """
-        run = critic_run(config)
-        if run.actor.training_backend == "megatron":
-            from searchr1.learner.megatron.backend import MegatronValueBackend
-
-            return cls(MegatronValueBackend.start(run, device, total_steps), config)
-        from searchr1.learner.fsdp import FsdpValueBackend
-
-        return cls(FsdpValueBackend.start(run, device, total_steps), config)
+        return cls(start_value_backend(TrainerConfig.for_critic(config, total_steps), device), config)
 
     def values(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """V before each policy token, response-aligned ([N] each, 0 elsewhere)."""
-        self.bring_back("weight")
-        batches = micro_batches(self.backend, self._max_tokens, trajectories)
-        found = self.backend.values(batches)
-        return unpack_all(batches, [batch.scatter_policy(values_P) for batch, values_P in zip(batches, found, strict=True)])
+        """Return V before each policy token, response-aligned ([N] each, 0 elsewhere)."""
+        self.reload("weight")
+        batches = micro_batches(self.backend, self._trainer.max_tokens, trajectories)
+        values = self.backend.values(batches)
+        return unpack_all(batches, [batch.scatter_policy(values_P) for batch, values_P in zip(batches, values, strict=True)])
 
     def train_step(
         self,
@@ -63,7 +64,7 @@ class Critic(TrainedModel):
         old_values: Sequence[FloatArray],
         minibatch_ids: Sequence[int],
     ) -> dict[str, float]:
-        """One optimizer step per mini-batch on this replica's share of a rollout step.
+        """Make one optimizer step per mini-batch on this data-parallel rank's share of a rollout step.
 
         Args:
             trajectories: the share.
@@ -75,13 +76,13 @@ class Critic(TrainedModel):
             `critic/…` metrics over all ranks.
         """
         started = time.perf_counter()
-        self.bring_back("weight", "grad", "optimizer")
+        self.reload("weight", "grad", "optimizer")
         sums, norms, skipped = Sums(), [], 0
-        for number in range(self._config.algorithm.n_minibatches):
+        for number in range(self._n_minibatches):
             members = [i for i, minibatch in enumerate(minibatch_ids) if minibatch == number]
             part = [trajectories[i] for i in members]
             sums = sums + self._accumulate(part, [returns[i] for i in members], [old_values[i] for i in members])
-            norm = self.backend.clip_gradients(self._config.critic.optim.clip_grad)
+            norm = self.backend.clip_gradients(self._trainer.optim.clip_grad)
             if math.isfinite(norm):
                 self.backend.step()
                 norms.append(norm)
@@ -108,29 +109,43 @@ class Critic(TrainedModel):
     def _accumulate(
         self, trajectories: Sequence[Trajectory], returns: Sequence[FloatArray], old_values: Sequence[FloatArray]
     ) -> Sums:
-        """Gradients of one mini-batch. Returns sums over all ranks."""
+        """Add up the gradients of one mini-batch. Return its sums over all ranks."""
         local = count_denominators(trajectories)
         tokens = max(1, all_reduce_denominators(local, self.backend.device, self.backend.data_group).tokens)
-        sums = Sums()
+        mini_batch = _MiniBatch(self._cliprange, tokens)
+        batches = micro_batches(self.backend, self._trainer.max_tokens, trajectories, returns=returns, old_values=old_values)
+        if isinstance(self.backend, ValueSchedule):  # a pipeline decides itself which stage runs what when
+            self.backend.run_schedule(batches, mini_batch.loss)
+        else:
+            for batch in batches:
+                values_P = self.backend.forward(batch)
+                loss = mini_batch.loss(batch, values_P)
+                self.backend.backward(loss)
+        return self.backend.share(mini_batch.sums)
 
-        def loss(batch: PackedBatch, values_P: Tensor) -> Tensor:
-            nonlocal sums
-            policy_P = batch.policy_positions_P
-            assert batch.old_logprobs_T is not None
-            returns_P, old_P = batch.advantages_T[policy_P], batch.old_logprobs_T[policy_P]
-            loss_P, clipped_P = clipped_value_loss(values_P, old_P, returns_P, self._config.critic.cliprange_value)
-            sums = sums + Sums({
-                "tokens": total(torch.ones_like(loss_P)),
-                "loss": total(loss_P),
-                "clipped": total(clipped_P),
-                "values": total(values_P),
-                "returns": total(returns_P),
-                "returns_squared": total(returns_P.double().square()),
-                "error_squared": total((values_P.detach() - returns_P).double().square()),
-            })  # fmt: skip
-            return loss_P.sum() / tokens
 
-        # A packed batch carries two numbers a token; these are the critic's.
-        batches = micro_batches(self.backend, self._max_tokens, trajectories, returns, old_values)
-        self.backend.forward_backward(batches, loss)
-        return self.backend.share(sums)
+@dataclass(slots=True)
+class _MiniBatch:
+    """The value loss of a mini-batch's micro-batches, and its sums so far."""
+
+    cliprange: float
+    tokens: int
+    """Policy tokens of the mini-batch, over all ranks."""
+    sums: Sums = field(default_factory=Sums)
+
+    def loss(self, batch: PackedBatch, values_P: Tensor) -> Tensor:
+        """Return one micro-batch's share of the mini-batch's mean loss."""
+        assert batch.returns_T is not None
+        assert batch.old_values_T is not None
+        returns_P, old_P = batch.returns_T[batch.policy_positions_P], batch.old_values_T[batch.policy_positions_P]
+        loss_P, clipped_P = clipped_value_loss(values_P, old_P, returns_P, self.cliprange)
+        self.sums = self.sums + Sums({
+            "tokens": total(torch.ones_like(loss_P)),
+            "loss": total(loss_P),
+            "clipped": total(clipped_P),
+            "values": total(values_P),
+            "returns": total(returns_P),
+            "returns_squared": total(returns_P.double().square()),
+            "error_squared": total((values_P.detach() - returns_P).double().square()),
+        })  # fmt: skip
+        return loss_P.sum() / self.tokens

@@ -30,12 +30,12 @@ class PackedSequence:
 
     @property
     def length(self) -> int:
-        """Tokens in all."""
+        """Number of prompt and response tokens."""
         return self.prompt_length + self.response_length
 
     @property
     def response(self) -> slice:
-        """The response tokens in the packed row."""
+        """Where the response tokens are in the packed row."""
         return slice(self.offset + self.prompt_length, self.offset + self.length)
 
 
@@ -70,25 +70,29 @@ class PackedBatch:
     lengths: tuple[int, ...]
     """[S] tokens of each sequence, on the host: the borders that packed attention needs."""
     sequences: tuple[PackedSequence, ...]
-    """Empty for a filler batch, which has S = 1 sequence that is nobody's."""
+    """Empty for a filler batch, which has S = 1 sequence without a trajectory."""
+    returns_T: Tensor | None = None
+    """float32, what a critic's values should be."""
+    old_values_T: Tensor | None = None
+    """float32, a critic's values before the step's first update."""
 
     @property
     def tokens(self) -> int:
-        """T."""
+        """Number of tokens T."""
         return len(self.input_ids_T)
 
     def to(self, device: torch.device) -> PackedBatch:
-        """The same on another device; the host does not wait for a GPU."""
+        """Return the batch on another device; the host does not wait for a GPU."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         moved: dict[str, Any] = {name: _moved(value, device) for name, value in values.items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
     def with_old_logprobs(self, old_logprobs_T: Tensor) -> PackedBatch:
-        """The same with old log-probabilities that are already packed."""
+        """Return the batch with old log-probabilities that are already packed."""
         return replace(self, old_logprobs_T=old_logprobs_T)
 
     def scatter_policy(self, values_P: Tensor) -> Tensor:
-        """[T] with `values_P` at the policy tokens and 0 elsewhere; gradients flow through."""
+        """Return [T] with `values_P` at the policy tokens and 0 elsewhere; gradients flow through."""
         return values_P.new_zeros(self.tokens).index_copy(0, self.policy_positions_P, values_P)
 
 
@@ -99,7 +103,7 @@ def _moved(value: Tensor, device: torch.device) -> Tensor:
 
 
 def sequence_length(trajectory: Trajectory) -> int:
-    """Prompt and response tokens."""
+    """Return the number of prompt and response tokens."""
     return len(trajectory.sample.prompt_ids) + len(trajectory.response_ids)
 
 
@@ -109,6 +113,8 @@ def pack(
     *,
     advantages: Sequence[float | FloatArray] | None = None,
     old_logprobs: Sequence[FloatArray] | None = None,
+    returns: Sequence[FloatArray] | None = None,
+    old_values: Sequence[FloatArray] | None = None,
     at_least: int = 1,
 ) -> list[PackedBatch]:
     """Pack trajectories into micro-batches of at most `max_tokens` tokens.
@@ -118,6 +124,8 @@ def pack(
         max_tokens: `runner.max_tokens_per_mbs`.
         advantages: one per trajectory, given to each of its policy tokens, or [N] one per response token; None means 0.
         old_logprobs: response-aligned, one array [N] per trajectory.
+        returns: the same, for a critic.
+        old_values: the same, for a critic.
         at_least: number of micro-batches to reach (see `plan_micro_batches`); filler batches, which have no policy
             token, make up for missing trajectories so that all ranks run equally often.
 
@@ -125,22 +133,26 @@ def pack(
         UserError: a trajectory alone is longer than `max_tokens`.
         ValueError: an empty prompt, lists of different lengths, or reference log-probabilities on some only.
     """
-    for name, given in (("advantages", advantages), ("old_logprobs", old_logprobs)):
+    given_lists = {"advantages": advantages, "old_logprobs": old_logprobs, "returns": returns, "old_values": old_values}
+    for name, given in given_lists.items():
         if given is not None and len(given) != len(trajectories):
             raise ValueError(f"{len(given)} {name} for {len(trajectories)} trajectories")
     with_ref = sum(trajectory.ref_logprobs is not None for trajectory in trajectories)
     if with_ref not in (0, len(trajectories)):
         raise ValueError(f"{with_ref} of {len(trajectories)} trajectories have reference log-probabilities")
     plan = plan_micro_batches([sequence_length(trajectory) for trajectory in trajectories], max_tokens, at_least)
-    return [_pack_one(trajectories, members, advantages, old_logprobs) for members in plan]
+    aligned = {"old_logprobs_T": old_logprobs, "returns_T": returns, "old_values_T": old_values}
+    given_columns = {name: values for name, values in aligned.items() if values is not None}
+    return [_pack_one(trajectories, members, advantages, given_columns) for members in plan]
 
 
 def _pack_one(
     trajectories: Sequence[Trajectory],
     members: list[int],
     advantages: Sequence[float | FloatArray] | None,
-    old_logprobs: Sequence[FloatArray] | None,
+    columns: dict[str, Sequence[FloatArray]],
 ) -> PackedBatch:
+    """Pack some trajectories; `columns` are response-aligned values by the batch's name for them."""
     sequences: list[PackedSequence] = []
     offset = 0
     for index in members:
@@ -157,7 +169,7 @@ def _pack_one(
     loss_mask_T = np.zeros(tokens, dtype=np.bool_)
     advantages_T = np.zeros(tokens, dtype=np.float32)
     rollout_T = np.zeros(tokens, dtype=np.float32)
-    old_T = np.zeros(tokens, dtype=np.float32)
+    columns_T = {name: np.zeros(tokens, dtype=np.float32) for name in columns}
     ref_T = np.zeros(tokens, dtype=np.float32)
     has_ref = any(trajectory.ref_logprobs is not None for trajectory in trajectories)
     for sequence in sequences:
@@ -169,10 +181,11 @@ def _pack_one(
         rollout_T[response] = np.where(mask, trajectory.rollout_logprobs, 0)
         if advantages is not None:
             advantages_T[response] = mask * np.asarray(advantages[sequence.index], dtype=np.float32)
-        if old_logprobs is not None:
-            old_T[response] = np.where(mask, old_logprobs[sequence.index], 0)
+        for name, values in columns.items():
+            columns_T[name][response] = np.where(mask, values[sequence.index], 0)
         if trajectory.ref_logprobs is not None:
             ref_T[response] = np.where(mask, trajectory.ref_logprobs, 0)
+    packed = {name: torch.from_numpy(values_T) for name, values_T in columns_T.items()}
     return PackedBatch(
         input_ids_T=torch.from_numpy(input_ids_T),
         position_ids_T=torch.cat([torch.arange(length) for length in lengths]),
@@ -180,17 +193,19 @@ def _pack_one(
         loss_mask_T=torch.from_numpy(loss_mask_T),
         advantages_T=torch.from_numpy(advantages_T),
         rollout_logprobs_T=torch.from_numpy(rollout_T),
-        old_logprobs_T=torch.from_numpy(old_T) if old_logprobs is not None else None,
         ref_logprobs_T=torch.from_numpy(ref_T) if has_ref else None,
         policy_positions_P=torch.from_numpy(np.flatnonzero(loss_mask_T)),
         cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
         lengths=lengths,
         sequences=tuple(sequences),
+        old_logprobs_T=packed.get("old_logprobs_T"),
+        returns_T=packed.get("returns_T"),
+        old_values_T=packed.get("old_values_T"),
     )
 
 
 def unpack_logprobs(batch: PackedBatch, logprobs_T: Tensor) -> list[FloatArray]:
-    """The response part of each sequence: one array [N] per entry of `batch.sequences`, in that order.
+    """Return the response part of each sequence: one array [N] per entry of `batch.sequences`, in that order.
 
     Place each at its sequence's `index` to get back to the order that was packed (`unpack_all` does).
 
@@ -204,18 +219,18 @@ def unpack_logprobs(batch: PackedBatch, logprobs_T: Tensor) -> list[FloatArray]:
 
 
 def unpack_all(batches: Sequence[PackedBatch], logprobs: Sequence[Tensor]) -> list[FloatArray]:
-    """Response-aligned arrays of all micro-batches, in the order of the trajectories that were packed."""
-    found: dict[int, FloatArray] = {}
+    """Return response-aligned arrays of all micro-batches, in the order of the trajectories that were packed."""
+    by_index: dict[int, FloatArray] = {}
     for batch, logprobs_T in zip(batches, logprobs, strict=True):
         arrays = unpack_logprobs(batch, logprobs_T)
-        found.update({sequence.index: array for sequence, array in zip(batch.sequences, arrays, strict=True)})
-    return [found[index] for index in range(len(found))]
+        by_index.update({sequence.index: array for sequence, array in zip(batch.sequences, arrays, strict=True)})
+    return [by_index[index] for index in range(len(by_index))]
 
 
 def plan_micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 1) -> list[list[int]]:
-    """Which sequences go into which micro-batch.
+    """Decide which sequences go into which micro-batch.
 
-    First-fit-decreasing finds how many are needed; the sequences are then spread over that many (or `at_least`)
+    First-fit-decreasing counts how many are needed; the sequences are then spread over that many (or `at_least`)
     with token counts as equal as can be. To agree on a count, ranks plan with `at_least=1`, take the maximum of
     their numbers, and plan again with that.
 
@@ -233,8 +248,8 @@ def plan_micro_batches(lengths: Sequence[int], max_tokens: int, at_least: int = 
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise UserError(
-            f"a sequence of {longest} tokens does not fit into runner.max_tokens_per_mbs = {max_tokens}; raise it to "
-            "at least runner.seq_length"
+            f"runner.max_tokens_per_mbs: a sequence of {longest} tokens does not fit into {max_tokens}; raise it to at "
+            "least runner.seq_length"
         )
     fitted: list[list[int]] = []
     space: list[int] = []

@@ -6,44 +6,45 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig
 
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.algorithms.aggregation import Denominators
 from searchr1.algorithms.correction import correction_weights
 from searchr1.algorithms.entropy import TokenLogprobs
-from searchr1.algorithms.loss import LossInputs, loss_metrics, policy_gradient_loss
+from searchr1.algorithms.loss import LossConfig, LossInputs, loss_metrics, policy_gradient_loss
 from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_too_large
 from searchr1.algorithms.sums import Sums
 from searchr1.config.schema import Config
 from searchr1.device import Device
-from searchr1.learner.backend import Backend, ScoringBackend
+from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule, ScoringBackend, start_policy_backend
 from searchr1.learner.loss_settings import loss_config
 from searchr1.learner.model import ENGINE_DTYPES
-from searchr1.learner.packing import PackedBatch, unpack_all
+from searchr1.learner.packing import FloatArray, PackedBatch, unpack_all
 from searchr1.learner.stats import all_reduce_denominators, count_denominators, training_flops
 from searchr1.learner.trained import TrainedModel, micro_batches
+from searchr1.learner.trainer_config import TrainerConfig
 
 logger = logging.getLogger(__name__)
 
-FloatArray = npt.NDArray[np.float32]
-
 
 class ScoringModel:
-    """A model that gives log-probabilities: the reference, and what the policy builds on.
+    """A model that gives log-probabilities: the reference model, and what the policy builds on.
 
     Every method is a collective: all ranks call it together.
     """
 
+    backend: ScoringBackend
+
     def __init__(self, backend: ScoringBackend, config: Config) -> None:
-        self._scoring = backend
-        self._config = config
+        self.backend = backend
         self._max_tokens = config.runner.max_tokens_per_mbs
         sampling = config.algorithm.sampling_params
         self._temperature = sampling.temperature if sampling.do_sample else 1.0
@@ -54,23 +55,24 @@ class ScoringModel:
 
         It runs on FSDP2 whatever trains the policy: without gradients and optimizer there is nothing else to share.
         """
-        from searchr1.learner.fsdp import FsdpBackend
+        from searchr1.learner.fsdp import FsdpModel
 
-        return cls(FsdpBackend.start_reference(config, device), config)
+        trainer = TrainerConfig.for_actor(config)
+        return cls(FsdpModel.start_frozen(config.inference.model_path or trainer.model_path, trainer, device), config)
 
     def logprobs(self, trajectories: Sequence[Trajectory]) -> list[FloatArray]:
-        """Log-probabilities of policy tokens, response-aligned ([N] each, 0 elsewhere), in the order given."""
+        """Return log-probabilities of policy tokens, response-aligned ([N] each, 0 elsewhere), in the order given."""
         return self._score(trajectories, self._temperature)
 
     def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """At temperature 1, one value per token, 0 for the first: what the rollout engine's probe gives."""
-        found = self._score([_as_trajectory(ids) for ids in sequences], 1.0)
-        return [[0.0, *values.tolist()] for values in found]
+        """Return log-probabilities at temperature 1, one per token, 0 for the first: as the rollout engine's probe does."""
+        logprobs = self._score([_as_trajectory(ids) for ids in sequences], 1.0)
+        return [[0.0, *values.tolist()] for values in logprobs]
 
     def _score(self, trajectories: Sequence[Trajectory], temperature: float) -> list[FloatArray]:
         batches = self._pack(trajectories)
-        found = self._scoring.forward(batches, temperature)
-        scattered = [batch.scatter_policy(values_P) for batch, values_P in zip(batches, found, strict=True)]
+        logprobs = self.backend.logprobs(batches, temperature)
+        scattered = [batch.scatter_policy(values_P) for batch, values_P in zip(batches, logprobs, strict=True)]
         return unpack_all(batches, scattered)
 
     def _pack(
@@ -79,23 +81,27 @@ class ScoringModel:
         advantages: Sequence[float | FloatArray] | None = None,
         old_logprobs: Sequence[FloatArray] | None = None,
     ) -> list[PackedBatch]:
-        """Micro-batches, as many on every rank."""
-        return micro_batches(self._scoring, self._max_tokens, trajectories, advantages, old_logprobs)
+        """Return micro-batches, as many on every rank."""
+        return micro_batches(self.backend, self._max_tokens, trajectories, advantages=advantages, old_logprobs=old_logprobs)
 
 
 class Policy(ScoringModel, TrainedModel):
     """The policy with its optimizer."""
 
-    def __init__(self, backend: Backend, config: Config) -> None:
+    backend: AnyPolicyBackend
+
+    def __init__(self, backend: AnyPolicyBackend, config: Config) -> None:
         ScoringModel.__init__(self, backend, config)
-        TrainedModel.__init__(self, backend, config)
-        self.backend = backend
+        self._trainer = TrainerConfig.for_actor(config)
+        TrainedModel.__init__(self, backend, self._trainer)
+        self._algorithm = config.algorithm
         self._loss = loss_config(config.algorithm)
-        actor = config.actor
+        self._with_entropy = config.algorithm.calculate_entropy or config.algorithm.entropy_bonus != 0
+        self._longest = config.algorithm.sampling_params.max_new_tokens or config.runner.seq_length
+        self._rollout_dtype = ENGINE_DTYPES[config.rollout.model.precision]
         self._model_config: Any = None
-        if actor.calculate_flops:
-            path = actor.model.path or config.rollout.model.model_path
-            self._model_config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if config.actor.calculate_flops:
+            self._model_config = AutoConfig.from_pretrained(self._trainer.model_path, trust_remote_code=False)
 
     @classmethod
     def start(cls, config: Config, device: Device, total_steps: int | None = None) -> Policy:
@@ -105,33 +111,32 @@ class Policy(ScoringModel, TrainedModel):
             config: of the run.
             device: where to compute.
             total_steps: optimizer steps of the whole run, for decaying schedules.
+
+        Raises:
+            UserError: there is no such model, or its backend cannot do it.
         """
-        if config.actor.training_backend == "megatron":
-            from searchr1.learner.megatron.backend import MegatronBackend
-
-            return cls(MegatronBackend.start(config, device, total_steps), config)
-        from searchr1.learner.fsdp import FsdpBackend
-
-        return cls(FsdpBackend.start(config, device, total_steps), config)
+        return cls(start_policy_backend(TrainerConfig.for_actor(config, total_steps), device), config)
 
     @property
     def rollout_dtype(self) -> torch.dtype:
-        """Of the rollout engine's weights."""
-        return ENGINE_DTYPES[self._config.rollout.model.precision]
+        """Precision of the rollout engine's weights."""
+        return self._rollout_dtype
 
     def named_weights(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """As the rollout engine holds them: in its precision unless `dtype` says otherwise. On ranks but the first, a
-        tensor may be an empty shell; every rank must go through all of them."""
-        return self.backend.named_weights(dtype or self.rollout_dtype)
+        """Yield weights as the rollout engine holds them: in its precision unless `dtype` says otherwise.
+
+        On ranks but the first, a tensor may be an empty shell; every rank must go through all of them.
+        """
+        return self.backend.named_weights(dtype or self._rollout_dtype)
 
     def named_adapters(self) -> Iterator[tuple[str, Tensor]]:
-        """LoRA's matrices under peft's names, in the engine's precision; a collective."""
-        return self.backend.named_adapters(self.rollout_dtype)
+        """Yield LoRA's matrices under peft's names, in the engine's precision; a collective."""
+        return self.backend.named_adapters(self._rollout_dtype)
 
     def train_step(
         self, trajectories: Sequence[Trajectory], advantages: Sequence[float | FloatArray], minibatch_ids: Sequence[int]
     ) -> dict[str, float]:
-        """One optimizer step per mini-batch on this rank's share of a rollout step.
+        """Make one optimizer step per mini-batch on this rank's share of a rollout step.
 
         Old log-probabilities are the engine's (`recompute_logprobs: False`) or this model's before the first update.
         For the first mini-batch the latter are the training forward's own, so no extra pass is run for it.
@@ -145,8 +150,8 @@ class Policy(ScoringModel, TrainedModel):
             Metrics over all ranks: `actor/…` and `mismatch/…`.
         """
         started = time.perf_counter()
-        self.bring_back("weight", "grad", "optimizer")
-        algorithm = self._config.algorithm
+        self.reload("weight", "grad", "optimizer")
+        algorithm = self._algorithm
         members = [[i for i, m in enumerate(minibatch_ids) if m == number] for number in range(algorithm.n_minibatches)]
         # The first mini-batch's are the training forward's own, unless its weights must be normalised beforehand.
         first = 0 if self._normalizes_weights else 1
@@ -173,7 +178,7 @@ class Policy(ScoringModel, TrainedModel):
             if algorithm.recompute_logprobs or number == 0:
                 gap_sums = gap_sums + gaps
             metrics = loss_metrics(sums)
-            norm = self.backend.clip_gradients(self._config.actor.optim.clip_grad)
+            norm = self.backend.clip_gradients(self._trainer.optim.clip_grad)
             if not math.isfinite(norm) or not math.isfinite(metrics["loss"]):
                 # A non-finite gradient would stay in Adam's moments for ever; leaving one update out costs little.
                 skipped += 1
@@ -208,11 +213,11 @@ class Policy(ScoringModel, TrainedModel):
 
     @property
     def _normalizes_weights(self) -> bool:
-        correction = self._config.algorithm.mismatch_correction
+        correction = self._algorithm.mismatch_correction
         return correction.level is not None and correction.normalize and not self._loss.ratio_is_correction
 
     def _weight_scale(self, trajectories: Sequence[Trajectory], old_logprobs: Sequence[FloatArray] | None) -> float:
-        """1 / mean of a mini-batch's correction weights over all ranks' policy tokens; 1 if they are not normalised."""
+        """Return 1 / mean of a mini-batch's correction weights over all ranks' policy tokens; 1 without normalisation."""
         if not self._normalizes_weights or old_logprobs is None:
             return 1.0
         assert self._loss.correction is not None
@@ -228,51 +233,72 @@ class Policy(ScoringModel, TrainedModel):
     def _accumulate(
         self, batches: list[PackedBatch], trajectories: Sequence[Trajectory], weight_scale: float = 1.0
     ) -> tuple[Sums, Sums]:
-        """Gradients of one mini-batch. Returns the loss's and the mismatch's sums over all ranks."""
-        algorithm = self._config.algorithm
-        longest = algorithm.sampling_params.max_new_tokens or self._config.runner.seq_length
-        local = count_denominators(trajectories, longest)
+        """Add up the gradients of one mini-batch. Return the loss's and the mismatch's sums over all ranks."""
+        local = count_denominators(trajectories, self._longest)
         denominators = all_reduce_denominators(local, self.backend.device, self.backend.data_group)
-        loss_sums, gap_sums = Sums(), Sums()
+        mini_batch = _MiniBatch(self._loss, denominators, weight_scale, self._algorithm.kl_beta != 0, self._model_config)
+        self._run(batches, mini_batch)
+        return self.backend.share(mini_batch.loss_sums), self.backend.share(mini_batch.gap_sums)
 
-        def loss(batch: PackedBatch, values: TokenLogprobs) -> Tensor:
-            nonlocal loss_sums, gap_sums
-            logprobs_T = batch.scatter_policy(values.logprobs_M)
-            # Without given ones the weights are still those of the rollout: the forward's own are the old ones.
-            old_T = batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs_T.detach()
-            output = policy_gradient_loss(
-                LossInputs(
-                    logprobs_T=logprobs_T,
-                    old_logprobs_T=old_T,
-                    advantages_T=batch.advantages_T,
-                    loss_mask_T=batch.loss_mask_T,
-                    segment_ids_T=batch.segment_ids_T,
-                    denominators=denominators,
-                    rollout_logprobs_T=batch.rollout_logprobs_T,
-                    weight_scale=weight_scale,
-                    policy_positions_P=batch.policy_positions_P,
-                    sequences=len(batch.lengths),
-                    ref_logprobs_T=self._reference(batch),
-                    entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
-                ),
-                self._loss,
-            )
-            loss_sums = loss_sums + output.sums
-            sampled_T = old_T if algorithm.recompute_logprobs else logprobs_T
-            gap_sums = gap_sums + mismatch_sums(sampled_T, batch.rollout_logprobs_T, batch.policy_positions_P)
-            if self._model_config is not None:
-                flops = training_flops(self._model_config, batch.lengths, len(values.logprobs_M))
-                loss_sums = loss_sums + Sums(
-                    {"flops": torch.full((), flops, dtype=torch.float64, device=self.backend.device)}
-                )
-            return output.loss
+    def _run(self, batches: list[PackedBatch], mini_batch: _MiniBatch) -> None:
+        """Run forward, loss and backward of every micro-batch."""
+        if isinstance(self.backend, PolicySchedule):  # a pipeline decides itself which stage runs what when
+            self.backend.run_schedule(batches, self._temperature, self._with_entropy, mini_batch.loss)
+            return
+        for batch in batches:
+            values = self.backend.forward(batch, self._temperature, self._with_entropy)
+            loss = mini_batch.loss(batch, values)
+            self.backend.backward(loss)
 
-        with_entropy = algorithm.calculate_entropy or algorithm.entropy_bonus != 0
-        self.backend.forward_backward(batches, self._temperature, with_entropy, loss)
-        return self.backend.share(loss_sums), self.backend.share(gap_sums)
+
+@dataclass(slots=True)
+class _MiniBatch:
+    """The policy loss of a mini-batch's micro-batches, and its sums so far."""
+
+    config: LossConfig
+    denominators: Denominators
+    """Of the whole mini-batch, over all ranks."""
+    weight_scale: float
+    """1 / mean of the correction weights, or 1."""
+    with_reference: bool
+    model_config: Any
+    """transformers' configuration of the model, to count floating-point operations; None does not count them."""
+    loss_sums: Sums = field(default_factory=Sums)
+    gap_sums: Sums = field(default_factory=Sums)
+
+    def loss(self, batch: PackedBatch, values: TokenLogprobs) -> Tensor:
+        """Return one micro-batch's share of the mini-batch's mean loss."""
+        logprobs_T = batch.scatter_policy(values.logprobs_M)
+        # Without given ones the weights are still those of the rollout: the forward's own are the old ones.
+        old_T = batch.old_logprobs_T if batch.old_logprobs_T is not None else logprobs_T.detach()
+        output = policy_gradient_loss(
+            LossInputs(
+                logprobs_T=logprobs_T,
+                old_logprobs_T=old_T,
+                advantages_T=batch.advantages_T,
+                loss_mask_T=batch.loss_mask_T,
+                segment_ids_T=batch.segment_ids_T,
+                denominators=self.denominators,
+                rollout_logprobs_T=batch.rollout_logprobs_T,
+                weight_scale=self.weight_scale,
+                policy_positions_P=batch.policy_positions_P,
+                sequences=len(batch.lengths),
+                ref_logprobs_T=self._reference(batch),
+                entropy_T=batch.scatter_policy(values.entropy_M) if values.entropy_M is not None else None,
+            ),
+            self.config,
+        )
+        self.loss_sums = self.loss_sums + output.sums
+        sampled_T = logprobs_T if self.config.ratio_is_correction else old_T
+        self.gap_sums = self.gap_sums + mismatch_sums(sampled_T, batch.rollout_logprobs_T, batch.policy_positions_P)
+        if self.model_config is not None:
+            flops = training_flops(self.model_config, batch.lengths, len(values.logprobs_M))
+            counted = torch.full((), flops, dtype=torch.float64, device=logprobs_T.device)
+            self.loss_sums = self.loss_sums + Sums({"flops": counted})
+        return output.loss
 
     def _reference(self, batch: PackedBatch) -> Tensor | None:
-        if self._config.algorithm.kl_beta == 0:
+        if not self.with_reference:
             return None
         # A filler batch has no trajectories and so no reference; zeros are never read there.
         return batch.ref_logprobs_T if batch.ref_logprobs_T is not None else torch.zeros_like(batch.advantages_T)

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from searchr1.config.critic import critic_run
-from searchr1.config.layout import actor_layout, group_ranks
+from searchr1.config.layout import group_ranks
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.learner.trainer_config import TrainerConfig
 
 
 def check_backends(config: Config) -> Iterator[Problem]:
     """Of the actor, and of the critic if there is one."""
     if config.actor.training_backend == "megatron":
         yield from _megatron_actor(config)
-        yield from _layout(config, config, "actor")
+        yield from _layout(config, TrainerConfig.for_actor(config))
     if config.critic.use_critic_model:
         yield from _critic(config)
 
@@ -34,16 +34,16 @@ def _megatron_actor(config: Config) -> Iterator[Problem]:
         yield Problem("actor.model.recompute_granularity", "full needs recompute_method and recompute_num_layers")
 
 
-def _layout(config: Config, run: Config, section: str) -> Iterator[Problem]:
-    """Layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is looked at later."""
-    path = run.actor.model.path or run.rollout.model.model_path
+def _layout(config: Config, trainer: TrainerConfig) -> Iterator[Problem]:
+    """Reject layouts and models that Megatron-Core cannot do. A model that is still to be downloaded is checked later."""
+    section = trainer.section
     try:
         device = Device.detect(config.cluster.device)
-        layout = actor_layout(run, len(group_ranks(config, section, device)), section)
-        if run.actor.training_backend == "megatron" and (Path(path) / "config.json").is_file():
+        layout = trainer.layout(len(group_ranks(config, section, device)))
+        if trainer.backend == "megatron" and (Path(trainer.model_path) / "config.json").is_file():
             from searchr1.checkpoints.model_shape import read_architecture
 
-            read_architecture(path)[0].check_layout(layout.tensor_parallel, layout.pipeline_parallel, section)
+            read_architecture(trainer.model_path)[0].check_layout(layout.tensor_parallel, layout.pipeline_parallel, section)
     except UserError as error:
         key, _, message = str(error).partition(": ")
         known = key.startswith((f"{section}.", "cluster."))
@@ -51,8 +51,8 @@ def _layout(config: Config, run: Config, section: str) -> Iterator[Problem]:
 
 
 def _critic(config: Config) -> Iterator[Problem]:
-    critic, run = config.critic, critic_run(config)
-    megatron = run.actor.training_backend == "megatron"
+    critic, trainer = config.critic, TrainerConfig.for_critic(config)
+    megatron = trainer.backend == "megatron"
     positive = {
         "critic.optim.lr": critic.optim.lr,
         "critic.optim.clip_grad": critic.optim.clip_grad,
@@ -74,9 +74,9 @@ def _critic(config: Config) -> Iterator[Problem]:
                 "a critic on fsdp cannot start from actor.model.megatron_checkpoint; name a Hugging Face folder here, or "
                 "set critic.training_backend: megatron",
             )
-    if critic.model.sequence_parallel and (not megatron or run.actor.model.tensor_model_parallel_size == 1):
+    if critic.model.sequence_parallel and (not megatron or trainer.model.tensor_model_parallel_size == 1):
         yield Problem("critic.model.sequence_parallel", "needs tensor_model_parallel_size of 2 or more; set it to False")
-    yield from _layout(config, run, "critic")
+    yield from _layout(config, trainer)
 
 
 MAX_ENGINE_RANK = 512

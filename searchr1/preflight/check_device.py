@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from searchr1.config.critic import critic_run
+from searchr1.config.critic import critic_backend
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import FsdpConfig
@@ -46,7 +46,7 @@ def precision_warnings(config: Config, for_training: bool) -> Iterator[str]:
     rollout, asked = config.rollout.model.precision, config.actor.model.precision
     backends = {"actor": config.actor.training_backend}
     if config.critic.use_critic_model:
-        backends["critic"] = critic_run(config).actor.training_backend
+        backends["critic"] = critic_backend(config)
     in_bf16 = [name for name, backend in backends.items() if backend == "fsdp"]
     in_bf16 += ["reference model"] if config.algorithm.kl_beta > 0 else []
     if for_training and asked == "fp16" and in_bf16:

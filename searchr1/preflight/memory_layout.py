@@ -7,12 +7,12 @@ from functools import partial
 from typing import Any
 
 from searchr1.checkpoints.parameter_counts import ModelShape, padded_vocab
-from searchr1.config.critic import critic_run
 from searchr1.config.layout import group_ranks, group_slots
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import ActorConfig
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.learner.trainer_config import TrainerConfig
 
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Of a number in each precision."""
@@ -186,20 +186,21 @@ def layout_of(
         config: of the run.
         gpus: what `all` means in `cluster.component_placement`.
         policy_share: of a micro-batch's tokens, those that the policy sampled, at most.
-        section: `actor`, or `critic` for `critic_run` of a configuration.
+        section: `actor` or `critic`.
         device: where the groups run, if not on that many GPUs.
 
     Raises:
         UserError: a placement that does not fit, or a value that is not known.
     """
-    actor, model, rollout = config.actor, config.actor.model, config.rollout
+    trainer = TrainerConfig.for_critic(config) if section == "critic" else TrainerConfig.for_actor(config)
+    model, lora, rollout = trainer.model, trainer.lora, config.rollout
     if model.precision not in PRECISION_BYTES:
         raise UserError(f"actor.model.precision: {model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
-    backend = actor.training_backend
+    backend = trainer.backend
     if backend not in ("fsdp", "megatron"):
         raise UserError(f"{section}.training_backend: {backend!r} is not one of fsdp, megatron")
     with_critic = section == "actor" and config.critic.use_critic_model
-    critic = layout_of(critic_run(config), gpus, policy_share, "critic", device) if with_critic else None
+    critic = layout_of(config, gpus, policy_share, "critic", device) if with_critic else None
     if device is None:
         config = replace(config, cluster=replace(config.cluster, slots=gpus))
         device = Device(kind="cuda", slots=gpus, cores=1)
@@ -207,9 +208,7 @@ def layout_of(
     group_ranks(config, "rollout", device)  # refuses engines that do not fit
     inference = group_slots(config, "inference", device)
     megatron = backend == "megatron"
-    recompute = (
-        getattr(model, "recompute_granularity", None) if megatron else "full" if model.gradient_checkpointing else None
-    )
+    recompute = model.recompute_granularity if megatron else "full" if model.gradient_checkpointing else None
     recompute = recompute or "none"
     if recompute not in ("none", "full", "selective"):
         raise UserError(f"actor.model.recompute_granularity: {recompute!r} is not one of null, full, selective")
@@ -221,16 +220,16 @@ def layout_of(
         tp=model.tensor_model_parallel_size if megatron else 1,
         pp=model.pipeline_model_parallel_size if megatron else 1,
         compute_bytes=PRECISION_BYTES[model.precision],
-        distributed_optimizer=bool(getattr(actor.optim, "use_distributed_optimizer", True)),
-        sequence_parallel=megatron and bool(getattr(model, "sequence_parallel", False)),
+        distributed_optimizer=trainer.optim.use_distributed_optimizer,
+        sequence_parallel=megatron and model.sequence_parallel,
         recompute=recompute,
-        recompute_method=getattr(model, "recompute_method", None) or "uniform",
-        recompute_layers=getattr(model, "recompute_num_layers", None) or 1,
-        offload_weight=bool(getattr(actor, "offload_weight", False)),
-        offload_grad=bool(getattr(actor, "offload_grad", False)),
-        offload_optimizer=bool(getattr(actor, "offload_optimizer", False)),
-        reshard=actor.fsdp.reshard_after_forward,
-        cpu_offload=actor.fsdp.cpu_offload,
+        recompute_method=model.recompute_method or "uniform",
+        recompute_layers=model.recompute_num_layers or 1,
+        offload_weight="weight" in trainer.offloads,
+        offload_grad="grad" in trainer.offloads,
+        offload_optimizer="optimizer" in trainer.offloads,
+        reshard=trainer.fsdp.reshard_after_forward,
+        cpu_offload=trainer.fsdp.cpu_offload,
         max_tokens=config.runner.max_tokens_per_mbs,
         policy_share=policy_share,
         reference=config.algorithm.kl_beta > 0 and bool(set(inference) & set(slots)),
@@ -238,10 +237,10 @@ def layout_of(
         reference_by_engine=reference and bool((set(inference) - set(slots)) & set(engine)),
         critic_apart=bool(set(critic_slots) - set(slots)),
         reference_gpus=len(inference),
-        lora_rank=actor.lora.rank,
-        adapter_updates=bool(actor.lora.rank) and actor.lora.weight_update == "adapter",
-        lora_targets=tuple(actor.lora.target_modules) if actor.lora.rank else (),
-        base_bytes=PRECISION_BYTES[model.precision] if actor.lora.rank and actor.lora.base_precision == "compute" else 4,
+        lora_rank=lora.rank,
+        adapter_updates=bool(lora.rank) and lora.weight_update == "adapter",
+        lora_targets=tuple(lora.target_modules) if lora.rank else (),
+        base_bytes=PRECISION_BYTES[model.precision] if lora.rank and lora.base_precision == "compute" else 4,
         critic=critic,
         section=section,
         shared=bool(set(slots) & set(engine)),

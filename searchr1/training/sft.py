@@ -1,23 +1,13 @@
-"""`searchr1 sft`: supervised fine-tuning with loss masks, packed, on one process or many (torchrun).
-
-Rows (files of docs/guides/data.md, or data sets of the hub), one of
-    {"messages": [{"role", "content"}, …]}              loss on the assistant's messages; also ShareGPT's conversations
-    {"prompt": str, "response": str}                    loss on the response
-    {"segments": [{"text": str, "train": bool}, …]}     loss where `train`; segments are tokenized one by one, as the agent
-                                                        loop does with what the policy writes and what tools answer
-
-Several ranks: torchrun --nproc-per-node 8 -m searchr1.cli sft --backend megatron --tensor-parallel 2 …
-"""
+"""Supervised fine-tuning with loss masks, packed, on one process or many; see `searchr1 sft`."""
 
 from __future__ import annotations
 
-import argparse
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +21,15 @@ from searchr1.algorithms.sums import Sums
 from searchr1.checkpoints.hf_writer import DTYPES, write_weights
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.weight_check import check_model_folder
-from searchr1.config.schema import Config
-from searchr1.config.schema_model import LrSchedConfig, OptimConfig
+from searchr1.config.schema_model import ActorModelConfig, LoraConfig, LrSchedConfig, OptimConfig
 from searchr1.data.model_settings import FILE, ModelSettings
-from searchr1.data.model_source import load_model_config, load_tokenizer, require_source
+from searchr1.data.model_source import load_model_config, load_tokenizer
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.files.folder_lock import folder_lock, is_lock
-from searchr1.learner.backend import Backend
+from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule, start_policy_backend
 from searchr1.learner.model import init_process_group
 from searchr1.learner.packing import PackedBatch, pack, plan_micro_batches, sequence_length, split_balanced
-from searchr1.learner.policy import Policy
+from searchr1.learner.trainer_config import TrainerConfig
 from searchr1.preflight.check_models import model_positions
 from searchr1.training.sft_data import batches, load_rows, rows_settings
 
@@ -49,35 +37,78 @@ REPORT_EVERY = 20
 DEFAULT_MAX_LENGTH = 4096
 
 
-def train(args: argparse.Namespace) -> list[float]:
-    """The whole of it. Returns every step's loss: the mean negative log-likelihood of a trained token."""
-    device = Device.detect(args.device, "--device")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SftConfig:
+    """A run of supervised fine-tuning; the fields are the flags of `searchr1 sft`."""
+
+    model: str | None = None
+    fresh: str | None = None
+    tokenizer: str | None = None
+    data: list[Path]
+    output: Path
+    lr: float
+    epochs: float
+    max_steps: int | None = None
+    tokens_per_batch: int
+    max_tokens_per_mbs: int
+    max_length: int | None = None
+    warmup: int
+    schedule: str
+    weight_decay: float
+    clip_grad: float
+    adam_eps: float
+    backend: str
+    tensor_parallel: int
+    pipeline_parallel: int
+    lora_rank: int
+    lora_alpha: float
+    precision: str
+    save_dtype: str
+    gradient_checkpointing: bool
+    device: str
+    seed: int
+
+    @property
+    def start(self) -> str:
+        """Folder or hub name of the model, or of the configuration for random weights."""
+        start = self.model or self.fresh
+        assert start is not None
+        return start
+
+
+def train(config: SftConfig) -> list[float]:
+    """Train a model and write it. Return every step's loss: the mean negative log-likelihood of a trained token.
+
+    Raises:
+        UserError: a flag, a row or a model that cannot be used.
+    """
+    device = Device.detect(config.device, "--device")
     init_process_group(device)
     lead = dist.get_rank() == 0
-    if lead and not device.computes_in(args.precision):
-        print(f"warning: --precision {args.precision} has no instructions on this CPU and is emulated, slowly; use fp32")
-    if args.model:
+    if lead and not device.computes_in(config.precision):
+        print(f"warning: --precision {config.precision} has no instructions on this CPU and is emulated, slowly; use fp32")
+    if config.model:
         try:
             if lead:
-                verify_weights(args.model)
-            check_model_folder(args.model)
+                verify_weights(config.model)
+            check_model_folder(config.model)
         except UserError as error:
             raise UserError(f"--model {error}") from error
-    tokenizer = load_tokenizer(args.tokenizer or args.model, "--tokenizer" if args.tokenizer else "--model")
-    rows, too_long = load_rows(args.data, tokenizer, longest_row(args))
+    tokenizer = load_tokenizer(config.tokenizer or config.start, "--tokenizer" if config.tokenizer else "--model")
+    rows, too_long = load_rows(config.data, tokenizer, longest_row(config.start, config.max_length))
     tokens = sum(map(sequence_length, rows))
-    steps = args.max_steps or max(1, round(args.epochs * tokens / args.tokens_per_batch))
-    with _start_folder(args, lead) as folder:
-        backend = Policy.start(run_config(args, folder, dist.get_world_size()), device, steps).backend
+    steps = config.max_steps or max(1, round(config.epochs * tokens / config.tokens_per_batch))
+    with _start_folder(config, lead) as folder:
+        backend = start_policy_backend(trainer_config(config, folder, dist.get_world_size(), steps), device)
         hf_config = load_model_config(folder, "--model")
     if lead:
         left_out = f" ({too_long} longer ones left out)" if too_long else ""
-        print(f"{len(rows)} rows, {tokens} tokens{left_out}; {steps} steps of {args.tokens_per_batch} tokens", flush=True)
+        print(f"{len(rows)} rows, {tokens} tokens{left_out}; {steps} steps of {config.tokens_per_batch} tokens", flush=True)
     losses = []
     report = _Report(steps) if lead else None
-    for step, batch in enumerate(batches(rows, args.tokens_per_batch, args.seed), start=1):
-        losses.append(accumulate(backend, batch, args.max_tokens_per_mbs))
-        norm, rate = backend.clip_gradients(args.clip_grad), backend.learning_rate
+    for step, batch in enumerate(batches(rows, config.tokens_per_batch, config.seed), start=1):
+        losses.append(accumulate(backend, batch, config.max_tokens_per_mbs))
+        norm, rate = backend.clip_gradients(config.clip_grad), backend.learning_rate
         if math.isfinite(norm):
             backend.step()
         backend.zero_grad()
@@ -85,17 +116,17 @@ def train(args: argparse.Namespace) -> list[float]:
             report.add(step, batch, losses[-1], norm, rate)
         if step == steps:
             break
-    named = backend.named_weights(DTYPES[args.save_dtype])
+    named = backend.named_weights(DTYPES[config.save_dtype])
     if lead:
-        write_weights(((name, tensor.cpu()) for name, tensor in named), args.output)
-        hf_config.dtype = DTYPES[args.save_dtype]
-        hf_config.save_pretrained(args.output)
-        tokenizer.save_pretrained(args.output)
-        settings = rows_settings(rows, tokenizer, None if args.fresh else ModelSettings.of_model(args.model))
-        settings.write(args.output)
-        write_model_sums(args.output)
-        print(f"{args.output / FILE}: {settings.described()}")
-        print(f"model -> {args.output}")
+        write_weights(((name, tensor.cpu()) for name, tensor in named), config.output)
+        hf_config.dtype = DTYPES[config.save_dtype]
+        hf_config.save_pretrained(config.output)
+        tokenizer.save_pretrained(config.output)
+        settings = rows_settings(rows, tokenizer, None if config.fresh else ModelSettings.of_model(config.start))
+        settings.write(config.output)
+        write_model_sums(config.output)
+        print(f"{config.output / FILE}: {settings.described()}")
+        print(f"model -> {config.output}")
     else:
         for _ in named:  # gathering is a collective
             pass
@@ -104,21 +135,24 @@ def train(args: argparse.Namespace) -> list[float]:
     return losses
 
 
-def longest_row(args: argparse.Namespace) -> int:
-    """Tokens of a row, at most: no more than the model has positions.
+def longest_row(model: str, asked: int | None) -> int:
+    """Return the most tokens that a row may have: no more than the model has positions.
+
+    Args:
+        model: folder or hub name of the model, or of its configuration.
+        asked: `--max-length`; None is the default.
 
     Raises:
         UserError: more are asked for.
     """
-    model = args.model or args.fresh
-    positions, asked = model_positions(model) or math.inf, args.max_length
+    positions = model_positions(model) or math.inf
     if asked is not None and asked > positions:
         raise UserError(f"--max-length {asked}: {model} has {positions} positions; give {positions} or less")
     return int(min(DEFAULT_MAX_LENGTH, positions) if asked is None else asked)
 
 
-def accumulate(backend: Backend, batch: Sequence[Trajectory], max_tokens: int) -> float:
-    """Add up the gradients of one batch, of which every replica takes its share. Returns the loss over all ranks.
+def accumulate(backend: AnyPolicyBackend, batch: Sequence[Trajectory], max_tokens: int) -> float:
+    """Add up the gradients of one batch, of which every data-parallel rank takes its share. Return the loss over all ranks.
 
     Args:
         backend: without gradients.
@@ -127,69 +161,89 @@ def accumulate(backend: Backend, batch: Sequence[Trajectory], max_tokens: int) -
     """
     shares = split_balanced([sequence_length(t) for t in batch], dist.get_world_size(backend.data_group))
     counts = [len(plan_micro_batches([sequence_length(batch[i]) for i in share], max_tokens)) for share in shares]
-    micro = pack([batch[i] for i in shares[backend.replica]], max_tokens, at_least=max(counts))
+    packed = pack([batch[i] for i in shares[backend.dp_rank]], max_tokens, at_least=max(counts))
+    micro = [one.to(backend.device) for one in packed]
     trained = sum(trajectory.policy_length for trajectory in batch)
     sums = Sums()
 
-    def loss(_: PackedBatch, values: TokenLogprobs) -> Tensor:
+    def negative_log_likelihood(_: PackedBatch, values: TokenLogprobs) -> Tensor:
         nonlocal sums
-        value = -values.logprobs_M.sum() / trained
-        sums = sums + Sums({"loss": value.detach().double()})
-        return value
+        loss = -values.logprobs_M.sum() / trained
+        sums = sums + Sums({"loss": loss.detach().double()})
+        return loss
 
-    backend.forward_backward([one.to(backend.device) for one in micro], 1.0, False, loss)
+    if isinstance(backend, PolicySchedule):  # a pipeline decides itself which stage runs what when
+        backend.run_schedule(micro, 1.0, False, negative_log_likelihood)
+    else:
+        for one in micro:
+            values = backend.forward(one, 1.0, False)
+            loss = negative_log_likelihood(one, values)
+            backend.backward(loss)
     return float(backend.share(sums).totals["loss"])
 
 
-def run_config(args: argparse.Namespace, model_path: str, world: int) -> Config:
-    """What the backends read of a run's configuration.
+def trainer_config(config: SftConfig, model_path: str, world: int, total_steps: int | None = None) -> TrainerConfig:
+    """Return what the training backend needs to know.
+
+    Args:
+        config: of the run.
+        model_path: folder or hub name of the weights to start from.
+        world: processes.
+        total_steps: optimizer steps of the run.
 
     Raises:
         UserError: flags that exclude each other, or a layout that does not divide the `world` ranks.
     """
-    megatron = args.backend == "megatron"
-    parts = args.tensor_parallel * args.pipeline_parallel
+    megatron = config.backend == "megatron"
+    parts = config.tensor_parallel * config.pipeline_parallel
     if not megatron and parts != 1:
         raise UserError("--tensor-parallel, --pipeline-parallel: need --backend megatron")
-    if megatron and args.lora_rank:
+    if megatron and config.lora_rank:
         raise UserError("--lora-rank: needs --backend fsdp")
     if world % parts:
         raise UserError(
-            f"--tensor-parallel {args.tensor_parallel} x --pipeline-parallel {args.pipeline_parallel} does not divide the "
-            f"{world} processes; start a multiple of {parts} with torchrun --nproc-per-node"
+            f"--tensor-parallel {config.tensor_parallel} x --pipeline-parallel {config.pipeline_parallel} does not divide "
+            f"the {world} processes; start a multiple of {parts} with torchrun --nproc-per-node"
         )
-    config = Config()
-    config.rollout.model.model_path = model_path
-    config.runner.max_tokens_per_mbs = args.max_tokens_per_mbs
-    actor = config.actor
-    actor.training_backend, actor.seed = args.backend, args.seed
-    actor.model.precision = args.precision
-    actor.model.tensor_model_parallel_size = args.tensor_parallel
-    actor.model.pipeline_model_parallel_size = args.pipeline_parallel
-    actor.model.gradient_checkpointing = args.gradient_checkpointing and not megatron
-    actor.model.recompute_granularity = "full" if args.gradient_checkpointing and megatron else None
-    actor.optim = OptimConfig(
-        lr=args.lr, adam_beta2=0.98, adam_eps=args.adam_eps, weight_decay=args.weight_decay, clip_grad=args.clip_grad
+    return TrainerConfig(
+        backend=config.backend,
+        model_path=model_path,
+        model=ActorModelConfig(
+            precision=config.precision,
+            tensor_model_parallel_size=config.tensor_parallel,
+            pipeline_model_parallel_size=config.pipeline_parallel,
+            gradient_checkpointing=config.gradient_checkpointing and not megatron,
+            recompute_granularity="full" if config.gradient_checkpointing and megatron else None,
+        ),
+        optim=OptimConfig(
+            lr=config.lr,
+            adam_beta2=0.98,
+            adam_eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+            clip_grad=config.clip_grad,
+        ),
+        schedule=LrSchedConfig(lr_warmup_iters=config.warmup, lr_decay_style=config.schedule),
+        total_steps=total_steps,
+        lora=LoraConfig(rank=config.lora_rank, alpha=config.lora_alpha),
+        seed=config.seed,
+        max_tokens=config.max_tokens_per_mbs,
     )
-    actor.lr_sched = LrSchedConfig(lr_warmup_iters=args.warmup, lr_decay_style=args.schedule)
-    actor.lora.rank, actor.lora.alpha = args.lora_rank, args.lora_alpha
-    return config
 
 
 @contextmanager
-def _start_folder(args: argparse.Namespace, lead: bool) -> Iterator[str]:
-    """The model to start from; random weights are written beside the output first, for as long as ranks read them."""
+def _start_folder(config: SftConfig, lead: bool) -> Iterator[str]:
+    """Yield the model to start from; random weights are written beside the output first, for as long as ranks read them."""
     from transformers import AutoModelForCausalLM
 
-    if not args.fresh:
-        yield args.model
+    if not config.fresh:
+        yield config.start
         return
-    folder = args.output.with_name(f".{args.output.name}.fresh")
+    folder = config.output.with_name(f".{config.output.name}.fresh")
     try:
         if lead:
-            torch.manual_seed(args.seed)
-            config = load_model_config(args.fresh, "--fresh")
-            fresh: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+            torch.manual_seed(config.seed)
+            hf_config = load_model_config(config.fresh, "--fresh")
+            fresh: Any = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, trust_remote_code=False)
             fresh.save_pretrained(folder)
         dist.barrier()
         yield str(folder)
@@ -200,7 +254,7 @@ def _start_folder(args: argparse.Namespace, lead: bool) -> Iterator[str]:
 
 
 class _Report:
-    """A line now and then."""
+    """Lines about the progress."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
@@ -208,7 +262,7 @@ class _Report:
         self._loss_sum = self._weight_sum = 0.0
 
     def add(self, step: int, batch: Sequence[Trajectory], loss: float, norm: float, rate: float) -> None:
-        """What one step did; the loss printed is a running mean."""
+        """Print what one step did now and then; the loss printed is a running mean."""
         self._seen += sum(map(sequence_length, batch))
         self._loss_sum, self._weight_sum = 0.95 * self._loss_sum + 0.05 * loss, 0.95 * self._weight_sum + 0.05
         if step % REPORT_EVERY and step != self._steps:
@@ -220,82 +274,3 @@ class _Report:
             f"lr {rate:.1e}  {self._seen / seconds:.0f} tokens/s  left {left:.1f} min",
             flush=True,
         )
-
-
-def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
-    args = parse(argv)
-    lead = os.environ.get("RANK", "0") == "0"
-    with folder_lock(args.output, "--output", "searchr1 sft") if lead else nullcontext():
-        _make_output(args.output)
-        train(args)
-    return 0
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    """The command line.
-
-    Raises:
-        UserError: flags that exclude each other, or an output that is in use.
-    """
-    parser = argparse.ArgumentParser(
-        prog="searchr1 sft", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    start = parser.add_mutually_exclusive_group(required=True)
-    start.add_argument("--model", help="Hugging Face folder or hub name to start from")
-    start.add_argument("--fresh", help="folder with a config.json: start from random weights")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the model's)")
-    parser.add_argument("--data", type=Path, nargs="+", required=True, help="files of rows, or data sets of the hub")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the trained model")
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--max-steps", type=int, help="instead of --epochs")
-    parser.add_argument("--tokens-per-batch", type=int, default=16384, help="tokens of an optimizer step")
-    parser.add_argument("--max-tokens-per-mbs", type=int, default=8192, help="tokens of a packed micro-batch")
-    parser.add_argument(
-        "--max-length", type=int, help="longer rows are left out and counted (default 4096, or the model's positions)"
-    )
-    parser.add_argument("--warmup", type=int, default=0, help="steps of linear warm-up")
-    parser.add_argument("--schedule", choices=("constant", "linear", "cosine"), default="cosine")
-    parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument("--clip-grad", type=float, default=1.0)
-    parser.add_argument("--adam-eps", type=float, default=1e-8, help="added to the root of the second moment")
-    parser.add_argument("--backend", choices=("fsdp", "megatron"), default="fsdp", help="FSDP2 or Megatron-Core")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks that share each layer (megatron)")
-    parser.add_argument("--pipeline-parallel", type=int, default=1, help="ranks that share the layers (megatron)")
-    parser.add_argument("--lora-rank", type=int, default=0, help="train adapters of this rank (fsdp); the output is merged")
-    parser.add_argument("--lora-alpha", type=float, default=32.0, help="the adapters' update is scaled by alpha / rank")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="precision of the arithmetic")
-    parser.add_argument("--save-dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--gradient-checkpointing", action="store_true")
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    if args.fresh and not args.tokenizer:
-        raise UserError("--fresh needs --tokenizer")
-    if args.fresh and args.lora_rank:
-        raise UserError("--lora-rank: random weights are not worth freezing; leave it out, or start from --model")
-    if min(args.tensor_parallel, args.pipeline_parallel) < 1 or args.lora_rank < 0 or args.lora_alpha <= 0:
-        raise UserError("--tensor-parallel, --pipeline-parallel and --lora-alpha must be more than 0, --lora-rank 0 or more")
-    for flag in ("model", "fresh"):
-        if getattr(args, flag) is not None:
-            require_source(getattr(args, flag), f"--{flag}")
-    _make_output(args.output)
-    return args
-
-
-def _make_output(output: Path) -> None:
-    """Make the folder now: a place that cannot be written to is not discovered when the training is done.
-
-    Raises:
-        UserError: it is in use, a file, or not writable.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        in_use = any(not is_lock(path.name) for path in output.iterdir())
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be made ({error.strerror}); give a new folder") from error
-    if in_use:
-        raise UserError(f"--output {output}: exists and is not empty; give a new folder")
-    if not os.access(output, os.W_OK | os.X_OK):
-        raise UserError(f"--output {output}: is not writable; give another folder")

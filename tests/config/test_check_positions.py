@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -114,9 +113,9 @@ def test_chat_counts_rotary_scaling(tmp_path):
 
 def test_rows_for_fine_tuning(tmp_path):
     model = folder(tmp_path / "model")
-    assert longest_row(argparse.Namespace(model=model, fresh=None, max_length=None)) == 2048
-    assert longest_row(argparse.Namespace(model=None, fresh=model, max_length=100)) == 100
+    assert longest_row(model, None) == 2048
+    assert longest_row(model, 100) == 100
     with pytest.raises(UserError, match=r"--max-length 2049: .* has 2048 positions; give 2048 or less"):
-        longest_row(argparse.Namespace(model=model, fresh=None, max_length=2049))
+        longest_row(model, 2049)
     long = folder(tmp_path / "long", max_position_embeddings=32768)
-    assert longest_row(argparse.Namespace(model=long, fresh=None, max_length=None)) == 4096
+    assert longest_row(long, None) == 4096

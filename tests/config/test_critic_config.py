@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from searchr1.commands.check_config import explain
-from searchr1.config.critic import critic_run
+from searchr1.config.critic import critic_model
 from searchr1.config.layout import critic_layout, group_ranks
 from searchr1.config.load import load_config
 from searchr1.device import Device
+from searchr1.learner.trainer_config import TrainerConfig
 from searchr1.preflight.check import check_config
 
 CONFIG = Path(__file__).resolve().parents[2] / "examples/searchr1/config/tiny-cpu.yaml"
@@ -47,8 +48,8 @@ def load(tmp_path):
 def test_the_critic_follows_the_actor_unless_told_otherwise(load, overrides, backend, cut, processes):
     config = load(*overrides)
     assert check_config(config, for_training=True) == []
-    run = critic_run(config).actor
-    assert (run.training_backend, run.optim, run.lora.rank) == (backend, config.critic.optim, 0)
+    trainer = TrainerConfig.for_critic(config)
+    assert (trainer.backend, trainer.optim, trainer.lora.rank) == (backend, config.critic.optim, 0)
     ranks = len(group_ranks(config, "critic", Device.detect("cpu")))
     layout = critic_layout(config, ranks)
     assert (ranks, (layout.tensor_parallel, layout.pipeline_parallel), layout.data_parallel) == (processes, cut, 1)
@@ -68,7 +69,7 @@ def test_the_critic_follows_the_actor_unless_told_otherwise(load, overrides, bac
     ],
 )
 def test_recomputing_is_the_actors_in_the_backends_own_words(load, overrides, recomputes):
-    model = critic_run(load(*overrides)).actor.model
+    model = critic_model(load(*overrides))
     assert (model.gradient_checkpointing, model.recompute_granularity) == recomputes
 
 
@@ -102,6 +103,6 @@ def test_what_cannot_be_is_refused_with_the_key(load, overrides, key, message):
 def test_a_critic_on_fsdp_cannot_start_from_a_megatron_checkpoint(load, tmp_path):
     (tmp_path / "metadata.json").write_text("{}")
     checkpoint = f"actor.model.megatron_checkpoint={tmp_path}"
-    assert critic_run(load(*TENSOR, checkpoint)).actor.model.megatron_checkpoint == str(tmp_path)
+    assert critic_model(load(*TENSOR, checkpoint)).megatron_checkpoint == str(tmp_path)
     config = load(*TENSOR, checkpoint, "critic.training_backend=fsdp")
     assert [problem.key for problem in check_config(config, for_training=True)] == ["critic.model_path"]

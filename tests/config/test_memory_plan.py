@@ -197,10 +197,10 @@ def test_nothing_stays_gathered_after_scoring(process_group):
     from searchr1.learner.fsdp import FsdpModel
 
     model = FsdpModel(Actor(TINY).model, CPU)
-    (found,) = model.forward([batch_of()], 1.0)
+    (found,) = model.logprobs([batch_of()], 1.0)
     assert found.numel() == 4 * 28
     assert all(isinstance(parameter, DTensor) for parameter in model.model.parameters())
-    assert torch.equal(model.forward([batch_of()], 1.0)[0], found)
+    assert torch.equal(model.logprobs([batch_of()], 1.0)[0], found)
 
 
 class Saved:
@@ -299,6 +299,7 @@ jobs = json.loads(sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from searchr1.learner.megatron.backend import MegatronBackend
+from searchr1.learner.trainer_config import TrainerConfig
 from searchr1.preflight.memory_layout import layout_of
 from searchr1.checkpoints.parameter_counts import read_shape
 from searchr1.config.schema import Config
@@ -312,10 +313,10 @@ for path, precision, tp, pp in jobs:
     config.actor.model.precision = precision
     config.actor.model.tensor_model_parallel_size, config.actor.model.pipeline_model_parallel_size = tp, pp
     config.runner.max_tokens_per_mbs = 256
-    backend = MegatronBackend.start(config, Device.detect("cpu"), 10)
+    backend = MegatronBackend.start(TrainerConfig.for_actor(config, 10), Device.detect("cpu"))
     saved, batch = Saved(backend.module), batch_of(8, 4, 28)
     with torch.autograd.graph.saved_tensors_hooks(saved.add, lambda tensor: tensor):
-        backend.forward_backward([batch], 1.0, False, lambda batch, values: values.logprobs_M.sum())
+        backend.run_schedule([batch], 1.0, False, lambda batch, values: values.logprobs_M.sum())
     backend.optimizer.step()
     optimizers = [part.optimizer for part in getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])]
     states = [state for optimizer in optimizers for state in optimizer.state.values()]

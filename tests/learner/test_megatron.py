@@ -311,8 +311,8 @@ def test_four_ranks_equal_one_process(models, oracles, tmp_path):
 def test_the_layout_is_the_one_that_megatron_makes():
     layout = Layout.of(8, 2, 2)
     assert layout.data_parallel == 2
-    assert [layout.data_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
-    assert [rank for rank in range(8) if layout.leads(rank)] == [0, 2]
+    assert [layout.dp_rank(rank) for rank in range(8)] == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert [rank for rank in range(8) if layout.is_dp_leader(rank)] == [0, 2]
     with pytest.raises(UserError, match="3 x pipeline_model_parallel_size 1 does not divide the actor's 8 ranks"):
         Layout.of(8, 3, 1)
 

@@ -52,9 +52,9 @@ def rank_main(model: str, out: Path) -> None:
         rank = torch.distributed.get_rank()
         trajectories, advantages = policy_ranks.make_trajectories(0)
         replicas = policy.backend.layout.data_parallel
-        share = slice(policy.replica, None, replicas)
+        share = slice(policy.dp_rank, None, replicas)
         part, wanted = trajectories[share], advantages[share]
-        wild = [1e38 if policy.replica == 0 else 0.0] * len(part)
+        wild = [1e38 if policy.dp_rank == 0 else 0.0] * len(part)
         before = weights(policy)
         metrics = policy.train_step(part, wild, [0] * len(part))
         after = weights(policy)

@@ -282,7 +282,8 @@ def read_by_engine(folder: Path, tmp_path: Path) -> None:
 
 
 def read_by_sft(folder: Path, tmp_path: Path) -> None:
-    from searchr1.training.sft import parse, train
+    from searchr1.commands.sft import parse
+    from searchr1.training.sft import train
 
     train(parse(["--model", str(folder), "--data", "rows.jsonl", "--output", str(tmp_path / "out"), "--device", "cpu"]))
 

@@ -184,7 +184,7 @@ class Holder:
 
 
 class Nothing(list):
-    """The share of a rank that does not lead its replica."""
+    """The share of a rank that does not lead its data-parallel rank."""
 
     trajectories = advantages = minibatch_ids = returns = ()
 
@@ -199,9 +199,9 @@ class Trainer(Holder):
     def __init__(self, machine, group, rank, slots, layout):
         super().__init__(machine, group, slots)
         self.device = torch.device("cuda")
-        self.replica, self.leads_replica = layout.data_rank(rank), layout.leads(rank)
+        self.dp_rank, self.is_dp_leader = layout.dp_rank(rank), layout.is_dp_leader(rank)
 
-    def to_replica(self, value):
+    def broadcast_from_dp_leader(self, value):
         return Nothing() if value is None else value
 
     def resident(self, kind):
@@ -418,7 +418,7 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     monkeypatch.setattr(Critic, "start", classmethod(start_critic))
     monkeypatch.setattr(Critic, "_accumulate", zeros_of_critic)
     monkeypatch.setattr(
-        critic_module, "micro_batches", lambda part, most, trajectories, *_: [Batch(t) for t in trajectories]
+        critic_module, "micro_batches", lambda part, most, trajectories, **_: [Batch(t) for t in trajectories]
     )
     monkeypatch.setattr(critic_module, "unpack_all", lambda batches, values: list(values))
     monkeypatch.setattr(Engine, "start", classmethod(start_engine))

@@ -116,12 +116,12 @@ def start(job: dict[str, Any]) -> nn.Module:
     from searchr1.learner.model import load_model
 
     if job.get("critic"):
-        from searchr1.config.critic import critic_run
+        from searchr1.learner.trainer_config import TrainerConfig
         from support.policy_ranks import critic_config
 
-        run = critic_run(critic_config(job["model"]))
-        run.actor.seed, run.actor.fsdp.liger = 7, False
-        return FsdpValueBackend.start(run, device_of(job), None).model
+        config = critic_config(job["model"])
+        config.actor.seed, config.actor.fsdp.liger = 7, False
+        return FsdpValueBackend.start(TrainerConfig.for_critic(config), device_of(job)).model
     return load_model(job["model"], device_of(job), **settings_of(job))
 
 

@@ -164,7 +164,7 @@ def run_critic(job: dict, out: Path) -> None:
     for step in range(*job.get("steps", (0, 3))):
         trajectories, _ = make_trajectories(step)
         returns = critic_returns(trajectories, step)
-        share = list(range(critic.replica, len(trajectories), replicas))
+        share = list(range(critic.dp_rank, len(trajectories), replicas))
         part = [trajectories[i] for i in share]
         values = critic.values(part)
         if step == job.get("steps", (0, 3))[0]:
@@ -172,7 +172,7 @@ def run_critic(job: dict, out: Path) -> None:
         result["last_values"] = dict(zip(share, values, strict=True))
         ids = [t.sample.index % 2 for t in part]
         if job.get("poison") and step == 0:
-            wild = [np.where(t.loss_mask, np.inf if critic.replica == 0 else 0, 0).astype(np.float32) for t in part]
+            wild = [np.where(t.loss_mask, np.inf if critic.dp_rank == 0 else 0, 0).astype(np.float32) for t in part]
             result["poisoned"] = critic.train_step(part, wild, values, ids)
         result["metrics"].append(critic.train_step(part, [returns[i] for i in share], values, ids))
     if "save" in job:
@@ -188,13 +188,13 @@ def host_reads(policy, trajectories, advantages) -> list[str]:
     """Of the forward and backward passes of three micro-batches or more."""
     batches, watch = policy._pack(trajectories, advantages), HostReads()
     assert len(batches) >= 3
-    run = policy.backend.forward_backward
+    run = policy._run
 
     def watched(*args):
         with watch:
             run(*args)
 
-    with mock.patch.object(policy.backend, "forward_backward", watched):
+    with mock.patch.object(policy, "_run", watched):
         policy._accumulate(batches, trajectories)
     policy.backend.zero_grad()
     return watch.found
@@ -226,7 +226,7 @@ def run_job(job: dict, out: Path) -> None:
     rank, backend = torch.distributed.get_rank(), policy.backend
     layout = getattr(backend, "layout", None)
     replicas = layout.data_parallel if layout else torch.distributed.get_world_size()
-    replica = layout.data_rank(rank) if layout else rank
+    replica = layout.dp_rank(rank) if layout else rank
     result: dict = {"metrics": []}
     if job.get("offload"):  # on a CPU nobody would; the policy then moves everything out at each step's end
         kinds = ("weight", "grad", "optimizer")
@@ -262,7 +262,7 @@ def run_job(job: dict, out: Path) -> None:
                 result["host_reads"] = host_reads(policy, *part)
         result["metrics"].append(policy.train_step(*part, [0] * len(share)))
         if job.get("offload"):
-            policy.bring_back("optimizer")
+            policy.reload("optimizer")
             result["freed"] = {kind: offload.out() for kind, offload in policy.offloads.items()}
     if "save" in job:
         background = job.get("background", False)
@@ -271,7 +271,7 @@ def run_job(job: dict, out: Path) -> None:
             trajectories, advantages = make_trajectories(7)
             policy.train_step(trajectories[rank::2], advantages[rank::2], [0] * len(trajectories[rank::2]))
         policy.finish_save()
-    policy.bring_back("weight")
+    policy.reload("weight")
     if job.get("backend", "megatron") == "megatron":
         from searchr1.learner.megatron.optimizer import torch_optimizers
 

@@ -17,9 +17,10 @@ import pytest
 import torch
 from support import policy_ranks as ranks
 
+from searchr1.commands.sft import parse
 from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError
-from searchr1.training.sft import parse, run_config
+from searchr1.training.sft import trainer_config
 from searchr1.training.sft_data import batches, load_rows, segments_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -243,7 +244,8 @@ def test_a_fresh_model_learns_and_loads(tokenizer, tmp_path):
 
 RANK = """
 import os, sys, torch
-from searchr1.training.sft import parse, train
+from searchr1.commands.sft import parse
+from searchr1.training.sft import train
 torch.set_num_threads(1)
 losses = train(parse(sys.argv[2:]))
 if os.environ["RANK"] == "0":
@@ -414,7 +416,7 @@ def test_adapters_are_merged_into_the_output(start, tmp_path):
 def test_flags_that_exclude_each_other_are_told(start, tmp_path, more, message):
     args = parse(flags_of(start, tmp_path / "out", *more))
     with pytest.raises(UserError, match=message):
-        run_config(args, "model", world=4)
+        trainer_config(args, "model", world=4)
 
 
 @pytest.mark.parametrize("more", [["--lora-rank", "-1"], ["--tensor-parallel", "0"], ["--lora-alpha", "0"]])

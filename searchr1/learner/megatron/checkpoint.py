@@ -2,7 +2,7 @@
 
 A folder holds the model's tensors under the names of mapping.py's table, the optimizer's moments and master weights,
 `common.pt` (what is the same everywhere) and `hf/` (configuration and tokenizer, so that a conversion needs no other
-folder). The runner makes it atomic, see actor/checkpoint.py.
+folder). `checkpoints/step_folder.py` makes it atomic.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,15 +27,20 @@ from searchr1.errors import UserError
 from searchr1.learner.checkpoint import save_hf_files
 from searchr1.learner.megatron.optimizer import torch_optimizers, use_fused_adam
 
-if TYPE_CHECKING:
-    from searchr1.learner.megatron.training import MegatronTraining
-
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "distrib_optim_fully_reshardable_mem_efficient": False}
 _OURS = "searchr1"
 
 
-def save_checkpoint(backend: MegatronTraining, folder: Path, in_background: bool) -> Any:
-    """Write model and optimizer; a collective.
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """What a checkpoint holds: a rank's part of a model, and its share of the optimizer."""
+
+    module: Any
+    optimizer: Any
+
+
+def save_checkpoint(trained: Trained, updates: int, model_path: str, folder: Path, in_background: bool) -> Any:
+    """Write model and optimizer after so many updates; a collective.
 
     In the background: a forked process of each rank writes what it holds now, and Megatron's queue of such calls is returned
     (whose `maybe_finalize_async_calls(blocking=True)` must follow), else None.
@@ -44,13 +50,13 @@ def save_checkpoint(backend: MegatronTraining, folder: Path, in_background: bool
 
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        save_hf_files(backend.model_path, folder / HF_FOLDER)
+        save_hf_files(model_path, folder / HF_FOLDER)
     dist.barrier()
     # No moments yet: saving before the first update.
-    if backend.updates == 0:
-        _make_optimizer_state(backend)
-    state = _sharded_state(backend, is_loading=False)
-    state[_OURS] = {"updates": backend.updates}
+    if updates == 0:
+        _make_optimizer_state(trained.optimizer)
+    state = _sharded_state(trained, is_loading=False)
+    state[_OURS] = {"updates": updates}
     queue = AsyncCallsQueue() if in_background else None
     with _quiet():
         request = dist_checkpointing.save(
@@ -71,34 +77,43 @@ def _write_and_sum(write: Callable[..., None], folder: Path, rank: int, *args: A
         write_rank_sums(folder, rank)
 
 
-def load_checkpoint(backend: MegatronTraining, folder: Path) -> None:
+def load_checkpoint(trained: Trained, folder: Path, section: str) -> int:
     """Read what `save_checkpoint` wrote, and `TrainedModel.load` has verified, in this layout or another; a collective.
+
+    Args:
+        trained: filled from the checkpoint.
+        folder: of the checkpoint.
+        section: of the YAML, for messages.
+
+    Returns:
+        Updates that the checkpoint was written after.
 
     Raises:
         UserError: damaged, of another model, or of the other backend.
     """
     if not (folder / "metadata.json").is_file():
         raise UserError(
-            f"{folder} was not written by {backend.section}.training_backend: megatron; resume with the backend that wrote "
+            f"{folder} was not written by {section}.training_backend: megatron; resume with the backend that wrote "
             "it, or convert it (searchr1 convert) and start from the model"
         )
-    _make_optimizer_state(backend)
-    state = _sharded_state(backend, is_loading=True)
+    _make_optimizer_state(trained.optimizer)
+    state = _sharded_state(trained, is_loading=True)
     try:
         with _quiet():
             loaded = load_megatron(state, folder)
-        backend.module.load_state_dict(loaded["model"])
-        with _steps_left_out(backend):
-            backend.optimizer.load_state_dict(loaded["optimizer"])
-        backend.updates = int(loaded[_OURS]["updates"])
+        trained.module.load_state_dict(loaded["model"])
+        with _steps_left_out(trained.optimizer):
+            trained.optimizer.load_state_dict(loaded["optimizer"])
+        updates = int(loaded[_OURS]["updates"])
     except _unreadable() as error:
         raise UserError(f"cannot load {folder}: it is damaged or belongs to another model ({_reason(error)})") from error
-    _separate_steps(backend)
-    use_fused_adam(backend.optimizer)
+    _separate_steps(trained.optimizer, updates)
+    use_fused_adam(trained.optimizer)
+    return updates
 
 
 def load_weights(module: Any, folder: Path) -> None:
-    """The model's weights alone, from any Megatron distributed checkpoint of this model; a collective.
+    """Load the model's weights alone, from any Megatron distributed checkpoint of this model; a collective.
 
     A policy's has all that a critic needs but its head, which stays as it is.
 
@@ -121,7 +136,7 @@ def load_weights(module: Any, folder: Path) -> None:
 
 
 def _unreadable() -> tuple[type[BaseException], ...]:
-    """What Megatron and PyTorch raise at a checkpoint that is damaged or of something else."""
+    """Return what Megatron and PyTorch raise at a checkpoint that is damaged or of something else."""
     from megatron.core.dist_checkpointing.core import CheckpointingException
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -132,24 +147,24 @@ def _unreadable() -> tuple[type[BaseException], ...]:
 
 
 def _reason(error: BaseException) -> str:
-    """The end of what is often a traceback in a message."""
+    """Return the end of what is often a traceback in a message."""
     lines = str(error).strip().splitlines() or [repr(error)]
     return lines[-1][:200]
 
 
-def _sharded_state(backend: MegatronTraining, is_loading: bool) -> dict[str, Any]:
+def _sharded_state(trained: Trained, is_loading: bool) -> dict[str, Any]:
     metadata = dict(_METADATA)  # Megatron adds process groups to it
-    model = backend.module.sharded_state_dict(metadata=metadata)
-    optimizer = backend.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
+    model = trained.module.sharded_state_dict(metadata=metadata)
+    optimizer = trained.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=metadata)
     return {"model": model, "optimizer": optimizer}
 
 
-def _make_optimizer_state(backend: MegatronTraining) -> None:
+def _make_optimizer_state(optimizer: Any) -> None:
     """Give every parameter its moments, which Adam makes at its first step only."""
-    for optimizer in torch_optimizers(backend.optimizer):
-        for group in optimizer.param_groups:
+    for part in torch_optimizers(optimizer):
+        for group in part.param_groups:
             for parameter in group["params"]:
-                state = optimizer.state[parameter]
+                state = part.state[parameter]
                 if not state:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
                     state["exp_avg"] = torch.zeros_like(parameter.data)
@@ -157,9 +172,9 @@ def _make_optimizer_state(backend: MegatronTraining) -> None:
 
 
 @contextmanager
-def _steps_left_out(backend: MegatronTraining) -> Iterator[None]:
-    """Megatron looks for torch's `step` among the saved tensors, where it does not put it (a KeyError otherwise)."""
-    parts = getattr(backend.optimizer, "chained_optimizers", [backend.optimizer])
+def _steps_left_out(optimizer: Any) -> Iterator[None]:
+    """Keep Megatron from looking for torch's `step` among the saved tensors, where it does not put it: a KeyError."""
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
     name = "_set_main_param_and_optimizer_states"
     changed = [part for part in parts if hasattr(part, name)]
     zero = torch.zeros((), dtype=torch.float32)
@@ -173,18 +188,21 @@ def _steps_left_out(backend: MegatronTraining) -> Iterator[None]:
             delattr(part, name)
 
 
-def _separate_steps(backend: MegatronTraining) -> None:
-    """After loading, all parameters share one `step` tensor without Transformer Engine: each update would add to it
-    once a parameter, and Adam's bias correction would run away."""
-    for optimizer in torch_optimizers(backend.optimizer):
-        for state in optimizer.state.values():
+def _separate_steps(optimizer: Any, updates: int) -> None:
+    """Give each parameter its own `step` after loading.
+
+    Without Transformer Engine all share one tensor: each update would add to it once a parameter, and Adam's bias correction
+    would run away.
+    """
+    for part in torch_optimizers(optimizer):
+        for state in part.state.values():
             if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = torch.tensor(float(backend.updates), dtype=torch.float32, device=state["step"].device)
+                state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=state["step"].device)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Megatron warns about things that are as they should be."""
+    """Silence Megatron, which warns about things that are as they should be."""
     logger = logging.getLogger("megatron")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -17,9 +17,9 @@ from searchr1.learner.megatron.model import LocalParameter
 def gather_hugging_face(
     parameters: list[LocalParameter], arch: Architecture, layout: Layout, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors on rank 0, empty shells on the others, which must run along. A tied output layer is left out.
+    """Yield full tensors on rank 0, empty shells on the others, which must run along. A tied output layer is left out.
 
-    Tensor-parallel parts are joined by the stage that has them and sent on to rank 0. The first replica does it alone.
+    Tensor-parallel parts are joined by the stage that has them and sent on to rank 0, by the first data-parallel rank alone.
     At no time does a rank hold more than one full tensor that is not its own.
     """
     from megatron.core import parallel_state
@@ -32,16 +32,16 @@ def gather_hugging_face(
     dtype = parameters[0].parameter.dtype
     for entry in entries(arch):
         owner = _stage_of(entry.name, layers_per_stage, layout.pipeline_parallel)
-        found: dict[str, Tensor] = {}
-        if stage == owner and layout.data_rank(rank) == 0:
-            found = dict(entry.to_hugging_face(_tensor_parallel_parts(entry, mine[entry.name].detach(), group)))
+        whole: dict[str, Tensor] = {}
+        if stage == owner and layout.dp_rank(rank) == 0:
+            whole = dict(entry.to_hugging_face(_tensor_parallel_parts(entry, mine[entry.name].detach(), group)))
         for name, shape in zip(entry.sources, entry.shapes, strict=True):
             if rank == 0 and stage != owner:
-                found[name] = torch.empty(shape, dtype=dtype, device=device)
-                dist.recv(found[name], owner * layout.tensor_parallel * layout.data_parallel)
-            elif found and stage != 0 and group.rank() == 0:
-                dist.send(found[name].contiguous(), 0)
-            yield name, found[name] if rank == 0 else torch.empty(shape, dtype=dtype, device="meta")
+                whole[name] = torch.empty(shape, dtype=dtype, device=device)
+                dist.recv(whole[name], owner * layout.tensor_parallel * layout.data_parallel)
+            elif whole and stage != 0 and group.rank() == 0:
+                dist.send(whole[name].contiguous(), 0)
+            yield name, whole[name] if rank == 0 else torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _tensor_parallel_parts(entry: Entry, part: Tensor, group: dist.ProcessGroup) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Megatron's gradient buffers and (distributed) optimizer, from a run's configuration."""
+"""Megatron's gradient buffers and (distributed) optimizer, from a trainer's configuration."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from typing import Any
 
 import torch
 
-from searchr1.config.schema_model import ActorConfig
 from searchr1.learner.megatron.model import PARAMETER_DTYPES
+from searchr1.learner.trainer_config import TrainerConfig
 
 
-def build_ddp(module: Any, config: ActorConfig) -> Any:
-    """The model with gradient buffers that are summed over the replicas at the end of a mini-batch."""
+def build_ddp(module: Any, trainer: TrainerConfig) -> Any:
+    """Return the model with gradient buffers, which are summed over the data-parallel ranks at a mini-batch's end."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 
     ddp = DistributedDataParallel(
         module.config,
         DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
-            use_distributed_optimizer=config.optim.use_distributed_optimizer,
-            overlap_grad_reduce=config.optim.overlap_grad_reduce,
-            overlap_param_gather=config.optim.overlap_param_gather,
-            bucket_size=config.megatron.ddp_bucket_size,
+            use_distributed_optimizer=trainer.optim.use_distributed_optimizer,
+            overlap_grad_reduce=trainer.optim.overlap_grad_reduce,
+            overlap_param_gather=trainer.optim.overlap_param_gather,
+            bucket_size=trainer.megatron.ddp_bucket_size,
         ),
         module,
     )
@@ -30,11 +30,11 @@ def build_ddp(module: Any, config: ActorConfig) -> Any:
     return ddp
 
 
-def build_optimizer(ddp: Any, config: ActorConfig) -> Any:
-    """AdamW with fp32 master weights; weight decay acts on matrices only, not on norms and biases."""
+def build_optimizer(ddp: Any, trainer: TrainerConfig) -> Any:
+    """Return AdamW with fp32 master weights; weight decay acts on matrices only, not on norms and biases."""
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    optim = config.optim
+    optim = trainer.optim
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer=optim.optimizer,
@@ -45,9 +45,9 @@ def build_optimizer(ddp: Any, config: ActorConfig) -> Any:
             adam_beta2=optim.adam_beta2,
             adam_eps=optim.adam_eps,
             clip_grad=optim.clip_grad,
-            bf16=config.model.precision == "bf16",
-            fp16=config.model.precision == "fp16",
-            params_dtype=PARAMETER_DTYPES[config.model.precision],
+            bf16=trainer.model.precision == "bf16",
+            fp16=trainer.model.precision == "fp16",
+            params_dtype=PARAMETER_DTYPES[trainer.model.precision],
             use_distributed_optimizer=optim.use_distributed_optimizer,
             overlap_param_gather=optim.overlap_param_gather,
             initial_loss_scale=optim.initial_loss_scale,
@@ -78,5 +78,5 @@ def use_fused_adam(optimizer: Any) -> None:
 
 
 def torch_optimizers(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The torch (or fused) optimizers inside Megatron's."""
+    """Return the torch (or fused) optimizers inside Megatron's."""
     return [part.optimizer for part in getattr(optimizer, "chained_optimizers", [optimizer])]
