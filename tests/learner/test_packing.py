@@ -75,7 +75,7 @@ def test_ranks_get_nearly_equal_token_counts(lengths: list[int], ranks: int) -> 
 
 
 def test_a_sequence_over_the_limit_names_the_key() -> None:
-    with pytest.raises(UserError, match=r"101 tokens.*max_tokens_per_mbs = 100"):
+    with pytest.raises(UserError, match=r"^runner.max_tokens_per_mbs: a sequence of 101 tokens does not fit into 100"):
         plan_micro_batches([5, 101], 100)
 
 
