@@ -20,12 +20,12 @@ from searchr1.checkpoints.mapping import Entry, entries
 from searchr1.checkpoints.megatron_source import MegatronSource
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.model_shape import Architecture, read_architecture
+from searchr1.checkpoints.output import check_unused, new_folder
 from searchr1.checkpoints.safetensors import pieces
 from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.checkpoints.torch_dist import FILE_BYTES, TorchDistFolder, TorchDistWriter
 from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.errors import UserError
-from searchr1.files.output_folder import new_folder, refuse_used
 from searchr1.progress import progress_bar
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
@@ -61,7 +61,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
         UserError: a damaged folder, one of a model without a mapping, or an output that is in use. Nothing is left behind.
     """
     options = options or MegatronOptions()
-    refuse_used(output)
+    check_unused(output)
     if not (hf_model / "config.json").is_file():
         raise UserError(f"--hf-model {hf_model}: has no config.json; give a local model folder")
     verify_weights(hf_model)

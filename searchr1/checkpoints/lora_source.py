@@ -13,11 +13,11 @@ from searchr1.checkpoints.hf_writer import config_folder
 from searchr1.checkpoints.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 from searchr1.checkpoints.mapping import SliceReader
 from searchr1.checkpoints.model_folder import write_model_sums
+from searchr1.checkpoints.output import new_folder
 from searchr1.checkpoints.run_settings import carry_settings
 from searchr1.checkpoints.safetensors import SafetensorsWriter, TensorSpec
 from searchr1.checkpoints.torch_dist import TorchDistFolder
 from searchr1.errors import UserError
-from searchr1.files.output_folder import new_folder
 
 _PREFIX = "model."
 _NAMED = ".default.weight"

@@ -107,8 +107,6 @@ class SafetensorsWriter:
         with self._file:
             if kind is None:
                 assert not self._missing, f"never written: {sorted(self._missing)[:5]}"
-                self._file.flush()
-                os.fsync(self._file.fileno())
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[Tensor]:

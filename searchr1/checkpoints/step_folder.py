@@ -14,13 +14,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from searchr1.checkpoints.manifest import MANIFEST, checkpoint_steps, rank_sums, write_manifest
+from searchr1.checkpoints.manifest import checkpoint_steps, rank_sums, write_manifest
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_folder, sync
 from searchr1.files.checksums import FileSum
 
 HF_FOLDER = "hf"
@@ -39,46 +40,27 @@ def new_checkpoint(root: Path, step: int, sums: Mapping[str, FileSum] | None = N
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are untouched.
     """
-    final = root / f"global_step_{step}"
-    partial = root / f".partial_step_{step}_{os.getpid()}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".partial_step_*"):
             shutil.rmtree(leftover)  # of a run that was killed while saving
-        partial.mkdir()
-        yield partial
-        known = {**(sums or {}), **rank_sums(partial)}
-        with ThreadPoolExecutor(1) as pool:  # to read the files and to wait for the disk at once
-            synced = pool.submit(_sync_all, [*partial.rglob("*")])
-            write_manifest(partial, step, known)
-            synced.result()
-        _sync_all([partial / MANIFEST, partial])
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_all([root])
+        name = f".partial_step_{step}_{os.getpid()}"
+        with atomic_folder(root / f"global_step_{step}", durable=True, replace=True, partial_name=name) as partial:
+            yield partial
+            known = {**(sums or {}), **rank_sums(partial)}
+            with ThreadPoolExecutor(1) as pool:  # to read the files and to wait for the disk at once
+                synced = pool.submit(sync, [*partial.rglob("*")])
+                write_manifest(partial, step, known)
+                synced.result()
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
         raise UserError(
             f"cannot write a checkpoint below {root}: {reason}; earlier checkpoints are untouched. Free space (or set "
             "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
         ) from error
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def prune_checkpoints(root: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for step in checkpoint_steps(root)[:-keep]:
         shutil.rmtree(root / f"global_step_{step}")
-
-
-def _sync_all(paths: Iterable[Path]) -> None:
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -27,11 +27,11 @@ from searchr1.checkpoints.megatron_ranks import MegatronRanks
 from searchr1.checkpoints.megatron_source import MegatronSource, is_megatron
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.model_shape import read_architecture
+from searchr1.checkpoints.output import check_unused, new_folder
 from searchr1.checkpoints.run_settings import carry_settings
 from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
-from searchr1.files.output_folder import new_folder, refuse_used
 from searchr1.progress import progress_bar
 
 
@@ -120,7 +120,7 @@ def fsdp2hf(
     Raises:
         UserError: damaged or foreign checkpoint, or an output that is in use. Nothing is left behind.
     """
-    refuse_used(output)
+    check_unused(output)
     located = locate(checkpoint)
     verify_source(located.folder, "--checkpoint ")
     actor = located.folder
@@ -232,7 +232,7 @@ def mg2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options:
     Raises:
         UserError: damaged or foreign checkpoint, or an output that is in use. Nothing is left behind.
     """
-    refuse_used(output)
+    check_unused(output)
     located = locate(checkpoint)
     verify_source(located.folder, "--checkpoint ")
     if located.kind in ("fsdp_ranks", "full_weights"):

@@ -6,7 +6,6 @@ import gc
 import io
 import json
 import math
-import os
 import pickle
 import zipfile
 from collections.abc import Callable, Collection, Iterator
@@ -277,9 +276,7 @@ class TorchDistWriter:
         """Finish the current file."""
         file, self._file = self._file, None
         if file is not None:
-            with file:
-                file.flush()
-                os.fsync(file.fileno())
+            file.close()
 
 
 def _file_name(number: int) -> str:

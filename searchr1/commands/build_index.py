@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.text import Text
 
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_file
 from searchr1.files.checksums import take
 from searchr1.retrieval.encode.embed import EncoderFlags, embed_by_processes, embed_parts
 from searchr1.retrieval.encode.embed import Progress as Report
@@ -216,12 +217,10 @@ def write_index(folder: EmbeddingFolder, file: Path, kind: FaissType, seed: int)
     vectors_RD = open_vectors(folder.vectors, folder.plan.rows, folder.plan.dimension)
     with bar(f"indexing ({kind.factory})", folder.plan.rows) as report:
         index = build_faiss(vectors_RD, kind, seed, report)
-    partial = file.with_name(f"{file.name}.partial")
     try:
-        faiss.write_index(index, str(partial))
-        os.replace(partial, file)
+        with atomic_file(file) as partial:
+            faiss.write_index(index, str(partial))
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{file}: cannot write ({error}); make room and run the same command again") from error
 
 

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from searchr1.agent.trajectory import Trajectory
 from searchr1.errors import UserError
 from searchr1.evaluation.manifest import Manifest, differences
+from searchr1.files.atomic import write_text
 from searchr1.rewards.answers import answer_of, scored_text
 from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import eval_file, trajectory_row
@@ -86,7 +87,7 @@ class Ledger:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             if not (self._folder / MANIFEST).exists():
-                write_whole(self._folder / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
+                write_text(self._folder / MANIFEST, json.dumps(self._manifest, indent=2) + "\n")
             if self._file is None or not self._path.exists():
                 self.close()  # of a file that was removed to begin anew
                 self._file = self._path.open("w+b")
@@ -191,10 +192,3 @@ def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], set[int]
             end = position
             del parts[number]
     return finished, failed, end
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(partial, path)

@@ -11,11 +11,11 @@ from typing import Any
 
 from searchr1.errors import UserError
 from searchr1.evaluation.attempts import Attempt
-from searchr1.evaluation.ledger import write_whole
 from searchr1.evaluation.methods import main_method
 from searchr1.evaluation.published import LABELS, Published, canonical, nearest
 from searchr1.evaluation.summary import CONFIDENCE, RESAMPLES, Summary, flat_metrics, summarise
 from searchr1.evaluation.tables import Table, comparison, markdown, method_table, plain
+from searchr1.files.atomic import write_text
 
 WRONG_SHOWN, RIGHT_SHOWN = 4, 2
 """Examples kept per set and method."""
@@ -143,10 +143,10 @@ def write_results(folder: Path, results: Results) -> dict[str, float]:
     from searchr1.evaluation.page import page
 
     metrics = flat_metrics(results.main)
-    write_whole(folder / "results.json", _json(results.json()))
-    write_whole(folder / "results.md", _document(results))
-    write_whole(folder / "results.html", page(results))
-    write_whole(folder / "eval.json", _json(metrics))
+    write_text(folder / "results.json", _json(results.json()))
+    write_text(folder / "results.md", _document(results))
+    write_text(folder / "results.html", page(results))
+    write_text(folder / "eval.json", _json(metrics))
     return metrics
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from searchr1.files.atomic import write_text
 
 SEAL = "xxh3"
 MAX_BYTES = 64 << 20
@@ -28,12 +29,7 @@ def write_sealed(path: Path, values: Mapping[str, Any]) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps({**values, SEAL: seal(values)}, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, json.dumps({**values, SEAL: seal(values)}, indent=1) + "\n")
 
 
 def read_sealed(path: Path, unsealed_formats: tuple[int, ...] = ()) -> dict[str, Any]:

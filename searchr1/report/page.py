@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.files.atomic import write_text
 from searchr1.report.overview import RunView, ends_of, names_of, overview_of
 from searchr1.report.run_files import (
     COLUMNS,
@@ -103,11 +103,8 @@ def write_report(runs: Sequence[Path], output: Path, trajectories: int = TRAJECT
         UserError: a folder holds no run, a file in it is damaged, or `output` cannot be written.
     """
     parts = report_page(runs, trajectories)
-    partial = output.with_name(output.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(parts)
-        os.replace(partial, output)
+        write_text(output, parts)
     except OSError as error:
         raise UserError(f"--output {output}: not writable ({error.strerror})") from error
 

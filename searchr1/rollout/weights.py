@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from searchr1.files.atomic import atomic_file
 from searchr1.rollout.shared_buffer import SharedBuffer
 from searchr1.rollout.shared_memory import (
     ADAPTER_CONFIG,
@@ -336,9 +337,9 @@ def publish_adapter(
             tensors[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         if not tensors:
             raise ValueError("an adapter needs at least one tensor")
-        path, partial = folder.path / ADAPTER_WEIGHTS, folder.path / "adapter.partial"
-        save_file(tensors, str(partial))
-        partial.rename(path)
+        path = folder.path / ADAPTER_WEIGHTS
+        with atomic_file(path) as partial:
+            save_file(tensors, str(partial))
         (folder.path / ADAPTER_CONFIG).write_text(json.dumps({"peft_type": "LORA", **settings}), encoding="utf-8")
     return WeightManifest(version, str(folder.path), str(path), (), path.stat().st_size, adapter=True)
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from searchr1.config.schema import RunnerConfig
 from searchr1.errors import UserError
+from searchr1.files.atomic import write_text
 from searchr1.tracking.json_lines import parse_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -47,9 +48,7 @@ class JsonlLogger:
     def __init__(self, path: Path, first_step: int) -> None:
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= first_step] if first_step else []
-            partial = path.with_suffix(".partial")
-            partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(partial, path)
+            write_text(path, (json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a", encoding="utf-8", buffering=1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -98,7 +97,7 @@ class ModuleLogger:
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Send a step."""
         if not self._id_is_written:
-            self._id_file.write_text(self._id, encoding="utf-8")
+            write_text(self._id_file, self._id)
             self._id_is_written = True
         self._module.log(metrics, step=step)
 

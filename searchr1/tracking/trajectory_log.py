@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from searchr1.agent.trajectory import Trajectory
+from searchr1.files.atomic import write_text
 from searchr1.rewards.answers import answer_of
 from searchr1.tracking.token_text import TokenText
 
@@ -107,16 +107,9 @@ def whole_groups(trajectories: Sequence[Trajectory], most: int | None) -> list[T
 
 
 def write_trajectories(path: Path, trajectories: Sequence[Trajectory], token_text: TokenText | None = None) -> None:
-    """Write trajectories; the file appears whole or not at all.
-
-    Halves of surrogate pairs, which UTF-8 cannot hold, are written as their JSON escapes.
-    """
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        for trajectory in trajectories:
-            row = trajectory_row(trajectory, token_text)
-            file.write(json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n")
-    os.replace(partial, path)
+    """Write trajectories, one JSON object a line."""
+    rows = (trajectory_row(trajectory, token_text) for trajectory in trajectories)
+    write_text(path, (json.dumps(row, ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows))
 
 
 def _number(value: float) -> float | None:

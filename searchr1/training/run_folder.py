@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError, WorkerDied
+from searchr1.files.atomic import atomic_file, write_bytes
 from searchr1.files.checksums import FileSum, take_all
 from searchr1.files.sealed import read_json
 from searchr1.shutdown import Stopped
@@ -159,18 +159,14 @@ class RunFolder:
     def _record_leg(self) -> None:
         (self.path / FOLDER).mkdir(exist_ok=True)
         own = self.path / LATEST
-        partial = own.with_name(f"{LATEST}.partial")
-        save_config(self.config, partial)
-        legs = self.earlier | {self.step + 1: partial.read_bytes()}
-        os.replace(partial, own)
+        with atomic_file(own) as partial:
+            save_config(self.config, partial)
+            legs = self.earlier | {self.step + 1: partial.read_bytes()}
         for leg in legs_of(self.path):
             if leg.path != own and leg.first_step not in legs:
                 leg.path.unlink()  # of steps that are taken again
         for first_step, text in legs.items():
-            file = leg_file(self.path, first_step)
-            partial = file.with_name(f"{file.name}.partial")
-            partial.write_bytes(text)
-            os.replace(partial, file)
+            write_bytes(leg_file(self.path, first_step), text)
 
     def _set_aside_later_checkpoints(self) -> None:
         """Rename checkpoints of steps that are taken again: they are not this run's, and `auto` must not find them."""

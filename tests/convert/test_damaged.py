@@ -14,6 +14,7 @@ import torch
 from support.bit_flips import flipped, random_flips
 from support.convert_models import assert_same_tensors, make_model
 
+from searchr1.checkpoints import output
 from searchr1.checkpoints import safetensors as safetensors_file
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
 from searchr1.checkpoints.hf_reader import HfReader
@@ -24,7 +25,6 @@ from searchr1.checkpoints.to_hf import fsdp2hf, mg2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
 from searchr1.errors import UserError
-from searchr1.files import output_folder as output
 
 
 @pytest.fixture(scope="module")

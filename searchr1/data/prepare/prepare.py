@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from searchr1.data.events import Events
+from searchr1.data.prepare.output import write_json, write_rows
 from searchr1.data.prepare.passages import search_passages
 from searchr1.data.prepare.reading import read_records, read_rows
 from searchr1.data.prepare.rows import Question, arrow_schema, check_row, make_row
@@ -30,7 +31,6 @@ from searchr1.data.prepare.stats import (
 )
 from searchr1.data.prompts import wants_passages
 from searchr1.errors import UserError
-from searchr1.files.output_files import write_json, write_rows
 
 SHOWN_PROBLEMS = 20
 NOTES = ".passages.partial.jsonl"

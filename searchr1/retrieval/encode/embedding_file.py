@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_file
 from searchr1.files.checksums import damaged
 from searchr1.retrieval.encode.embed import Progress
 from searchr1.retrieval.encode.embedding_folder import DTYPES, EmbeddingFolder
@@ -37,14 +37,11 @@ def save_embedding(folder: EmbeddingFolder, path: Path) -> None:
     vectors_RD: npt.NDArray[Any] = np.memmap(
         folder.vectors, DTYPES[plan.dtype], "r", plan.header_bytes, (plan.rows, plan.dimension)
     )
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("wb") as file:
+        with atomic_file(path) as partial, partial.open("wb") as file:
             for start in range(0, plan.rows, BLOCK_ROWS):
                 file.write(vectors_RD[start : start + BLOCK_ROWS].astype(np.float32).tobytes())
-        os.replace(partial, path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({error}); make room and run the same command again") from error
 
 

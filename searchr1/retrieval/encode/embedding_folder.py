@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 
 from searchr1.errors import UserError
+from searchr1.files.atomic import write_text
 
 PART_ROWS = 4096
 """Passages that a kill costs at most, per process."""
@@ -71,7 +72,7 @@ class EmbeddingFolder:
             if self.vectors.is_file() and self.vectors.stat().st_size == self.bytes:
                 self._forget_changed()
                 return
-        elif self._folder.exists() and {file.name for file in self._folder.iterdir()} - {"plan.partial"}:
+        elif self._folder.exists() and any(not file.name.endswith(".partial") for file in self._folder.iterdir()):
             raise UserError(f"{self._folder}: is no folder of this command; give another --save_dir")
         free, wanted = shutil.disk_usage(self.vectors.parent).free, self.bytes + more_bytes
         if free < wanted:
@@ -83,9 +84,7 @@ class EmbeddingFolder:
         self._remove_marks()
         with self.vectors.open("wb") as file:
             file.truncate(self.bytes)
-        partial = self._known.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(self.plan), indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self._known)
+        write_text(self._known, json.dumps(asdict(self.plan), indent=2) + "\n")
 
     def _plan_before(self) -> dict[str, Any]:
         try:
@@ -151,9 +150,7 @@ class EmbeddingFolder:
             )
         content = block.tobytes()
         self._write_at(self._place(part), content)
-        partial = self._mark(part).with_suffix(".partial")
-        partial.write_text(xxhash.xxh3_128_hexdigest(content), encoding="ascii")
-        os.replace(partial, self._mark(part))
+        write_text(self._mark(part), xxhash.xxh3_128_hexdigest(content))
 
     def _place(self, part: int) -> int:
         return self.plan.header_bytes + self.rows_of(part).start * self._row_bytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 import zlib
 from collections import Counter
@@ -19,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from searchr1 import caches
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_folder
 from searchr1.files.text_rows import LineTooLong, not_utf8, other_encoding, parse_json, require_shallow, split_lines
 from searchr1.retrieval.index.row_table import (
     COLUMNS,
@@ -38,6 +38,14 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Key = Callable[[Any], int | Sequence[str]]
 """Checks a parsed row (KeyError, TypeError, ValueError: it is none); gives a 64-bit key to find it by, or what to count."""
+
+
+class _Overtaken(Exception):
+    """Another process has finished the same table first."""
+
+    def __init__(self, table: Table) -> None:
+        super().__init__()
+        self.table = table
 
 
 class Rows:
@@ -127,19 +135,16 @@ class Rows:
     def _make_table(self, key: Key) -> Table:
         problem: OSError | None = None
         for folder in self._places():
-            partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
             try:
-                partial.mkdir(parents=True)
-                summary = self._scan(partial, key)
-                if (finished := self._finished_table()) is not None:  # another process was faster
-                    return finished
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(partial, folder)
+                with atomic_folder(folder, replace=True) as partial:
+                    summary = self._scan(partial, key)
+                    if (finished := self._finished_table()) is not None:
+                        raise _Overtaken(finished)
                 return open_table(folder, summary, self._file.stat().st_size)
+            except _Overtaken as overtaken:
+                return overtaken.table
             except OSError as error:
                 problem = problem or error
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
         finished = self._finished_table()  # another process may have been faster
         if finished is None:
             raise UserError(

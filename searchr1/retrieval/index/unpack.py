@@ -10,7 +10,6 @@ import errno
 import gzip
 import hashlib
 import json
-import os
 import shutil
 import tarfile
 import time
@@ -25,6 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from searchr1 import caches
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_file, partial_path
 from searchr1.files.parquet_rows import parquet_rows
 from searchr1.files.sealed import read_sealed, write_sealed
 from searchr1.files.text_rows import MAX_LINE_BYTES, LineTooLong
@@ -79,7 +79,7 @@ def as_jsonl(path: Path, flag: str) -> Path:
 
 
 def _can_be_written(output: Path) -> bool:
-    partial = _partial_of(output)
+    partial = partial_path(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial.touch()
@@ -87,10 +87,6 @@ def _can_be_written(output: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _partial_of(output: Path) -> Path:
-    return output.with_name(f"{output.name}.{os.getpid()}.partial")
 
 
 def is_packed(path: Path) -> bool:
@@ -123,19 +119,16 @@ def _unpack(path: Path, output: Path, flag: str) -> Path:
         print(f"{output}: is not known to be the contents of {path.name}; written again", flush=True)
     else:
         print(f"{path}: unpacking into {output.name}, once", flush=True)
-    partial, note = _partial_of(output), note_of(output)
+    note = note_of(output)
     try:
-        source, digest = _write(path, partial)
-        note.unlink(missing_ok=True)
-        os.replace(partial, output)
+        with atomic_file(output) as partial:
+            source, digest = _write(path, partial)
+            note.unlink(missing_ok=True)
         unpacked = stamp(output.stat(), digest, time.time_ns())
         write_note(output, source, unpacked)
     except DAMAGED as error:
         reason = str(error).partition("\n")[0]
         raise UserError(f"{flag} {path}: cannot unpack it into {output} ({type(error).__name__}: {reason})") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink()
     return output
 
 

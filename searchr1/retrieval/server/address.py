@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 from searchr1.errors import UserError
+from searchr1.files.atomic import write_text
 
 BACKLOG = 1024
 
@@ -54,6 +55,4 @@ def write_address(place: str | Path, address: str) -> None:
         host, _, port = address.rpartition(":")
         path = path / f"Host{host}_IP{port}.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.partial")
-    partial_path.write_text(address, encoding="utf-8")
-    os.replace(partial_path, path)
+    write_text(path, address)

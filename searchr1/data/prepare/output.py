@@ -1,40 +1,37 @@
-"""Files that appear when they are complete, or not at all."""
+"""The prepared files: rows as JSON lines or parquet, and statistics."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_file
 
 BATCH_ROWS = 4096
 
 
 @contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """A path to write to; it takes the place of `path` when the block ends well, and is deleted otherwise.
+def _output(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of `path` when the block ends well.
 
     Raises:
-        UserError: the folder cannot be written to, or the disk is full.
+        UserError: the folder cannot be written, or the disk is full.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield partial
-        os.replace(partial, path)
+        with atomic_file(path) as partial:
+            yield partial
     except OSError as error:
         raise UserError(f"--out {path.parent}: cannot write {path.name} ({error.strerror or error})") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: Any) -> None:
-    """Write jsonl or parquet, as the name says."""
-    with complete_file(path) as partial:
+    """Write rows as JSON lines or parquet, by the suffix of `path`."""
+    with _output(path) as partial:
         if path.suffix == ".parquet":
             _write_parquet(partial, rows, schema)
             return
@@ -59,6 +56,6 @@ def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: Any) -> N
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write one object, indented."""
-    with complete_file(path) as partial:
+    """Write one JSON object, indented."""
+    with _output(path) as partial:
         partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
