@@ -62,13 +62,13 @@ class Device:
                 chose the CPU.
         """
         if setting not in ("auto", "cpu", "cuda"):
-            raise UserError(f"{key}: {setting!r} is not known; use auto, cpu or cuda")
+            raise UserError(key, f"{setting!r} is not known; use auto, cpu or cuda")
         cores = usable_cores()
         gpus = 0 if setting == "cpu" else _cuda_device_count()
         if gpus:
             return cls(kind="cuda", slots=gpus, cores=cores)
         if setting == "cuda":
-            raise UserError(f"{key}: cuda was asked for, but torch sees no GPU: {nvidia.why_unusable()}; or set {key}=cpu")
+            raise UserError(key, f"cuda was asked for, but torch sees no GPU: {nvidia.why_unusable()}; or set {key}=cpu")
         if setting == "auto":
             nvidia.cpu_instead_of_gpu(key)
         return cls(kind="cpu", slots=cores, cores=cores)
@@ -119,15 +119,17 @@ class Device:
         text, world = os.environ.get("LOCAL_RANK"), int(os.environ.get("WORLD_SIZE", "1"))
         if text is None and world > 1:
             raise UserError(
-                f"LOCAL_RANK: is not set although WORLD_SIZE is {world}, so every process would take the same GPU; start "
-                "them with torchrun, or set it to each process's number on its machine"
+                "LOCAL_RANK",
+                f"is not set although WORLD_SIZE is {world}, so every process would take the same GPU; start "
+                "them with torchrun, or set it to each process's number on its machine",
             )
         count, rank = torch.cuda.device_count(), "0" if text is None else text
         if not (rank.isascii() and rank.isdigit()) or int(rank) >= count:
             raise UserError(
-                f"LOCAL_RANK: {rank!r} has no GPU of its own, because this process sees {count} GPU"
+                "LOCAL_RANK",
+                f"{rank!r} has no GPU of its own, because this process sees {count} GPU"
                 f"{'' if count == 1 else 's'} (CUDA_VISIBLE_DEVICES); start at most {count} processes on this machine "
-                "(torchrun --nproc-per-node)"
+                "(torchrun --nproc-per-node)",
             )
         torch.cuda.set_device(int(rank))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import hashlib
-import importlib
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from searchr1.agent.tools import Tool, ToolResult
 from searchr1.agent.trajectory import Sample, StopReason, Trajectory, Turn
 from searchr1.errors import UserError
 from searchr1.files.text_rows import whole_text
+from searchr1.importing import import_function
 
 GenerateFn = Callable[..., Coroutine[Any, Any, Trajectory]]
 
@@ -274,11 +274,7 @@ def resolve_generate_fn(path: str | None) -> GenerateFn:
     """
     if path is None:
         return run_trajectory
-    module, _, name = path.replace(":", ".").rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"agentloop.generate_fn: cannot import {path!r}: {error}") from error
+    function = import_function(path, "agentloop.generate_fn")
     if not asyncio.iscoroutinefunction(function):
-        raise UserError(f"agentloop.generate_fn: {path} is not an async function")
+        raise UserError("agentloop.generate_fn", f"{path} is not an async function")
     return function

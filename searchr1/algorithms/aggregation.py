@@ -34,7 +34,7 @@ def check_aggregation(name: str) -> LossAggregation:
     for known in get_args(LossAggregation):
         if name == known:
             return name  # type: ignore[return-value]
-    raise UserError(f"algorithm.loss_agg_func: unknown '{name}'; use one of {', '.join(get_args(LossAggregation))}")
+    raise UserError("algorithm.loss_agg_func", f"unknown '{name}'; use one of {', '.join(get_args(LossAggregation))}")
 
 
 def token_weights(

@@ -61,5 +61,5 @@ def kl_function(name: str) -> KlFunction:
         UserError: unknown name.
     """
     if name not in KL_FUNCTIONS:
-        raise UserError(f"algorithm.kl_penalty_type: unknown '{name}'; use one of {', '.join(sorted(KL_FUNCTIONS))}")
+        raise UserError("algorithm.kl_penalty_type", f"unknown '{name}'; use one of {', '.join(sorted(KL_FUNCTIONS))}")
     return KL_FUNCTIONS[name]

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from searchr1.errors import UserError
+from searchr1.importing import import_function, is_dotted_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def is_dotted_path(name: object) -> bool:
-    """Whether it is meant as `package.module:function` (or `package.module.function`)."""
-    return isinstance(name, str) and (":" in name or "." in name)
-
-
 def find_function(known: Mapping[str, Function], name: str, key: str) -> Function:
-    """The function behind a name in `known`, or behind a dotted path.
+    """Return the function that a name in `known`, or a dotted path, stands for.
 
     Args:
         known: the registry.
@@ -30,12 +25,5 @@ def find_function(known: Mapping[str, Function], name: str, key: str) -> Functio
     if name in known:
         return known[name]
     if not is_dotted_path(name):
-        raise UserError(f"{key}: unknown '{name}'; use one of {', '.join(sorted(known))}, or package.module:function")
-    module, _, attribute = name.replace(":", ".").rpartition(".")
-    try:
-        function: Function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError, TypeError) as error:
-        raise UserError(f"{key}: cannot import '{name}': {error}; is its folder in PYTHONPATH?") from error
-    if not callable(function):
-        raise UserError(f"{key}: '{name}' is not a function")
-    return function
+        raise UserError(key, f"unknown '{name}'; use one of {', '.join(sorted(known))}, or package.module:function")
+    return cast(Function, import_function(name, key))

@@ -76,7 +76,7 @@ class Architecture:
         }
         found = [name for name, is_set in refused.items() if is_set]
         if found:
-            raise UserError(f"config.json: {', '.join(found)} is not supported with training_backend: megatron; use fsdp")
+            raise UserError("config.json", f"{', '.join(found)} is not supported with training_backend: megatron; use fsdp")
         return cls(
             family=family,
             layers=config.num_hidden_layers,
@@ -108,13 +108,13 @@ class Architecture:
         ):
             if size % tensor_parallel:
                 raise UserError(
-                    f"{section}.model.tensor_model_parallel_size: {tensor_parallel} does not divide {name} = {size} "
-                    "of the model"
+                    f"{section}.model.tensor_model_parallel_size",
+                    f"{tensor_parallel} does not divide {name} = {size} of the model",
                 )
         if self.layers % pipeline_parallel:
             raise UserError(
-                f"{section}.model.pipeline_model_parallel_size: {pipeline_parallel} does not divide "
-                f"num_hidden_layers = {self.layers} of the model"
+                f"{section}.model.pipeline_model_parallel_size",
+                f"{pipeline_parallel} does not divide num_hidden_layers = {self.layers} of the model",
             )
 
 
@@ -129,7 +129,7 @@ def read_architecture(folder: str | Path) -> tuple[Architecture, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
+        raise UserError(folder, f"no usable config.json ({str(error).splitlines()[0]})") from error
     return Architecture.of(config), config
 
 
@@ -149,5 +149,5 @@ def rotary_frequencies(config: Any) -> Tensor:
         return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
     frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if attention_factor != 1.0 or kind in ("dynamic", "longrope"):
-        raise UserError(f"config.json: rope_type {kind!r} is not supported with training_backend: megatron; use fsdp")
+        raise UserError("config.json", f"rope_type {kind!r} is not supported with training_backend: megatron; use fsdp")
     return frequencies

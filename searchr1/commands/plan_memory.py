@@ -48,8 +48,9 @@ def find_model(config: Config, model_config: str | None, shape: str | None) -> t
     guess = guess_shape(path)
     if guess is None:
         raise UserError(
-            f"{key}: {path or 'empty'} has no config.json here; give --model-config config.json, or --shape with one of "
-            f"{', '.join(SHAPES)}"
+            key,
+            f"{path or 'empty'} has no config.json here; give --model-config config.json, or --shape with one of "
+            f"{', '.join(SHAPES)}",
         )
     return SHAPES[guess], f"shape {guess}, by the name in {key}"
 
@@ -269,7 +270,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--table", action="store_true", help="print the tables of docs/guides/layouts.md and nothing else")
     args = parser.parse_intermixed_args(argv)
     if args.host_gib is not None and args.host_gib <= 0:
-        raise UserError("--host-gib: must be more than 0")
+        raise UserError("--host-gib", "must be more than 0")
     if args.gpu_gib <= 0 or not 0 < args.policy_share <= 1 or (args.gpus is not None and args.gpus < 1):
         raise UserError("--gpu-gib and --gpus: must be more than 0; --policy-share: above 0, at most 1")
     if args.table:

@@ -121,7 +121,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         try:
             text = template_text(template)
         except UserError as error:
-            raise UserError(f"--template: {str(error).partition(': ')[2]}") from error
+            raise UserError("--template", error.message) from error
         if text is None:
             raise UserError(f"--template {template}: puts the question into no prompt; use --rows plain for bare questions")
         if args.search and "{passages}" not in text:

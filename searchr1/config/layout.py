@@ -29,8 +29,9 @@ class Layout:
         """
         if min(tensor_parallel, pipeline_parallel) < 1 or world % (tensor_parallel * pipeline_parallel):
             raise UserError(
-                f"{section}.model.tensor_model_parallel_size: {tensor_parallel} x pipeline_model_parallel_size "
-                f"{pipeline_parallel} does not divide the {section}'s {world} ranks (cluster.component_placement)"
+                f"{section}.model.tensor_model_parallel_size",
+                f"{tensor_parallel} x pipeline_model_parallel_size "
+                f"{pipeline_parallel} does not divide the {section}'s {world} ranks (cluster.component_placement)",
             )
         return cls(world, tensor_parallel, pipeline_parallel)
 
@@ -94,24 +95,25 @@ def parse_slots(value: object, slots: int, key: str) -> list[int]:
         return list(range(slots))
     if ":" in text and not isinstance(value, Mapping):
         raise UserError(
-            f"{key}: {text!r} numbers processes, which follow from the slots and the parallel sizes here; leave out what is "
-            "after each colon"
+            key,
+            f"{text!r} numbers processes, which follow from the slots and the parallel sizes here; leave out what is "
+            "after each colon",
         )
     chosen: list[int] = []
     for part in text.split(","):
         first, dash, last = (word.strip() for word in part.partition("-"))
         if not _is_number(first) or (dash and not _is_number(last)):
-            raise UserError(f"{key}: {text!r} is no placement; use all, a slot (0), a range (0-3) or a list (0,2)")
+            raise UserError(key, f"{text!r} is no placement; use all, a slot (0), a range (0-3) or a list (0,2)")
         start, end = int(first), int(last or first)
         if end >= slots:
             there = f"are {slots} slots (numbered 0 to {slots - 1})" if slots > 1 else "is 1 slot (number 0)"
-            raise UserError(f"{key}: {text!r} asks for slot {end}, but there {there}; name only what is there, or all")
+            raise UserError(key, f"{text!r} asks for slot {end}, but there {there}; name only what is there, or all")
         if end < start:
-            raise UserError(f"{key}: {text!r} has a range that runs backwards; write {end}-{start}")
+            raise UserError(key, f"{text!r} has a range that runs backwards; write {end}-{start}")
         chosen += range(start, end + 1)
     twice = sorted({slot for slot in chosen if chosen.count(slot) > 1})
     if twice:
-        raise UserError(f"{key}: {text!r} names slot {twice[0]} twice; name each once")
+        raise UserError(key, f"{text!r} names slot {twice[0]} twice; name each once")
     return sorted(chosen)
 
 
@@ -147,11 +149,12 @@ def total_slots(config: Config, device: Device) -> int:
     if slots is None:
         return device.workers_for_all
     if slots < 1:
-        raise UserError(f"cluster.slots: must be 1 or more, or null for all, but is {slots}")
+        raise UserError("cluster.slots", f"must be 1 or more, or null for all, but is {slots}")
     if device.is_cuda and slots > device.slots:
         raise UserError(
-            f"cluster.slots: {slots} is more than the {device.slots} GPU{'s' if device.slots > 1 else ''} that this process "
-            "sees (CUDA_VISIBLE_DEVICES); lower it, or leave it out to take them all"
+            "cluster.slots",
+            f"{slots} is more than the {device.slots} GPU{'s' if device.slots > 1 else ''} that this process "
+            "sees (CUDA_VISIBLE_DEVICES); lower it, or leave it out to take them all",
         )
     return slots
 
@@ -174,20 +177,22 @@ def visible_gpus(device: Device, environment: Mapping[str, str]) -> list[int]:
         if name.upper().startswith(("GPU-", "MIG-")):
             kind = "a part of a GPU (MIG)" if name.upper().startswith("MIG-") else "a GPU by its UUID"
             raise UserError(
-                f"{VISIBLE}: {name!r} is {kind}, but worker processes are given whole GPUs by number; write numbers, "
-                "for instance 0,1 (nvidia-smi -L lists both)"
+                VISIBLE,
+                f"{name!r} is {kind}, but worker processes are given whole GPUs by number; write numbers, "
+                "for instance 0,1 (nvidia-smi -L lists both)",
             )
         if not _is_number(name):
             # CUDA ignores such a name and all that come after it.
-            raise UserError(f"{VISIBLE}: {name!r} in {value!r} is no GPU's number; write numbers, for instance 0,1")
+            raise UserError(VISIBLE, f"{name!r} in {value!r} is no GPU's number; write numbers, for instance 0,1")
     numbers = [int(name) for name in names]
     for number in numbers:
         if numbers.count(number) > 1:
-            raise UserError(f"{VISIBLE}: {value!r} names GPU {number} twice; name each once")
+            raise UserError(VISIBLE, f"{value!r} names GPU {number} twice; name each once")
     if len(numbers) != device.slots:
         raise UserError(
-            f"{VISIBLE}: {value!r} names {len(numbers)} GPU{'s' if len(numbers) > 1 else ''}, but torch sees "
-            f"{device.slots}; name only GPUs that nvidia-smi lists, which are numbered from 0"
+            VISIBLE,
+            f"{value!r} names {len(numbers)} GPU{'s' if len(numbers) > 1 else ''}, but torch sees "
+            f"{device.slots}; name only GPUs that nvidia-smi lists, which are numbered from 0",
         )
     return numbers
 
@@ -219,7 +224,7 @@ def group_slots(config: Config, component: str, device: Device) -> list[int]:
         if device.is_cuda:
             return group_slots(config, "actor", device)
         return list(range(config.cluster.slots or _model_parallel_size(config, component)))
-    raise UserError(f"cluster.component_placement: nothing is said about {component!r}; add `{component}: all`")
+    raise UserError("cluster.component_placement", f"nothing is said about {component!r}; add `{component}: all`")
 
 
 def _model_parallel_size(config: Config, component: str) -> int:
@@ -246,8 +251,9 @@ def group_ranks(config: Config, component: str, device: Device) -> list[tuple[in
         size = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
     if len(slots) % size:
         raise UserError(
-            f"rollout.tensor_parallel_size x rollout.pipeline_parallel_size = {size} does not divide the rollout's "
-            f"{len(slots)} slot{'s' if len(slots) > 1 else ''} (cluster.component_placement)"
+            "rollout.tensor_parallel_size",
+            f"times rollout.pipeline_parallel_size is {size}, which does not divide the rollout's {len(slots)} "
+            f"slot{'s' if len(slots) > 1 else ''}; change one of them, or cluster.component_placement",
         )
     return [tuple(slots[i : i + size]) for i in range(0, len(slots), size)]
 

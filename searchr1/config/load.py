@@ -51,6 +51,11 @@ class Problem:
     message: str
     """What is wrong and what to do."""
 
+    @classmethod
+    def of(cls, error: UserError, key: str = "") -> Problem:
+        """Return the problem that an error describes; `key` stands in for a key that the error does not name."""
+        return cls(error.key or key, error.message)
+
     def __str__(self) -> str:
         return f"{self.key}: {self.message}" if self.key else self.message
 
@@ -165,7 +170,7 @@ def _compose(path: Path, overrides: Sequence[Override]) -> DictConfig:
     except UserError:
         raise
     except Exception as error:  # the YAML parser's own errors have no common base outside the parser
-        raise UserError(f"{path}: not readable as YAML: {error}") from error
+        raise UserError(path, f"not readable as YAML: {error}") from error
 
 
 def _refused(path: Path, overrides: Sequence[Override], message: str) -> str:

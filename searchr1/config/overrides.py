@@ -35,15 +35,16 @@ def read_override(argument: str) -> Override:
     mark = name[: len(name) - len(name.lstrip("+~"))]
     key = name[len(mark) :]
     if mark not in ("", "+", "++", "~") or "@" in key or not key or _parsed(key, "1") is None:
-        raise UserError(f"{name!r}: is no key; {EXAMPLE}")
+        raise UserError(f"{name!r}", f"is no key; {EXAMPLE}")
     if not equals and mark != "~":
-        raise UserError(f"{key}: has no value; write {key}=VALUE ({key}=null for none)")
+        raise UserError(key, f"has no value; write {key}=VALUE ({key}=null for none)")
     if mark == "~":
         return Override(key, text, argument)
     if not _references_are_readable(text):
         raise UserError(
-            f"{key}: {text!r} holds a ${{ that begins no readable reference to a key; a text as it stands is written "
-            f"{quoted(key, text)}"
+            key,
+            f"{text!r} holds a ${{ that begins no readable reference to a key; a text as it stands is written "
+            f"{quoted(key, text)}",
         )
     # `++` sets keys that the file leaves out as well; a misspelt one is found later, with the nearest name.
     return Override(key, text, f"{mark or '++'}{key}={_readable(text)}")

@@ -35,7 +35,7 @@ def require_bounded(path: Path) -> None:
         with file.open("rb") as opened:
             text = opened.read(MAX_BYTES + 1)
         if len(text) > MAX_BYTES:
-            raise UserError(f"{file}: is larger than {MAX_BYTES >> 20} MiB; that is no configuration")
+            raise UserError(file, f"is larger than {MAX_BYTES >> 20} MiB; that is no configuration")
         try:
             _require_few(file, text)
             waiting += _named_files(path.parent, yaml.safe_load(text))
@@ -66,10 +66,10 @@ def _require_few(file: Path, text: bytes) -> None:
             if anchor is not None:
                 sizes[anchor] = total - before
         if len(open_nodes) > MAX_DEPTH:
-            raise UserError(f"{file}: line {_line(event)}: sections and lists are nested more than {MAX_DEPTH} deep")
+            raise UserError(file, f"line {_line(event)}: sections and lists are nested more than {MAX_DEPTH} deep")
         if total > MAX_VALUES:
             raise UserError(
-                f"{file}: line {_line(event)}: stands for more than {MAX_VALUES} values, with its anchors; write fewer"
+                file, f"line {_line(event)}: stands for more than {MAX_VALUES} values, with its anchors; write fewer"
             )
 
 
@@ -120,9 +120,9 @@ def require_bounded_references(source: Path, tree: Any) -> None:
             size, hops = size + more, max(hops, further + (not isinstance(value, dict | list)))
         where = f"{source}: {key[1:]}" if key else str(source)
         if size > MAX_REFERRED:
-            raise UserError(f"{where}: stands for more than {MAX_REFERRED >> 20} MiB; write fewer references")
+            raise UserError(where, f"stands for more than {MAX_REFERRED >> 20} MiB; write fewer references")
         if hops > MAX_DEPTH:
-            raise UserError(f"{where}: leads over more than {MAX_DEPTH} references; write the value")
+            raise UserError(where, f"leads over more than {MAX_DEPTH} references; write the value")
         known[key] = (size, hops)
         return size, hops
 

@@ -26,17 +26,17 @@ def require_source(source: str, key: str) -> None:
         UserError: says so, with the flag or configuration key.
     """
     if not source:
-        raise UserError(f"{key}: is empty; give a Hugging Face folder or a hub name")
+        raise UserError(key, "is empty; give a Hugging Face folder or a hub name")
     folder = Path(source)
     if not looks_local(source) or (folder / "config.json").is_file():
         return
     if not folder.exists():
-        raise UserError(f"{key}: {source}: no such folder; edit the path")
+        raise UserError(key, f"{source}: no such folder; edit the path")
     if not folder.is_dir():
-        raise UserError(f"{key}: {source}: is a file; give the folder that holds config.json")
+        raise UserError(key, f"{source}: is a file; give the folder that holds config.json")
     if any((folder / name).exists() for name in _CHECKPOINT):
-        raise UserError(f"{key}: {source}: is a training checkpoint; convert it first: searchr1 convert fsdp2hf|mg2hf")
-    raise UserError(f"{key}: {source}: has no config.json; give a model's folder")
+        raise UserError(key, f"{source}: is a training checkpoint; convert it first: searchr1 convert fsdp2hf|mg2hf")
+    raise UserError(key, f"{source}: has no config.json; give a model's folder")
 
 
 def load_tokenizer(source: str, key: str) -> Any:
@@ -48,12 +48,12 @@ def load_tokenizer(source: str, key: str) -> Any:
     from transformers import AutoTokenizer
 
     if looks_local(source) and not Path(source).is_dir():
-        raise UserError(f"{key}: {source}: no such folder; edit the path")
+        raise UserError(key, f"{source}: no such folder; edit the path")
     _check_files(source, key)
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise UserError(f"{key}: {source}: its tokenizer cannot be loaded ({first_line(error)})") from error
+        raise UserError(key, f"{source}: its tokenizer cannot be loaded ({first_line(error)})") from error
 
 
 def load_model_config(source: str, key: str) -> Any:
@@ -69,14 +69,14 @@ def load_model_config(source: str, key: str) -> Any:
     try:
         return AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # configuration classes raise what their fields' checks raise
-        raise UserError(f"{key}: {source}: its config.json cannot be loaded ({first_line(error)})") from error
+        raise UserError(key, f"{source}: its config.json cannot be loaded ({first_line(error)})") from error
 
 
 def _check_files(source: str, key: str) -> None:
     try:
         check_files(source)
     except UserError as error:
-        raise UserError(f"{key}: {error}") from error
+        raise UserError(key, str(error)) from error
 
 
 def first_line(error: Exception) -> str:

@@ -78,8 +78,8 @@ def template_text(name: str | None) -> str | None:
 
         return own_template(Path(name))
     raise UserError(
-        f"data.prompt_template: {name!r} is not known; use one of {', '.join(TEMPLATES)}, or a .txt file of your own with "
-        "{question} in it"
+        "data.prompt_template",
+        f"{name!r} is not known; use one of {', '.join(TEMPLATES)}, or a .txt file of your own with {{question}} in it",
     )
 
 
@@ -88,9 +88,9 @@ def _own_template(name: str) -> str:
     try:
         text = Path(name).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"data.prompt_template: {name} is not readable ({error})") from error
+        raise UserError("data.prompt_template", f"{name} is not readable ({error})") from error
     if "{question}" not in text:
-        raise UserError(f"data.prompt_template: {name} has no {{question}}; write it where the question belongs")
+        raise UserError("data.prompt_template", f"{name} has no {{question}}; write it where the question belongs")
     return text
 
 
@@ -112,7 +112,7 @@ def fill_template(template: str, question: str, passages: str | None = None) -> 
     """
     text = template_text(template)
     if text is None:
-        raise UserError(f"data.prompt_template: {template} has no text to put a question into")
+        raise UserError("data.prompt_template", f"{template} has no text to put a question into")
     if not question.strip():
         raise UserError("the question is empty")
     if "{passages}" in text:
@@ -160,7 +160,7 @@ def render_prompt(
         if not chat:
             return prompt
         if not has_chat_template(tokenizer):
-            raise UserError("data.apply_chat_template: the model's tokenizer has no chat template; set it to False")
+            raise UserError("data.apply_chat_template", "the model's tokenizer has no chat template; set it to False")
         prompt = [{"role": "user", "content": prompt}]
     if isinstance(prompt, list):
         return _render_chat(read_messages(prompt, "prompt"), tokenizer)

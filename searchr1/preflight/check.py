@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchr1.algorithms.lookup import find_function, is_dotted_path
 from searchr1.config.layout import GROUPS, group_ranks, is_evaluation, placed_groups, visible_gpus
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.schema import Config
@@ -16,6 +15,7 @@ from searchr1.data.paths import path_problem
 from searchr1.data.prompts import template_text
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.importing import import_function, is_dotted_path
 from searchr1.nvidia import vllm_mismatch
 from searchr1.preflight.check_algorithm import algorithm_warnings, check_algorithm
 from searchr1.preflight.check_backend import check_backends, check_lora
@@ -221,8 +221,7 @@ def _placement(config: Config, for_training: bool) -> Iterator[Problem]:
         if config.data.rollout_batch_size < rollout:
             yield Problem("data.rollout_batch_size", f"is less than the {rollout} rollout engines")
     except UserError as error:
-        key, _, message = str(error).partition(": ")
-        yield Problem(key, message)
+        yield Problem.of(error)
 
 
 def _files(config: Config, for_training: bool) -> Iterator[Problem]:
@@ -240,7 +239,7 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
         try:
             require_source(path, key)
         except UserError as error:
-            yield Problem(key, str(error).removeprefix(f"{key}: "))
+            yield Problem.of(error, key)
     lists = ["data.val_data_paths", *(["data.train_data_paths"] if for_training else [])]
     for key in lists:
         paths = value_of(config, key)
@@ -254,8 +253,7 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
     try:
         template_text(config.data.prompt_template)
     except UserError as error:
-        key, _, message = str(error).partition(": ")
-        yield Problem(key, message)
+        yield Problem.of(error)
 
 
 def _actor(config: Config) -> Iterator[Problem]:
@@ -314,6 +312,6 @@ def _code(config: Config) -> Iterator[Problem]:
         path = value_of(config, key)
         if isinstance(path, str) and is_dotted_path(path):
             try:
-                find_function({}, path, key)
+                import_function(path, key)
             except UserError as error:
-                yield Problem(key, str(error).partition(": ")[2])
+                yield Problem.of(error, key)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from searchr1.algorithms.lookup import is_dotted_path
 from searchr1.config.load import Problem
 from searchr1.config.schema import AlgorithmConfig, MismatchCorrectionConfig
 from searchr1.errors import UserError
+from searchr1.importing import is_dotted_path
 
 NO_FILTER_TOP_K = 100_000
 """A `top_k` from here on keeps every token that has any probability to speak of."""
@@ -34,11 +34,13 @@ def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[P
         if algorithm.adv_type == "grpo_dynamic":
             check_loss_scales(algorithm.loss_scales)
     except UserError as error:
-        key, _, message = str(error).partition(": ")
         # Where both limits are one key, that is the key to name.
-        given = algorithm.clip_ratio_low if key.endswith("_low") else algorithm.clip_ratio_high
-        shared = key in ("algorithm.clip_ratio_low", "algorithm.clip_ratio_high") and given is None
-        yield Problem("algorithm.ratio_clip_eps" if shared else key, message)
+        limits = {
+            "algorithm.clip_ratio_low": algorithm.clip_ratio_low,
+            "algorithm.clip_ratio_high": algorithm.clip_ratio_high,
+        }
+        shared = error.key in limits and limits[error.key] is None
+        yield Problem("algorithm.ratio_clip_eps" if shared else error.key, error.message)
     yield from _correction(algorithm.mismatch_correction)
     if with_critic != (algorithm.adv_type == "gae"):
         yield Problem("critic.use_critic_model", "must be True for algorithm.adv_type: gae, and False for any other")

@@ -45,9 +45,8 @@ def _layout(config: Config, trainer: TrainerConfig) -> Iterator[Problem]:
 
             read_architecture(trainer.model_path)[0].check_layout(layout.tensor_parallel, layout.pipeline_parallel, section)
     except UserError as error:
-        key, _, message = str(error).partition(": ")
-        known = key.startswith((f"{section}.", "cluster."))
-        yield Problem(key, message) if known else Problem(f"{section}.training_backend", str(error))
+        known = error.key.startswith((f"{section}.", "cluster."))
+        yield Problem.of(error) if known else Problem(f"{section}.training_backend", str(error))
 
 
 def _critic(config: Config) -> Iterator[Problem]:

@@ -30,7 +30,7 @@ def require_one_node(config: Config) -> None:
         UserError: it asks for more than one.
     """
     for problem in check_nodes(config):
-        raise UserError(str(problem))
+        raise UserError(problem.key, problem.message)
 
 
 def check_precisions(config: Config, device: Device) -> Iterator[Problem]:
@@ -78,7 +78,7 @@ def require_precision(config: Config, device: Device) -> Iterator[str]:
         UserError: vLLM does not run in that precision here.
     """
     for problem in check_precisions(config, device):
-        raise UserError(str(problem))
+        raise UserError(problem.key, problem.message)
     yield from precision_warnings(config, for_training=False)
 
 

@@ -81,7 +81,7 @@ def _names(reward: RewardConfig) -> Iterator[Problem]:
         try:
             require_known(name, key)
         except UserError as error:
-            yield Problem(key, str(error).removeprefix(f"{key}: "))
+            yield Problem.of(error, key)
     for name, weight in reward.weights.items():
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             yield Problem("reward.weights", f"{name}: expects a finite number, found {weight!r}")

@@ -113,11 +113,9 @@ class Layout:
             ("the padded vocabulary", padded_vocab(model)),
         ):
             if size % self.tp:
-                raise UserError(f"{tp_key}: {self.tp} does not divide {name} = {size} of the model")
+                raise UserError(tp_key, f"{self.tp} does not divide {name} = {size} of the model")
         if model.num_hidden_layers % self.pp:
-            raise UserError(
-                f"{pp_key}: {self.pp} does not divide num_hidden_layers = {model.num_hidden_layers} of the model"
-            )
+            raise UserError(pp_key, f"{self.pp} does not divide num_hidden_layers = {model.num_hidden_layers} of the model")
         if self.critic is not None:
             self.critic.check(model)
 
@@ -195,10 +193,10 @@ def layout_of(
     trainer = TrainerConfig.for_critic(config) if section == "critic" else TrainerConfig.for_actor(config)
     model, lora, rollout = trainer.model, trainer.lora, config.rollout
     if model.precision not in PRECISION_BYTES:
-        raise UserError(f"actor.model.precision: {model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
+        raise UserError("actor.model.precision", f"{model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
     backend = trainer.backend
     if backend not in ("fsdp", "megatron"):
-        raise UserError(f"{section}.training_backend: {backend!r} is not one of fsdp, megatron")
+        raise UserError(f"{section}.training_backend", f"{backend!r} is not one of fsdp, megatron")
     with_critic = section == "actor" and config.critic.use_critic_model
     critic = layout_of(config, gpus, policy_share, "critic", device) if with_critic else None
     if device is None:
@@ -211,7 +209,7 @@ def layout_of(
     recompute = model.recompute_granularity if megatron else "full" if model.gradient_checkpointing else None
     recompute = recompute or "none"
     if recompute not in ("none", "full", "selective"):
-        raise UserError(f"actor.model.recompute_granularity: {recompute!r} is not one of null, full, selective")
+        raise UserError("actor.model.recompute_granularity", f"{recompute!r} is not one of null, full, selective")
     reference = section == "actor" and config.algorithm.kl_beta > 0
     critic_slots = group_slots(config, "critic", device) if critic is not None else slots
     layout = Layout(
@@ -257,7 +255,7 @@ def with_engine(layout: Layout, config: Config) -> Layout:
     """
     rollout, cache = config.rollout, config.rollout.vllm.kv_cache_memory_gb
     if rollout.model.precision not in PRECISION_BYTES:
-        raise UserError(f"rollout.model.precision: {rollout.model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
+        raise UserError("rollout.model.precision", f"{rollout.model.precision!r} is not one of {', '.join(PRECISION_BYTES)}")
     return replace(
         layout,
         engine_share=rollout.gpu_memory_utilization,

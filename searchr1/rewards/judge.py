@@ -52,7 +52,7 @@ class Judge:
             UserError: a key is missing, or the variable that `api_key_env` names.
         """
         for problem in judge_problems(config):
-            raise UserError(f"{problem[0]}: {problem[1]}")
+            raise UserError(*problem)
         key = os.environ[config.api_key_env] if config.api_key_env else None
         self._config = config
         self._client = ChatClient(config.base_url, key, config.timeout_s, config.concurrency)
@@ -101,8 +101,7 @@ def judge_problems(config: JudgeConfig) -> list[tuple[str, str]]:
     try:
         completions_url(config.base_url)
     except UserError as error:
-        key, _, message = str(error).partition(": ")
-        found.append((key, message))
+        found.append((error.key, error.message))
     if config.api_key_env is not None and not os.environ.get(config.api_key_env):
         found.append(("reward.judge.api_key_env", f"the environment variable {config.api_key_env} is not set"))
     return found

@@ -66,8 +66,9 @@ class ChatClient:
                     wait_s = retries.next_wait_s(getattr(error, "after_s", 0.0))
                     if wait_s is None:
                         raise UserError(
-                            f"reward.judge.base_url: {self.url} gave no verdict within {self._timeout_s:g} s "
-                            f"(reward.judge.timeout_s); the last attempt: {self._told(error)}"
+                            "reward.judge.base_url",
+                            f"{self.url} gave no verdict within {self._timeout_s:g} s "
+                            f"(reward.judge.timeout_s); the last attempt: {self._told(error)}",
                         ) from None
                 await asyncio.sleep(wait_s)
 
@@ -90,8 +91,9 @@ class ChatClient:
             text = await _read(answer)
             if answer.status in REFUSED:
                 raise UserError(
-                    f"reward.judge: {self.url} refused with status {answer.status}: {self._told(text)}; "
-                    "check base_url, model, api_key_env and request"
+                    "reward.judge",
+                    f"{self.url} refused with status {answer.status}: {self._told(text)}; "
+                    "check base_url, model, api_key_env and request",
                 )
             if answer.status != 200:
                 raise _Retry(f"status {answer.status}: {text}", parse_retry_after(answer.headers.get("Retry-After")) or 0.0)
@@ -120,7 +122,7 @@ def completions_url(base_url: str) -> str:
     base = base_url.strip().rstrip("/").removesuffix("/chat/completions")
     scheme, mark, rest = base.partition("://")
     if scheme not in ("http", "https") or not mark or not rest.partition("/")[0] or "@" in rest:
-        raise UserError("reward.judge.base_url: give http://host:port/v1 or an https address, without a key in it")
+        raise UserError("reward.judge.base_url", "give http://host:port/v1 or an https address, without a key in it")
     return f"{base}/chat/completions" if "/" in rest else f"{base}/v1/chat/completions"
 
 
@@ -182,7 +184,7 @@ class VerdictCache:
 
     def _failed(self, error: Exception) -> UserError:
         return UserError(
-            f"reward.judge.cache_path: {self._path}: {error}; give the path of a new file, or of one written by this key"
+            "reward.judge.cache_path", f"{self._path}: {error}; give the path of a new file, or of one written by this key"
         )
 
 

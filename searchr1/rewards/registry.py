@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
+from typing import cast
 
 from searchr1.config.schema_reward import RewardConfig
 from searchr1.errors import UserError
+from searchr1.importing import import_function, is_dotted_path
 from searchr1.rewards.format import make as make_format
 from searchr1.rewards.judge import make as make_judge
 from searchr1.rewards.matching import citation_reward, exact_match_reward, f1_reward, substring_reward
@@ -63,13 +64,7 @@ def require_known(name: str, key: str = "reward.reward_type") -> None:
 
 
 def _imported(name: str, key: str) -> RewardFn:
-    module, _, function = name.replace(":", ".").rpartition(".")
-    if module:
-        try:
-            found: RewardFn = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError, ValueError, TypeError) as error:
-            raise UserError(f"{key}: cannot import {name!r}: {error}") from error
-        if callable(found):
-            return found
+    if is_dotted_path(name):
+        return cast(RewardFn, import_function(name, key))
     known = ", ".join([*REWARDS, *CONFIGURED])
-    raise UserError(f"{key}: {name!r} is not known; use one of {known}, or package.module:function")
+    raise UserError(key, f"{name!r} is not known; use one of {known}, or package.module:function")

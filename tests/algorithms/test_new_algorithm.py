@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings, compute_advantages
-from searchr1.algorithms.lookup import is_dotted_path
 from searchr1.algorithms.policy_losses import POLICY_LOSSES, ClipSettings, PolicyInputs, policy_loss
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.importing import is_dotted_path
 from searchr1.learner.policy import Policy
 from searchr1.preflight.check import check_config
 

@@ -45,8 +45,9 @@ def compute_advantages(inputs: AdvantageInputs, settings: AdvantageSettings) -> 
     advantages_N = function(replace(inputs, rewards_N=inputs.rewards_N.double()), settings)
     if advantages_N.shape != inputs.rewards_N.shape or not bool(advantages_N.isfinite().all()):
         raise UserError(
-            f"algorithm.adv_type: {settings.adv_type} must return {len(inputs.rewards_N)} finite numbers, one per "
-            f"trajectory; found {advantages_N}"
+            "algorithm.adv_type",
+            f"{settings.adv_type} must return {len(inputs.rewards_N)} finite numbers, one per "
+            f"trajectory; found {advantages_N}",
         )
     if settings.normalize:
         advantages_N = whiten(advantages_N, inputs.policy_tokens_N)

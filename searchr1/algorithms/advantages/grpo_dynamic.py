@@ -27,8 +27,8 @@ def grpo_dynamic(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor
     """
     if settings.mode != "trajectory":
         raise UserError(
-            f"algorithm.advantage_mode: '{settings.mode}' is not supported: a trajectory is trained as one sequence; "
-            "use 'trajectory'"
+            "algorithm.advantage_mode",
+            f"'{settings.mode}' is not supported: a trajectory is trained as one sequence; use 'trajectory'",
         )
     check_loss_scales(settings.loss_scales)
     return grpo(inputs, settings)
@@ -41,4 +41,6 @@ def check_loss_scales(names: Sequence[str]) -> None:
         UserError: it is not the beginning of `LOSS_SCALES`.
     """
     if tuple(names) != LOSS_SCALES[: len(names)]:
-        raise UserError(f"algorithm.loss_scales: {list(names)} must be the beginning of {list(LOSS_SCALES)}, in that order")
+        raise UserError(
+            "algorithm.loss_scales", f"{list(names)} must be the beginning of {list(LOSS_SCALES)}, in that order"
+        )

@@ -32,13 +32,14 @@ class ClipSettings:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.low <= 1.0:
-            raise UserError(f"algorithm.clip_ratio_low: {self.low} is not between 0 and 1")
+            raise UserError("algorithm.clip_ratio_low", f"{self.low} is not between 0 and 1")
         if self.high < 0.0:
-            raise UserError(f"algorithm.clip_ratio_high: {self.high} is negative")
+            raise UserError("algorithm.clip_ratio_high", f"{self.high} is negative")
         if self.dual is not None and self.dual <= 1.0:
-            raise UserError(f"algorithm.clip_ratio_c: {self.dual} is not larger than 1; use null to turn it off")
-        if self.tau_positive <= 0.0 or self.tau_negative <= 0.0:
-            raise UserError("algorithm.sapo_tau_positive, sapo_tau_negative: must be above 0")
+            raise UserError("algorithm.clip_ratio_c", f"{self.dual} is not larger than 1; use null to turn it off")
+        for name, tau in (("sapo_tau_positive", self.tau_positive), ("sapo_tau_negative", self.tau_negative)):
+            if tau <= 0.0:
+                raise UserError(f"algorithm.{name}", f"must be more than 0, but is {tau}")
 
 
 @dataclass(frozen=True, slots=True)
