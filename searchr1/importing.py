@@ -26,9 +26,9 @@ def import_function(path: str, key: str) -> Callable[..., Any]:
     """
     module, _, name = path.replace(":", ".").rpartition(".")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise UserError(key, f"cannot import '{path}': {error}; is its folder in PYTHONPATH?") from error
     if not callable(function):
         raise UserError(key, f"'{path}' is not a function; name one as package.module:function")
-    return function  # type: ignore[no-any-return]
+    return function

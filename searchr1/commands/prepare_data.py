@@ -9,13 +9,14 @@ from typing import Any
 
 from rich.console import Console
 
+from searchr1.data.model_settings import template_text
 from searchr1.data.model_source import load_tokenizer
 from searchr1.data.prepare.hub import fetch
 from searchr1.data.prepare.prepare import Outcome, Settings, prepare
 from searchr1.data.prepare.rows import ROW_SHAPES
 from searchr1.data.prepare.sources import DEFAULT_SETS, REPOSITORY, SETS, SPLITS, find_sources, parse_input
 from searchr1.data.prepare.stats import as_table
-from searchr1.data.prompts import TEMPLATES, template_text
+from searchr1.data.templates import TEMPLATES
 from searchr1.errors import UserError
 
 FORMATS = {"parquet": ("parquet",), "jsonl": ("jsonl",), "both": ("parquet", "jsonl")}

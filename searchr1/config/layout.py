@@ -251,9 +251,8 @@ def group_ranks(config: Config, component: str, device: Device) -> list[tuple[in
         size = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
     if len(slots) % size:
         raise UserError(
-            "rollout.tensor_parallel_size",
-            f"times rollout.pipeline_parallel_size is {size}, which does not divide the rollout's {len(slots)} "
-            f"slot{'s' if len(slots) > 1 else ''}; change one of them, or cluster.component_placement",
+            f"rollout.tensor_parallel_size x rollout.pipeline_parallel_size = {size} does not divide the rollout's "
+            f"{len(slots)} slot{'s' if len(slots) > 1 else ''} (cluster.component_placement)"
         )
     return [tuple(slots[i : i + size]) for i in range(0, len(slots), size)]
 

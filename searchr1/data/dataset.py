@@ -12,9 +12,10 @@ from searchr1.agent.trajectory import Sample
 from searchr1.data.events import Events
 from searchr1.data.golds import column_names, is_missing, no_gold, object_in, read_golds, shown
 from searchr1.data.messages import Message, read_messages
+from searchr1.data.model_settings import template_text
 from searchr1.data.paths import TRAIN, find_files, source_names
 from searchr1.data.prepare.reading import read_rows
-from searchr1.data.prompts import has_chat_template, render_prompt, template_text, wants_passages
+from searchr1.data.prompts import has_chat_template, render_prompt, wants_passages
 from searchr1.data.questions import bare_question, question_column, question_of_prompt
 from searchr1.errors import UserError
 from searchr1.rewards.registry import require_known

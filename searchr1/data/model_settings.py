@@ -17,7 +17,7 @@ from typing import Any
 
 from searchr1.config.load import Problem, build_config, leaves
 from searchr1.config.schema import Config, SamplingParams
-from searchr1.data.prompts import TEMPLATES, template_text
+from searchr1.data.templates import TEMPLATES, template_file
 from searchr1.errors import UserError
 
 FILE = "searchr1.json"
@@ -183,6 +183,24 @@ def own_template(path: Path) -> str:
     if text is None:
         raise UserError(f"{path}: has no template of its own")
     return text
+
+
+def template_text(name: str | None) -> str | None:
+    """Return the text of a template: one of `TEMPLATES`, or a user's own `.txt` file with `{question}` in it.
+
+    Raises:
+        UserError: no such template; a file that is missing, not UTF-8, or without `{question}`.
+    """
+    if name is None or name in TEMPLATES:
+        return TEMPLATES[name or "none"]
+    if name.endswith(".txt"):
+        return template_file(name)
+    if Path(name).name == "searchr1.json":
+        return own_template(Path(name))
+    raise UserError(
+        "data.prompt_template",
+        f"{name!r} is not known; use one of {', '.join(TEMPLATES)}, or a .txt file of your own with {{question}} in it",
+    )
 
 
 def _values_of(config: Config) -> dict[str, Any]:

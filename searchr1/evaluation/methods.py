@@ -16,7 +16,7 @@ class Method:
     name: str
     title: str
     template: str | None
-    """Its prompt (searchr1/data/prompts.py); None takes the prompts that `data` describes."""
+    """Its prompt (searchr1/data/templates.py); None takes the prompts that `data` describes."""
     retrieves: bool = False
     """Passages for the question itself stand in the prompt."""
 

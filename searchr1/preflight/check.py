@@ -10,9 +10,9 @@ from pathlib import Path
 from searchr1.config.layout import GROUPS, group_ranks, is_evaluation, placed_groups, visible_gpus
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.schema import Config
+from searchr1.data.model_settings import template_text
 from searchr1.data.model_source import require_source
 from searchr1.data.paths import path_problem
-from searchr1.data.prompts import template_text
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.importing import import_function, is_dotted_path

@@ -16,7 +16,8 @@ from searchr1.data.golds import column_names, object_in, shown
 from searchr1.data.messages import Message, read_messages, require_rendered
 from searchr1.data.model_settings import TEMPLATE, ModelSettings
 from searchr1.data.paths import TRAIN, find_files, source_names
-from searchr1.data.prompts import TEMPLATES, apply_template, fill_template, has_chat_template, render_prompt, wants_passages
+from searchr1.data.prompts import apply_template, fill_template, has_chat_template, render_prompt, wants_passages
+from searchr1.data.templates import TEMPLATES
 from searchr1.errors import UserError
 from searchr1.learner.packing import sequence_length
 

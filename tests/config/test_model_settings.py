@@ -17,8 +17,8 @@ from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.checkpoints.run_settings import carry_settings
 from searchr1.config.load import given_keys, load_config, save_config
 from searchr1.config.schema import AgentLoopConfig, Config, SamplingParams
-from searchr1.data.model_settings import FILE, ModelSettings
-from searchr1.data.prompts import SEARCHR1, template_text
+from searchr1.data.model_settings import FILE, ModelSettings, template_text
+from searchr1.data.templates import SEARCHR1
 from searchr1.errors import UserError
 from searchr1.evaluation.manifest import fingerprint
 from searchr1.evaluation.tasks import follow_model

@@ -21,7 +21,8 @@ from searchr1.data.dataset import load_dataset_files
 from searchr1.data.prepare import output
 from searchr1.data.prepare.rows import ROW_SHAPES
 from searchr1.data.prepare.sources import SETS
-from searchr1.data.prompts import SEARCHR1, TEMPLATES, fill_template
+from searchr1.data.prompts import fill_template
+from searchr1.data.templates import SEARCHR1, TEMPLATES
 from searchr1.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from searchr1.agent.protocol import parse_action
-from searchr1.data.prompts import SEARCHR1, TEMPLATES, fill_template, render_prompt, wants_passages
+from searchr1.data.prompts import fill_template, render_prompt, wants_passages
+from searchr1.data.templates import SEARCHR1, TEMPLATES
 from searchr1.errors import UserError
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]

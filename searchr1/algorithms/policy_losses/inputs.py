@@ -37,9 +37,8 @@ class ClipSettings:
             raise UserError("algorithm.clip_ratio_high", f"{self.high} is negative")
         if self.dual is not None and self.dual <= 1.0:
             raise UserError("algorithm.clip_ratio_c", f"{self.dual} is not larger than 1; use null to turn it off")
-        for name, tau in (("sapo_tau_positive", self.tau_positive), ("sapo_tau_negative", self.tau_negative)):
-            if tau <= 0.0:
-                raise UserError(f"algorithm.{name}", f"must be more than 0, but is {tau}")
+        if self.tau_positive <= 0.0 or self.tau_negative <= 0.0:
+            raise UserError("algorithm.sapo_tau_positive, sapo_tau_negative", "must be above 0")
 
 
 @dataclass(frozen=True, slots=True)
