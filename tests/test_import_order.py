@@ -31,7 +31,6 @@ REPAIRED_SOON: dict[tuple[str, str], str] = {
     ("searchr1.checkpoints.run_settings", "searchr1.data.model_settings"): "the reader of run settings moves up",
     ("searchr1.checkpoints.run_settings", "searchr1.tracking.legs"): "the reader of run settings moves up",
     ("searchr1.chat.load", "searchr1.commands.chat_flags"): "the flags' values move down",
-    ("searchr1.data.model_settings", "searchr1.preflight.check"): "choices move into the schema",
     ("searchr1.tracking.loggers", "searchr1.report.run_files"): "the run's files move down",
 }
 """Upward imports that are being repaired, with how; none may be added."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from searchr1.chat.plan import ChatOptions, Plan, make_plan
-from searchr1.preflight.check import CHOICES
+from searchr1.config.choices import CHOICES
 
 ONLINE_KEYS = "SERPER_API_KEY, SERPAPI_API_KEY, GOOGLE_API_KEY with GOOGLE_CSE_ID, BRAVE_API_KEY"
 

@@ -251,8 +251,9 @@ def group_ranks(config: Config, component: str, device: Device) -> list[tuple[in
         size = config.rollout.tensor_parallel_size * config.rollout.pipeline_parallel_size
     if len(slots) % size:
         raise UserError(
-            f"rollout.tensor_parallel_size x rollout.pipeline_parallel_size = {size} does not divide the rollout's "
-            f"{len(slots)} slot{'s' if len(slots) > 1 else ''} (cluster.component_placement)"
+            "rollout.tensor_parallel_size x rollout.pipeline_parallel_size",
+            f"{size} does not divide the rollout's {len(slots)} slot{'s' if len(slots) > 1 else ''} "
+            "(cluster.component_placement); change one of them",
         )
     return [tuple(slots[i : i + size]) for i in range(0, len(slots), size)]
 

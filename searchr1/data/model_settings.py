@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from searchr1.config.choices import CHOICES, value_of
 from searchr1.config.load import Problem, build_config, leaves
 from searchr1.config.schema import Config, SamplingParams
 from searchr1.data.templates import TEMPLATES, template_file
@@ -262,8 +263,6 @@ def _problems(tree: dict[str, Any], text: object, own_loop: object) -> Iterator[
             yield Problem(key, f"{value} is too small")
         elif isinstance(value, float) and not 0 <= value < math.inf:
             yield Problem(key, f"{value} must be a number from 0 on")
-    from searchr1.preflight.check import CHOICES, value_of
-
     for key, allowed in CHOICES.items():
         if key in values and value_of(config, key) not in allowed:
             yield Problem(key, f"{value_of(config, key)!r} is not one of {', '.join(map(str, allowed))}")

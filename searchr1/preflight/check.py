@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from searchr1.config.choices import CHOICES, value_of
 from searchr1.config.layout import GROUPS, group_ranks, is_evaluation, placed_groups, visible_gpus
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.schema import Config
@@ -23,39 +24,6 @@ from searchr1.preflight.check_device import check_kernels, check_nodes, check_pr
 from searchr1.preflight.check_models import check_models, check_positions
 from searchr1.preflight.check_reward import check_evaluation, check_health, check_reward
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    "actor.model.precision": PRECISIONS,
-    "rollout.model.precision": PRECISIONS,
-    "algorithm.loss_type": ("actor", "gspo", "cispo", "sapo"),
-    "algorithm.loss_agg_func": ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"),
-    "algorithm.kl_penalty_type": ("low_var_kl", "k3", "kl", "k1", "mse", "k2", "abs"),
-    "algorithm.adv_type": ("grpo", "grpo_dynamic", "dr_grpo", "rloo", "reinforce++", "reinforce++_baseline", "gae"),
-    "algorithm.llds_gate": ("action", "response"),
-    "algorithm.kl_in": ("loss", "reward"),
-    "algorithm.mismatch_correction.level": (None, "token", "sequence", "geometric"),
-    "algorithm.mismatch_correction.bound": ("truncate", "clip", "mask", "reject"),
-    "algorithm.advantage_mode": ("trajectory", "turn"),
-    "agentloop.tool_response_truncate_side": ("right", "left", "middle"),
-    "agentloop.information_style": ("searchr1", "rlinf"),
-    "agentloop.toolcall_parser": ("tags", "searchr1", "searchr1-qwen"),
-    "agentloop.tool_text_tokens": ("parts", "whole"),
-    "evaluation.untagged": ("reject", "text"),
-    "actor.training_backend": ("fsdp", "megatron"),
-    "actor.model.recompute_granularity": (None, "full", "selective"),
-    "actor.model.recompute_method": (None, "uniform", "block"),
-    "actor.optim.optimizer": ("adam",),
-    "actor.lora.base_precision": ("fp32", "compute"),
-    "actor.lora.weight_update": ("merged", "adapter"),
-    "actor.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
-    "critic.training_backend": (None, "fsdp", "megatron"),
-    "critic.optim.optimizer": ("adam",),
-    "critic.lr_sched.lr_decay_style": ("constant", "linear", "cosine"),
-    "runner.task_type": (None, "reasoning", "reasoning_eval"),
-    "rollout.rollout_backend": ("vllm", "sglang"),
-    "rollout.distributed_executor_backend": ("mp", "ray"),
-    "cluster.device": ("auto", "cpu", "cuda"),
-}
 CODE = ("agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
 """Keys that may name a user's own function: `package.module:function`."""
 
@@ -129,14 +97,6 @@ def check_agent(config: Config) -> Iterator[Problem]:
     parser = config.agentloop.toolcall_parser
     if config.tools.access.enabled and parser != "tags":
         yield Problem("agentloop.toolcall_parser", f"{parser} reads no <access>; take tags, or tools.access.enabled: False")
-
-
-def value_of(config: Config, key: str) -> object:
-    """The value at a dotted key."""
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
 
 
 def _choices(config: Config) -> Iterator[Problem]:

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings, compute_advantages
+from searchr1.config.choices import CHOICES
 from searchr1.errors import UserError
-from searchr1.preflight.check import CHOICES
 
 
 def advantages(rewards: list[float], groups: list[int], tokens: list[int] | None = None, **settings: object) -> np.ndarray:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from searchr1.algorithms.kl import KL_FUNCTIONS, kl_function
 from searchr1.algorithms.policy_losses import POLICY_LOSSES, ClipSettings, PolicyInputs, policy_loss
 from searchr1.algorithms.policy_losses.ppo_clip import ppo_clip
+from searchr1.config.choices import CHOICES
 from searchr1.errors import UserError
-from searchr1.preflight.check import CHOICES
 
 CLIP = ClipSettings(low=0.2, high=0.28, dual=3.0)
 

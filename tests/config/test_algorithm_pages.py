@@ -9,8 +9,9 @@ import pytest
 
 from searchr1.algorithms.advantages import ADVANTAGES
 from searchr1.algorithms.policy_losses import POLICY_LOSSES
+from searchr1.config.choices import CHOICES
 from searchr1.config.load import load_config
-from searchr1.preflight.check import CHOICES, check_config
+from searchr1.preflight.check import check_config
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted((ROOT / "docs/algorithms").glob("*.md"))

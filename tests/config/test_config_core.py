@@ -96,7 +96,7 @@ def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
         ("runner.max_tokens_per_mbs=100", "runner.max_tokens_per_mbs"),
         ("data.max_prompt_length=640", "data.max_prompt_length"),
         ("rollout.detokenize=False", "rollout.detokenize"),
-        ("rollout.tensor_parallel_size=3", "rollout.tensor_parallel_size x rollout.pipeline_parallel_size = 3 does not"),
+        ("rollout.tensor_parallel_size=3", "rollout.tensor_parallel_size x rollout.pipeline_parallel_size"),
         ("cluster.component_placement={actor:0-7,rollout:all,reward:all}", "cluster.component_placement.actor"),
         ("rollout.model.model_path=/nowhere/model", "rollout.model.model_path"),
         ("data.train_data_paths=[/nowhere.jsonl]", "data.train_data_paths"),

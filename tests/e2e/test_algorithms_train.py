@@ -11,7 +11,7 @@ from demo_runs import Surroundings, prepare, summary
 from searchr1.config.load import load_config
 from searchr1.demo.demo import CPU_RECIPES
 from searchr1.demo.processes import retrieval_server
-from searchr1.preflight.check import CHOICES, value_of
+from searchr1.config.choices import CHOICES, value_of
 
 
 @pytest.fixture(scope="module")
