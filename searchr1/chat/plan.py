@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from searchr1.config.choices import CHOICES, value_of
 from searchr1.config.load import load_for_command
 from searchr1.config.schema import Config
-from searchr1.data.model_settings import TEMPLATE, ModelSettings, warn_of_differences
+from searchr1.data.model_settings import TEMPLATE, ModelSettings, template_text, warn_of_differences
 from searchr1.data.model_source import require_source
-from searchr1.data.model_settings import template_text
 from searchr1.errors import UserError
-from searchr1.config.choices import CHOICES, value_of
 from searchr1.preflight.check import check_agent
 from searchr1.preflight.check_device import require_one_node
 

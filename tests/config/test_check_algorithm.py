@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from searchr1.config.schema import AlgorithmConfig, Config
 from searchr1.config.choices import value_of
+from searchr1.config.schema import AlgorithmConfig, Config
 from searchr1.preflight.check_algorithm import algorithm_warnings, check_algorithm
 
 

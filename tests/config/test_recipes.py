@@ -13,9 +13,9 @@ import pytest
 import searchr1.device
 from searchr1.commands.check_config import main as check_config_command
 from searchr1.commands.plan_memory import main as plan_memory_command
+from searchr1.config.choices import value_of
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config
-from searchr1.config.choices import value_of
 from searchr1.preflight.check import check_config
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples/searchr1"

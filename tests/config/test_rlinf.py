@@ -14,10 +14,10 @@ from support.rlinf_trees import NAMES, PUBLIC, tree
 
 from searchr1.algorithms.correction import CorrectionSettings, correction_weights
 from searchr1.cli import main
+from searchr1.config.choices import value_of
 from searchr1.config.layout import is_evaluation
 from searchr1.config.load import ConfigError, known_keys, load_config, save_config
 from searchr1.config.rlinf import is_rlinf
-from searchr1.config.choices import value_of
 from searchr1.preflight.check import check_config
 from tests.config.test_config_core import CONFIGS, ROOT, files  # noqa: F401
 

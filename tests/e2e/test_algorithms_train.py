@@ -8,10 +8,10 @@ import pytest
 from algorithms import ALGORITHMS, run_of
 from demo_runs import Surroundings, prepare, summary
 
+from searchr1.config.choices import CHOICES, value_of
 from searchr1.config.load import load_config
 from searchr1.demo.demo import CPU_RECIPES
 from searchr1.demo.processes import retrieval_server
-from searchr1.config.choices import CHOICES, value_of
 
 
 @pytest.fixture(scope="module")
