@@ -84,7 +84,7 @@ ALGORITHMS = {
         "additions to GRPO",
         ("algorithm.clip_ratio_high=0.28", "algorithm.max_refills=2"),
     ),
-    "turn": Algorithm("turn-level credit", "additions to GRPO", ("algorithm.advantage_mode=turn",)),
+    "turn": Algorithm("turn-level advantages", "additions to GRPO", ("algorithm.advantage_mode=turn",)),
     "llds": Algorithm("LLDS", "additions to GRPO", ("algorithm.llds_coef=0.1",)),
     "kl_in_reward": Algorithm(
         "KL in the reward",

@@ -42,6 +42,9 @@ KEY = re.compile(rf"(?<![\w./-])((?:{'|'.join(sorted(SECTIONS))})(?:\.[a-z_][a-z
 OVERRIDE = re.compile(r"(?<![\w./-])([a-z]+(?:\.[a-z_][a-z0-9_]*)+)=(?!=)")
 FOLDERS = ("examples", "toolkits", "tests", "benchmarks", "docs", "searchr1")
 PATH = re.compile(rf"(?<![\w/.$}}…-])(?:\./)?((?:{'|'.join(FOLDERS)})/[\w./-]*\w|\w+\.sh)(?![\w/*{{…<])")
+ROOMS = sorted(folder.name for folder in (ROOT / "searchr1").iterdir() if (folder / "__init__.py").exists())
+ROOM_FILE = re.compile(rf"(?<![\w/.-])((?:{'|'.join(ROOMS)})/[\w/]*\w\.py)(?!\w)")
+MODULE = re.compile(r"(?<![\w/.-])(searchr1(?:\.[A-Za-z_]\w*)+)(?![\w/*{{<-])")
 FILE_ENDINGS = (".md", ".py", ".rst", ".sh", ".jsonl", ".json", ".parquet", ".yaml", ".html", ".sqlite", ".npy")
 
 
@@ -188,8 +191,36 @@ def path_problems(page: str) -> Iterator[str]:
             yield f"no path {path}"
 
 
+def name_problems(page: str) -> Iterator[str]:
+    """Modules and their names, `searchr1.room.module.name`, and files of a room, `room/module.py`."""
+    for part in spans(page):
+        for path in ROOM_FILE.findall(part):
+            if not (ROOT / "searchr1" / path).exists():
+                yield f"no file of a room {path}"
+        for name in MODULE.findall(part):
+            if not name.endswith(FILE_ENDINGS) and not name_exists(name):
+                yield f"no name {name}"
+
+
+def name_exists(name: str) -> bool:
+    """Import the longest module that a dotted name begins with, and look the rest up in it."""
+    parts = name.split(".")
+    for count in range(len(parts), 0, -1):
+        module = ".".join(parts[:count])
+        try:
+            value: Any = importlib.import_module(module)
+        except ModuleNotFoundError:
+            continue
+        missing = object()
+        for part in parts[count:]:
+            value = getattr(value, part, missing)
+        return value is not missing
+    return False
+
+
 def page_problems(page: str) -> list[str]:
-    return [*link_problems(page), *command_problems(page), *key_problems(page), *path_problems(page)]
+    kinds = (link_problems, command_problems, key_problems, path_problems, name_problems)
+    return [problem for kind in kinds for problem in kind(page)]
 
 
 def translation_problems(english: str, chinese: str) -> Iterator[str]:
@@ -238,13 +269,18 @@ def test_mistakes_are_seen(tmp_path, monkeypatch):
         "no key runner.max_step",
         "no key actor.optim.rate",
         "no path examples/gone.sh",
+        "no name searchr1.agent.loop.gone",
+        "no file of a room agent/gone.py",
     }
     text = (
-        "# A page\n[a](gone.md) [b](#missing) [c](#a-page)\n\n```bash\nsearchr1 trane x\n"
+        "# A page\n`searchr1.agent.loop.gone` `searchr1.agent.loop.run_trajectory` `agent/gone.py` `agent/loop.py`\n\n"
+        "[a](gone.md) [b](#missing) [c](#a-page)\n\n```bash\nsearchr1 trane x\n"
         "searchr1 convert mg2hf --output y \\\n   --adapter\nbash examples/gone.sh runner.max_step=1 runner.seed=1\n```\n"
         "\n```yaml\nactor:\n  optim: {rate: 1, lr: 1}\n```\n"
     )
     (tmp_path / "page.md").write_text(text)
+    (tmp_path / "searchr1/agent").mkdir(parents=True)
+    (tmp_path / "searchr1/agent/loop.py").touch()
     assert set(page_problems("page.md")) == mistakes
     (tmp_path / "zh.md").write_text(text.replace("runner.seed=1", "runner.seed=2").replace("# A page", "一页"))
     differing = list(translation_problems("page.md", "zh.md"))
