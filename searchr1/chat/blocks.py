@@ -1,4 +1,4 @@
-"""What the policy writes, cut at its tags while it is still being written."""
+"""The policy's text, cut at its tags while it is still being sampled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from searchr1.agent.loop import END_TOKENS
 from searchr1.agent.protocol import TAGS
 
 BlockKind = Literal["text", "think", "search", "access", "information", "answer"]
-"""`text` is what stands outside of all tags. An `information` block in here was made up by the policy."""
+"""`text` stands outside of all tags. An `information` block in the policy's text was made up by the policy."""
 
 _OPENING: dict[str, BlockKind] = {f"<{kind}>": kind for kind in get_args(BlockKind) if kind in TAGS}
 _MARKS = (*_OPENING, *(f"</{tag}>" for tag in TAGS), *END_TOKENS)
@@ -25,18 +25,18 @@ class Blocks:
     """
 
     def __init__(self, kind: BlockKind = "text") -> None:
-        """`kind`: the block that is open at the start."""
+        """Begin within a block of this kind."""
         self._kind: BlockKind = kind
         self._fresh = True
         self._blanks = ""
         self._held = ""
 
     def feed(self, text: str) -> list[tuple[BlockKind, str]]:
-        """More text; gives the pieces that are certain by now."""
+        """Add text; return the pieces that are certain by now."""
         return self._cut(self._held + text, last=False)
 
     def finish(self) -> list[tuple[BlockKind, str]]:
-        """The end of the generation; gives what was held back because it might have become a tag."""
+        """End the generation; return what was held back because it might have become a tag."""
         return self._cut(self._held, last=True)
 
     def _cut(self, text: str, last: bool) -> list[tuple[BlockKind, str]]:
@@ -53,7 +53,7 @@ class Blocks:
         return pieces
 
     def _add(self, pieces: list[tuple[BlockKind, str]], text: str) -> None:
-        """Blanks at either end of a block say nothing: those at its start go, others wait until something follows."""
+        """Add a piece without the blanks at either end of its block."""
         text = text.lstrip() if self._fresh else self._blanks + text
         written = text.rstrip()
         self._blanks = text[len(written) :]
@@ -63,7 +63,7 @@ class Blocks:
 
 
 def _certain(text: str, start: int) -> int:
-    """How far `text` cannot become part of a tag any more."""
+    """Return up to where `text` cannot become part of a tag any more."""
     bracket = text.rfind("<", start)
     if bracket < 0:
         return len(text)
@@ -72,6 +72,6 @@ def _certain(text: str, start: int) -> int:
 
 
 def open_at_end(text: str) -> BlockKind:
-    """The block that a text leaves open by ending with its tag (`<think>` in RLinf's style), else `text`."""
-    found = _OPEN_END.search(text)
-    return _OPENING[found.group(1)] if found else "text"
+    """Return the block that a text leaves open by ending with its tag (`<think>` in RLinf's style), else `text`."""
+    tag = _OPEN_END.search(text)
+    return _OPENING[tag.group(1)] if tag else "text"

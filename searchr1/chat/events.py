@@ -1,4 +1,4 @@
-"""What happens while a question is being answered."""
+"""The events of an answer, in memory and as JSON."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ from searchr1.chat.blocks import BlockKind
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One thing that happened; `type` names it in JSON."""
+    """One event; `type` is its name in JSON."""
 
     type: ClassVar[str]
 
     def as_json(self) -> dict[str, Any]:
-        """For the wire: `{"type", …}`."""
+        """Return the event as `{"type", …}`."""
         return {"type": self.type, **dataclasses.asdict(self)}
 
 
 @dataclass(frozen=True, slots=True)
 class Waiting(Event):
-    """Other questions come first."""
+    """Other questions are answered first."""
 
     type: ClassVar[str] = "waiting"
     before: int
+    """Answers that have to end first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Started(Event):
-    """The prompt is made."""
+    """The prompt is ready."""
 
     type: ClassVar[str] = "started"
     prompt_tokens: int
@@ -67,7 +68,7 @@ class ToolCalled(Event):
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """What was found."""
+    """A passage or page that a tool returned."""
 
     title: str
     text: str
@@ -76,8 +77,8 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True)
-class Found(Event):
-    """A tool answered: for each query (or address) what it found, before anything is cut to the model's limit."""
+class ToolReturned(Event):
+    """A tool answered: for each query (or address) its passages, before anything is cut to the model's limit."""
 
     type: ClassVar[str] = "found"
     action: str
@@ -87,7 +88,7 @@ class Found(Event):
 
 @dataclass(frozen=True, slots=True)
 class ToolFailed(Event):
-    """A tool gave no answer; the model is told and goes on."""
+    """A tool failed; the model reads that and goes on."""
 
     type: ClassVar[str] = "tool_failed"
     action: str
@@ -96,7 +97,7 @@ class ToolFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class Read(Event):
-    """What the model was given to read, exactly."""
+    """The exact text that the model was given to read."""
 
     type: ClassVar[str] = "read"
     text: str
@@ -105,7 +106,7 @@ class Read(Event):
 
 @dataclass(frozen=True, slots=True)
 class InvalidAction(Event):
-    """The turn neither called a tool nor answered; `text` is what the model was told then."""
+    """The turn neither called a tool nor answered; `text` is the message that the model was given."""
 
     type: ClassVar[str] = "invalid"
     text: str
@@ -128,7 +129,7 @@ class Stats:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens that the model wrote by the second, searches not counted."""
+        """Tokens that the model sampled per second, the time of tool calls left out."""
         return self.policy_tokens / max(self.seconds - self.tool_seconds, 1e-9)
 
 
@@ -140,20 +141,20 @@ class Done(Event):
     answer: str | None
     stop: StopReason
     note: str | None
-    """Why there is no answer."""
+    """The reason for a missing answer."""
     stats: Stats
     trajectory: Trajectory
     """Every token; not part of the JSON."""
 
     def as_json(self) -> dict[str, Any]:
-        """Without the trajectory."""
+        """Return the event without its trajectory."""
         stats = dataclasses.asdict(self.stats) | {"tokens_per_second": round(self.stats.tokens_per_second, 1)}
         return {"type": self.type, "answer": self.answer, "stop": self.stop, "note": self.note, "stats": stats}
 
 
 @dataclass(frozen=True, slots=True)
 class Failed(Event):
-    """The end, because something went wrong."""
+    """The end, because of an error."""
 
     type: ClassVar[str] = "error"
     message: str

@@ -12,9 +12,9 @@ from typing import Any
 
 from rich.console import Console
 
+from searchr1.chat.async_chat import AsyncChat
 from searchr1.chat.events import Done, Event, Failed
 from searchr1.chat.plan import Plan
-from searchr1.chat.session import Session
 from searchr1.chat.terminal import Terminal, printable
 from searchr1.data.dataset import read_prompt
 from searchr1.data.golds import column_names
@@ -92,9 +92,9 @@ def as_json(question: str, last: Event | None) -> dict[str, Any]:
     return row
 
 
-async def collect(session: Session, question: str) -> list[Event]:
+async def collect(chat: AsyncChat, question: str) -> list[Event]:
     """Return all events of one question."""
-    async with aclosing(session.ask(question)) as events:
+    async with aclosing(chat.ask(question)) as events:
         return [event async for event in events]
 
 
@@ -105,13 +105,13 @@ def answer_line(last: Event | None) -> str:
     return "No answer."
 
 
-async def run(session: Session, questions: list[str], *, as_rows: bool, full: bool, at_once: int = 64) -> bool:
+async def run(chat: AsyncChat, questions: list[str], *, as_rows: bool, full: bool, at_once: int = 64) -> bool:
     """Answer all questions, `at_once` at a time. One is shown as it happens, more are shown in their order, each when it is
     done. Return whether all came to an end without an error."""
     console = Console(highlight=False, markup=False, emoji=False)
     if len(questions) == 1 and not as_rows:
         terminal, last = Terminal(console, full=full), None
-        async with aclosing(session.ask(questions[0])) as events:
+        async with aclosing(chat.ask(questions[0])) as events:
             async for event in events:
                 terminal.show(last := event)
         print(f"\n{answer_line(last)}", flush=True)
@@ -120,7 +120,7 @@ async def run(session: Session, questions: list[str], *, as_rows: bool, full: bo
 
     async def in_turn(question: str) -> list[Event]:
         async with slots:
-            return await collect(session, question)
+            return await collect(chat, question)
 
     tasks = deque(asyncio.create_task(in_turn(question)) for question in questions)
     good = True
@@ -145,19 +145,19 @@ async def run(session: Session, questions: list[str], *, as_rows: bool, full: bo
     return good
 
 
-async def load_and_run(chosen: Plan, questions: list[str], *, as_rows: bool, full: bool) -> bool:
+async def load_and_run(plan: Plan, questions: list[str], *, as_rows: bool, full: bool) -> bool:
     """Load the model and answer all questions, in one event loop; return as `run` does."""
-    from searchr1.chat.load import open_session
+    from searchr1.chat.load import open_chat
     from searchr1.retrieval.client.client import server_addresses
     from searchr1.retrieval.client.outages import OutageWatch
 
-    session = await open_session(chosen)
-    search = chosen.config.tools.search
-    servers = [] if chosen.engine or search.dummy_mode else server_addresses(search)
+    chat = await open_chat(plan)
+    search = plan.config.tools.search
+    servers = [] if plan.engine or search.dummy_mode else server_addresses(search)
     try:
         # As many again as the engine takes at once: some wait for a search, and none waits so long that it is given up.
-        at_once = 2 * chosen.config.rollout.max_running_requests
-        with OutageWatch(servers, search.timeout_s, key="--retriever-url", limit="", awaited=chosen.check):
-            return await run(session, questions, as_rows=as_rows, full=full, at_once=at_once)
+        at_once = 2 * plan.config.rollout.max_running_requests
+        with OutageWatch(servers, search.timeout_s, key="--retriever-url", limit="", awaited=plan.check):
+            return await run(chat, questions, as_rows=as_rows, full=full, at_once=at_once)
     finally:
-        await session.aclose()
+        await chat.aclose()

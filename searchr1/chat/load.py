@@ -1,4 +1,4 @@
-"""From a configuration to a loaded session."""
+"""From a plan to a loaded chat."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
+from searchr1.chat.async_chat import AsyncChat, PromptSettings
 from searchr1.chat.plan import Plan
 from searchr1.chat.search_backends import OnlineFinder, check_servers
-from searchr1.chat.session import PromptSettings, Session
 from searchr1.config.schema import Config
 from searchr1.data import model_source
 from searchr1.device import Device
@@ -26,14 +26,14 @@ PLAIN_TEMPLATES = ("demo",)
 """Never put into a chat message: the demo models' chat template adds the same text."""
 
 
-async def open_session(plan: Plan) -> Session:
-    """Check the search, load the model.
+async def open_chat(plan: Plan) -> AsyncChat:
+    """Check the search backend and load the model.
 
     Raises:
         UserError: the retrieval server does not answer, the model cannot be used, a limit does not fit it.
     """
     config = plan.config
-    finder = await open_finder(plan)
+    backend = await open_search_backend(plan)
     quieten()
     device = Device.detect(config.cluster.device)
     os.environ.update(device.driver_env() | device.worker_env("rollout"))
@@ -62,11 +62,11 @@ async def open_session(plan: Plan) -> Session:
     except EngineError as error:
         raise UserError(f"--model_path {path}: cannot be loaded ({error})") from error
     settings = AgentSettings.from_config(config, "eval")
-    return Session(
+    return AsyncChat(
         engine=engine,
         tokenizer=tokenizer,
-        tools=build_tools(config, finder),
-        finder=finder,
+        tools=build_tools(config, backend),
+        backend=backend,
         settings=settings,
         prompt=prompt_settings(plan, tokenizer),
         run=resolve_generate_fn(config.agentloop.generate_fn),
@@ -83,71 +83,71 @@ async def open_session(plan: Plan) -> Session:
 
 
 def quieten() -> None:
-    """Before torch and vLLM are imported: threads that wait do not spin, standard output is left to answers, and what both
-    tell developers at every start stays off a person's screen (VLLM_LOGGING_LEVEL=INFO brings it back)."""
+    """Quieten torch and vLLM before they are imported: waiting threads do not spin, standard output is left to answers, and
+    messages for developers stay off the screen (VLLM_LOGGING_LEVEL=INFO shows them)."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # for what it says before it has read that
+    logging.getLogger("vllm").setLevel(os.environ["VLLM_LOGGING_LEVEL"].upper())  # for messages before it has read that
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
 
 
-async def open_finder(plan: Plan) -> Finder | None:
-    """What searches; None: nothing does.
+async def open_search_backend(plan: Plan) -> Finder | None:
+    """Return the search backend, None without search.
 
     Raises:
-        UserError: the server does not answer, and nobody wants to go on without it.
+        UserError: the server does not answer, and nobody agrees to go on without it.
     """
     search = plan.config.tools.search
     if plan.engine:
         return OnlineFinder(plan.engine, search.topk, search.timeout_s, plan.engine_url, plan.snippet_only)
     if search.dummy_mode:
         return None
-    finder = SearchClient.from_config(search)
+    backend = SearchClient.from_config(search)
     problem = await check_servers(search) if plan.check else None
     if problem is not None:
-        if not goes_on_without(problem):
+        if not confirm_without_search(problem):
             raise UserError(
                 f"--retriever-url {', '.join(server_addresses(search))}: {problem}. Start the retrieval server (searchr1 "
                 "retrieval-server), give its address, take --engine for an online engine, --no-search to do without, or "
                 "--no-check if it is still to come"
             )
         search.dummy_mode = True
-        await finder.aclose()
+        await backend.aclose()
         return None
-    return finder
+    return backend
 
 
-def goes_on_without(problem: str) -> bool:
-    """Ask the person at the terminal, if there is one."""
+def confirm_without_search(problem: str) -> bool:
+    """Ask the person at the terminal, if there is one, whether to go on without search."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(f"The search does not work: {problem}\nGo on without it? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def build_tools(config: Config, finder: Finder | None) -> dict[str, Tool]:
-    """The tools of the run; failures are told to the model and to the person, and end nothing."""
+def build_tools(config: Config, backend: Finder | None) -> dict[str, Tool]:
+    """Return the tools of the run; failures are reported to the model and to the person, and end nothing."""
     settings = AgentSettings.from_config(config, "eval")
     style, no_results_message = settings.information_style, settings.no_results_message
-    if finder is None:
+    if backend is None:
         return {"search": DummySearchTool(style, no_results_message)}
     monitor = FailureMonitor(1.0, "search")
-    tools: dict[str, Tool] = {"search": SearchTool(finder, style, monitor, no_results_message)}
+    tools: dict[str, Tool] = {"search": SearchTool(backend, style, monitor, no_results_message)}
     if config.tools.access.enabled:
-        tools["access"] = AccessTool(finder, monitor)
+        tools["access"] = AccessTool(backend, monitor)
     return tools
 
 
 def about_search(plan: Plan) -> str:
-    """For people."""
+    """Return where the model searches, for people."""
     search = plan.config.tools.search
     return plan.engine or ("off" if search.dummy_mode else ", ".join(server_addresses(search)))
 
 
 def prompt_settings(plan: Plan, tokenizer: Any) -> PromptSettings:
-    """The prompt as in the run, or as in Search-R1's rows: a chat message where the model has a chat template."""
+    """Return the prompt settings of the run, or of Search-R1's rows: a chat message where the model has a chat template."""
     data = plan.config.data
     template, chat = data.prompt_template or "none", data.apply_chat_template
     if plan.auto_chat:
@@ -156,7 +156,7 @@ def prompt_settings(plan: Plan, tokenizer: Any) -> PromptSettings:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
         UserError: there is none.
@@ -165,10 +165,10 @@ def load_tokenizer(path: str) -> Any:
 
 
 def fit_to_model(config: Config, may_cut: bool) -> None:
-    """The recipe's lengths are cut to what the model can take; lengths that were asked for are not.
+    """Cut the recipe's lengths to what the model can take, unless they were asked for.
 
     Raises:
-        UserError: they are longer.
+        UserError: lengths that were asked for are longer.
     """
     path = config.rollout.model.model_path
     positions = positions_of(model_source.load_model_config(path, "--model_path").to_dict())

@@ -1,4 +1,4 @@
-"""Watching the agent loop: its engine and tools, wrapped. The loop itself is the one of training and knows nothing of it."""
+"""An engine and tools that emit events around the agent loop of training, which stays as it is."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any, Protocol
 from searchr1.agent.settings import GenerateParams, Generation
 from searchr1.agent.tools import Tool, ToolResult
 from searchr1.chat.blocks import Blocks, open_at_end
-from searchr1.chat.events import Event, Found, InvalidAction, Passage, Read, Text, ToolCalled, ToolFailed, TurnStarted
+from searchr1.chat.events import Event, InvalidAction, Passage, Read, Text, ToolCalled, ToolFailed, ToolReturned, TurnStarted
 
 SHOWN_CHARACTERS = 20_000
-"""Of one passage or page in an event; the model's own limit is a number of tokens."""
+"""Most characters of a passage or page in an event; the model's own limit is a number of tokens."""
 
 Emit = Callable[[Event], None]
 
 
 class StreamingEngine(Protocol):
-    """An engine that tells the text so far of a generation; `searchr1.rollout.engine.Engine` does."""
+    """An engine that reports the text so far of a generation, as `searchr1.rollout.engine.Engine`."""
 
     async def generate(
         self,
@@ -32,22 +32,22 @@ class StreamingEngine(Protocol):
         ...
 
 
-class Watch:
-    """One question's engine and tools, telling events."""
+class ObservedRollout:
+    """One question's engine and tools, which emit events."""
 
     def __init__(self, engine: StreamingEngine, tools: Mapping[str, Tool], tokenizer: Any, emit: Emit) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._emit = emit
-        self._known: list[int] = []
+        self._seen: list[int] = []
         self._turns = 0
         self._called = False
-        self.tools: dict[str, Tool] = {action: _WatchedTool(action, tool, self) for action, tool in tools.items()}
+        self.tools: dict[str, Tool] = {action: _ObservedTool(action, tool, self) for action, tool in tools.items()}
 
     async def generate(self, prompt_ids: list[int], params: GenerateParams) -> Generation:
-        """As the loop calls it. The new end of the prompt is what the environment wrote since the last turn."""
-        known, self._known = self._known, []
-        read = prompt_ids[len(known) :] if prompt_ids[: len(known)] == known else []
+        """Generate a turn. The new end of the prompt is what the environment wrote since the last turn."""
+        seen, self._seen = self._seen, []
+        read = prompt_ids[len(seen) :] if prompt_ids[: len(seen)] == seen else []
         text = self._tokenizer.decode(read)
         if self._turns:
             self._emit(Read(text, len(read)) if self._called else InvalidAction(text, len(read)))
@@ -59,27 +59,27 @@ class Watch:
 
         def on_text(so_far: str) -> None:
             nonlocal written
-            self._tell(blocks.feed(so_far[len(written) :]))
+            self._emit_text(blocks.feed(so_far[len(written) :]))
             written = so_far
 
         generation = await self._engine.generate(prompt_ids, params, on_text=on_text)
         on_text(generation.text)
-        self._tell(blocks.finish())
-        self._known = prompt_ids + generation.token_ids
+        self._emit_text(blocks.finish())
+        self._seen = prompt_ids + generation.token_ids
         return generation
 
-    def _tell(self, pieces: Sequence[tuple[Any, str]]) -> None:
+    def _emit_text(self, pieces: Sequence[tuple[Any, str]]) -> None:
         for kind, text in pieces:
             self._emit(Text(kind, text))
 
     async def call(self, action: str, tool: Tool, arguments: Sequence[str]) -> ToolResult:
-        """Call a tool and tell what it found."""
+        """Call a tool; emit the call and what it returned."""
         self._called = True
         self._emit(ToolCalled(action, list(arguments)))
         started = time.perf_counter()
         try:
             result = await tool.call(arguments)
-        except asyncio.CancelledError:  # the loop gives a slow tool up; if all is being stopped, nobody listens
+        except asyncio.CancelledError:  # the loop gives up a slow tool; when everything stops, nobody reads the event
             self._emit(ToolFailed(action, f"no answer within {time.perf_counter() - started:.0f} s"))
             raise
         if result.error is not None:
@@ -89,16 +89,16 @@ class Watch:
                 [Passage(d.title, d.text[:SHOWN_CHARACTERS], d.url, d.score) for d in documents]
                 for documents in result.found or [[] for _ in arguments]
             ]
-            self._emit(Found(action, results, round(time.perf_counter() - started, 4)))
+            self._emit(ToolReturned(action, results, round(time.perf_counter() - started, 4)))
         return result
 
 
-class _WatchedTool:
-    def __init__(self, action: str, tool: Tool, watch: Watch) -> None:
-        self._action, self._tool, self._watch = action, tool, watch
+class _ObservedTool:
+    def __init__(self, action: str, tool: Tool, rollout: ObservedRollout) -> None:
+        self._action, self._tool, self._rollout = action, tool, rollout
 
     async def call(self, arguments: Sequence[str]) -> ToolResult:
-        return await self._watch.call(self._action, self._tool, arguments)
+        return await self._rollout.call(self._action, self._tool, arguments)
 
     async def aclose(self) -> None:
-        """The session owns the tools."""
+        """Do nothing: the tools belong to the chat."""

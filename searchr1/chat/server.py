@@ -1,21 +1,28 @@
-"""The chat page's HTTP interface: the page, questions with streamed answers, pages that were found."""
+"""The chat page's HTTP interface: the page, questions with streamed answers, pages behind search results."""
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+import uvicorn
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
-from searchr1.chat.session import Session
+from searchr1.chat.async_chat import AsyncChat
+from searchr1.chat.load import open_chat
+from searchr1.chat.plan import Plan
 from searchr1.chat.stream import Admission, EventStream
 from searchr1.http_guard import Guard, HostNames
 from searchr1.retrieval.client.client import SearchUnavailable
+from searchr1.retrieval.server.address import write_address
+from searchr1.retrieval.server.processes import GRACE_S
 from searchr1.ui.page import Page
 
 CHAT = Page("chat.html", ("base.css", "blocks.css", "chat.css"), ("dom.js", "chat.js"))
@@ -23,7 +30,7 @@ MAX_BODY_BYTES = 1 << 20
 OPEN_PATHS = {"/", "/health"}
 """Paths that need no token."""
 PAGE_CHARACTERS = 200_000
-"""Of a page that is shown to a person."""
+"""Most characters of a page that is shown to a person."""
 PAGE_TIMEOUT_S = 60.0
 RETRY_AFTER_S = 5
 ABSOLUTE_CHARACTERS = 1 << 18
@@ -31,13 +38,13 @@ ABSOLUTE_CHARACTERS = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the server takes."""
+    """What the server accepts."""
 
     question_characters: int = 4_000
     running: int = 32
     """Questions that are answered at once."""
     waiting: int = 64
-    """Questions that may wait for that; more are refused with 503."""
+    """Questions that may wait; more are rejected with 503."""
     answer_timeout_s: float = 600.0
 
 
@@ -53,11 +60,11 @@ class Address(BaseModel):
     url: Annotated[str, Field(max_length=4096)]
 
 
-def create_app(session: Session, limits: Limits, token: str | None = None, hosts: Iterable[str] = ()) -> Guard:
-    """The application.
+def create_app(chat: AsyncChat, limits: Limits, token: str | None = None, hosts: Iterable[str] = ()) -> Guard:
+    """Return the application.
 
     Args:
-        session: what answers.
+        chat: what answers.
         limits: see `Limits`.
         token: clients must send it as `Authorization: Bearer …`; None: they need none.
         hosts: further names of this server, see `HostNames`.
@@ -83,8 +90,8 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
 
     @app.get("/health")
     async def health() -> Response:
-        """200 while questions can be answered, 503 once the engine has stopped."""
-        stopped = session.stop_reason
+        """Answer 200 while questions can be answered, 503 once the engine has stopped."""
+        stopped = chat.stop_reason
         counts = {
             "status": "ok" if stopped is None else "failed",
             "running": min(admission.inside, limits.running),
@@ -94,14 +101,12 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
 
     @app.get("/about")
     async def about() -> Response:
-        """The model, its search and the limits."""
-        return JSONResponse(
-            session.about | {"question_characters": limits.question_characters, "stopped": session.stop_reason}
-        )
+        """Return the model, its search and the limits."""
+        return JSONResponse(chat.about | {"question_characters": limits.question_characters, "stopped": chat.stop_reason})
 
     @app.post("/ask")
     async def ask(asked: Question) -> Response:
-        """The events of one answer, a JSON object a line. Closing the connection stops the generation."""
+        """Stream the events of one answer, a JSON object a line. Closing the connection stops the generation."""
         question = asked.question.strip()
         if not question:
             return problem(422, "the question is empty")
@@ -111,26 +116,26 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
                 f"the question has {len(question)} characters, and {limits.question_characters} are allowed "
                 "(--max_question_characters)",
             )
-        if session.stop_reason is not None:
-            return problem(503, f"{session.stop_reason}; start searchr1 serve-chat again")
+        if chat.stop_reason is not None:
+            return problem(503, f"{chat.stop_reason}; start searchr1 serve-chat again")
         busy = problem(503, "too many questions are waiting; try again soon", {"retry-after": str(RETRY_AFTER_S)})
-        return EventStream(session.ask(question), admission, limits.answer_timeout_s, busy)
+        return EventStream(chat.ask(question), admission, limits.answer_timeout_s, busy)
 
     @app.post("/page")
     async def read_page(wanted: Address) -> Response:
-        """The text behind an address that a search found."""
+        """Return the text behind an address that a search returned."""
         try:
             async with asyncio.timeout(PAGE_TIMEOUT_S):
-                found = await session.page(wanted.url)
+                page = await chat.page(wanted.url)
         except SearchUnavailable as error:
             return problem(502, f"the page could not be had: {error}")
         except TimeoutError:
             return problem(504, f"the page did not come within {PAGE_TIMEOUT_S:g} s")
-        if found is None:
+        if page is None:
             return problem(404, "there is no such page")
-        text = found.contents
+        text = page.contents
         return JSONResponse(
-            {"url": found.url, "text": text[:PAGE_CHARACTERS], "left_out": max(len(text) - PAGE_CHARACTERS, 0)}
+            {"url": page.url, "text": text[:PAGE_CHARACTERS], "left_out": max(len(text) - PAGE_CHARACTERS, 0)}
         )
 
     @app.exception_handler(RequestValidationError)
@@ -143,5 +148,53 @@ def create_app(session: Session, limits: Limits, token: str | None = None, hosts
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
-    """Why a request was refused."""
+    """Return why a request was rejected."""
     return JSONResponse({"detail": detail}, status, headers)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a server on that host."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def serve(
+    plan: Plan,
+    limits: Limits,
+    listener: socket.socket,
+    hosts: list[str],
+    address: str,
+    file: str | None,
+    token: str | None,
+) -> None:
+    """Load the model and serve the page until a signal comes.
+
+    Args:
+        plan: what to load.
+        limits: see `Limits`.
+        listener: bound socket.
+        hosts: further names of this server.
+        address: where people reach it.
+        file: receives the address once questions can be asked.
+        token: see `create_app`.
+    """
+    chat = await open_chat(plan)
+    try:
+        app = create_app(chat, limits, token, hosts)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
+            server_header=False,
+            proxy_headers=False,  # the client's address is not used
+            lifespan="off",
+        )
+        print(f"serving on http://{address} (search: {chat.about['search']})", flush=True)
+        if file is not None:
+            write_address(file, address)
+        await uvicorn.Server(config).serve(sockets=[listener])
+    finally:
+        await chat.aclose()

@@ -1,220 +1,216 @@
-"""A loaded model that answers questions: prompt, loop and tools as in training, told event by event."""
+"""A trained model that searches, for Python: load it, ask it, read how it came to its answer."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-import time
-from collections.abc import AsyncGenerator, Mapping
+import queue
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
 
-from searchr1.agent.loop import GenerateFn
-from searchr1.agent.protocol import last_answer, truncate_text
-from searchr1.agent.settings import AgentSettings
-from searchr1.agent.tools import Finder, Tool
-from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.chat.events import Done, Event, Failed, Started, Stats
-from searchr1.chat.observers import Emit, StreamingEngine, Watch
-from searchr1.data.prompts import render_prompt, wants_passages
-from searchr1.errors import UserError
-from searchr1.retrieval.client.client import SearchUnavailable
-from searchr1.retrieval.documents import Page
-from searchr1.rewards.answers import has_tag
+from searchr1.agent.trajectory import StopReason, Trajectory
+from searchr1.chat.async_chat import AsyncChat
+from searchr1.chat.events import Done, Event, Failed, Passage, Stats, ToolCalled, ToolReturned
+from searchr1.chat.load import open_chat
+from searchr1.chat.plan import ChatOptions, make_plan
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
-NO_TAGS = (
-    "; it wrote no <search> or <answer> tag at all: is this the prompt that it was trained with "
-    "(--prompt_template, --config)?"
-)
+
+class ChatError(RuntimeError):
+    """A question that could not be answered: it does not fit the model, or the engine failed."""
 
 
 @dataclass(frozen=True, slots=True)
-class PromptSettings:
-    """How a question becomes a prompt."""
+class Answer:
+    """What came of one question."""
 
-    template: str
-    """Of `searchr1.data.prompts`."""
-    chat: bool
-    """As a user message through the tokenizer's chat template."""
-    max_tokens: int
-    """Prompt tokens, at most."""
-
-
-class Session:
-    """Answers questions, any number at once."""
-
-    def __init__(
-        self,
-        *,
-        engine: StreamingEngine,
-        tokenizer: Any,
-        tools: Mapping[str, Tool],
-        finder: Finder | None,
-        settings: AgentSettings,
-        prompt: PromptSettings,
-        run: GenerateFn,
-        seed: int,
-        about: dict[str, Any],
-    ) -> None:
-        """Everything is loaded already; `searchr1.chat.load` does that.
-
-        Args:
-            engine: shared by all questions.
-            tokenizer: the model's.
-            tools: by action.
-            finder: behind the tools; None: there is no search.
-            settings: limits and sampling of the loop.
-            prompt: the template.
-            run: `run_trajectory`, or the run's own `agentloop.generate_fn`.
-            seed: of sampling, where it is not greedy.
-            about: what to tell people of the model and its search.
-        """
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._tools = dict(tools)
-        self._finder = finder
-        self._settings = settings
-        self._prompt = prompt
-        self._run = run
-        self._seed = seed
-        self._ids = itertools.count()
-        self.about = about
-
-    async def ask(self, question: str) -> AsyncGenerator[Event, None]:
-        """Answer one question. The last event is `Done` or `Failed`; leaving the iteration aborts the generation."""
-        events: asyncio.Queue[Event | None] = asyncio.Queue()
-        task = asyncio.create_task(self._answer(question, events.put_nowait))
-        task.add_done_callback(lambda _: events.put_nowait(None))
-        try:
-            while (event := await events.get()) is not None:
-                yield event
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def page(self, url: str) -> Page | None:
-        """A page for people to read, None if there is none.
-
-        Raises:
-            SearchUnavailable: the server did not answer, or has no pages.
-        """
-        if self._finder is None:
-            raise SearchUnavailable("the search is off")
-        (page,) = await self._finder.access([url])
-        return page
+    question: str
+    text: str | None
+    """The answer; None if the model gave none, which `note` explains."""
+    stop: StopReason
+    note: str | None
+    stats: Stats
+    trajectory: Trajectory
+    """Every token of prompt and response, with the mask of what the model sampled."""
+    events: list[Event]
+    """Everything that happened, in order."""
 
     @property
-    def stop_reason(self) -> str | None:
-        """Why the engine has stopped for good; None while it works."""
-        reason: str | None = getattr(self._engine, "stop_reason", None)
-        return reason
+    def queries(self) -> list[str]:
+        """The search queries, in order."""
+        calls = (event for event in self.events if isinstance(event, ToolCalled) and event.action == "search")
+        return [query for call in calls for query in call.arguments]
 
-    async def aclose(self) -> None:
-        """Free engine and connections."""
-        if self._finder is not None:
-            await self._finder.aclose()
-        close = getattr(self._engine, "close", None)
-        if close is not None:
-            await close()
+    @property
+    def passages(self) -> list[Passage]:
+        """The passages and pages that tools returned, in order."""
+        returned = (event for event in self.events if isinstance(event, ToolReturned))
+        return [passage for event in returned for passages in event.results for passage in passages]
 
-    async def _answer(self, question: str, emit: Emit) -> None:
-        from searchr1.rollout.engine import EngineError
 
-        started = time.perf_counter()
+class Chat:
+    """A loaded model that answers questions, each on its own.
+
+    `ask` and `stream` may be called from several threads at once; the engine batches their questions. The model works in a
+    thread of its own, so that a notebook with a running event loop can use it too. Use it as a context manager, or call
+    `close`: the engine's memory is freed then.
+
+        with Chat.load("models/search-r1-3b", retriever_url="http://127.0.0.1:8000") as chat:
+            answer = chat.ask("Who wrote the first program?")
+            print(answer.queries, answer.text)
+    """
+
+    def __init__(self, open_chat: Callable[[], Coroutine[Any, Any, AsyncChat]]) -> None:
+        """Start a thread with an event loop and open the chat in it; `load` is the usual way to do that."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="searchr1-chat", daemon=True)
+        self._thread.start()
+        self._closed = False
         try:
-            sample = await self._sample(question)
-            emit(Started(len(sample.prompt_ids)))
-            watch = Watch(self._engine, self._tools, self._tokenizer, emit)
-            trajectory = await self._run(
-                sample=sample,
-                rollout_id=0,
-                engine=watch,
-                tools=watch.tools,
-                tokenizer=self._tokenizer,
-                settings=self._settings,
-                seed=self._seed,
-            )
-            emit(summarise(trajectory, self._settings, time.perf_counter() - started))
-        except UserError as error:
-            emit(Failed(str(error)))
-        except EngineError as error:
-            logger.exception("the engine failed")
-            emit(Failed(str(error)))
-        except Exception as error:
-            logger.exception("answering %r failed", question[:200])
-            emit(Failed(f"{type(error).__name__}: {error}"))
+            self._chat = self._run(open_chat())
+        except BaseException:
+            self._stop_loop()
+            raise
 
-    async def _sample(self, question: str) -> Sample:
-        """The question as the loop takes it.
+    @classmethod
+    def load(
+        cls,
+        model: str | Path | None = None,
+        *,
+        retriever_url: str | Sequence[str] | None = None,
+        search: bool = True,
+        access: bool = False,
+        config: str | Path | None = None,
+        prompt_template: str | None = None,
+        device: str | None = None,
+        topk: int | None = None,
+        max_turns: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Self:
+        """Load a model with the prompt, limits and sampling that it was trained and evaluated with.
+
+        Args:
+            model: Hugging Face folder or hub name; may be left out with `config`.
+            retriever_url: one or several retrieval servers; default: `tools.search.server_addr` of the configuration.
+            search: False answers without any search.
+            access: whether the model may open pages.
+            config: `config.yaml` of a run, in place of the model's `searchr1.json`.
+            prompt_template: see `data.prompt_template`; default: the run's, else `searchr1`.
+            device: `cpu` or `cuda`; default: a GPU if there is one.
+            topk: passages per query.
+            max_turns: turns that may search; a last one without follows.
+            temperature: of sampling; default: greedy.
+            seed: of sampling.
+            overrides: further `key=value` of the configuration.
 
         Raises:
-            UserError: it is empty or does not fit, or the template shows passages and they cannot be had.
+            UserError: the model, the retrieval server or an option cannot be used. Its message names options as the flags of
+                `searchr1 chat`.
         """
-        try:
-            question.encode()
-        except UnicodeEncodeError as error:
-            raise UserError("the question holds half of a surrogate pair; it is no text") from error
-        # A number of its own: the same question twice is sampled twice, where sampling is on. Taken before any search, so
-        # that the order in which questions come decides.
-        number = next(self._ids)
-        question = question.strip()
-        passages = None
-        if wants_passages(self._prompt.template):
-            result = await self._tools["search"].call([question])
-            if result.error is not None:
-                raise UserError(f"the template {self._prompt.template} shows passages; the search failed: {result.error}")
-            settings = self._settings
-            passages = truncate_text(result.body, self._tokenizer, settings.max_tool_response_length, settings.truncate_side)
-        text = render_prompt(question, question, self._tokenizer, self._prompt.template, self._prompt.chat, passages)
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        limit = min(self._prompt.max_tokens, self._settings.max_model_len - 1)
-        if len(ids) > limit:
-            raise UserError(
-                f"the question is too long: {len(ids)} tokens with its instruction, and {limit} fit "
-                "(data.max_prompt_length); shorten it"
+        plan = make_plan(
+            ChatOptions(
+                model_path=None if model is None else str(model),
+                config=None if config is None else Path(config),
+                overrides=overrides,
+                device=device,
+                prompt_template=prompt_template,
+                retriever_url=[retriever_url] if isinstance(retriever_url, str) else retriever_url,
+                search=search,
+                access=access,
+                topk=topk,
+                max_turns=max_turns,
+                temperature=temperature,
+                seed=seed,
             )
-        return Sample(f"question/{number}", 0, ids, question, [], "inference")
+        )
+        return cls(lambda: open_chat(plan))
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """The model, its search and its limits, for people."""
+        return self._chat.about
 
-def summarise(trajectory: Trajectory, settings: AgentSettings, seconds: float) -> Done:
-    """The last event of a finished trajectory."""
-    answered = trajectory.stop == "answer"
-    read = trajectory.response_length - trajectory.policy_length
-    stats = Stats(
-        turns=len(trajectory.turns),
-        searches=trajectory.searches,
-        tool_failures=trajectory.tool_failures,
-        invalid_actions=trajectory.invalid_actions,
-        prompt_tokens=len(trajectory.sample.prompt_ids),
-        policy_tokens=trajectory.policy_length,
-        read_tokens=read,
-        seconds=round(seconds, 3),
-        tool_seconds=round(sum(turn.tool_seconds for turn in trajectory.turns), 3),
-    )
-    answer = last_answer(trajectory.policy_text) if answered else None
-    note = None if answered else explain_stop(trajectory, settings)
-    if note is not None and not any(has_tag(turn.policy_text) for turn in trajectory.turns):
-        note += NO_TAGS
-    return Done(answer, trajectory.stop, note, stats, trajectory)
+    def ask(self, question: str) -> Answer:
+        """Answer one question.
 
+        Raises:
+            ChatError: the question does not fit the model, or the engine failed.
+        """
+        events = list(self.stream(question))
+        last = events[-1]
+        if not isinstance(last, Done):
+            raise ChatError(last.message if isinstance(last, Failed) else "the answer has no end")
+        return Answer(question, last.answer, last.stop, last.note, last.stats, last.trajectory, events)
 
-def explain_stop(trajectory: Trajectory, settings: AgentSettings) -> str:
-    """Why a trajectory has no answer, and which limit to raise."""
-    if trajectory.stop == "turns":
-        last = ", and the model did not answer in the one after them" if trajectory.forced_final else ""
-        return f"all {settings.max_turns} turns with search are used{last} (agentloop.max_turns)"
-    if trajectory.stop == "length":
-        per_turn = settings.max_new_tokens_per_turn
-        if per_turn is not None and trajectory.turns and trajectory.turns[-1].policy_tokens >= per_turn:
-            return f"the last turn used all of its {per_turn} tokens (agentloop.max_new_tokens_per_turn)"
-        left = settings.max_model_len - len(trajectory.sample.prompt_ids)
-        if settings.sampling.max_new_tokens < left:
-            limit = settings.sampling.max_new_tokens
-            return f"the answer may have {limit} tokens, what was read included (algorithm.sampling_params.max_new_tokens)"
-        return f"prompt and answer may have {settings.max_model_len} tokens, what was read included (runner.seq_length)"
-    if trajectory.stop == "eos":
-        return "the model ended its text without an answer"
-    return "the generation was aborted"
+    def stream(self, question: str) -> Iterator[Event]:
+        """Yield the events of one answer as they happen; the last one is `Done` or `Failed`.
+
+        Closing the iterator, or an exception in the loop over it, aborts the generation.
+        """
+        if self._closed:
+            raise ChatError("the chat is closed")
+        events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
+        future = asyncio.run_coroutine_threadsafe(self._forward(question, events.put), self._loop)
+        event: Event | None = None
+        try:
+            while (event := events.get()) is not None:
+                yield event
+            future.result()
+        finally:
+            if not future.done():
+                future.cancel()
+                while events.get() is not None:  # until the generation has been aborted
+                    pass
+
+    def close(self) -> None:
+        """Free the engine and the connections. Closing twice does no harm."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._run(self._chat.aclose())
+        finally:
+            self._stop_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    async def _forward(self, question: str, put: Callable[[Event | None], None]) -> None:
+        try:
+            async with aclosing(self._chat.ask(question)) as events:
+                async for event in events:
+                    put(event)
+        finally:
+            put(None)
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def _stop_loop(self) -> None:
+        async def settle() -> None:
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.get_running_loop().shutdown_asyncgens()
+
+        with suppress(RuntimeError):
+            asyncio.run_coroutine_threadsafe(settle(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

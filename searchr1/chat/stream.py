@@ -1,4 +1,4 @@
-"""Answers that are sent while they are made, and given up when nobody listens any more."""
+"""Answers that are streamed while they are sampled, and aborted when the client goes away."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from searchr1.chat.events import Event, Failed, Waiting
 
 HEARTBEAT_S = 15.0
-"""An empty line after so much silence: what stands between keeps the connection, and a dead one is noticed."""
+"""Seconds of silence after which an empty line is sent: proxies keep the connection, and a dead one is noticed."""
 
 
 class Admission:
@@ -28,7 +28,7 @@ class Admission:
 
     @property
     def full(self) -> bool:
-        """No room even to wait."""
+        """Whether no further question may even wait."""
         return self._inside >= self._most
 
     @property
@@ -38,12 +38,12 @@ class Admission:
 
     @property
     def before_next(self) -> int:
-        """How many answers have to end before the next question gets its place."""
+        """Answers that have to end before the next question gets its place."""
         return max(self._inside - self._running + 1, 0)
 
     @contextmanager
     def seat(self) -> Iterator[None]:
-        """Count as one that is answered or waits. To be taken with no await after `full` was asked."""
+        """Count as a question that is answered or waits. Enter it with no await after reading `full`."""
         self._inside += 1
         try:
             yield
@@ -57,15 +57,15 @@ class EventStream(Response):
     media_type = "application/x-ndjson"
 
     def __init__(
-        self, events: AsyncGenerator[Event, None], admission: Admission, timeout_s: float, refusal: Response
+        self, events: AsyncGenerator[Event, None], admission: Admission, timeout_s: float, rejection: Response
     ) -> None:
-        """Nothing runs until it is called.
+        """Prepare the response; nothing runs until it is called.
 
         Args:
             events: of the answer.
             admission: of the server.
             timeout_s: of the whole answer, its place in the queue not counted.
-            refusal: is sent instead where no more may wait.
+            rejection: response that is sent instead where no more may wait.
         """
         self.status_code = 200
         self.background = None
@@ -75,13 +75,13 @@ class EventStream(Response):
         self._events = events
         self._admission = admission
         self._timeout_s = timeout_s
-        self._refusal = refusal
+        self._rejection = rejection
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send until the end, or until the client is gone."""
         if self._admission.full:
             await self._events.aclose()
-            await self._refusal(scope, receive, send)
+            await self._rejection(scope, receive, send)
             return
         before = self._admission.before_next
         with self._admission.seat():

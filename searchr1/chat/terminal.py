@@ -11,13 +11,13 @@ from searchr1.chat.events import (
     Done,
     Event,
     Failed,
-    Found,
     InvalidAction,
     Read,
     Stats,
     Text,
     ToolCalled,
     ToolFailed,
+    ToolReturned,
     TurnStarted,
 )
 from searchr1.files.text_rows import whole_text
@@ -45,20 +45,20 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2
 
 
 def printable(text: str) -> str:
-    """Without control characters; line breaks and tabs stay."""
+    """Return text without control characters; line breaks and tabs stay."""
     return whole_text(_CONTROL.sub("", text.replace("\r\n", "\n")))
 
 
 def _indented(text: str) -> str:
-    """Further lines begin below the first, behind the label."""
+    """Indent further lines to below the first, behind the label."""
     return re.sub(r"\n(?=[^\n])", "\n" + " " * LABEL_WIDTH, printable(text))
 
 
 class Terminal:
-    """Writes one question's events, as they come."""
+    """A writer of one question's events, as they come."""
 
     def __init__(self, console: Console, *, full: bool = False) -> None:
-        """`full`: show what the model was given to read, in place of the beginning of each passage."""
+        """Write to `console`; `full` shows the text that the model was given, in place of the beginning of each passage."""
         self._console = console
         self._full = full
         self._block: str | None = None
@@ -69,8 +69,8 @@ class Terminal:
         match event:
             case Text():
                 self._text(event.block, event.text)
-            case Found() if not self._full:
-                self._found(event)
+            case ToolReturned() if not self._full:
+                self._passages(event)
             case Read() if self._full:
                 self._line("read", event.text.strip(), "bright_black")
             case ToolCalled() if len(event.arguments) > 1:
@@ -78,8 +78,8 @@ class Terminal:
             case ToolFailed():
                 self._line("", f"{event.action} failed: {event.message}", "red")
             case InvalidAction():
-                told = "; the model was told so" if event.text.strip() else ""
-                self._line("", f"neither a search nor an answer{told}", "yellow")
+                message = "; the model was given a message about that" if event.text.strip() else ""
+                self._line("", f"neither a search nor an answer{message}", "yellow")
             case Done():
                 self._end()
                 if event.note:
@@ -91,7 +91,7 @@ class Terminal:
                 self._end()
 
     def stopped(self) -> None:
-        """The person broke the generation off."""
+        """Report that the person stopped the generation."""
         self._line("", "stopped", "yellow")
 
     def _text(self, block: str, text: str) -> None:
@@ -101,7 +101,7 @@ class Terminal:
             self._block = block
         self._console.print(Styled(_indented(text), STYLES[block]), end="", soft_wrap=True)
 
-    def _found(self, event: Found) -> None:
+    def _passages(self, event: ToolReturned) -> None:
         count = sum(map(len, event.results))
         noun = ("passage" if event.action == "search" else "page") + ("" if count == 1 else "s")
         self._line("", f"{count} {noun} in {event.seconds * 1000:.0f} ms", "bright_black")
@@ -132,7 +132,7 @@ class Terminal:
 
 
 def describe(stats: Stats) -> str:
-    """Counts in one line."""
+    """Return the counts as one line."""
     parts = [
         _count(stats.searches, "search", "searches"),
         _count(stats.turns, "turn", "turns"),

@@ -3,60 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import os
-import socket
 import sys
 
-import uvicorn
-
-from searchr1.chat.plan import Plan
-from searchr1.chat.server import Limits, create_app
+from searchr1.chat.server import Limits, is_loopback, serve
 from searchr1.commands.chat_flags import parser, plan_of
 from searchr1.commands.server_flags import add_address_flags, add_host_names_flag
 from searchr1.errors import UserError
-from searchr1.retrieval.server.address import bind, reachable_address, write_address
-from searchr1.retrieval.server.processes import GRACE_S, end_politely
+from searchr1.retrieval.server.address import bind, reachable_address
+from searchr1.retrieval.server.processes import end_politely
 
 TOKEN_VARIABLE = "SEARCHR1_CHAT_TOKEN"
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server on that host."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-async def serve(
-    chosen: Plan, limits: Limits, listener: socket.socket, hosts: list[str], address: str, file: str | None
-) -> None:
-    """Load the model and serve until a signal comes."""
-    from searchr1.chat.load import open_session
-
-    session = await open_session(chosen)
-    try:
-        app = create_app(session, limits, os.environ.get(TOKEN_VARIABLE) or None, hosts)
-        config = uvicorn.Config(
-            app,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=GRACE_S,
-            server_header=False,
-            proxy_headers=False,  # the client's address is not used
-            lifespan="off",
-        )
-        print(f"serving on http://{address} (search: {session.about['search']})", flush=True)
-        if file is not None:
-            write_address(file, address)
-        await uvicorn.Server(config).serve(sockets=[listener])
-    finally:
-        await session.aclose()
-
-
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the command until a signal comes; return its exit code."""
     flags = parser("serve-chat", "Serve a web page that asks a trained model and shows how it searches.")
     server = flags.add_argument_group("server", f"A token that questions need is taken from {TOKEN_VARIABLE}.")
     add_address_flags(server, 8080, saved="questions can be asked")
@@ -78,12 +39,14 @@ def main(argv: list[str]) -> int:
         raise UserError(
             "--max_question_characters, --max_running and --answer_timeout_s must be above 0, --max_waiting at least 0"
         )
-    chosen = plan_of(args)
+    plan = plan_of(args)
     listener = bind(args.host, args.port)
     address = reachable_address(args.host, listener.getsockname()[1])
     if not is_loopback(args.host) and not os.environ.get(TOKEN_VARIABLE):
         print(f"everybody who reaches {address} can ask; set {TOKEN_VARIABLE} to want a token", file=sys.stderr, flush=True)
     end_politely()
     limits = Limits(args.max_question_characters, args.max_running, args.max_waiting, args.answer_timeout_s)
-    asyncio.run(serve(chosen, limits, listener, [args.host, *args.allow_host], address, args.save_address_to))
+    token = os.environ.get(TOKEN_VARIABLE) or None
+    hosts = [args.host, *args.allow_host]
+    asyncio.run(serve(plan, limits, listener, hosts, address, args.save_address_to, token))
     return 0

@@ -18,7 +18,7 @@ from searchr1.agent.protocol import frame, parse_action
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import ToolResult
 from searchr1.agent.trajectory import Sample
-from searchr1.chat.session import explain_stop
+from searchr1.chat.async_chat import explain_stop
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.preflight.check import check_agent, check_config

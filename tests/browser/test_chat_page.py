@@ -10,7 +10,7 @@ import socket
 import pytest
 import uvicorn
 from support.chromium import chromium, find_chromium
-from support.scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
+from support.scripted_chat import ADA, ANSWER, SEARCH, ScriptedEngine, ScriptedSearch, make_chat
 
 from searchr1.chat.server import Limits, create_app
 from searchr1.retrieval.documents import RetrievedDocument
@@ -32,13 +32,13 @@ EVIL_PAGE = RetrievedDocument("2", HOSTILE, HOSTILE, f"https://w.example/{HOSTIL
 
 
 @contextlib.asynccontextmanager
-async def serving(session, token=None, port=0, **limits):
+async def serving(chat, token=None, port=0, **limits):
     """The real server with a real socket; gives its address and the server."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(("127.0.0.1", port))
     config = uvicorn.Config(
-        create_app(session, Limits(**limits), token), log_level="warning", lifespan="off", timeout_graceful_shutdown=1
+        create_app(chat, Limits(**limits), token), log_level="warning", lifespan="off", timeout_graceful_shutdown=1
     )
     server = uvicorn.Server(config)
     server.capture_signals = contextlib.nullcontext
@@ -63,9 +63,9 @@ def idle(tab):
     return tab.until("document.getElementById('send').textContent === 'Ask' && document.querySelector('article')")
 
 
-def play(scene, session, **serving_arguments):
+def play(scene, chat, **serving_arguments):
     async def run():
-        async with serving(session, **serving_arguments) as address, chromium() as tab:
+        async with serving(chat, **serving_arguments) as address, chromium() as tab:
             await scene(tab, address)
 
     asyncio.run(run())
@@ -103,12 +103,12 @@ def test_an_answer_is_streamed_with_its_searches_and_passages():
         assert await tab.run("window.hit") is None
         assert tab.console == []
 
-    finder = Finder(ADA, pages={ADA.url: f"The page of Ada. {HOSTILE}"})
-    play(scene, make_session(SCRIPT, finder, delay=0.02))
+    backend = ScriptedSearch(ADA, pages={ADA.url: f"The page of Ada. {HOSTILE}"})
+    play(scene, make_chat(SCRIPT, backend, delay=0.02))
 
 
 def test_stop_aborts_the_generation_and_the_page_goes_on():
-    session = make_session(SCRIPT, engine=(engine := ScriptedEngine(SCRIPT, delay=0.01)))
+    chat = make_chat(SCRIPT, engine=(engine := ScriptedEngine(SCRIPT, delay=0.01)))
 
     async def scene(tab, address):
         await tab.open(address)
@@ -126,7 +126,7 @@ def test_stop_aborts_the_generation_and_the_page_goes_on():
         await tab.until("document.querySelector('.answer')")
         assert tab.console == []
 
-    play(scene, session)
+    play(scene, chat)
 
 
 def test_what_models_and_pages_say_is_text_and_never_markup():
@@ -149,7 +149,7 @@ def test_what_models_and_pages_say_is_text_and_never_markup():
         assert await tab.run("window.hit") is None
         assert tab.console == []
 
-    play(scene, make_session(SCRIPT, Finder(EVIL, EVIL_PAGE, pages={EVIL_PAGE.url: HOSTILE})))
+    play(scene, make_chat(SCRIPT, ScriptedSearch(EVIL, EVIL_PAGE, pages={EVIL_PAGE.url: HOSTILE})))
 
 
 def test_the_policy_stops_scripts_that_would_get_in():
@@ -162,20 +162,20 @@ def test_the_policy_stops_scripts_that_would_get_in():
         assert await tab.run("window.hit") is None
         assert any("Content Security Policy" in line for line in tab.console)
 
-    play(scene, make_session(SCRIPT))
+    play(scene, make_chat(SCRIPT))
 
 
 def test_dead_searches_and_dead_engines_are_told_and_the_page_recovers():
-    finder = Finder(ADA)
-    session = make_session(SCRIPT, finder, engine=(engine := ScriptedEngine(SCRIPT)))
+    backend = ScriptedSearch(ADA)
+    chat = make_chat(SCRIPT, backend, engine=(engine := ScriptedEngine(SCRIPT)))
 
     async def scene(tab, address):
         await tab.open(address)
-        finder.error = "http://127.0.0.1:8000/retrieve: no answer"
+        backend.error = "http://127.0.0.1:8000/retrieve: no answer"
         await ask(tab, "Who wrote the first program?")
         await tab.until("document.querySelector('.stats')")
         assert await text_of(tab, ".error") == "The search failed: http://127.0.0.1:8000/retrieve: no answer"
-        finder.error = None
+        backend.error = None
         engine.error = EngineError("the rollout engine stopped: out of memory")
         await ask(tab, "Who wrote the first program?")
         await tab.until("document.querySelectorAll('.error').length === 2")
@@ -188,13 +188,13 @@ def test_dead_searches_and_dead_engines_are_told_and_the_page_recovers():
         assert await text_of(tab, "article:last-of-type .answer .text") == "Ada Lovelace"
         assert tab.console == []
 
-    play(scene, session)
+    play(scene, chat)
 
 
 def test_a_server_that_went_away_is_told_and_found_again():
     async def run():
         async with chromium() as tab:
-            async with serving(make_session(SCRIPT, delay=0.01)) as address:
+            async with serving(make_chat(SCRIPT, delay=0.01)) as address:
                 await tab.open(address)
                 await ask(tab, "slow")
                 await tab.until("document.querySelector('.think')")
@@ -204,7 +204,7 @@ def test_a_server_that_went_away_is_told_and_found_again():
             await tab.until("document.querySelectorAll('.error').length === 2")
             assert "cannot be reached" in await text_of(tab, ".error")
             port = int(address.rstrip("/").rpartition(":")[2])
-            async with serving(make_session(SCRIPT), port=port):
+            async with serving(make_chat(SCRIPT), port=port):
                 await ask(tab, "Who wrote the first program?")
                 await tab.until("document.querySelector('.answer')")
 
@@ -229,4 +229,4 @@ def test_a_token_is_asked_for_and_limits_are_told():
         await tab.until("document.querySelectorAll('.error').length === 2")
         assert "100 characters, and 50 are allowed" in await text_of(tab, ".error")
 
-    play(scene, make_session(SCRIPT), token="abc", question_characters=50)
+    play(scene, make_chat(SCRIPT), token="abc", question_characters=50)

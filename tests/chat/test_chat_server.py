@@ -10,10 +10,9 @@ import re
 
 import httpx
 import pytest
-from support.scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
+from support.scripted_chat import ADA, ANSWER, SEARCH, ScriptedEngine, ScriptedSearch, make_chat
 
-from searchr1.chat.server import Limits, create_app
-from searchr1.commands.serve_chat import is_loopback
+from searchr1.chat.server import Limits, create_app, is_loopback
 
 SCRIPT = {"q": [SEARCH, ANSWER], "slow": ["<think> " + "on and on " * 500]}
 HOSTILE = "</script><script>window.hit=1</script>\u2028"
@@ -71,10 +70,10 @@ class Stuck(Client):
             await asyncio.Event().wait()
 
 
-def play(scene, session=None, token=None, hosts=(), **limits):
+def play(scene, chat=None, token=None, hosts=(), **limits):
     async def run():
         async with asyncio.timeout(40):
-            await scene(create_app(session or make_session(SCRIPT), Limits(**limits), token, hosts))
+            await scene(create_app(chat or make_chat(SCRIPT), Limits(**limits), token, hosts))
 
     asyncio.run(run())
 
@@ -95,7 +94,7 @@ def test_an_answer_comes_as_lines_while_it_is_made():
         assert client.lines[-1]["stats"]["searches"] == 1
         assert [line["results"][0][0]["url"] for line in client.lines if line["type"] == "found"] == [ADA.url]
 
-    play(scene, make_session(SCRIPT, delay=0.005))
+    play(scene, make_chat(SCRIPT, delay=0.005))
 
 
 def test_a_client_that_leaves_aborts_its_generation_and_no_other():
@@ -110,7 +109,7 @@ def test_a_client_that_leaves_aborts_its_generation_and_no_other():
         await stayer.task
         assert stayer.lines[-1]["answer"] == "Ada Lovelace"
 
-    play(scene, make_session(SCRIPT, engine=engine))
+    play(scene, make_chat(SCRIPT, engine=engine))
 
 
 def test_questions_wait_for_their_turn_and_too_many_are_refused():
@@ -136,7 +135,7 @@ def test_questions_wait_for_their_turn_and_too_many_are_refused():
         async with http(app) as client:
             assert (await client.get("/health")).json()["running"] == 0
 
-    play(scene, make_session(SCRIPT, engine=engine), running=1, waiting=1)
+    play(scene, make_chat(SCRIPT, engine=engine), running=1, waiting=1)
 
 
 def test_questions_that_come_together_pass_no_limit():
@@ -148,7 +147,7 @@ def test_questions_that_come_together_pass_no_limit():
         assert sorted(client.status for client in clients) == [200] * 3 + [503] * 17
         assert engine.most == 1
 
-    play(scene, make_session(SCRIPT, engine=engine), running=1, waiting=2)
+    play(scene, make_chat(SCRIPT, engine=engine), running=1, waiting=2)
 
 
 def test_a_client_that_does_not_read_loses_its_place(monkeypatch):
@@ -160,7 +159,7 @@ def test_a_client_that_does_not_read_loses_its_place(monkeypatch):
         async with http(app) as other:
             assert (await other.get("/health")).json()["running"] == 0
 
-    play(scene, make_session(SCRIPT), answer_timeout_s=0.05)
+    play(scene, make_chat(SCRIPT), answer_timeout_s=0.05)
 
 
 def test_leaving_the_queue_frees_the_place():
@@ -178,7 +177,7 @@ def test_leaving_the_queue_frees_the_place():
         await first.task
         assert engine.most == 1
 
-    play(scene, make_session(SCRIPT, engine=engine), running=1, waiting=1)
+    play(scene, make_chat(SCRIPT, engine=engine), running=1, waiting=1)
 
 
 def test_an_answer_that_takes_too_long_ends_with_an_error():
@@ -191,7 +190,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error():
         assert client.ended
         assert engine.aborted == 1
 
-    play(scene, make_session(SCRIPT, engine=engine), answer_timeout_s=0.2)
+    play(scene, make_chat(SCRIPT, engine=engine), answer_timeout_s=0.2)
 
 
 def test_hostile_text_stays_inside_its_line():
@@ -201,7 +200,7 @@ def test_hostile_text_stays_inside_its_line():
         texts = [line["text"] for line in client.lines if line["type"] == "text"]
         assert HOSTILE.strip() in "".join(texts)
 
-    play(scene, make_session({"h": [f"<answer> {HOSTILE}{chr(0xD800)} </answer>"]}))
+    play(scene, make_chat({"h": [f"<answer> {HOSTILE}{chr(0xD800)} </answer>"]}))
 
 
 @pytest.mark.parametrize(
@@ -279,19 +278,19 @@ def test_a_page_of_another_site_cannot_ask():
 
 
 def test_pages_that_a_search_found():
-    finder = Finder(pages={"https://w.example/Ada": "x" * 200_010})
+    backend = ScriptedSearch(pages={"https://w.example/Ada": "x" * 200_010})
 
     async def scene(app):
         async with http(app) as client:
             page = (await client.post("/page", json={"url": "https://w.example/Ada"})).json()
             assert (len(page["text"]), page["left_out"]) == (200_000, 10)
             assert (await client.post("/page", json={"url": "https://w.example/none"})).status_code == 404
-            finder.error = "down"
+            backend.error = "down"
             answer = await client.post("/page", json={"url": "https://w.example/Ada"})
             assert answer.status_code == 502
             assert "down" in answer.json()["detail"]
 
-    play(scene, make_session(SCRIPT, finder))
+    play(scene, make_chat(SCRIPT, backend))
 
 
 def test_a_dead_engine_shows_in_health_and_refuses_questions():
@@ -307,7 +306,7 @@ def test_a_dead_engine_shows_in_health_and_refuses_questions():
             assert answer.status_code == 503
             assert "out of memory; start searchr1 serve-chat again" in answer.json()["detail"]
 
-    play(scene, make_session(SCRIPT, engine=engine))
+    play(scene, make_chat(SCRIPT, engine=engine))
 
 
 def test_the_page_runs_its_own_script_and_no_other():

@@ -8,11 +8,11 @@ import json
 
 import pytest
 from support.chat_flags import MODEL, planned
-from support.scripted_session import ADA, ANSWER, SEARCH, Finder, ScriptedEngine, make_session
+from support.scripted_chat import ADA, ANSWER, SEARCH, ScriptedEngine, ScriptedSearch, make_chat
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.chat.infer import read_questions, run
-from searchr1.chat.load import build_tools, fit_to_model, open_finder, prompt_settings
+from searchr1.chat.load import build_tools, fit_to_model, open_search_backend, prompt_settings
 from searchr1.chat.plan import RECIPE
 from searchr1.chat.search_backends import check_servers
 from searchr1.chat.terminal import printable
@@ -68,7 +68,7 @@ def test_flags_and_overrides_go_on_top():
     settings = AgentSettings.from_config(chosen.config, "eval")
     assert (settings.max_turns, settings.information_style, settings.sampling.temperature) == (0, "rlinf", 0.7)
     assert chosen.config.tools.search.topk == 9
-    assert set(build_tools(chosen.config, Finder())) == {"search", "access"}
+    assert set(build_tools(chosen.config, ScriptedSearch())) == {"search", "access"}
     assert planned("--no-search").config.tools.search.dummy_mode
     assert planned("--retriever-url", "a:1", "--retriever-url", "b:2").config.tools.search.server_addr == ["a:1", "b:2"]
 
@@ -118,9 +118,9 @@ def test_a_retriever_that_does_not_answer_is_told_at_the_start(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
     chosen = planned("--retriever-url", "127.0.0.1:9")
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9: .*--no-search"):
-        asyncio.run(open_finder(chosen))
+        asyncio.run(open_search_backend(chosen))
     assert asyncio.run(check_servers(chosen.config.tools.search)) is not None
-    assert asyncio.run(open_finder(planned("--no-search"))) is None
+    assert asyncio.run(open_search_backend(planned("--no-search"))) is None
 
     class Person(io.StringIO):
         def isatty(self):
@@ -128,16 +128,16 @@ def test_a_retriever_that_does_not_answer_is_told_at_the_start(monkeypatch):
 
     monkeypatch.setattr("sys.stdin", Person("y\n"))
     monkeypatch.setattr("sys.stderr", Person())
-    assert asyncio.run(open_finder(chosen)) is None
+    assert asyncio.run(open_search_backend(chosen)) is None
     assert chosen.config.tools.search.dummy_mode
 
 
 def test_an_online_engine_wants_its_key(monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     with pytest.raises(UserError, match="SERPER_API_KEY"):
-        asyncio.run(open_finder(planned("--engine", "serper")))
+        asyncio.run(open_search_backend(planned("--engine", "serper")))
     with pytest.raises(UserError, match="--engine bong: is not known; use one of serper"):
-        asyncio.run(open_finder(planned("--engine", "bong")))
+        asyncio.run(open_search_backend(planned("--engine", "bong")))
 
 
 def test_questions_come_from_flags_input_and_files(tmp_path, monkeypatch):
@@ -162,7 +162,7 @@ SCRIPT = {"q": [SEARCH, ANSWER], "dumb": ["no"]}
 
 
 def test_infer_prints_the_way_and_the_answer(capsys):
-    assert asyncio.run(run(make_session(SCRIPT), ["q"], as_rows=False, full=False))
+    assert asyncio.run(run(make_chat(SCRIPT), ["q"], as_rows=False, full=False))
     out = capsys.readouterr().out
     lines = [line.strip() for line in out.splitlines()]
     assert lines[0] == "think    Who was it?"
@@ -173,7 +173,7 @@ def test_infer_prints_the_way_and_the_answer(capsys):
 
 
 def test_several_questions_become_rows_in_their_order(capsys):
-    assert asyncio.run(run(make_session(SCRIPT, max_turns=1), ["dumb", "q", "x" * 2000], as_rows=True, full=False)) is False
+    assert asyncio.run(run(make_chat(SCRIPT, max_turns=1), ["dumb", "q", "x" * 2000], as_rows=True, full=False)) is False
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["answer"] for row in rows] == [None, "Ada Lovelace", None]
     assert rows[0]["note"].startswith("all 1 turns")
@@ -184,8 +184,8 @@ def test_several_questions_become_rows_in_their_order(capsys):
 
 def test_many_questions_take_turns(capsys):
     engine = ScriptedEngine({f"{i}": [ANSWER] for i in range(12)}, delay=0.001)
-    session = make_session(None, engine=engine)
-    assert asyncio.run(run(session, [str(i) for i in range(12)], as_rows=True, full=False, at_once=3))
+    chat = make_chat(None, engine=engine)
+    assert asyncio.run(run(chat, [str(i) for i in range(12)], as_rows=True, full=False, at_once=3))
     assert engine.most == 3
     assert [json.loads(line)["question"] for line in capsys.readouterr().out.splitlines()] == [str(i) for i in range(12)]
 
@@ -207,11 +207,11 @@ def test_a_question_typed_in_a_locale_without_utf8_is_read():
 def test_what_models_and_pages_write_cannot_steer_a_terminal(capsys):
     evil = "\x1b]0;title\x07\x1b[2J[red]x[/red]\r\u202e\x9b31m"
     document = type(ADA)("1", evil, evil, evil)
-    session = make_session(
-        {"q": [f"<think>{evil}</think><search> q </search>", f"<answer>{evil}</answer>"]}, Finder(document)
+    chat = make_chat(
+        {"q": [f"<think>{evil}</think><search> q </search>", f"<answer>{evil}</answer>"]}, ScriptedSearch(document)
     )
-    asyncio.run(run(session, ["q"], as_rows=False, full=True))
-    asyncio.run(run(session, ["q"], as_rows=False, full=False))
+    asyncio.run(run(chat, ["q"], as_rows=False, full=True))
+    asyncio.run(run(chat, ["q"], as_rows=False, full=False))
     out = capsys.readouterr().out
     assert not {"\x1b", "\x07", "\r", "\u202e", "\x9b"} & set(out)
     assert "[red]x[/red]" in out

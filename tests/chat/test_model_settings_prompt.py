@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 from support.chat_flags import planned
-from support.scripted_session import ANSWER, SEARCH, Finder
+from support.scripted_chat import ANSWER, SEARCH, ScriptedSearch
 
 from searchr1.agent.loop import run_trajectory
 from searchr1.agent.settings import AgentSettings, Generation
+from searchr1.chat.async_chat import AsyncChat
 from searchr1.chat.infer import collect
 from searchr1.chat.load import build_tools, load_tokenizer, prompt_settings
-from searchr1.chat.session import Session
 from searchr1.checkpoints.run_settings import carry_settings
 from searchr1.config.load import load_config, save_config
 from searchr1.data.load import load_data
@@ -57,9 +57,9 @@ def asked_of(engine):
     return [(ids, params.stop, params.temperature, params.max_new_tokens) for ids, params in engine.asked]
 
 
-def session_of(chosen, tokenizer, engine):
-    return Session(
-        engine=engine, tokenizer=tokenizer, tools=build_tools(chosen.config, Finder()), finder=None,
+def chat_of(chosen, tokenizer, engine):
+    return AsyncChat(
+        engine=engine, tokenizer=tokenizer, tools=build_tools(chosen.config, ScriptedSearch()), backend=None,
         settings=AgentSettings.from_config(chosen.config, "eval"), prompt=prompt_settings(chosen, tokenizer),
         run=run_trajectory, seed=0, about={},
     )  # fmt: skip
@@ -72,13 +72,13 @@ def test_the_same_tokens_go_to_the_engine_as_in_the_runs_evaluation(run, capsys)
     (sample,) = load_data(config, training=False).val
     asyncio.run(
         run_trajectory(
-            sample=sample, rollout_id=0, engine=theirs, tools=build_tools(config, Finder()), tokenizer=tokenizer,
+            sample=sample, rollout_id=0, engine=theirs, tools=build_tools(config, ScriptedSearch()), tokenizer=tokenizer,
             settings=AgentSettings.from_config(config, "eval"), seed=0,
         )
     )  # fmt: skip
     ours = Engine(tokenizer, SEARCH, ANSWER)
     chosen = planned("--model_path", str(model))
-    asyncio.run(collect(session_of(chosen, tokenizer, ours), QUESTION))
+    asyncio.run(collect(chat_of(chosen, tokenizer, ours), QUESTION))
     assert len(ours.asked) == 2
     assert asked_of(ours) == asked_of(theirs)
     assert tokenizer.decode(ours.asked[0][0]) == f"Question: {QUESTION}\n"
@@ -111,7 +111,7 @@ def test_a_template_of_the_users_own_comes_with_the_model(run, tmp_path):
     (tmp_path / "mine.txt").unlink()
     tokenizer = load_tokenizer(str(model))
     engine = Engine(tokenizer, ANSWER)
-    asyncio.run(collect(session_of(planned("--model_path", str(model)), tokenizer, engine), QUESTION))
+    asyncio.run(collect(chat_of(planned("--model_path", str(model)), tokenizer, engine), QUESTION))
     assert tokenizer.decode(engine.asked[0][0]) == f"Say who.\n{QUESTION}\n"
 
 

@@ -1,206 +1,124 @@
-"""A question's events, with a scripted engine beside the real loop, tools and prompts."""
+"""`Chat`, the class for Python, with a scripted engine beside the real loop, tools and prompts."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import aclosing
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from support.scripted_session import ADA, ANSWER, SEARCH, CharTokenizer, Finder, ScriptedEngine, make_session
+from support.chat_flags import MODEL
+from support.scripted_chat import ADA, ANSWER, SEARCH, ScriptedEngine, ScriptedSearch, make_chat
 
-from searchr1.agent.loop import run_trajectory
-from searchr1.agent.settings import GenerateParams
-from searchr1.agent.trajectory import Sample
-from searchr1.chat.events import Done, Failed, Found, InvalidAction, Read, Started, Text, ToolCalled, ToolFailed
+from searchr1.chat.session import Chat, ChatError
+from searchr1.errors import UserError
 from searchr1.rollout.engine import EngineError
 
-INFORMATION = '\n\n<information>Doc 1(Title: "Ada Lovelace") Ada wrote the first program.</information>\n\n'
+
+class ClosingEngine(ScriptedEngine):
+    closed = 0
+
+    async def close(self):
+        self.closed += 1
 
 
-def ask(session, question="q"):
-    async def collect():
-        async with asyncio.timeout(20), aclosing(session.ask(question)) as events:
-            return [event async for event in events]
+def opened(chat):
+    async def open_chat():
+        return chat
 
-    return asyncio.run(collect())
-
-
-def of(kind, events):
-    return [event for event in events if isinstance(event, kind)]
+    return open_chat
 
 
-def written(events):
-    found = {}
-    for event in of(Text, events):
-        found[event.block] = found.get(event.block, "") + event.text
-    return found
+def test_an_answer_holds_its_text_queries_passages_and_tokens():
+    backend = ScriptedSearch(ADA)
+    engine = ClosingEngine({"q": [SEARCH, ANSWER]})
+    with Chat(opened(make_chat(None, backend, engine=engine))) as chat:
+        answer = chat.ask("q")
+        assert (answer.question, answer.text, answer.stop, answer.note) == ("q", "Ada Lovelace", "answer", None)
+        assert answer.queries == ["first program"]
+        assert [passage.title for passage in answer.passages] == ["Ada Lovelace"]
+        assert answer.stats.searches == 1
+        assert answer.trajectory.policy_length == len(SEARCH + ANSWER)
+        assert answer.events[-1].type == "done"
+        assert chat.about["model"] == "scripted"
+    assert backend.closed
+    assert engine.closed == 1
+    with pytest.raises(ChatError, match="closed"):
+        chat.ask("q")
+    chat.close()
+    assert engine.closed == 1
 
 
-def test_everything_that_happens_is_told_in_order():
-    events = ask(make_session({"q": [SEARCH, ANSWER]}))
-    order = [event.type for event in events]
-    merged = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
-    assert merged == ["started", "turn", "text", "call", "found", "read", "turn", "text", "done"]
-    assert len(of(Text, events)) > 8  # it streams
-    assert written(events) == {"think": "Who was it?Found it.", "search": "first program", "answer": "Ada Lovelace"}
-    assert of(ToolCalled, events)[0].arguments == ["first program"]
-    passage = of(Found, events)[0].results[0][0]
-    assert (passage.title, passage.text, passage.url, passage.score) == (ADA.title, ADA.text, ADA.url, ADA.score)
-    assert of(Read, events)[0].text == INFORMATION
-    done = events[-1]
-    assert (done.answer, done.stop, done.note) == ("Ada Lovelace", "answer", None)
-    assert (done.stats.searches, done.stats.turns, done.stats.prompt_tokens) == (1, 2, len("Question: q\n"))
-    assert (done.stats.policy_tokens, done.stats.read_tokens) == (len(SEARCH + ANSWER), len(INFORMATION))
+def test_a_missing_answer_has_a_reason_and_is_no_error():
+    with Chat(opened(make_chat({"q": [SEARCH, SEARCH + " again"]}, max_turns=1))) as chat:
+        answer = chat.ask("q")
+    assert answer.text is None
+    assert answer.note.startswith("all 1 turns with search are used")
 
 
-def test_the_trajectory_is_token_for_token_the_one_of_training():
-    engine = ScriptedEngine({"q": [SEARCH, "nothing", ANSWER]})
-    session = make_session(None, engine=engine)
-    watched = ask(session)[-1].trajectory
-
-    class Plain:
-        async def generate(self, prompt_ids, params):
-            return await engine.generate(prompt_ids, params, on_text=lambda text: None)
-
-    seen_watched, engine.asked = engine.asked, []
-    plain = asyncio.run(
-        run_trajectory(
-            sample=Sample("question/0", 0, watched.sample.prompt_ids, "q", []),
-            rollout_id=0,
-            engine=Plain(),
-            tools=session._tools,
-            tokenizer=CharTokenizer(),
-            settings=session._settings,
-            seed=0,
-        )
-    )
-    assert engine.asked == seen_watched
-    assert watched.response_ids.tolist() == plain.response_ids.tolist()
-    assert watched.loss_mask.tolist() == plain.loss_mask.tolist()
-
-
-def test_an_invalid_action_shows_what_the_model_was_told():
-    events = ask(make_session({"q": ["no tag at all", ANSWER]}))
-    assert of(InvalidAction, events)[0].text == "\nThat was no action.\n"
-    assert written(events)["text"] == "no tag at all"
-    assert events[-1].stats.invalid_actions == 1
-
-
-def test_a_search_that_fails_is_told_and_the_model_goes_on():
-    events = ask(make_session({"q": [SEARCH, ANSWER]}, Finder(error="http://x: no answer")))
-    assert of(ToolFailed, events)[0].message == "http://x: no answer"
-    assert events[-1].answer == "Ada Lovelace"
-    assert events[-1].stats.tool_failures == 1
-
-
-def test_failures_never_end_a_session():
-    session = make_session({"q": [SEARCH, ANSWER]}, Finder(error="down"))
-    assert all(ask(session)[-1].answer == "Ada Lovelace" for _ in range(30))
-
-
-def test_a_search_that_hangs_is_told():
-    events = ask(make_session({"q": [SEARCH, ANSWER]}, Finder(ADA, delay=30), tool_timeout_s=0.05))
-    assert of(ToolFailed, events)[0].message.startswith("no answer within")
-    assert events[-1].answer == "Ada Lovelace"
-
-
-@pytest.mark.parametrize(
-    ("changes", "stop", "note"),
-    [
-        ({"max_turns": 1}, "turns", "all 1 turns with search are used, and the model did not answer"),
-        ({"max_turns": 1, "force_final_turn": False}, "turns", "all 1 turns with search are used (agentloop"),
-        ({"max_model_len": 100}, "length", "prompt and answer may have 100 tokens"),
-        ({"sampling": GenerateParams(max_new_tokens=70)}, "length", "the answer may have 70 tokens"),
-    ],
-)
-def test_the_limit_that_ends_an_answer_is_named(changes, stop, note):
-    done = ask(make_session({"q": [SEARCH, SEARCH + " again"]}, **changes))[-1]
-    assert (done.answer, done.stop) == (None, stop)
-    assert done.note.startswith(note)
-
-
-def test_the_end_of_a_text_without_an_answer():
-    done = ask(make_session({"q": ["I do not know" + chr(0)]}))[-1]
-    assert done.stop == "eos"
-    assert done.note.startswith("the model ended its text without an answer; it wrote no <search> or <answer> tag at all")
-
-
-@pytest.mark.parametrize(
-    ("question", "message"), [("x" * 2000, "the question is too long: 2011 tokens"), (" ", "empty"), ("\ud800", "surrogate")]
-)
-def test_questions_that_cannot_be_asked(question, message):
-    events = ask(make_session({}), question)
-    assert [type(event) for event in events] == [Failed]
-    assert message in events[0].message
-
-
-@pytest.mark.parametrize("error", [EngineError("the rollout engine stopped: out of memory"), ValueError("broken")])
-def test_an_engine_that_fails_is_told_and_the_session_goes_on(error):
+def test_questions_and_engines_that_fail_raise_and_the_chat_goes_on():
     engine = ScriptedEngine({"q": [ANSWER]})
-    session = make_session(None, engine=engine)
-    engine.error = error
-    events = ask(session)
-    assert isinstance(events[0], Started)
-    assert str(error) in events[-1].message
-    engine.error = None
-    assert isinstance(ask(session)[-1], Done)
+    with Chat(opened(make_chat(None, engine=engine))) as chat:
+        with pytest.raises(ChatError, match="too long"):
+            chat.ask("x" * 2000)
+        engine.error = EngineError("out of memory")
+        with pytest.raises(ChatError, match="out of memory"):
+            chat.ask("q")
+        engine.error = None
+        assert chat.ask("q").text == "Ada Lovelace"
 
 
-def test_leaving_early_aborts_the_generation():
-    engine = ScriptedEngine({"q": ["<think> " + "on and on " * 1000]}, delay=0.001)
-
-    async def scene():
-        async with aclosing(make_session(None, engine=engine).ask("q")) as events:
-            async for event in events:
-                if isinstance(event, Text):
-                    break
+def test_leaving_a_stream_aborts_its_generation_before_it_returns():
+    engine = ScriptedEngine({"q": ["<think> " + "on and on " * 5000]}, delay=0.001)
+    with Chat(opened(make_chat(None, engine=engine))) as chat:
+        stream = chat.stream("q")
+        while next(stream).type != "text":
+            pass
+        stream.close()
         assert (engine.running, engine.aborted) == (0, 1)
 
-    asyncio.run(scene())
+
+def test_several_threads_ask_at_once():
+    engine = ScriptedEngine({str(i): [SEARCH, f"<answer> {i} </answer>"] for i in range(8)}, delay=0.002)
+    with Chat(opened(make_chat(None, engine=engine))) as chat, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(chat.ask, map(str, range(8))))
+    assert [answer.text for answer in answers] == [str(i) for i in range(8)]
+    assert engine.most > 2
 
 
-def test_several_questions_run_at_once():
-    engine = ScriptedEngine({str(i): [SEARCH, f"<answer> {i} </answer>"] for i in range(20)}, delay=0.001)
-    session = make_session(None, engine=engine)
-
-    async def one(question):
-        async with aclosing(session.ask(question)) as events:
-            return [event async for event in events][-1].answer
-
+def test_it_works_within_a_running_event_loop():
     async def scene():
-        return await asyncio.gather(*(one(str(i)) for i in range(20)))
+        with Chat(opened(make_chat({"q": [ANSWER]}))) as chat:
+            return chat.ask("q").text
 
-    assert asyncio.run(scene()) == [str(i) for i in range(20)]
-    assert engine.most > 5
-
-
-def test_a_template_with_passages_searches_first():
-    finder = Finder(ADA)
-    engine = ScriptedEngine({"q": [ANSWER]})
-    session = make_session(None, finder, engine=engine, template="rag")
-    assert ask(session)[-1].answer == "Ada Lovelace"
-    assert finder.queries == [["q"]]
-    assert 'Doc 1(Title: "Ada Lovelace")' in "".join(map(chr, engine.asked[0]))
-    ask(make_session(None, finder, engine=engine, template="rag", max_tool_response_length=12))
-    assert "Doc 1(Title:" in "".join(map(chr, engine.asked[1]))
-    assert "Lovelace" not in "".join(map(chr, engine.asked[1]))
-    finder.error = "down"
-    assert "the search failed: down" in ask(session)[-1].message
+    assert asyncio.run(scene()) == "Ada Lovelace"
 
 
-def test_without_a_template_the_question_is_the_prompt():
-    engine = ScriptedEngine({"q": [ANSWER]})
-    ask(make_session(None, engine=engine, template="none"), " Question: q\n")
-    assert "".join(map(chr, engine.asked[0])) == "Question: q"
+def test_a_chat_that_does_not_open_leaves_no_thread():
+    async def broken():
+        raise UserError("--model_path /nowhere: no such folder")
+
+    before = threading.active_count()
+    with pytest.raises(UserError, match="no such folder"):
+        Chat(broken)
+    assert threading.active_count() == before
 
 
-def test_pages_are_opened_by_the_model_too():
-    finder = Finder(pages={"https://w.example/Ada": "The whole page."})
-    events = ask(make_session({"q": ["<access> https://w.example/Ada </access>", ANSWER]}, finder))
-    found = of(Found, events)[0]
-    assert (found.action, found.results[0][0].text, found.results[0][0].url) == (
-        "access",
-        "The whole page.",
-        "https://w.example/Ada",
-    )
-    assert ">>>> Page 1 >>>>" in of(Read, events)[0].text
+def test_load_passes_its_options_on(monkeypatch):
+    plans = []
+
+    async def open_chat(plan):
+        plans.append(plan)
+        return make_chat({"q": [ANSWER]})
+
+    monkeypatch.setattr("searchr1.chat.session.open_chat", open_chat)
+    with Chat.load(MODEL, retriever_url="127.0.0.1:9", topk=7, max_turns=1, overrides=["runner.seq_length=600"]) as chat:
+        assert chat.ask("q").text == "Ada Lovelace"
+    (plan,) = plans
+    assert plan.config.rollout.model.model_path == MODEL
+    assert (plan.config.tools.search.server_addr, plan.config.tools.search.topk) == (["127.0.0.1:9"], 7)
+    assert (plan.config.agentloop.max_turns, plan.config.runner.seq_length) == (1, 600)
+    with pytest.raises(UserError, match="--topk 0"):
+        Chat.load(MODEL, topk=0)
+    with pytest.raises(UserError, match="give one of them"):
+        Chat.load(MODEL, retriever_url="127.0.0.1:9", search=False)

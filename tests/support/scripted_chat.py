@@ -1,4 +1,4 @@
-"""A session whose engine says prepared lines, beside the real loop; its search finds prepared passages."""
+"""A chat whose engine samples prepared lines, beside the real loop; its search returns prepared passages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import asyncio
 from searchr1.agent.loop import run_trajectory
 from searchr1.agent.settings import AgentSettings, GenerateParams, Generation
 from searchr1.agent.tools import AccessTool, FailureMonitor, SearchTool
-from searchr1.chat.session import PromptSettings, Session
+from searchr1.chat.async_chat import AsyncChat, PromptSettings
 from searchr1.retrieval.client.client import ClientStats, SearchUnavailable
 from searchr1.retrieval.documents import Page, RetrievedDocument
 
@@ -30,7 +30,7 @@ class CharTokenizer:
 
 
 class ScriptedEngine:
-    """For each question the lines that it says in turn; each grows by three characters a step."""
+    """An engine that samples prepared lines for each question in turn; each grows by three characters a step."""
 
     def __init__(self, script, delay=0.0):
         self.script, self.delay = script, delay
@@ -61,8 +61,8 @@ class ScriptedEngine:
         return Generation([ord(c) for c in line], [-1.0] * len(line), line, "stop", weight_version=0)
 
 
-class Finder:
-    """Gives the same passages for every query."""
+class ScriptedSearch:
+    """A search backend that returns the same passages for every query."""
 
     def __init__(self, *documents, pages=None, error=None, delay=0.0):
         self.documents, self.pages, self.error, self.delay = list(documents), pages or {}, error, delay
@@ -89,9 +89,9 @@ class Finder:
         self.closed = True
 
 
-def make_session(script, finder=None, *, engine=None, delay=0.0, template="demo", max_prompt=1000, **changes):
-    """A session; `changes` are of `AgentSettings`."""
-    finder = finder or Finder(ADA)
+def make_chat(script, backend=None, *, engine=None, delay=0.0, template="demo", max_prompt=1000, **changes):
+    """Return a chat; `changes` are of `AgentSettings`."""
+    backend = backend or ScriptedSearch(ADA)
     engine = engine or ScriptedEngine(script, delay)
     defaults = {
         "sampling": GenerateParams(max_new_tokens=10_000),
@@ -100,11 +100,11 @@ def make_session(script, finder=None, *, engine=None, delay=0.0, template="demo"
         "invalid_action_message": "\nThat was no action.\n",
     }
     monitor = FailureMonitor(1.0, "search")
-    return Session(
+    return AsyncChat(
         engine=engine,
         tokenizer=CharTokenizer(),
-        tools={"search": SearchTool(finder, "searchr1", monitor), "access": AccessTool(finder, monitor)},
-        finder=finder,
+        tools={"search": SearchTool(backend, "searchr1", monitor), "access": AccessTool(backend, monitor)},
+        backend=backend,
         settings=AgentSettings(**(defaults | changes)),
         prompt=PromptSettings(template, False, max_prompt),
         run=run_trajectory,

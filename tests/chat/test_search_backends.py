@@ -1,4 +1,4 @@
-"""Where a session searches: an online engine behind a fake, and servers of other systems."""
+"""Where a chat searches: an online engine behind a fake, and servers of other systems."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import web
-from support.scripted_session import ANSWER, SEARCH, make_session
+from support.scripted_chat import ANSWER, SEARCH, make_chat
 
-from searchr1.chat.events import Done, Found, ToolFailed
+from searchr1.chat.events import Done, ToolFailed, ToolReturned
 from searchr1.chat.search_backends import OnlineFinder, check_servers
 from searchr1.config.schema import SearchToolConfig
 from searchr1.retrieval.client.client import SearchUnavailable
@@ -44,21 +44,21 @@ def test_an_online_engine_answers_a_question(monkeypatch):
         nonlocal status
         async with serving(web.post("/search", search)) as address:
             finder = OnlineFinder("serper", 3, 10.0, f"{address}/search", snippet_only=True)
-            session = make_session({"q": [SEARCH, ANSWER]}, finder)
-            events = [event async for event in session.ask("q")]
-            (found,) = [event for event in events if isinstance(event, Found)]
+            chat = make_chat({"q": [SEARCH, ANSWER]}, finder)
+            events = [event async for event in chat.ask("q")]
+            (found,) = [event for event in events if isinstance(event, ToolReturned)]
             passage = found.results[0][0]
             assert (passage.title, passage.text, passage.url) == ("Ada", "She wrote it.", "https://w.example/Ada")
             assert asked == [("secret", {"q": "first program", "num": 3})]
             status = 403
-            events = [event async for event in session.ask("q")]
+            events = [event async for event in chat.ask("q")]
             (failed,) = [event for event in events if isinstance(event, ToolFailed)]
             assert "SERPER_API_KEY" in failed.message
             assert "secret" not in json.dumps([event.as_json() for event in events])
             assert isinstance(events[-1], Done)
             with pytest.raises(SearchUnavailable):
                 await finder.search(["q"])
-            await session.aclose()
+            await chat.aclose()
 
     asyncio.run(scene())
 
