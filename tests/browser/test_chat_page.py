@@ -215,10 +215,10 @@ def test_a_token_is_asked_for_and_limits_are_told():
     async def scene(tab, address):
         await tab.open(address)
         await tab.until("!document.getElementById('token').hidden")
-        assert "wants its token" in await text_of(tab, "#about")
+        assert "needs its token" in await text_of(tab, "#about")
         await ask(tab, "Who wrote the first program?")
         await tab.until("document.querySelector('.error')")
-        assert "wants its token" in await text_of(tab, ".error")
+        assert "needs its token" in await text_of(tab, ".error")
         await tab.run("document.getElementById('token').value = 'abc'")
         await tab.run("document.getElementById('token-form').requestSubmit()")
         await tab.until("document.getElementById('about').textContent.includes('scripted')")
