@@ -44,7 +44,9 @@ def parser_of(command: str) -> argparse.ArgumentParser:
 
 def page() -> str:
     """Return the whole page."""
-    return "\n".join([INTRODUCTION, *(line for command in COMMANDS for line in section(command))])
+    rows = [f"| [{command}](#searchr1-{command}) | {escaped(plain(text))} |" for command, (_, text) in COMMANDS.items()]
+    contents = ["| command | |", "| --- | --- |", *rows, ""]
+    return "\n".join([INTRODUCTION, *contents, *(line for command in COMMANDS for line in section(command))])
 
 
 def section(command: str) -> Iterator[str]:
