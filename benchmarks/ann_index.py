@@ -28,7 +28,7 @@ import torch
 from searchr1.retrieval.index.dense import DenseIndex, build_faiss, load_faiss, set_search_parameters
 from searchr1.retrieval.index.faiss_types import faiss_type
 from searchr1.retrieval.index.flat import FlatSearch, Refiner
-from searchr1.retrieval.index.vector_file import open_vectors
+from searchr1.retrieval.index.index_check import open_vectors
 
 QUERIES = 2000
 TOPK = 3

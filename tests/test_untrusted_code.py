@@ -76,7 +76,7 @@ def test_its_tokenizer_and_configuration_are_refused(folder):
 
 def test_an_encoder_and_a_reranker_with_code_of_their_own_are_refused(folder):
     from searchr1.retrieval.encode.encoder import Encoder
-    from searchr1.retrieval.rerank.rerank import CrossEncoder
+    from searchr1.retrieval.rerank.reranker import CrossEncoder
 
     with pytest.raises(UserError, match="cannot load an encoder"):
         Encoder("e5", str(folder))

@@ -10,7 +10,7 @@ from functools import partial
 from searchr1.commands.server_flags import add_address_flags
 from searchr1.errors import UserError
 from searchr1.retrieval.rerank.client import RERANK_TOKEN_VARIABLE
-from searchr1.retrieval.rerank.rerank import MAX_PENDING, CrossEncoder, LocalReranker
+from searchr1.retrieval.rerank.reranker import MAX_PENDING, CrossEncoder, LocalReranker
 from searchr1.retrieval.rerank.server import create_rerank_app
 from searchr1.retrieval.server.address import bind, reachable_address, write_address
 from searchr1.retrieval.server.app import MAX_TOPK

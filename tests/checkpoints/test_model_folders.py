@@ -227,7 +227,7 @@ def test_commands_name_the_pointer(pointers, tmp_path, monkeypatch, capsys):
 
 def test_servers_of_encoders_and_rerankers_name_it_too(pointers):
     from searchr1.retrieval.encode.encoder import Encoder
-    from searchr1.retrieval.rerank.rerank import CrossEncoder
+    from searchr1.retrieval.rerank.reranker import CrossEncoder
 
     with pytest.raises(UserError, match=r"--retriever_model .* is a Git LFS pointer"):
         Encoder("e5", pointers)

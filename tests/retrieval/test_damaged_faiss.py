@@ -19,6 +19,7 @@ from searchr1.commands import build_index as build
 from searchr1.commands.retrieval_server import parse
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.embedding_file import open_embedding
+from searchr1.retrieval.index import build as index_build
 from searchr1.retrieval.index import faiss_files
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.index.dense import DenseIndex, build_faiss
@@ -68,7 +69,7 @@ def made(tmp_path_factory):
             "dense", ROWS, "0" * 64, encoder="e5", dimension=DIMENSION, metric="inner product", factory=factory,
             file="e5.index", vectors="vectors.f16" if lossy else None, refine_factor=4 if lossy else None,
         )  # fmt: skip
-        build.finish(out, manifest)
+        index_build.finish(out, manifest)
     return folder
 
 
@@ -111,7 +112,7 @@ from searchr1.retrieval.index.faiss_files import read_faiss
 from searchr1.retrieval.index.manifest import DamagedIndex
 from searchr1.retrieval.index.flat import Refiner
 from searchr1.retrieval.searcher import SearchFailed
-from searchr1.retrieval.index.vector_file import open_vectors
+from searchr1.retrieval.index.index_check import open_vectors
 
 faiss.omp_set_num_threads(1)
 rows, dimension = int(sys.argv[1]), int(sys.argv[2])
@@ -394,7 +395,7 @@ def test_an_unfinished_build_goes_on_only_from_what_is_still_there(embedded, tmp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(build, "write_manifest", interrupted)
+        patch.setattr(index_build, "write_manifest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build.main(words)
     flip(tmp_path / "index" / "e5_Flat.index", 8 * 1000)

@@ -10,7 +10,7 @@ from searchr1.errors import UserError
 from searchr1.retrieval.index.dense import DenseIndex, build_faiss, load_faiss, set_search_parameters
 from searchr1.retrieval.index.faiss_types import NAMES, faiss_type, is_lossy, list_count
 from searchr1.retrieval.index.flat import Refiner
-from searchr1.retrieval.index.vector_file import open_vectors
+from searchr1.retrieval.index.index_check import open_vectors
 
 ROWS, DIMENSION = 3000, 32
 

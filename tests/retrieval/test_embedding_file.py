@@ -13,6 +13,7 @@ from searchr1.commands import rerank_server
 from searchr1.commands import retrieval_server as server_flags
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import Encoder
+from searchr1.retrieval.index import build as index_build
 from searchr1.retrieval.index.corpus import Corpus
 
 WORDS = ["river", "mountain", "harbour", "lighthouse", "peat", "glass", "program", "engine", "moon", "salt"]
@@ -75,7 +76,7 @@ def test_embeddings_that_changed_are_not_gone_on_with(tmp_path, corpus, encoder_
     path = tmp_path / "emb.memmap"
     vectors.tofile(path)
     words = command(corpus, tmp_path / "index", encoder_path, "--embedding_path", str(path))
-    monkeypatch.setattr(build, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(index_build, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build.main(words)
     monkeypatch.undo()

@@ -25,7 +25,7 @@ from searchr1.commands import retrieval_server as server_flags
 from searchr1.commands.rerank_server import parse
 from searchr1.errors import UserError
 from searchr1.retrieval.rerank.client import RemoteReranker, parts
-from searchr1.retrieval.rerank.rerank import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
+from searchr1.retrieval.rerank.reranker import CrossEncoder, LocalReranker, RerankingSearcher, passage_text
 from searchr1.retrieval.rerank.server import create_rerank_app
 from searchr1.retrieval.searcher import Reranks, SearchFailed
 from searchr1.retrieval.server.app import ServerState, create_app
@@ -197,7 +197,7 @@ def test_a_model_that_fails_fails_its_requests_and_no_others():
 
 
 def test_large_requests_are_scored_in_parts_and_given_up_when_nobody_waits(monkeypatch):
-    monkeypatch.setattr("searchr1.retrieval.rerank.rerank.MAX_PAIRS", 4)
+    monkeypatch.setattr("searchr1.retrieval.rerank.reranker.MAX_PAIRS", 4)
 
     async def run():
         scorer = Scorer()

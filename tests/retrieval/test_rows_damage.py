@@ -18,7 +18,7 @@ import pytest
 from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files import sealed
-from searchr1.retrieval.index import compiled, row_table, stamp, unpack
+from searchr1.retrieval.index import compiled, file_identity, row_table, unpack
 from searchr1.retrieval.index.corpus import Corpus, Pages
 from searchr1.retrieval.index.verify import bytes_of_rows, check_rows
 
@@ -89,7 +89,7 @@ def test_a_flipped_bit_in_a_packed_file_is_named_or_harmless(tmp_path, name):
 @pytest.mark.parametrize(("read", "name"), [(passages, "c.jsonl.gz"), (pages, "c.parquet")])
 def test_a_flipped_bit_in_what_is_used_is_named_or_harmless(tmp_path, monkeypatch, capsys, name, read):
     """Also where the file system says that nothing has changed, as it does of damage on a disk."""
-    monkeypatch.setattr(stamp, "same_file", lambda found, known: found.st_size == known.bytes)
+    monkeypatch.setattr(file_identity, "is_unchanged", lambda found, known: found.st_size == known.bytes)
     kept = tmp_path / "kept"
     kept.mkdir()
     good = read(write(kept / name))
@@ -122,8 +122,8 @@ def test_verify_reads_every_byte_whatever_the_file_system_says(tmp_path, monkeyp
     read = []
     assert list(check_rows(path, read.append)) == []
     assert sum(read) == bytes_of_rows(path)
-    monkeypatch.setattr(stamp, "same_file", lambda found, known: True)
-    monkeypatch.setattr("searchr1.retrieval.index.verify.same_file", lambda found, known: True)
+    monkeypatch.setattr(file_identity, "is_unchanged", lambda found, known: True)
+    monkeypatch.setattr("searchr1.retrieval.index.verify.is_unchanged", lambda found, known: True)
     for file in [file for file in tmp_path.rglob("*") if file.is_file()]:
         original = file.read_bytes()
         flip(file, random.Random(1))

@@ -12,7 +12,7 @@ import pytest
 from searchr1.commands import build_index as build
 from searchr1.commands import retrieval_server as server_flags
 from searchr1.errors import UserError
-from searchr1.retrieval.index import rows, stamp, unpack
+from searchr1.retrieval.index import file_identity, rows, unpack
 from searchr1.retrieval.index.corpus import Corpus, Pages
 from searchr1.retrieval.server.load import load_index
 
@@ -37,8 +37,8 @@ def replace(path, content, how):
 
 @pytest.fixture
 def aged(monkeypatch):
-    """Files count as written long ago, so that a stamp is believed."""
-    monkeypatch.setattr(stamp, "SAME_MOMENT_NS", -(10**18))
+    """Files count as written long ago, so that an identity is believed."""
+    monkeypatch.setattr(file_identity, "SAME_MOMENT_NS", -(10**18))
 
 
 @pytest.mark.parametrize("how", ["in place", "replaced"])
@@ -60,7 +60,7 @@ def test_an_unchanged_file_is_neither_scanned_nor_hashed(tmp_path, monkeypatch, 
     path = tmp_path / "c.jsonl"
     path.write_bytes(BEFORE)
     Corpus(path)
-    for module, name in ((rows.Rows, "_scan"), (stamp, "hash_file"), (unpack, "hash_file")):
+    for module, name in ((rows.Rows, "_scan"), (file_identity, "hash_file"), (unpack, "hash_file")):
         monkeypatch.setattr(module, name, lambda *_: pytest.fail("read again"))
     assert list(Corpus(path).contents()) == ["one two", "x"]
 
@@ -81,8 +81,8 @@ def test_the_same_contents_elsewhere_are_hashed_once_and_not_scanned(tmp_path, m
         path = tmp_path / "b/c.jsonl"
     monkeypatch.setattr(rows.Rows, "_scan", lambda *_: pytest.fail("scanned again"))
     hashed = []
-    hash_file = stamp.hash_file
-    monkeypatch.setattr(stamp, "hash_file", lambda path: hashed.append(path) or hash_file(path))
+    hash_file = file_identity.hash_file
+    monkeypatch.setattr(file_identity, "hash_file", lambda path: hashed.append(path) or hash_file(path))
     for _ in range(2):
         assert list(Corpus(path).contents()) == ["one two", "x"]
     assert hashed == ([] if change == "moved" else [path])

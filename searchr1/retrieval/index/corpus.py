@@ -49,7 +49,7 @@ class Corpus:
 
     def fingerprint(self) -> str:
         """SHA-256 of the file (unpacked, if it was packed)."""
-        return self._rows.summary.stamp.sha256
+        return self._rows.summary.file.sha256
 
     @property
     def empty(self) -> int:

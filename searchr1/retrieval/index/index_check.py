@@ -6,22 +6,27 @@ Sizes of all files and checksums of the small ones are compared with the manifes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from searchr1.files.checksums import FileSum, damaged
 from searchr1.files.lfs import is_pointer
+from searchr1.progress import progress_bar
 from searchr1.retrieval.index.bm25_files import PARAMETERS_FILE, check_lists, open_lists
 from searchr1.retrieval.index.faiss_files import flat_shape, probe
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, refused
-from searchr1.retrieval.index.vector_file import check_vectors
 
 START_BYTES = 256 << 20
 """Files whose checksums are compared at every start, the smallest first: well below a second."""
 BAR_BYTES = 1 << 30
-"""What takes longer than a look at a bar."""
+"""Files of fewer bytes are checked without a progress bar."""
 
+VECTOR_DTYPES = {".f16": np.float16, ".f32": np.float32}
+"""Number formats of a file of vectors, by the ending of its name."""
 IndexState = tuple[tuple[str, int, int, int], ...]
 """Path, size, inode and time of change of each file: the same files have the same contents."""
 
@@ -63,7 +68,7 @@ def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> I
             print(check_sums(folder, manifest), flush=True)
         if retriever_name == "bm25":
             size = sum(file.stat().st_size for file in files if file.is_file())
-            with bar(f"checking {folder.name}", size) as advance:
+            with progress_bar(f"checking {folder.name}", size, BAR_BYTES) as advance:
                 check_bm25(folder, manifest, advance)
         else:
             check_faiss(folder, manifest, faiss_file(path, manifest, retriever_name))
@@ -143,12 +148,27 @@ def refuse_pointer(path: Path) -> None:
         raise DamagedIndex(path, "is a Git LFS pointer, not the file: run git lfs pull in its folder")
 
 
-@contextmanager
-def bar(what: str, size: int) -> Iterator[Callable[[int], object]]:
-    """Give a function that moves a bar on by bytes; without a bar for little."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+def check_vectors(path: Path, rows: int, dimension: int) -> None:
+    """Check the size of a file of vectors.
 
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with Progress(*columns, disable=size < BAR_BYTES) as progress:
-        task = progress.add_task(what, total=size)
-        yield lambda count: progress.advance(task, count)
+    Raises:
+        DamagedIndex: it is another, or the name says no number format.
+    """
+    if path.suffix not in VECTOR_DTYPES:
+        raise DamagedIndex(path, f"is no file of vectors ({' or '.join(VECTOR_DTYPES)})")
+    size = path.stat().st_size if path.is_file() else 0
+    if size != (wanted := rows * dimension * np.dtype(VECTOR_DTYPES[path.suffix]).itemsize):
+        raise DamagedIndex(path, f"has {size} bytes instead of {wanted}")
+
+
+def open_vectors(path: Path, rows: int, dimension: int) -> npt.NDArray[Any]:
+    """[rows, dimension] vectors, mapped.
+
+    Raises:
+        UserError: missing, or of another size.
+    """
+    try:
+        check_vectors(path, rows, dimension)
+    except DamagedIndex as error:
+        raise refused(error) from error
+    return np.memmap(path, dtype=VECTOR_DTYPES[path.suffix], mode="r", shape=(rows, dimension))

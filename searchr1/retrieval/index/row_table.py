@@ -16,7 +16,7 @@ import numpy.typing as npt
 from searchr1.files.checksums import Damage, FileSum, damaged, take_all
 from searchr1.files.sealed import read_sealed, write_sealed
 from searchr1.files.text_rows import MAX_LINE_BYTES
-from searchr1.retrieval.index.stamp import Stamp
+from searchr1.retrieval.index.file_identity import FileIdentity
 
 FORMAT = 3
 SUMMARY = "summary.json"
@@ -34,7 +34,8 @@ class Summary:
     """What `summary.json` says of a file."""
 
     rows: int
-    stamp: Stamp
+    file: FileIdentity
+    """The file that the table is of."""
     counts: dict[str, int]
     """What is peculiar about rows, and how many are so."""
     files: dict[str, FileSum]
@@ -87,7 +88,7 @@ class Column:
             self._latest = []
 
 
-def write_table(folder: Path, columns: dict[str, Array], stamp: Stamp, counts: dict[str, int]) -> Summary:
+def write_table(folder: Path, columns: dict[str, Array], file: FileIdentity, counts: dict[str, int]) -> Summary:
     """Write a table into an empty folder.
 
     Raises:
@@ -95,7 +96,7 @@ def write_table(folder: Path, columns: dict[str, Array], stamp: Stamp, counts: d
     """
     for name, values in columns.items():
         np.save(folder / f"{name}.npy", values)
-    summary = Summary(len(columns["starts"]), stamp, counts, take_all(folder))
+    summary = Summary(len(columns["starts"]), file, counts, take_all(folder))
     write_summary(folder, summary)
     return summary
 
@@ -106,7 +107,8 @@ def write_summary(folder: Path, summary: Summary) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    write_sealed(folder / SUMMARY, asdict(summary))
+    values = asdict(summary)
+    write_sealed(folder / SUMMARY, {"rows": values.pop("rows"), "stamp": values.pop("file"), **values})
 
 
 def read_summary(folder: Path) -> Summary:
@@ -120,10 +122,10 @@ def read_summary(folder: Path) -> Summary:
     if values.get("format") != FORMAT:
         raise ValueError(f"is of another version of this program (format {values.get('format')!r}, not {FORMAT})")
     try:
-        stamp = Stamp(**values["stamp"])
+        file = FileIdentity(**values["stamp"])
         files = {str(name): FileSum(int(known["bytes"]), str(known["xxh3"])) for name, known in values["files"].items()}
         counts = {str(what): int(count) for what, count in values["counts"].items()}
-        return Summary(int(values["rows"]), stamp, counts, files)
+        return Summary(int(values["rows"]), file, counts, files)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"says something else than a table's {SUMMARY} ({error!r})") from error
 

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_folder
 from searchr1.files.text_rows import LineTooLong, not_utf8, other_encoding, parse_json, require_shallow, split_lines
+from searchr1.progress import progress_bar
+from searchr1.retrieval.index.file_identity import BAR_BYTES, confirm_contents, identity_of
 from searchr1.retrieval.index.row_table import (
     COLUMNS,
     Column,
@@ -30,7 +31,6 @@ from searchr1.retrieval.index.row_table import (
     write_summary,
     write_table,
 )
-from searchr1.retrieval.index.stamp import BAR_BYTES, confirm, stamp
 from searchr1.retrieval.index.unpack import as_jsonl
 
 SCAN_BYTES = 16 << 20
@@ -119,11 +119,11 @@ class Rows:
                 continue
             try:
                 summary = read_summary(folder)
-                current = confirm(self._file, summary.stamp)
+                current = confirm_contents(self._file, summary.file)
                 if current is None:
                     raise ValueError(f"is not of the present contents of {self._file.name}")
-                if current != summary.stamp:
-                    summary = replace(summary, stamp=current)
+                if current != summary.file:
+                    summary = replace(summary, file=current)
                     with suppress(OSError):  # not ours to write: it is checked again the next time
                         write_summary(folder, summary)
                 return open_table(folder, summary, self._file.stat().st_size)
@@ -186,8 +186,8 @@ class Rows:
         if len(keys):
             order = np.argsort(keys.array(), kind="stable")
             arrays |= {"keys": keys.array()[order], "order": order}
-        made = stamp(before, digest.hexdigest(), read_ns)
-        if stamp(self._file.stat(), made.sha256, read_ns) != made:
+        made = identity_of(before, digest.hexdigest(), read_ns)
+        if identity_of(self._file.stat(), made.sha256, read_ns) != made:
             raise UserError(f"{self._flag} {self.path}: was changed while it was read; start again")
         return write_table(folder, arrays, made, dict(counts))
 
@@ -209,14 +209,12 @@ def parse(line: bytes) -> Any:
 def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, offset, line without its end) of a file; every byte goes through `update` once."""
     size = path.stat().st_size
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with path.open("rb") as file, Progress(*columns, disable=size < BAR_BYTES) as progress:
-        task = progress.add_task(what, total=size)
+    with path.open("rb") as file, progress_bar(what, size, BAR_BYTES) as advance:
 
         def read(count: int) -> bytes:
             block = file.read(count)
             update(block)
-            progress.advance(task, len(block))
+            advance(len(block))
             return block
 
         yield from split_lines(read, block_bytes=SCAN_BYTES)

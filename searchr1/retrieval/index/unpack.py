@@ -20,15 +20,21 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Self
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
 from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_file, partial_path
 from searchr1.files.parquet_rows import parquet_rows
 from searchr1.files.sealed import read_sealed, write_sealed
 from searchr1.files.text_rows import MAX_LINE_BYTES, LineTooLong
-from searchr1.retrieval.index.stamp import BAR_BYTES, BLOCK_BYTES, Stamp, confirm, hash_file, stamp
+from searchr1.progress import progress_bar
+from searchr1.retrieval.index.file_identity import (
+    BAR_BYTES,
+    BLOCK_BYTES,
+    FileIdentity,
+    confirm_contents,
+    hash_file,
+    identity_of,
+)
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".tar", ".tar.gz", ".tgz")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -124,7 +130,7 @@ def _unpack(path: Path, output: Path, flag: str) -> Path:
         with atomic_file(output) as partial:
             source, digest = _write(path, partial)
             note.unlink(missing_ok=True)
-        unpacked = stamp(output.stat(), digest, time.time_ns())
+        unpacked = identity_of(output.stat(), digest, time.time_ns())
         write_note(output, source, unpacked)
     except DAMAGED as error:
         reason = str(error).partition("\n")[0]
@@ -137,17 +143,17 @@ def note_of(output: Path) -> Path:
     return output.with_name(f"{output.name}.source.json")
 
 
-def read_note(output: Path) -> tuple[Stamp, Stamp] | None:
-    """Return the stamps of the packed file and of the unpacked one, None where there is no whole note."""
+def read_note(output: Path) -> tuple[FileIdentity, FileIdentity] | None:
+    """Return the identities of the packed file and of the unpacked one, None where there is no whole note."""
     try:
         note = read_sealed(note_of(output), unsealed_formats=(OLD_NOTE_FORMAT,))
         known = note["format"] in (NOTE_FORMAT, OLD_NOTE_FORMAT)
-        return (Stamp(**note["source"]), Stamp(**note["unpacked"])) if known else None
+        return (FileIdentity(**note["source"]), FileIdentity(**note["unpacked"])) if known else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def write_note(output: Path, source: Stamp, unpacked: Stamp) -> None:
+def write_note(output: Path, source: FileIdentity, unpacked: FileIdentity) -> None:
     """Write down what `output` was made from.
 
     Raises:
@@ -167,7 +173,7 @@ def is_made_of(output: Path, path: Path) -> bool:
     if known is None or not output.is_file():
         return False
     try:
-        source, unpacked = confirm(path, known[0]), confirm(output, known[1])
+        source, unpacked = confirm_contents(path, known[0]), confirm_contents(output, known[1])
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
     if source is None or unpacked is None:
@@ -178,8 +184,8 @@ def is_made_of(output: Path, path: Path) -> bool:
     return True
 
 
-def _write(path: Path, output: Path) -> tuple[Stamp, str]:
-    """Write the rows; return the stamp of the packed file and the SHA-256 of the rows."""
+def _write(path: Path, output: Path) -> tuple[FileIdentity, str]:
+    """Write the rows; return the identity of the packed file and the SHA-256 of the rows."""
     found, read_ns = path.stat(), time.time_ns()
     with output.open("wb") as file:
         rows = _Output(file, output.parent)
@@ -190,7 +196,7 @@ def _write(path: Path, output: Path) -> tuple[Stamp, str]:
             with _opened(path) as packed:
                 _write_lines(packed, rows.write)
                 sha256 = packed.finish()
-    return stamp(found, sha256, read_ns), rows.sha256()
+    return identity_of(found, sha256, read_ns), rows.sha256()
 
 
 class _Output:
@@ -268,11 +274,8 @@ class _Packed:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Packed]:
-    size = path.stat().st_size
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
-    with path.open("rb") as file, Progress(*columns, disable=size < BAR_BYTES) as progress:
-        task = progress.add_task(f"unpacking {path.name}", total=size)
-        yield _Packed(file, lambda count: progress.advance(task, count))
+    with path.open("rb") as file, progress_bar(f"unpacking {path.name}", path.stat().st_size, BAR_BYTES) as advance:
+        yield _Packed(file, advance)
 
 
 class _Again:

@@ -11,10 +11,10 @@ from pathlib import Path
 from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, damaged
+from searchr1.retrieval.index.file_identity import BLOCK_BYTES, FileIdentity, is_unchanged
 from searchr1.retrieval.index.index_check import check_bm25, check_faiss, refuse_pointer
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, open_manifest
 from searchr1.retrieval.index.row_table import SUMMARY, read_summary, table_damage
-from searchr1.retrieval.index.stamp import BLOCK_BYTES, Stamp, same_file
 from searchr1.retrieval.index.unpack import ENDINGS, UNPACKED, note_of, read_note
 
 Advance = Callable[[int], object]
@@ -126,7 +126,7 @@ def check_rows(path: Path, advance: Advance | None = None) -> Iterator[Damage]:
             yield from damage
             if not any(each.path.name == SUMMARY for each in damage):
                 known = True
-                yield from _changed(file, read_summary(table).stamp, sums, advance)
+                yield from _changed(file, read_summary(table).file, sums, advance)
     if not known:
         raise UserError(
             f"{path}: nothing is known of its contents; a server or an index build that reads it once notes its checksums"
@@ -157,8 +157,8 @@ def _tables(file: Path) -> list[Path]:
     return [place for place in places if place.is_dir()]
 
 
-def _changed(path: Path, known: Stamp, sums: dict[Path, str], advance: Advance | None) -> Iterator[Damage]:
-    """Yield a file that is not what a stamp says; `sums` are those of files that were read already."""
+def _changed(path: Path, known: FileIdentity, sums: dict[Path, str], advance: Advance | None) -> Iterator[Damage]:
+    """Yield a file that is not what its identity says; `sums` are those of files that were read already."""
     try:
         found = path.stat()
         if found.st_size != known.bytes:
@@ -169,7 +169,7 @@ def _changed(path: Path, known: Stamp, sums: dict[Path, str], advance: Advance |
         if path not in sums:
             sums[path] = _hash(path, advance)
             if sums[path] != known.sha256:
-                damaged = same_file(found, known)
+                damaged = is_unchanged(found, known)
                 times = (
                     "though its times have not: it is damaged" if damaged else "and so have its times: damaged, or edited"
                 )

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, model_validator
 from searchr1.http_guard import Guard
 from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, grown
 from searchr1.retrieval.rerank.client import RETRY_AFTER_S
-from searchr1.retrieval.rerank.rerank import LocalReranker
+from searchr1.retrieval.rerank.reranker import LocalReranker
 from searchr1.retrieval.searcher import Document, SearchFailed
 from searchr1.retrieval.server.app import MAX_PASSAGES, REFUSALS, Query, TopK, as_json, explain, guarded
 from searchr1.retrieval.server.metrics import Metrics

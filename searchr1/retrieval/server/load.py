@@ -12,14 +12,13 @@ from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus, Pages
 from searchr1.retrieval.index.dense import DenseIndex, load_faiss, set_search_parameters
 from searchr1.retrieval.index.flat import INNER_PRODUCT, Refiner
-from searchr1.retrieval.index.index_check import IndexState, check_index, faiss_file, files_of, state_of
+from searchr1.retrieval.index.index_check import IndexState, check_index, faiss_file, files_of, open_vectors, state_of
 from searchr1.retrieval.index.manifest import ADVICE, MANIFEST, Manifest, check_encoder, read_manifest
-from searchr1.retrieval.index.vector_file import open_vectors
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.online.searcher import OnlineSearcher
 from searchr1.retrieval.rerank.client import RemoteReranker
-from searchr1.retrieval.rerank.rerank import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
+from searchr1.retrieval.rerank.reranker import PAIR_TOKENS, CrossEncoder, LocalReranker, RerankingSearcher
 from searchr1.retrieval.searcher import Index, Searcher
 from searchr1.retrieval.server.app import Backend
 from searchr1.retrieval.server.batcher import Batcher
