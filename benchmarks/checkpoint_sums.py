@@ -39,17 +39,16 @@ TENSOR_BYTES = 64 << 20
 
 
 class Actor:
-    """A group of one rank, in this process."""
+    """A worker group of one rank, in this process."""
 
     def __init__(self, gib: float) -> None:
         count = max(1, round(gib * (1 << 30) / TENSOR_BYTES))
         self.state = {"model": {f"layer.{number}": torch.rand(TENSOR_BYTES // 4) for number in range(count)}}
 
-    def call(self, method: str, *args: Any) -> Any:
-        """Save; there is nothing else to ask for."""
-        assert method == "save"
-        (args[0] / "hf").mkdir(parents=True)
-        dcp.save(self.state, checkpoint_id=args[0])
+    def save(self, folder: Path, in_background: bool) -> Any:
+        """Write a checkpoint."""
+        (folder / "hf").mkdir(parents=True)
+        dcp.save(self.state, checkpoint_id=folder)
         return SimpleNamespace(wait=lambda timeout_s: [])
 
 
@@ -73,10 +72,10 @@ def save(config: Config, actor: Actor, step: int, pause_s: float) -> tuple[float
     """Return the seconds that a run waits for a checkpoint, and those of the processor."""
     loader = PromptLoader([Sample("s/0", 0, [1], "Q", ["a"])], 1, seed=1, shuffle=False, max_epochs=9)
     run = RunFolder.open(config, loader)
-    groups: Any = SimpleNamespace(actor=actor, critic=None)
+    cluster: Any = SimpleNamespace(actor=actor, critic=None)
     used = time.process_time()
     start = time.perf_counter()
-    run.save(groups, loader, step)
+    run.save(cluster, loader, step)
     waited = time.perf_counter() - start
     time.sleep(pause_s)
     start = time.perf_counter()

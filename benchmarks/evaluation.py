@@ -34,7 +34,7 @@ import numpy as np  # noqa: E402
 
 from searchr1.agent.settings import GenerateParams  # noqa: E402
 from searchr1.agent.trajectory import Trajectory  # noqa: E402
-from searchr1.cluster.groups import Groups, launch  # noqa: E402
+from searchr1.cluster.launch import EvaluationCluster, evaluation_cluster  # noqa: E402
 from searchr1.config.load import load_config  # noqa: E402
 from searchr1.config.schema import Config  # noqa: E402
 from searchr1.demo.demo import COLD_START, CPU_RECIPES  # noqa: E402
@@ -44,8 +44,10 @@ from searchr1.demo.questions import make_questions  # noqa: E402
 from searchr1.demo.world import make_world  # noqa: E402
 from searchr1.evaluation.evaluate import answer  # noqa: E402
 from searchr1.evaluation.tasks import begin, evaluation_path, load_questions, open_tasks  # noqa: E402
+from searchr1.files.folder_lock import folder_lock  # noqa: E402
 from searchr1.rollout.engine import Engine  # noqa: E402
 from searchr1.rollout.settings import EngineSettings  # noqa: E402
+from searchr1.tracking.run_path import NAMED_BY  # noqa: E402
 
 WORLD = 0
 
@@ -63,7 +65,7 @@ def requests_of(trajectory: Trajectory, params: GenerateParams) -> list[tuple[li
     return found
 
 
-def evaluate_once(groups: Groups, config: Config) -> tuple[float, list[Trajectory], float]:
+def evaluate_once(cluster: EvaluationCluster, config: Config) -> tuple[float, list[Trajectory], float]:
     """Seconds, attempts, and the share of the time in which the evaluation's engine was stepping."""
     questions = load_questions(config)
     folder = evaluation_path(config)
@@ -78,10 +80,11 @@ def evaluate_once(groups: Groups, config: Config) -> tuple[float, list[Trajector
 
     task.ledger.append = record  # type: ignore[method-assign, assignment]
     started = time.perf_counter()
-    streamed = answer(groups, task, task.pending, config)
+    with folder_lock(folder, NAMED_BY, "benchmarks/evaluation.py") as lock:
+        stats = answer(lock, cluster, task, task.pending, config)
     seconds = time.perf_counter() - started
     task.ledger.close()
-    return seconds, seen, streamed.engine_busy_share
+    return seconds, seen, stats.engine_busy_share
 
 
 async def replay(engine: Engine, turns: list[list[tuple[list[int], GenerateParams]]]) -> float:
@@ -103,14 +106,14 @@ async def rounds(arguments: argparse.Namespace, folder: Path, address: str) -> l
     world = make_world(WORLD)
     found = []
     try:
-        with launch(config, DEVICE) as groups:
+        with evaluation_cluster(config, DEVICE) as cluster:
             for number in range(arguments.rounds):
                 asked = make_questions(world, "train", arguments.questions, 100 + number)
                 path = folder / f"questions{number}.jsonl"
                 write_jsonl(path, (jsonl_row(question, index) for index, question in enumerate(asked)))
                 data = replace(config.data, val_data_paths=[str(path)])
                 one = replace(config, data=data, runner=replace(config.runner, experiment_name=f"round{number}"))
-                seconds, trajectories, busy = await asyncio.to_thread(evaluate_once, groups, one)
+                seconds, trajectories, busy = await asyncio.to_thread(evaluate_once, cluster, one)
                 sampling = replace(GenerateParams(max_new_tokens=1), temperature=0.0, stop=("</search>", "</answer>"))
                 turns = [requests_of(trajectory, sampling) for trajectory in trajectories]
                 alone = await replay(engine, turns)

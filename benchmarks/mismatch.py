@@ -16,7 +16,6 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,38 +95,35 @@ class OldWeights:
         self._reader = WeightReader(torch.device("cpu"))
         self._publisher = WeightPublisher(folder, 64 << 20)
 
-    def sync(self, groups: Any, version: int, timeout_s: float) -> float:
-        """In place of `searchr1.training.weight_sync.sync_weights`."""
-        started = time.perf_counter()
+    def send(self, cluster: Any, version: int) -> None:
+        """In place of `searchr1.training.weight_sync.send_weights`."""
         named: dict[str, torch.Tensor] = {}
         self._reader.start()
-        bucket = groups.actor.call("publish_weights", version).wait(timeout_s)[0]
+        bucket = cluster.actor.publish_weights(version).wait()[0]
         while True:
             named |= {name: tensor.clone() for name, tensor in self._reader.read(bucket)}
             if bucket.last:
                 break
-            bucket = groups.actor.call("next_bucket").wait(timeout_s)[0]
-        groups.actor.call("release_weights", bucket).wait(timeout_s)
+            bucket = cluster.actor.next_bucket().wait()[0]
+        cluster.actor.release_weights(bucket).wait()
         self._kept.append((version, named))
         if len(self._kept) > self._delay + 1:
             self._kept.popleft()
-        self._load(groups, *self._kept[0], timeout_s)
-        return time.perf_counter() - started
+        self._load(cluster, *self._kept[0])
 
-    def validate(self, groups: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
+    def validate(self, cluster: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
         """In place of `searchr1.evaluation.validation.validate`."""
         from searchr1.evaluation.validation import validate
 
-        timeout_s = config.runner.step_timeout_s
-        self._load(groups, *self._kept[-1], timeout_s)
-        metrics = validate(groups, samples, config, log, step)
-        self._load(groups, *self._kept[0], timeout_s)
+        self._load(cluster, *self._kept[-1])
+        metrics = validate(cluster, samples, config, log, step)
+        self._load(cluster, *self._kept[0])
         return metrics
 
-    def _load(self, groups: Any, version: int, named: dict[str, torch.Tensor], timeout_s: float) -> None:
+    def _load(self, cluster: Any, version: int, named: dict[str, torch.Tensor]) -> None:
         elements = sum(tensor.numel() for tensor in named.values())
         for bucket in self._publisher.publish(named.items(), version, elements):
-            groups.rollout.call("update_weights", bucket).wait(timeout_s)
+            cluster.rollout.update_weights(bucket).wait()
         self._publisher.release()
 
 
@@ -138,7 +134,7 @@ def train_with_old_weights(delay: int, arguments: list[str]) -> int:
 
     with tempfile.TemporaryDirectory(prefix="searchr1-old-weights-") as folder:
         old_weights = OldWeights(delay, Path(folder))
-        replaced = (weight_sync, "sync_weights", old_weights.sync), (train, "validate", old_weights.validate)
+        replaced = (weight_sync, "send_weights", old_weights.send), (train, "validate", old_weights.validate)
         for module, name, ours in replaced:
             if not hasattr(module, name):  # or nothing would stand in the way, and nobody would notice
                 raise AttributeError(f"{module.__name__} has no {name} any more")

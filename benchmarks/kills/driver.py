@@ -20,23 +20,23 @@ def main(descriptor: int, arguments: list[str]) -> int:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
     from searchr1 import cli
-    from searchr1.cluster.groups import Call, Group
+    from searchr1.cluster.worker_group import Call
 
     def mark(text: str) -> None:
         os.write(descriptor, f"{text}\n".encode())
 
-    call, wait = Group.call, Call.wait
+    begin, wait = Call.__init__, Call.wait
 
-    def marked_call(self, method, *words):
-        mark(f"begin {self.name}.{method}")
-        return call(self, method, *words)
+    def marked_begin(self, result, name, timeout_s):
+        mark(f"begin {name}")
+        begin(self, result, name, timeout_s)
 
-    def marked_wait(self, timeout_s):
+    def marked_wait(self, timeout_s=None):
         result = wait(self, timeout_s)
-        mark(f"end {self._name}")
+        mark(f"end {self.name}")
         return result
 
-    Group.call, Call.wait = marked_call, marked_wait
+    Call.__init__, Call.wait = marked_begin, marked_wait
     return cli.main(arguments)
 
 

@@ -1,28 +1,25 @@
-"""ActorGroup: the policy's training ranks."""
+"""The actor: the policy's training ranks."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from rlinf.scheduler import Worker
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.cluster import channels
 from searchr1.cluster.failure import reported
-from searchr1.config.schema import Config
-from searchr1.device import Device
+from searchr1.cluster.model_worker import TrainedWorker
+from searchr1.cluster.worker_group import Call, TrainedGroup
 
 if TYPE_CHECKING:
-    from searchr1.rollout.weights import WeightPublisher
+    from searchr1.learner.policy import Policy
+    from searchr1.rollout.weights import WeightManifest, WeightPublisher
 
 
 @dataclass(slots=True)
 class ActorShare:
-    """One rank's part of a step."""
+    """What one data-parallel rank trains on in a step."""
 
     trajectories: list[Trajectory]
     advantages: list[Any]
@@ -31,36 +28,24 @@ class ActorShare:
     """Which optimizer step of this rollout step each trajectory belongs to."""
 
 
-class ActorWorker(Worker):
+class ActorWorker(TrainedWorker):
     """One rank of the policy."""
 
-    def __init__(self, config: Config, device: Device, channel: Any, optimizer_steps: int) -> None:
-        super().__init__()
-        self._config = config
-        self._optimizer_steps = optimizer_steps
-        self._device = device
-        self._channel = channel
-        self._publisher: WeightPublisher | None = None
-        os.environ.update(device.worker_env("actor", self._world_size))
+    _model: Policy
+    _publisher: WeightPublisher | None = None
 
-    @reported
-    async def start(self) -> None:
-        """Join the process group and load the model and the optimizer."""
-        import torch
-
+    def _load_model(self) -> None:
         from searchr1.learner.policy import Policy
 
-        # Ray starts workers with one OpenMP thread.
-        torch.set_num_threads(self._device.threads_for("actor", self._world_size))
-        self._policy = Policy.start(self._config, self._device, self._optimizer_steps)
+        self._model = Policy.start(self._config, self._device, self._optimizer_steps)
         self._leave_gpu()
 
     @reported
     async def train_step(self) -> dict[str, float]:
         """Train on this data-parallel rank's share of the step, from the channel. Return metrics of all ranks."""
         timeout_s = self._config.runner.step_timeout_s
-        share: ActorShare = await channels.get_share(self._channel, self._policy, channels.actor_key, timeout_s)
-        metrics = self._policy.train_step(share.trajectories, share.advantages, share.minibatch_ids)
+        share: ActorShare = await channels.get_share(self._channel, self._model, channels.actor_key, timeout_s)
+        metrics = self._model.train_step(share.trajectories, share.advantages, share.minibatch_ids)
         self._device.empty_cache()  # the engine on the same GPU wakes up next
         return metrics
 
@@ -73,9 +58,9 @@ class ActorWorker(Worker):
         lora = self._config.actor.lora
         if lora.rank and lora.weight_update == "adapter":
             return self._publish_adapter(version)
-        named, elements = self._policy.named_weights(), self._policy.backend.parameter_count
-        size = bucket_size(elements, self._policy.rollout_dtype)
-        self._policy.reload("weight")
+        named, elements = self._model.named_weights(), self._model.backend.parameter_count
+        size = bucket_size(elements, self._model.rollout_dtype)
+        self._model.reload("weight")
         self._buckets: Iterator[Any]
         if self._rank == 0:
             if self._publisher is None:
@@ -87,13 +72,13 @@ class ActorWorker(Worker):
         return next(self._buckets)
 
     def _publish_adapter(self, version: int) -> Any:
-        """LoRA's matrices alone, all at once."""
+        """Write LoRA's matrices alone, all at once."""
         from searchr1.checkpoints.lora import peft_settings
         from searchr1.rollout.shared_memory import weight_directory, weight_folders
         from searchr1.rollout.weights import publish_adapter
 
-        self._policy.reload("weight")
-        named, lora = list(self._policy.named_adapters()), self._config.actor.lora
+        self._model.reload("weight")
+        named, lora = list(self._model.named_adapters()), self._config.actor.lora
         if self._rank != 0:
             return None
         size = sum(tensor.nbytes for _, tensor in named)
@@ -102,14 +87,14 @@ class ActorWorker(Worker):
 
     @reported
     async def next_bucket(self) -> Any:
-        """The next bucket, after one that was not the last."""
+        """Write the next bucket, after one that was not the last."""
         return next(self._buckets)
 
     @reported
-    async def release_weights(self, manifest: Any) -> None:
+    async def release_weights(self, manifest: WeightManifest) -> None:
         """End an update that everyone has taken over."""
         self._buckets = iter(())  # it holds the last tensor
-        self._policy.offload("weight")
+        self._model.offload("weight")
         self._device.empty_cache()
         if self._publisher is not None:
             self._publisher.release()
@@ -120,30 +105,45 @@ class ActorWorker(Worker):
 
     @reported
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probability of each token of each sequence (0 for the first) under the current weights."""
-        self._policy.reload("weight")
-        logprobs = self._policy.probe_logprobs(sequences)
+        """Score sequences under the current weights: a log-probability per token (0 for the first)."""
+        self._model.reload("weight")
+        logprobs = self._model.probe_logprobs(sequences)
         self._leave_gpu()
         return logprobs
 
-    @reported
-    async def save(self, folder: Path, in_background: bool) -> None:
-        """Write this rank's part of a checkpoint into `folder`, or begin to."""
-        self._policy.save(folder, in_background)
-        self._leave_gpu()
 
-    @reported
-    async def finish_save(self) -> None:
-        """Wait until a save in the background has been written."""
-        self._policy.finish_save()
+class ActorGroup(TrainedGroup):
+    """The policy's training ranks."""
 
-    @reported
-    async def load(self, folder: Path) -> None:
-        """Continue from a checkpoint, which the runner has verified."""
-        self._policy.load(folder, verified=True)
-        self._leave_gpu()
+    def train_step(
+        self, trajectories: Sequence[Trajectory], advantages: Sequence[Any], minibatch_ids: Sequence[int]
+    ) -> Call[dict[str, float]]:
+        """Train on a step's trajectories, a share on each data-parallel rank; every rank returns metrics of all.
 
-    def _leave_gpu(self) -> None:
-        """As far as `actor.offload_…` says so."""
-        self._policy.offload("weight", "grad", "optimizer")
-        self._device.empty_cache()
+        Args:
+            trajectories: of the whole step.
+            advantages: of each, one number or an array [N] with one per response token.
+            minibatch_ids: of each, the optimizer step within this step.
+        """
+        for dp_rank, share in enumerate(self.shares(trajectories)):
+            part = ActorShare(
+                [trajectories[i] for i in share], [advantages[i] for i in share], [minibatch_ids[i] for i in share]
+            )
+            self._channel.put(part, key=channels.actor_key(dp_rank))
+        return self.call(ActorWorker.train_step)
+
+    def publish_weights(self, version: int) -> Call[WeightManifest]:
+        """Write the first bucket of weights where the rollout group can map it; rank 0 returns its manifest."""
+        return self.call(ActorWorker.publish_weights, version)
+
+    def next_bucket(self) -> Call[WeightManifest]:
+        """Write the next bucket, after one that was not the last; rank 0 returns its manifest."""
+        return self.call(ActorWorker.next_bucket)
+
+    def release_weights(self, manifest: WeightManifest) -> Call[None]:
+        """End an update that everyone has taken over."""
+        return self.call(ActorWorker.release_weights, manifest)
+
+    def probe_logprobs(self, sequences: list[list[int]]) -> Call[list[list[float]]]:
+        """Score sequences under the current weights: a log-probability per token (0 for the first)."""
+        return self.call(ActorWorker.probe_logprobs, sequences)

@@ -1,4 +1,4 @@
-"""Keys of the one channel that all groups share, and how workers use it.
+"""Keys of the one channel that all worker groups share, and how workers use it.
 
 A channel is a process of its own; one with many keyed queues costs less than one per queue.
 """
@@ -16,7 +16,7 @@ CHANNEL = "searchr1"
 
 
 def prompts_key(rank: int) -> str:
-    """Runner -> rollout rank: one list of `Sample` per batch."""
+    """Driver -> rollout rank: one list of `Sample` per batch."""
     return f"prompts/{rank}"
 
 
@@ -30,21 +30,21 @@ def scored_key(rank: int) -> str:
 
 
 FINISHED = "finished"
-"""Reward or inference -> runner: a finished `Chunk`; None ends the batch."""
+"""Reward or inference -> driver: a finished `Chunk`; None ends the batch."""
 
 
 def actor_key(dp_rank: int) -> str:
-    """Runner -> the leader of the actor's data-parallel rank: its share of the step, an `ActorShare`."""
+    """Driver -> the leader of the actor's data-parallel rank: its share of the step, an `ActorShare`."""
     return f"actor/{dp_rank}"
 
 
 def critic_key(dp_rank: int) -> str:
-    """Runner -> the leader of the critic's data-parallel rank: its share of the trajectories, then their `CriticTargets`."""
+    """Driver -> the leader of the critic's data-parallel rank: its share of the trajectories, then their `CriticTargets`."""
     return f"critic/{dp_rank}"
 
 
 async def get(channel: Any, key: str, timeout_s: float) -> Any:
-    """The next item of a queue.
+    """Return the next item of a queue.
 
     Raises:
         TimeoutError: nothing came in time.

@@ -1,19 +1,20 @@
-"""CriticGroup: values of states, for PPO."""
+"""The critic: values of states, for PPO."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from rlinf.scheduler import Worker
+from typing import TYPE_CHECKING, Any
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.cluster import channels
 from searchr1.cluster.failure import reported
-from searchr1.config.schema import Config
-from searchr1.device import Device
+from searchr1.cluster.model_worker import TrainedWorker
+from searchr1.cluster.worker_group import Call, TrainedGroup
+from searchr1.learner.packing import FloatArray
+
+if TYPE_CHECKING:
+    from searchr1.learner.critic import Critic
 
 
 @dataclass(slots=True)
@@ -24,67 +25,68 @@ class CriticTargets:
     minibatch_ids: list[int]
 
 
-class CriticWorker(Worker):
+class CriticWorker(TrainedWorker):
     """One rank of the critic."""
 
-    def __init__(self, config: Config, device: Device, channel: Any, optimizer_steps: int) -> None:
-        super().__init__()
-        self._config = config
-        self._device = device
-        self._channel = channel
-        self._optimizer_steps = optimizer_steps
-        os.environ.update(device.worker_env("actor", self._world_size))
+    _model: Critic
 
-    @reported
-    async def start(self) -> None:
-        """Join the process group and load the critic and its optimizer."""
-        import torch
-
+    def _load_model(self) -> None:
         from searchr1.learner.critic import Critic
 
-        # Ray starts workers with one OpenMP thread.
-        torch.set_num_threads(self._device.threads_for("actor", self._world_size))
-        self._critic = Critic.start(self._config, self._device, self._optimizer_steps)
+        self._model = Critic.start(self._config, self._device, self._optimizer_steps)
         self._leave_gpu()
 
     @reported
     async def values(self) -> list[Any] | None:
         """Take this data-parallel rank's share of a step and keep it for `train_step`. The leader returns its values."""
         self._trajectories: list[Trajectory] = await self._share()
-        self._values = self._critic.values(self._trajectories)
+        self._values = self._model.values(self._trajectories)
         self._device.empty_cache()
-        return self._values if self._critic.is_dp_leader else None
+        return self._values if self._model.is_dp_leader else None
 
     @reported
     async def train_step(self) -> dict[str, float]:
-        """Train on the share that `values` has seen. Returns metrics of all ranks."""
+        """Train on the share that `values` has taken. Return metrics of all ranks."""
         targets: CriticTargets = await self._share()
-        metrics = self._critic.train_step(self._trajectories, targets.returns, self._values, targets.minibatch_ids)
+        metrics = self._model.train_step(self._trajectories, targets.returns, self._values, targets.minibatch_ids)
         self._device.empty_cache()
         return metrics
 
     async def _share(self) -> Any:
         timeout_s = self._config.runner.step_timeout_s
-        return await channels.get_share(self._channel, self._critic, channels.critic_key, timeout_s)
+        return await channels.get_share(self._channel, self._model, channels.critic_key, timeout_s)
 
-    @reported
-    async def save(self, folder: Path, in_background: bool) -> None:
-        """Write this rank's part of a checkpoint into `folder`, or begin to."""
-        self._critic.save(folder, in_background)
-        self._leave_gpu()
 
-    @reported
-    async def finish_save(self) -> None:
-        """Wait until a save in the background has been written."""
-        self._critic.finish_save()
+class CriticGroup(TrainedGroup):
+    """The critic's ranks."""
 
-    @reported
-    async def load(self, folder: Path) -> None:
-        """Continue from a checkpoint, which the runner has verified."""
-        self._critic.load(folder, verified=True)
-        self._leave_gpu()
+    def values(self, trajectories: Sequence[Trajectory], shares: Sequence[Sequence[int]]) -> list[FloatArray]:
+        """Return the values [N] of each trajectory under the critic as it is, in the order of `trajectories`.
 
-    def _leave_gpu(self) -> None:
-        """As far as `actor.offload_…` says so."""
-        self._critic.offload("weight", "grad", "optimizer")
-        self._device.empty_cache()
+        Args:
+            trajectories: of a whole step; the workers keep them for `train_step`.
+            shares: what `shares` dealt to each data-parallel rank.
+        """
+        for dp_rank, share in enumerate(shares):
+            self._channel.put([trajectories[i] for i in share], key=channels.critic_key(dp_rank))
+        # The leader of each data-parallel rank answers, in order.
+        answers = [answer for answer in self.call(CriticWorker.values).wait() if answer is not None]
+        values: dict[int, FloatArray] = {}
+        for share, answer in zip(shares, answers, strict=True):
+            values |= dict(zip(share, answer, strict=True))
+        return [values[index] for index in range(len(trajectories))]
+
+    def train_step(
+        self, returns: Sequence[FloatArray], minibatch_ids: Sequence[int], shares: Sequence[Sequence[int]]
+    ) -> Call[dict[str, float]]:
+        """Train on the trajectories of `values`; every rank returns metrics of all.
+
+        Args:
+            returns: [N] of each trajectory, one per response token.
+            minibatch_ids: of each, the optimizer step within this step.
+            shares: as for `values`.
+        """
+        for dp_rank, share in enumerate(shares):
+            targets = CriticTargets([returns[i] for i in share], [minibatch_ids[i] for i in share])
+            self._channel.put(targets, key=channels.critic_key(dp_rank))
+        return self.call(CriticWorker.train_step)

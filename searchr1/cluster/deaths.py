@@ -16,6 +16,7 @@ from pathlib import Path
 
 from searchr1.cluster.channels import CHANNEL
 from searchr1.cluster.processes import PROC, Family, Process, Stat, environment, title
+from searchr1.cluster.rlinf_compat import LOG_MARKS, MANAGERS, SERVER_WARNING, WORKER_GROUP, WORKER_MARK, WORKER_RANK
 from searchr1.errors import WorkerDied
 
 LOOK_SECONDS = 0.5
@@ -27,11 +28,6 @@ LAST_LINES = 15
 _LINE_LENGTH = 300
 _TAIL_BYTES = 64 << 10
 _SERVERS = {"gcs_server": "Ray's GCS", "raylet": "Ray's raylet"}
-_MANAGERS = ("WorkerManager", "CollectiveManager", "NodeManager", "DeviceLockManager", "PortLockManager")
-_RAYS_OWN = (":job_id:", ":actor_name:", ":task_name:")
-"""Lines with which Ray marks its logs."""
-_WORRIES = re.compile(r"\[\S+ \S+ [WEF] ")
-"""Warnings, errors and fatal errors of Ray's servers, which log much else."""
 _CHOSEN = "was killed by Ray, which does so when the memory of a machine or container is nearly used up"
 _CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]|[^\x20-\x7e\x80-\uffff\U00010000-\U0010ffff\t]")
 
@@ -167,14 +163,14 @@ def name_of(pid: int, parent: str | None) -> str:
     if name := _worker(pid):
         return name
     kind = words.removeprefix("ray::").split(".")[0]
-    return f"RLinf's {kind}" if kind in _MANAGERS else ""
+    return f"RLinf's {kind}" if kind in MANAGERS else ""
 
 
 def _worker(pid: int) -> str:
     found = environment(pid)
-    if "RAY_ACTOR" not in found:  # RLinf sets it with the group's name
+    if WORKER_MARK not in found:
         return ""
-    return _called(found.get("GROUP_NAME", "?"), found.get("RANK", "?"))
+    return _called(found.get(WORKER_GROUP, "?"), found.get(WORKER_RANK, "?"))
 
 
 def _called(group: str, rank: str) -> str:
@@ -203,7 +199,7 @@ def last_words(logs: Path, name: str, pid: int) -> str:
     server = next((server for server, text in _SERVERS.items() if text == name), "")
     stem = server or f"worker-*-{pid}"
     for path in (*logs.glob(f"{stem}.err"), *logs.glob(f"{stem}.out")):
-        lines = tail(path, _WORRIES if server else None)
+        lines = tail(path, SERVER_WARNING if server else None)
         if lines:
             return "\n".join([f"its last lines ({path}):", *(f"    {line}" for line in lines)])
     return f"it has written no {'warning' if server else 'line'} into {logs}"
@@ -218,7 +214,7 @@ def was_chosen_by_ray(logs: Path, pid: int) -> bool:
 def tail(path: Path, only: re.Pattern[str] | None = None) -> list[str]:
     """The last lines of a log that are not empty (and begin as `only` says), cut to a readable length."""
     lines = [_CONTROL.sub("", line).rstrip()[:_LINE_LENGTH] for line in re.split(r"[\r\n]", _last_part(path))]
-    wanted = [line for line in lines if line and not line.startswith(_RAYS_OWN) and (only is None or only.match(line))]
+    wanted = [line for line in lines if line and not line.startswith(LOG_MARKS) and (only is None or only.match(line))]
     return wanted[-LAST_LINES:]
 
 

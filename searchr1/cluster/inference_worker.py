@@ -1,42 +1,26 @@
-"""InferenceGroup: log-probabilities under the reference model."""
+"""The reference model: log-probabilities for the KL."""
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
-from rlinf.scheduler import Worker
-
 from searchr1.cluster import channels
 from searchr1.cluster.failure import reported
-from searchr1.config.schema import Config
-from searchr1.device import Device
+from searchr1.cluster.model_worker import ModelWorker
+from searchr1.cluster.worker_group import Call, WorkerGroup
 
 
-class InferenceWorker(Worker):
-    """One rank of the reference model."""
+class InferenceWorker(ModelWorker):
+    """One rank of the reference model: the weights that training started from."""
 
-    def __init__(self, config: Config, device: Device, channel: Any) -> None:
-        super().__init__()
-        self._config = config
-        self._device = device
-        self._channel = channel
-        os.environ.update(device.worker_env("inference", self._world_size))
+    role = "inference"
 
-    @reported
-    async def start(self) -> None:
-        """Load the reference model: the weights that training started from."""
-        import torch
-
+    def _load_model(self) -> None:
         from searchr1.learner.policy import ScoringModel
 
-        # Ray starts workers with one OpenMP thread.
-        torch.set_num_threads(self._device.threads_for("inference", self._world_size))
         self._model = ScoringModel.start_reference(self._config, self._device)
 
     @reported
     async def score(self) -> int:
-        """Fill in `ref_logprobs` of every chunk until the batch's end. Returns the number of trajectories."""
+        """Fill in `ref_logprobs` of every chunk until the batch's end. Return the number of trajectories."""
         timeout = self._config.runner.step_timeout_s
         count = 0
         key = channels.scored_key(self._rank)
@@ -49,3 +33,16 @@ class InferenceWorker(Worker):
                 await channels.put(self._channel, chunk, channels.FINISHED, timeout)
         self._device.empty_cache()  # the actor on the same GPU trains next
         return count
+
+
+class InferenceGroup(WorkerGroup):
+    """The reference model's ranks."""
+
+    def score(self) -> Call[int]:
+        """Score chunks until `end_batch`; every rank returns the number of its trajectories."""
+        return self.call(InferenceWorker.score)
+
+    def end_batch(self) -> None:
+        """Let `score` return once it has scored what it has got."""
+        for rank in range(self.size):
+            self._channel.put(None, key=channels.scored_key(rank))

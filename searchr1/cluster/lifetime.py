@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from searchr1.cluster import ray_start
+from searchr1.cluster import ray_start, rlinf_compat
 from searchr1.cluster.deaths import NOTICE_SECONDS, Watcher, death_by_ray
 from searchr1.cluster.failure import WorkerError
 from searchr1.cluster.guardian import Guardian
@@ -36,19 +36,20 @@ class Lifetime:
         self._weight_folders = weight_folders
         self._guardian = Guardian(self._run_id, weight_folders) if owns_ray else None
         self._failures: list[BaseException] = []
-        self._waits: ray_start.Waits | None = None
+        self._waits: rlinf_compat.Waits | None = None
         self._family = Family(self._run_id)
-        self._watcher = Watcher(self._family, ray_start.logs_folder, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        self._watcher = Watcher(self._family, rlinf_compat.logs_folder, lambda: os.kill(os.getpid(), signal.SIGUSR1))
 
     @contextmanager
     def starting_ray(self) -> Iterator[None]:
         """Make what is started in the block a part of the run, and wake this process when a part of it dies."""
-        self._waits = ray_start.report_failures(self._failures)
-        signal.signal(signal.SIGUSR1, self._died)
-        with ray_start.own_handlers(self._ray_is_up), marked(self._run_id) if self._owns_ray else nullcontext():
+        self._waits = rlinf_compat.report_failures(self._failures)
+        with (
+            rlinf_compat.own_failure_handler(self._died),
+            rlinf_compat.own_sigterm_handler(self._ray_is_up),
+            marked(self._run_id) if self._owns_ray else nullcontext(),
+        ):
             yield
-        # RLinf has set a handler that ends the driver; what has been done is to be saved and explained first.
-        signal.signal(signal.SIGUSR1, self._died)
 
     def _ray_is_up(self) -> None:
         if self._owns_ray:
@@ -99,7 +100,7 @@ class Lifetime:
         if death is not None:
             return death
         if error is None or isinstance(error, (RayActorError, OutOfMemoryError)):
-            return death_by_ray(str(error), ray_start.logs_folder())
+            return death_by_ray(str(error), rlinf_compat.logs_folder())
         return WorkerError(f"a call of a worker group failed: {error}") if isinstance(error, RayError) else None
 
     def _died(self, signum: int, frame: object) -> None:

@@ -1,15 +1,15 @@
-"""RewardGroup: scores finished trajectories and passes them on."""
+"""The reward group: score finished trajectories and pass them on."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
-from rlinf.scheduler import Worker
-
 from searchr1.agent.trajectory import Chunk
 from searchr1.cluster import channels
 from searchr1.cluster.failure import reported
+from searchr1.cluster.rlinf_compat import Worker
+from searchr1.cluster.worker_group import Call, WorkerGroup
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.learner.packing import sequence_length, split_balanced
@@ -27,14 +27,14 @@ class RewardWorker(Worker):
 
     @reported
     async def start(self) -> None:
-        """Find the reward functions, so that a wrong name or a judge without its key is told before anything runs."""
+        """Find the reward functions, so that a wrong name or a judge without its key is reported before anything runs."""
         from searchr1.rewards.scorer import Scorer
 
         self._scorer = Scorer(self._config.reward)
 
     @reported
     async def score(self) -> int:
-        """Score chunks until the batch's end. Returns the number of trajectories.
+        """Score chunks until the batch's end. Return the number of trajectories.
 
         While one chunk waits for a judge the next ones are scored, up to `reward.concurrency` trajectories: no more, so
         that the other reward processes get theirs.
@@ -77,3 +77,16 @@ class RewardWorker(Worker):
             for rank, share in enumerate(shares):
                 part = Chunk(chunk.step, chunk.mode, [chunk.trajectories[i] for i in share])
                 await channels.put(self._channel, part, channels.scored_key(rank), timeout)
+
+
+class RewardGroup(WorkerGroup):
+    """The scorers."""
+
+    def score(self) -> Call[int]:
+        """Score chunks until `end_batch`; every rank returns the number of its trajectories."""
+        return self.call(RewardWorker.score)
+
+    def end_batch(self) -> None:
+        """Let `score` return once it has scored what it has got."""
+        for _ in range(self.size):
+            self._channel.put(None, key=channels.ROLLOUTS)

@@ -1,14 +1,13 @@
-"""RolloutGroup: engines with the agent loop beside them."""
+"""The rollout group: engines with the agent loop beside them."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-from rlinf.scheduler import Worker
+from typing import TYPE_CHECKING, Any
 
 from searchr1.agent.loop import run_group
 from searchr1.agent.settings import AgentSettings
@@ -16,8 +15,13 @@ from searchr1.agent.tools import build_tools, client_stats
 from searchr1.agent.trajectory import Chunk, Mode, Sample, Trajectory
 from searchr1.cluster import channels
 from searchr1.cluster.failure import reported
+from searchr1.cluster.rlinf_compat import Worker
+from searchr1.cluster.worker_group import Call, WorkerGroup
 from searchr1.config.schema import Config
 from searchr1.device import Device
+
+if TYPE_CHECKING:
+    from searchr1.rollout.weights import WeightManifest
 
 FLUSH_SECONDS = 0.2
 """Finished groups wait at most this long for company: a channel message costs about 10 ms whatever is in it."""
@@ -32,7 +36,7 @@ class RolloutReport:
     seconds: float
     engine_busy_seconds: float
     search_retries: int = 0
-    """Attempts of the search client beyond the first of each call."""
+    """Requests of the search client beyond the first of each call."""
     search_rests: int = 0
     """How often it left a server alone for a while."""
 
@@ -86,8 +90,8 @@ class RolloutWorker(Worker):
         Args:
             step: of the training.
             mode: whose settings count.
-            group_size: attempts at each question.
-            seed: of all attempts.
+            group_size: rollouts of each question.
+            seed: of all rollouts.
             settings: in place of the mode's.
             in_flight: groups under way at once, begun in the questions' order, for as long as it takes; None begins all of
                 them at once and gives them `runner.step_timeout_s`.
@@ -152,13 +156,13 @@ class RolloutWorker(Worker):
         )
 
     @reported
-    async def update_weights(self, manifest: Any) -> list[str]:
-        """Take over published weights. Returns what made it slower than it should be."""
+    async def update_weights(self, manifest: WeightManifest) -> list[str]:
+        """Load published weights. Return what made it slower than it should be."""
         return await self._engine.update_weights(manifest)
 
     @reported
     async def probe_logprobs(self, sequences: list[list[int]]) -> list[list[float]]:
-        """Log-probability of each token of each sequence (0 for the first) under the current weights."""
+        """Score sequences under the current weights: a log-probability per token (0 for the first)."""
         return await self._engine.logprobs(sequences)
 
     @reported
@@ -177,3 +181,39 @@ class RolloutWorker(Worker):
         for tool in self._tools.values():
             await tool.aclose()
         await self._engine.close()
+
+
+class RolloutGroup(WorkerGroup):
+    """The engines."""
+
+    def rollout(
+        self,
+        samples: Sequence[Sample],
+        *,
+        step: int,
+        mode: Mode,
+        group_size: int,
+        seed: int,
+        settings: AgentSettings | None = None,
+        in_flight: int | None = None,
+    ) -> Call[RolloutReport]:
+        """Answer questions, dealt to the ranks in turn; arguments as of `RolloutWorker.rollout`."""
+        for rank in range(self.size):
+            self._channel.put(list(samples[rank :: self.size]), key=channels.prompts_key(rank))
+        return self.call(RolloutWorker.rollout, step, mode, group_size, seed, settings, in_flight)
+
+    def update_weights(self, manifest: WeightManifest) -> Call[list[str]]:
+        """Load published weights; every rank returns what made it slower than it should be."""
+        return self.call(RolloutWorker.update_weights, manifest)
+
+    def probe_logprobs(self, sequences: list[list[int]]) -> Call[list[list[float]]]:
+        """Score sequences under the current weights: a log-probability per token (0 for the first)."""
+        return self.call(RolloutWorker.probe_logprobs, sequences)
+
+    def sleep(self) -> Call[None]:
+        """Lend the GPUs' memory to the other worker groups."""
+        return self.call(RolloutWorker.sleep)
+
+    def wake(self, tag: str) -> Call[None]:
+        """Take back the GPUs' memory of the weights or of the KV cache (names in `rollout/backend.py`)."""
+        return self.call(RolloutWorker.wake, (tag,))

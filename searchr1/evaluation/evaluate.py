@@ -8,9 +8,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.cluster.groups import Groups, launch
-from searchr1.cluster.stream import Streamed, stream
+from searchr1.agent.trajectory import Sample
+from searchr1.cluster.collect import Collection, RolloutStats
+from searchr1.cluster.launch import EvaluationCluster, evaluation_cluster
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.errors import UserError, WorkerDied
@@ -93,7 +93,7 @@ def answer_pending(
 ) -> None:
     """Answer what is not finished. No process is started if everything is.
 
-    Nothing is written before the groups have started: an evaluation that is refused leaves the folder as it was.
+    Nothing is written before the worker groups have started: an evaluation that is rejected leaves the folder as it was.
     """
     tasks = [task for task in every if task.pending]
     if not tasks:
@@ -111,37 +111,37 @@ def answer_pending(
     pending = {
         task.method.name: add_passages(config, task, questions) if task.method.retrieves else task.pending for task in tasks
     }
-    with launch(config, device) as groups, watch_servers(config, any(task.method.searches for task in tasks)):
+    searched = any(task.method.searches for task in tasks)
+    with evaluation_cluster(config, device) as cluster, watch_servers(config, searched):
         lock.require()
         begin(config, folder, every)
         for task in tasks:
-            answer(lock, groups, task, pending[task.method.name], config)
+            answer(lock, cluster, task, pending[task.method.name], config)
 
 
-def answer(lock: FolderLock, groups: Groups, task: Task, samples: list[Sample], config: Config) -> Streamed:
+def answer(lock: FolderLock, cluster: EvaluationCluster, task: Task, samples: list[Sample], config: Config) -> RolloutStats:
     """Answer one method's questions; each is in the ledger as soon as it is finished."""
-    attempts = config.algorithm.group_size
-
-    def receive(trajectories: list[Trajectory]) -> None:
-        lock.require()
-        task.ledger.append(trajectories)
-        numbers = {trajectory.sample.index for trajectory in trajectories}
-        task.ledger.finished |= numbers
-        right = sum(trajectory.reward_parts["exact_match"] for trajectory in trajectories)
-        bar.advance(len(numbers), right, len(trajectories))
-
+    group_size = config.algorithm.group_size
+    collection = Collection(
+        cluster,
+        samples,
+        step=0,
+        mode="eval",
+        group_size=group_size,
+        seed=config.runner.seed,
+        settings=task.settings,
+        # As many again as the engine takes at once: some wait for a search, and the engine never runs dry.
+        in_flight=math.ceil(2 * config.rollout.max_running_requests / group_size),
+    )
     with EvalProgress(task.method.name, len(task.samples), len(task.ledger.finished)) as bar:
-        return stream(
-            groups,
-            samples,
-            receive,
-            group_size=attempts,
-            seed=config.runner.seed,
-            settings=task.settings,
-            # As many again as the engine takes at once: some wait for a search, and the engine never runs dry.
-            in_flight=math.ceil(2 * config.rollout.max_running_requests / attempts),
-            timeout_s=config.runner.step_timeout_s,
-        )
+        for trajectories in collection:
+            lock.require()
+            task.ledger.append(trajectories)
+            questions = {trajectory.sample.index for trajectory in trajectories}
+            task.ledger.finished |= questions
+            right = sum(trajectory.reward_parts["exact_match"] for trajectory in trajectories)
+            bar.advance(len(questions), right, len(trajectories))
+    return collection.stats()
 
 
 def summarise_tasks(config: Config, tasks: list[Task], questions: Questions) -> Results:

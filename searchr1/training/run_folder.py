@@ -15,7 +15,8 @@ from typing import Any
 
 from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, verify_checkpoint
 from searchr1.checkpoints.step_folder import HF_FOLDER, new_checkpoint, prune_checkpoints
-from searchr1.cluster.groups import Groups
+from searchr1.cluster.launch import TrainingCluster
+from searchr1.cluster.worker_group import TrainedGroup
 from searchr1.config.difference import Difference, differences
 from searchr1.config.load import save_config
 from searchr1.config.schema import Config
@@ -44,8 +45,8 @@ class _Dropped(Exception):
 class RunFolder:
     """`{runner.output_dir}/{runner.experiment_name}`.
 
-    `open` reads, `load` hands the checkpoint to the actor, and only `begin` writes: a run that is refused, or whose groups
-    do not start, leaves the folder as it was.
+    `open` reads, `load` hands the checkpoint to the actor, and only `begin` writes: a run that is rejected, or whose worker
+    groups do not start, leaves the folder as it was.
     """
 
     path: Path
@@ -106,7 +107,7 @@ class RunFolder:
             self.changed = differences(read_settings(legs[-1].path), dataclasses.asdict(self.config))
 
     def describe(self) -> str:
-        """What a person should know before the run starts: where it goes on, and with which other settings."""
+        """Return what a person should read before the run starts: where it goes on, and with which other settings."""
         if self.resume_from is None:
             if self.config.runner.resume_dir is None or not (self.path / METRICS_FILE).is_file():
                 return ""
@@ -124,7 +125,7 @@ class RunFolder:
             lines += [f"    {difference}" for difference in harmless]
         return "\n".join(lines)
 
-    def load(self, groups: Groups) -> None:
+    def load(self, cluster: TrainingCluster) -> None:
         """Load the checkpoint, if there is one to go on from, into actor and critic.
 
         Raises:
@@ -132,10 +133,9 @@ class RunFolder:
         """
         if self.resume_from is None:
             return
-        assert groups.actor is not None
-        groups.actor.call("load", self.resume_from / "actor").wait(SAVE_TIMEOUT_S)
-        if groups.critic is not None:
-            groups.critic.call("load", self.resume_from / "critic").wait(SAVE_TIMEOUT_S)
+        cluster.actor.load(self.resume_from / "actor").wait(SAVE_TIMEOUT_S)
+        if cluster.critic is not None:
+            cluster.critic.load(self.resume_from / "critic").wait(SAVE_TIMEOUT_S)
 
     def begin(self) -> None:
         """Make the folder the run's: remove what it writes anew, and record its configuration with its first step.
@@ -181,13 +181,13 @@ class RunFolder:
             names = ", ".join(f"abandoned_step_{step}" for step in later)
             logger.warning("checkpoints after step %d are of steps that are taken again; they are now %s", self.step, names)
 
-    def save(self, groups: Groups, loader: PromptLoader, step: int) -> None:
+    def save(self, cluster: TrainingCluster, loader: PromptLoader, step: int) -> None:
         """Write a checkpoint, or begin to (`runner.async_save`), under a name that no resume takes.
 
         `finish_save` gives it its final name, `drop_save` deletes it: one of them must follow.
         """
         self.finish_save()
-        self._writing = self._write(groups, loader, step)
+        self._writing = self._write(cluster, loader, step)
         next(self._writing)
 
     def finish_save(self) -> None:
@@ -205,7 +205,7 @@ class RunFolder:
 
     @contextmanager
     def explaining_how_to_go_on(self) -> Iterator[None]:
-        """Say in what ends the run where it stands, and drop a checkpoint that it leaves half written.
+        """Put into what ends the run where it stands, and drop a checkpoint that it leaves half written.
 
         Its processes must have ended inside of the block: they may be writing.
         """
@@ -220,23 +220,24 @@ class RunFolder:
                 self._writing = None
 
     def how_to_go_on(self) -> str:
-        """After which step the run ends, and how to go on: the end of a sentence."""
+        """Return the end of a sentence: after which step the run ends, and how to go on."""
         where = f" after step {self.step}" if self.step else " before its first step was finished"
         saved = checkpoint_steps(self.path / "checkpoints")
         if not saved:
             return f"{where}; nothing has been saved yet: begin again with runner.resume_dir=auto"
         return f"{where} (last checkpoint: step {saved[-1]}); go on with runner.resume_dir=auto"
 
-    def _write(self, groups: Groups, loader: PromptLoader, step: int) -> Generator[None]:
-        """Stops in the middle, when the checkpoint may not be complete yet and nobody may resume from it."""
-        assert groups.actor is not None
-        trained = [("actor", groups.actor), *([("critic", groups.critic)] if groups.critic is not None else [])]
+    def _write(self, cluster: TrainingCluster, loader: PromptLoader, step: int) -> Generator[None]:
+        """Write a checkpoint; stop in the middle, when it may not be complete yet and nobody may resume from it."""
+        trained: list[tuple[str, TrainedGroup]] = [("actor", cluster.actor)]
+        if cluster.critic is not None:
+            trained.append(("critic", cluster.critic))
         sums: dict[str, FileSum] = {}
         with new_checkpoint(self.path / "checkpoints", step, sums) as folder, ThreadPoolExecutor(1) as beside:
             state = {"step": step, "loader": loader.state_dict()}
             (folder / RUNNER_STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
             for name, group in trained:
-                group.call("save", folder / name, self.config.runner.async_save).wait(SAVE_TIMEOUT_S)
+                group.save(folder / name, self.config.runner.async_save).wait(SAVE_TIMEOUT_S)
             self.model_settings.write(folder / "actor" / HF_FOLDER)
             # In the background the ranks do it, when they have written.
             taken = None if self.config.runner.async_save else beside.submit(take_all, folder)
@@ -247,7 +248,7 @@ class RunFolder:
                 dropped = error
             if self.config.runner.async_save:
                 for _, group in trained:
-                    group.call("finish_save").wait(SAVE_TIMEOUT_S)
+                    group.finish_save().wait(SAVE_TIMEOUT_S)
             if dropped is not None:
                 raise dropped
             if taken is not None:
@@ -272,10 +273,10 @@ def _resume_from(path: Path, resume_dir: str | None) -> Path | None:
 
 
 def _runner_state(checkpoint: Path) -> dict[str, Any]:
-    """What the runner wrote into a checkpoint.
+    """Return what the driver wrote into a checkpoint.
 
     Raises:
-        UserError: it is not what a runner writes.
+        UserError: it is not what a driver writes.
     """
     path = checkpoint / RUNNER_STATE
     try:
@@ -290,13 +291,13 @@ def _runner_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def _run_of(checkpoint: Path) -> Path | None:
-    """The folder of the run that wrote a checkpoint; None if it was moved out of there."""
+    """Return the folder of the run that wrote a checkpoint; None if it was moved out of there."""
     folder = checkpoint.resolve().parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
 def _require_no_other_steps(path: Path, step: int, checkpoint: Path) -> None:
-    """Rows up to `step` would stay, and be taken for the checkpoint's own."""
+    """Raise if rows up to `step` would stay and be taken for the checkpoint's own."""
     metrics = path / METRICS_FILE
     if metrics.is_file() and any(row["step"] <= step for row in read_metrics(metrics)):
         raise UserError(

@@ -16,7 +16,8 @@ from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, Advantag
 from searchr1.algorithms.advantages.gae import gae, whiten_tokens
 from searchr1.config.schema import AlgorithmConfig
 from searchr1.learner.packing import pack
-from searchr1.training.advantages import assign_credit, assign_token_credit
+from searchr1.training import advantages as training_advantages
+from searchr1.training.advantages import compute_token_advantages
 
 Batch = tuple[list[float], list[int], list[int]]
 """Rewards, groups and policy tokens of each attempt."""
@@ -173,11 +174,12 @@ def test_credit_reaches_policy_tokens_alone_and_ignores_what_the_environment_wro
     expected = expected_credit(trajectories, algorithm)
     order = random.Random(seed).sample(range(len(plan)), len(plan))
     shuffled, longer = [trajectories[i] for i in order], build(plan, tool_tokens=3)
-    found = trained_on(trajectories, assign_credit(trajectories, algorithm))
-    assert [trained_on(shuffled, assign_credit(shuffled, algorithm))[order.index(i)] for i in range(len(plan))] == [
-        pytest.approx(values, abs=1e-6) for values in found
-    ]
-    assert trained_on(longer, assign_credit(longer, algorithm)) == found
+    found = trained_on(trajectories, training_advantages.compute_advantages(trajectories, algorithm))
+    assert [
+        trained_on(shuffled, training_advantages.compute_advantages(shuffled, algorithm))[order.index(i)]
+        for i in range(len(plan))
+    ] == [pytest.approx(values, abs=1e-6) for values in found]
+    assert trained_on(longer, training_advantages.compute_advantages(longer, algorithm)) == found
     # Packed advantages are fp32.
     assert found == [pytest.approx(values, rel=1e-6, abs=1e-6) for values in expected]
 
@@ -214,7 +216,7 @@ def test_gae_is_the_definition_over_policy_tokens(normalize: bool, plan: Plan, g
         white = whiten_tokens(exact)
         assert [list(one) for one in white] == [pytest.approx(one, rel=1e-10, abs=1e-10) for one in advantages]
     for one in (trajectories, longer):
-        found, targets = assign_token_credit(one, algorithm, aligned(one))
+        found, targets = compute_token_advantages(one, algorithm, aligned(one))
         for t, advantage, target, expected, pair in zip(one, found, targets, advantages, pairs, strict=True):
             assert advantage[t.loss_mask].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
             assert target[t.loss_mask].tolist() == pytest.approx(pair[1], rel=1e-6, abs=1e-6)

@@ -42,19 +42,18 @@ class Launched:
 
 def launched(cluster, component, visible, placement, **sizes):
     """CUDA_VISIBLE_DEVICES of each process of a group."""
-    from searchr1.cluster.groups import Groups
-    from searchr1.config.layout import visible_gpus
+    from searchr1.cluster.launch import Launcher
+    from searchr1.cluster.worker_group import WorkerGroup
 
     config = Config()
     config.cluster.component_placement = {component: placement}
     for name, size in sizes.items():
         setattr(config.rollout, name, size)
-    groups = object.__new__(Groups)
-    groups._config, groups._cluster = config, cluster
-    groups._device = Device("cuda", slots=len(visible.split(",")), cores=16)
-    groups._gpus = visible_gpus(groups._device, {"CUDA_VISIBLE_DEVICES": visible})
+    device = Device("cuda", slots=len(visible.split(",")), cores=16)
     worker = Launched(cluster)
-    group = groups._launch(component, worker)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        group = Launcher(config, device, cluster, channel=None).launch(WorkerGroup, worker, component)
     assert group.size == len(worker.placements)
     assert [p.rank for p in worker.placements] == list(range(group.size))
     return worker

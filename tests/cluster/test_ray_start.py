@@ -13,7 +13,7 @@ import ray
 from ray._private import services
 from rlinf.scheduler import Cluster
 
-from searchr1.cluster import ray_start
+from searchr1.cluster import ray_start, rlinf_compat
 from searchr1.cluster.ray_start import cluster_address, own_ray, require_cluster, start_own
 from searchr1.errors import UserError
 
@@ -245,13 +245,13 @@ def test_the_second_attempt_waits_for_the_raylet(monkeypatch):
     def start(**_: Any) -> Any:
         return services.get_node("address", "id")
 
-    monkeypatch.setattr(ray_start, "_raylet_has_ended", lambda: False)
-    with ray_start._start_timeout(120):
+    monkeypatch.setattr(rlinf_compat, "_raylet_has_ended", lambda: False)
+    with rlinf_compat.start_timeout(120):
         assert start() == {"node": "id"}
     assert services.get_node is late
     asked.clear()
-    monkeypatch.setattr(ray_start, "_raylet_has_ended", lambda: True)
-    with ray_start._start_timeout(30), pytest.raises(ConnectionError, match="raylet has ended"):
+    monkeypatch.setattr(rlinf_compat, "_raylet_has_ended", lambda: True)
+    with rlinf_compat.start_timeout(30), pytest.raises(ConnectionError, match="raylet has ended"):
         start()
     assert len(asked) == 1
 
@@ -273,8 +273,8 @@ def test_a_real_ray_below_a_long_folder_and_beside_a_cluster_that_is_gone(tmp_pa
     long.mkdir(parents=True)
     code = (
         "import os, ray, tempfile\n"
-        "from rlinf.scheduler import Cluster\n"
-        "from searchr1.cluster.ray_start import logs_folder, own_ray\n"
+        "from searchr1.cluster.ray_start import own_ray\n"
+        "from searchr1.cluster.rlinf_compat import Cluster, logs_folder\n"
         "with own_ray(1):\n"
         "    cluster = Cluster(num_nodes=1)\n"
         "@ray.remote\n"

@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 
-from searchr1.cluster.ray_start import Waits
+from searchr1.cluster.rlinf_compat import Waits
 
 
 class FakeRay:

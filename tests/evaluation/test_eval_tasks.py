@@ -1,4 +1,4 @@
-"""What an evaluation asks: folders, prompts of each method, passages; and the stream of answers over a fake channel."""
+"""What an evaluation asks: folders, prompts of each method, passages; and answers that stream over a fake channel."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from collections import defaultdict, deque
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ import pytest
 from searchr1.agent.settings import AgentSettings, GenerateParams
 from searchr1.agent.trajectory import Chunk, Sample, Trajectory
 from searchr1.cluster import channels
-from searchr1.cluster.rollout_worker import RolloutReport
-from searchr1.cluster.stream import stream
+from searchr1.cluster.collect import Collection, collect_batch
+from searchr1.cluster.failure import WorkerError
+from searchr1.cluster.reward_worker import RewardGroup
+from searchr1.cluster.rollout_worker import RolloutGroup, RolloutReport
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.evaluation import evaluate
@@ -188,7 +191,7 @@ def test_an_evaluation_that_is_refused_changes_nothing(config, monkeypatch, over
     def no_start(*_):
         raise UserError("the groups do not start")
 
-    monkeypatch.setattr(evaluate, "launch", no_start)
+    monkeypatch.setattr(evaluate, "evaluation_cluster", no_start)
     with pytest.raises(UserError, match="the groups do not start") as error:
         evaluate.evaluate(config)
     assert ("was changed" in str(error.value)) == overwrite
@@ -250,45 +253,44 @@ class FakeChannel:
         return len(self.queues[key])
 
 
-class FakeCall:
-    """Done once `parts` are put into a queue one by one."""
+class FakeResult:
+    """RLinf's result of a call: done once `parts` are put into a queue one by one."""
 
     def __init__(self, channel, parts, result):
-        self.channel, self.parts, self.result, self.seconds = channel, deque(parts), result, 2.0
+        self.channel, self.parts, self.result = channel, deque(parts), result
 
-    @property
     def done(self):
         if self.parts:
             self.channel.put(self.parts.popleft(), channels.FINISHED)
             return False
         return self.result is not None
 
-    def wait(self, timeout_s):
+    def wait(self):
         if isinstance(self.result, Exception):
             raise self.result
         return self.result
 
 
-class FakeScoring(FakeCall):
-    """Goes on until it is told to end, or fails at once."""
+class FakeScoring(FakeResult):
+    """Goes on until its end is asked for, or fails at once."""
 
-    @property
     def done(self):
-        return super().done if self.channel.queues[channels.ROLLOUTS] else isinstance(self.result, Exception)
+        return super().done() if self.channel.queues[channels.ROLLOUTS] else isinstance(self.result, Exception)
 
 
-class FakeGroups:
+class FakeCluster:
     """A rollout group of two ranks that answers all or fails; the last chunk leaves the reward group late."""
 
-    size = 2
+    inference = None
 
-    def __init__(self, chunks, late, result, scored=(1, 1)):
-        self.channel = FakeChannel()
-        self.rollout = self.reward = self
-        self.calls = {"rollout": FakeCall(self.channel, chunks, result), "score": FakeScoring(self.channel, late, scored)}
-
-    def call(self, name, *arguments):
-        return self.calls[name]
+    def __init__(self, chunks, late, result, scored=(1, 1), timeout_s=30.0):
+        self.channel, self.timeout_s = FakeChannel(), timeout_s
+        handle = SimpleNamespace(
+            rollout=lambda *_: FakeResult(self.channel, chunks, result),
+            score=lambda: FakeScoring(self.channel, late, list(scored) if isinstance(scored, tuple) else scored),
+        )
+        self.rollout = RolloutGroup(handle, "rollout", 2, self.channel, timeout_s)
+        self.reward = RewardGroup(handle, "reward", 2, self.channel, timeout_s)
 
 
 def attempt(index):
@@ -300,48 +302,65 @@ def chunk(*indices):
     return Chunk(0, "eval", [attempt(index) for index in indices])
 
 
-def run_stream(groups, count, timeout_s=30.0):
+def collect(cluster, count):
+    """What came, and how the collection ended."""
     seen = []
     settings = AgentSettings(GenerateParams(max_new_tokens=1), max_model_len=10)
     samples = [attempt(index).sample for index in range(count)]
-    keywords = {"group_size": 1, "seed": 0, "settings": settings, "in_flight": 4, "timeout_s": timeout_s}
+    keywords = {"step": 0, "mode": "eval", "group_size": 1, "seed": 0, "settings": settings, "in_flight": 4}
+    collection = Collection(cluster, samples, **keywords)
     try:
-        return seen, stream(groups, samples, lambda found: seen.extend(t.sample.index for t in found), **keywords)
+        for trajectories in collection:
+            seen.extend(t.sample.index for t in trajectories)
     except UserError as error:
         return seen, error
+    return seen, collection.stats()
 
 
-def test_the_stream_hands_over_everything_also_what_is_scored_last():
-    report = RolloutReport(trajectories=2, generated_tokens=10, seconds=2.0, engine_busy_seconds=1.0, search_retries=3)
-    groups = FakeGroups([chunk(0, 2), chunk(1)], [chunk(4), chunk(3)], [report, report])
-    seen, streamed = run_stream(groups, 5)
+REPORT = RolloutReport(trajectories=2, generated_tokens=10, seconds=2.0, engine_busy_seconds=1.0, search_retries=3)
+
+
+def test_everything_comes_also_what_is_scored_last():
+    cluster = FakeCluster([chunk(0, 2), chunk(1)], [chunk(4), chunk(3)], [REPORT, REPORT])
+    seen, stats = collect(cluster, 5)
     assert seen == [0, 2, 1, 4, 3]
-    assert (streamed.generated_tokens, streamed.engine_busy_share, streamed.search_retries) == (20, 0.5, 6)
-    assert [sample.index for sample in groups.channel.queues[channels.prompts_key(1)][0]] == [1, 3]
-    assert list(groups.channel.queues[channels.ROLLOUTS]) == [None, None]
+    assert (stats.generated_tokens, stats.engine_busy_share, stats.search_retries) == (20, 0.5, 6)
+    assert [sample.index for sample in cluster.channel.queues[channels.prompts_key(1)][0]] == [1, 3]
+    assert list(cluster.channel.queues[channels.ROLLOUTS]) == [None, None]
 
 
-def test_what_was_finished_before_a_failure_is_handed_over():
-    groups = FakeGroups([chunk(0)], [chunk(1)], UserError("the server died"))
-    seen, error = run_stream(groups, 5)
+def test_a_batch_is_sorted_whatever_finished_first():
+    cluster = FakeCluster([chunk(2), chunk(1)], [chunk(0)], [REPORT, REPORT])
+    samples = [attempt(index).sample for index in range(3)]
+    batch = collect_batch(cluster, samples, step=1, mode="train", group_size=1, seed=0)
+    assert [t.sample.index for t in batch.trajectories] == [0, 1, 2]
+    assert batch.stats.generated_tokens == 20
+
+
+def test_what_was_finished_before_a_failure_comes_first():
+    seen, error = collect(FakeCluster([chunk(0)], [chunk(1)], UserError("the server died")), 5)
     assert seen == [0, 1]
     assert str(error) == "the server died"
 
 
-def test_a_reward_that_fails_is_told_while_questions_are_still_answered():
-    groups = FakeGroups([chunk(0)], [], None, UserError("the judge gives no verdict"))
-    seen, error = run_stream(groups, 5)
+def test_a_reward_that_fails_is_reported_while_questions_are_still_answered():
+    seen, error = collect(FakeCluster([chunk(0)], [], None, UserError("the judge gives no verdict")), 5)
     assert seen == [0]
     assert str(error) == "the judge gives no verdict"
 
 
 def test_answers_that_are_missing_are_noticed():
-    report = RolloutReport(trajectories=2, generated_tokens=10, seconds=2.0, engine_busy_seconds=1.0)
-    with pytest.raises(RuntimeError, match="1 attempts came back, 3 were asked for"):
-        run_stream(FakeGroups([chunk(0)], [], [report, report]), 3)
+    with pytest.raises(RuntimeError, match="1 rollouts came back, 3 were asked for"):
+        collect(FakeCluster([chunk(0)], [], [REPORT, REPORT]), 3)
 
 
-def test_an_engine_that_stands_still_is_told():
-    _, error = run_stream(FakeGroups([], [], None), 3, timeout_s=0.05)
+def test_an_engine_that_stands_still_is_reported():
+    _, error = collect(FakeCluster([], [], None, timeout_s=0.05), 3)
     assert "no question was finished for" in str(error)
     assert "runner.step_timeout_s" in str(error)
+
+
+def test_without_a_window_the_whole_has_a_limit():
+    cluster = FakeCluster([], [], None, timeout_s=0.05)
+    with pytest.raises(WorkerError, match=r"rollout\.rollout did not finish within 0 s \(runner\.step_timeout_s\)"):
+        collect_batch(cluster, [attempt(0).sample], step=1, mode="train", group_size=1, seed=0)

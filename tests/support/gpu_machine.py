@@ -2,8 +2,8 @@
 every tensor that a process would hold on a GPU is a small one whose bytes are counted.
 
 What is replaced: Ray (ranks are objects, a group's call runs on all of them), the channel, the models' arithmetic, the agent
-loop and vLLM. What is real, and so cannot differ from a run: train(), Groups, RLinf's placement, the workers' methods,
-`Policy.train_step`, `Offload`, the engine's states, checkpoints and logs.
+loop and vLLM. What is real, and so cannot differ from a run: train(), the worker groups' handles, RLinf's placement, the
+workers' methods, `Policy.train_step`, `Offload`, the engine's states, checkpoints and logs.
 """
 
 from __future__ import annotations
@@ -351,12 +351,13 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     import transformers
     from rlinf import scheduler
 
+    from searchr1.cluster import launch as launch_module
     from searchr1.cluster import rollout_worker as rollout_module
     from searchr1.learner import critic as critic_module
     from searchr1.learner import policy as policy_module
     from searchr1.rewards import scorer as scorer_module
     from searchr1.tracking import run_log
-    from searchr1.training import train as train_module
+    from searchr1.training import run as run_module
 
     machine = Machine(config, sizes, on_note)
 
@@ -368,8 +369,8 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     monkeypatch.setattr(
         scheduler.Worker, "create_group", classmethod(lambda cls, *args: Launcher(machine, cls, args)), raising=True
     )
-    monkeypatch.setattr(scheduler, "Cluster", lambda **_: rlinf_cluster())
-    monkeypatch.setattr(scheduler, "Channel", SimpleNamespace(create=lambda name: Channel(machine)))
+    monkeypatch.setattr(launch_module, "Cluster", lambda **_: rlinf_cluster())
+    monkeypatch.setattr(launch_module, "Channel", SimpleNamespace(create=lambda name: Channel(machine)))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(Device, "detect", classmethod(lambda cls, setting="auto": machine.device))
     monkeypatch.setattr(Device, "empty_cache", lambda self: None)
@@ -428,5 +429,5 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda path, **_: SimpleNamespace())
     monkeypatch.setattr(run_log, "load_token_text", lambda path: None)
     questions = [Sample(f"s/{i}", i, [1, 2, 3], f"Q{i}", ["a"]) for i in range(16)]
-    monkeypatch.setattr(train_module, "load_data", lambda config: SimpleNamespace(train=questions, val=questions[:8]))
+    monkeypatch.setattr(run_module, "load_data", lambda config: SimpleNamespace(train=questions, val=questions[:8]))
     return machine

@@ -35,26 +35,25 @@ def main() -> None:
     import ray
     from rlinf.scheduler import Channel, Cluster
 
-    from searchr1.cluster.gpu_placement import without_gpus
-    from searchr1.cluster.groups import Groups
+    from searchr1.cluster.launch import Launcher
     from searchr1.cluster.ray_start import own_ray
-    from searchr1.config.layout import visible_gpus
+    from searchr1.cluster.rlinf_compat import without_gpus
+    from searchr1.cluster.worker_group import WorkerGroup
 
     config = Config()
     config.cluster.component_placement = {"actor": "0,2", "rollout": "0-1", "reward": "0"}
     config.rollout.tensor_parallel_size = 2
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    groups = object.__new__(Groups)
-    groups._config, groups._device = config, Device("cuda", slots=len(visible.split(",")) if visible else 8, cores=2)
-    groups._gpus = visible_gpus(groups._device, os.environ)
+    device = Device("cuda", slots=len(visible.split(",")) if visible else 8, cores=2)
     with own_ray(1):
-        groups._cluster = Cluster(num_nodes=1)
-    with without_gpus(groups._cluster):
+        cluster = Cluster(num_nodes=1)
+    with without_gpus(cluster):
         channel = Channel.create("items")
-    launched = {name: groups._launch(name, Witness, channel) for name in ("actor", "rollout", "reward")}
-    answers: dict[str, Any] = {name: group.call("given").wait(120) for name, group in launched.items()}
-    received = launched["reward"].call("receive")
-    launched["rollout"].call("send", "from rollout").wait(120)
+    launcher = Launcher(config, device, cluster, channel)
+    launched = {name: launcher.launch(WorkerGroup, Witness, name, channel) for name in ("actor", "rollout", "reward")}
+    answers: dict[str, Any] = {name: group.call(Witness.given).wait(120) for name, group in launched.items()}
+    received = launched["reward"].call(Witness.receive)
+    launched["rollout"].call(Witness.send, "from rollout").wait(120)
     answers["received"] = received.wait(120)
     ray.shutdown()
     print(json.dumps(answers), flush=True)

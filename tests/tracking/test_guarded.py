@@ -137,16 +137,17 @@ def test_an_evaluations_results_are_written_before_a_service_can_fail(tmp_path, 
 @pytest.mark.parametrize("command", ["train", "evaluate"])
 def test_a_key_is_looked_for_before_anything_starts(tmp_path, monkeypatch, command):
     from searchr1.evaluation import evaluate
-    from searchr1.training import train
+    from searchr1.training import run, train
 
-    module = {"train": train, "evaluate": evaluate}[command]
+    module = {"train": run, "evaluate": evaluate}[command]
     stand_ins: dict[str, Any] = {
         "load_data": lambda config: types.SimpleNamespace(train=[], val=[]),
         "PromptLoader": lambda *_, **__: types.SimpleNamespace(total_steps=1),
         "with_judge": lambda config: config,
         "without_adapters": lambda config: config,
         "load_questions": lambda config: types.SimpleNamespace(described="none"),
-        "launch": lambda *_: pytest.fail("nothing starts"),
+        "training_cluster": lambda *_: pytest.fail("nothing starts"),
+        "evaluation_cluster": lambda *_: pytest.fail("nothing starts"),
         "open_tasks": lambda *_: pytest.fail("nothing starts"),
         "require_backends": lambda backends: None,
     }

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.algorithms.advantages.turn import turn_advantages
-from searchr1.cluster.collect import Batch
+from searchr1.cluster.collect import Batch, RolloutStats
 from searchr1.config.schema import AlgorithmConfig
 from searchr1.learner.packing import pack
-from searchr1.training.advantages import assign_credit, assign_token_credit, evidence_rewards, token_kl
-from searchr1.training.dynamic_sampling import collect_with_spread
+from searchr1.training.advantages import compute_advantages, compute_token_advantages, evidence_rewards, token_kl
+from searchr1.training.dynamic_sampling import replace_uniform_groups
 
 
 def make(index, rollout_id, reward, turns=((3, 2, "nothing"), (4, 0, "")), golds=("Paris",), seed=0):
@@ -49,12 +49,12 @@ def test_the_kl_is_taken_from_the_reward_before_groups_are_compared():
             assert token_kl(t, name).sum() == pytest.approx(divergences[-1], abs=1e-12)
         rewards = np.array([1.0, 0.0, 1.0, 0.0]) - 0.05 * np.array(divergences)
         expected = rewards - (rewards.sum() - rewards) / 3
-        assert np.allclose(assign_credit(trajectories, algorithm), expected, atol=1e-12)
-    without = assign_credit(trajectories, AlgorithmConfig(adv_type="rloo", kl_in="loss", kl_beta=0.05))
+        assert np.allclose(compute_advantages(trajectories, algorithm), expected, atol=1e-12)
+    without = compute_advantages(trajectories, AlgorithmConfig(adv_type="rloo", kl_in="loss", kl_beta=0.05))
     assert np.allclose(without, [2 / 3, -2 / 3, 2 / 3, -2 / 3])
     trajectories[0].ref_logprobs = None
     with pytest.raises(ValueError, match="no reference"):
-        assign_credit(trajectories, algorithm)
+        compute_advantages(trajectories, algorithm)
 
 
 def test_a_turn_is_credited_for_what_it_found():
@@ -63,7 +63,7 @@ def test_a_turn_is_credited_for_what_it_found():
     missed = make(0, 1, 0.0, ((5, 1, "Rome"), (2, 0, "")))
     assert evidence_rewards(found) == [1.0, 0.0]
     assert evidence_rewards(missed) == [0.0, 0.0]
-    first, second = assign_credit(
+    first, second = compute_advantages(
         [found, missed], AlgorithmConfig(adv_type="grpo", advantage_mode="turn", turn_reward_weight=2)
     )
     relative = 2 * 0.5 / (np.sqrt(0.5) + 1e-6)
@@ -81,7 +81,7 @@ def test_gae_skips_what_the_environment_wrote_and_ends_with_the_reward():
     algorithm = AlgorithmConfig(
         adv_type="gae", gamma=0.9, gae_lambda=0.8, kl_in="reward", kl_beta=0.05, kl_penalty_type="k1"
     )
-    advantages, returns = assign_token_credit(trajectories, algorithm, values)
+    advantages, returns = compute_token_advantages(trajectories, algorithm, values)
     for t, value, advantage, target in zip(trajectories, values, advantages, returns, strict=True):
         positions = t.loss_mask.nonzero()[0]
         rewards = -0.05 * (t.rollout_logprobs.astype(np.float64) - t.ref_logprobs)[positions]
@@ -96,7 +96,7 @@ def test_gae_skips_what_the_environment_wrote_and_ends_with_the_reward():
         assert not advantage[~t.loss_mask].any()
         assert not target[~t.loss_mask].any()
     algorithm.normalize_advantages = True
-    whitened, again = assign_token_credit(trajectories, algorithm, values)
+    whitened, again = compute_token_advantages(trajectories, algorithm, values)
     tokens = np.concatenate([a[t.loss_mask] for a, t in zip(whitened, trajectories, strict=True)])
     assert tokens.mean() == pytest.approx(0, abs=1e-6)
     assert tokens.std(ddof=1) == pytest.approx(1, abs=1e-4)
@@ -107,7 +107,7 @@ def test_turns_that_do_not_fit_the_tokens_are_an_error():
     trajectory = make(0, 0, 0.0)
     trajectory.turns.pop()
     with pytest.raises(ValueError, match="turns of 5 tokens in a response of 9"):
-        assign_credit([trajectory, make(0, 1, 1.0)], AlgorithmConfig(advantage_mode="turn"))
+        compute_advantages([trajectory, make(0, 1, 1.0)], AlgorithmConfig(advantage_mode="turn"))
 
 
 @given(
@@ -137,48 +137,52 @@ def batch_of(rewards, seed=0):
         for index, group in enumerate(rewards)
         for rollout_id, reward in enumerate(group)
     ]
-    return Batch(trajectories, 2.0, 0.5, 0.25, 10, 1, 0, 0.8)
+    return Batch(trajectories, RolloutStats(2.0, 0.5, 0.25, 10, 1, 0, 0.8))
 
 
-SPREAD, EQUAL = (1.0, 0.0), (1.0, 1.0)
+VARIED, UNIFORM = (1.0, 0.0), (1.0, 1.0)
 
 
-def fill(rounds, max_refills):
+def refilled(rounds, max_refills):
     asked = []
 
-    def collect(samples, refill):
-        asked.append((len(samples), refill))
+    def rollout(refill):
+        asked.append(refill)
         return batch_of(rounds[refill], seed=refill)
 
-    return collect_with_spread(lambda: [None] * 3, collect, max_refills), asked
+    return replace_uniform_groups(batch_of(rounds[0]), rollout, max_refills), asked
 
 
-def test_groups_without_spread_are_replaced_in_order():
-    filled, asked = fill([[SPREAD, EQUAL, SPREAD], [EQUAL, EQUAL, EQUAL], [EQUAL, SPREAD, SPREAD]], 5)
-    assert asked == [(3, 0), (3, 1), (3, 2)]
-    assert filled.metrics() == pytest.approx(
-        {
-            "rollout/refills": 2.0,
-            "rollout/groups_replaced": 5.0,
-            "rollout/asked_reward": (4 * 0.5 + 5) / 9,  # of everything that was asked
-            "rollout/asked_uniform_groups": 5 / 9,
-        }
-    )
-    trajectories = filled.batch.trajectories
+def test_groups_without_reward_variance_are_replaced_in_order():
+    batch, asked = refilled([[VARIED, UNIFORM, VARIED], [UNIFORM, UNIFORM, UNIFORM], [UNIFORM, VARIED, VARIED]], 5)
+    assert asked == [1, 2]
+    metrics = {
+        "rollout/refills": 2.0,
+        "rollout/groups_replaced": 5.0,
+        "rollout/asked_reward": (4 * 0.5 + 5) / 9,  # of everything that was asked
+        "rollout/asked_uniform_groups": 5 / 9,
+    }
+    assert batch.metrics() == pytest.approx(batch.stats.metrics() | metrics)
+    trajectories = batch.trajectories
     assert [(t.sample.index, t.rollout_id) for t in trajectories] == [(i, r) for i in range(3) for r in range(2)]
     assert [t.reward for t in trajectories] == [1.0, 0.0] * 3
     assert trajectories[4].sample.id == "s/1"  # of the second refill
-    assert filled.batch.rollout_seconds == 6.0
-    assert filled.batch.engine_busy_share == pytest.approx(0.8)
-    assert filled.batch.generated_tokens == 30
+    assert batch.stats.rollout_seconds == 6.0
+    assert batch.stats.engine_busy_share == pytest.approx(0.8)
+    assert batch.stats.generated_tokens == 30
 
 
 def test_the_bound_holds_and_the_batch_keeps_its_size():
-    filled, asked = fill([[EQUAL, EQUAL, SPREAD], [EQUAL, EQUAL, EQUAL]], 1)
-    assert len(asked) == 2
-    assert [t.reward for t in filled.batch.trajectories] == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
-    assert filled.dropped == 3
-    filled, asked = fill([[EQUAL, EQUAL, SPREAD]], 0)
-    assert asked == [(3, 0)]
-    assert len(filled.batch.trajectories) == 6
-    assert filled.metrics() == {"rollout/refills": 0.0, "rollout/groups_replaced": 0.0}
+    batch, asked = refilled([[UNIFORM, UNIFORM, VARIED], [UNIFORM, UNIFORM, UNIFORM]], 1)
+    assert asked == [1]
+    assert [t.reward for t in batch.trajectories] == [1.0, 0.0, 1.0, 1.0, 1.0, 1.0]
+    assert batch.groups_replaced == 3
+
+
+def test_a_batch_in_which_every_group_has_reward_variance_is_left_alone():
+    batch, asked = refilled([[VARIED, VARIED]], 5)
+    assert (asked, batch.refills, batch.groups_replaced, len(batch.trajectories)) == ([], 0, 0, 4)
+    assert batch.asked == {"rollout/asked_reward": 0.5, "rollout/asked_uniform_groups": 0.0}
+    plain = batch_of([UNIFORM]).metrics()
+    assert plain["rollout/refills"] == plain["rollout/groups_replaced"] == 0.0
+    assert "rollout/asked_reward" not in plain  # of runs without dynamic sampling

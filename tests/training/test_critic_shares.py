@@ -1,13 +1,17 @@
-"""The runner's side of the critic: one share per replica, values back in the trajectories' order."""
+"""The driver's side of the critic: a share per data-parallel copy, values back in the trajectories' order."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from support import policy_ranks as ranks
 
+from searchr1.cluster.critic_worker import CriticGroup
+from searchr1.config.layout import critic_layout
 from searchr1.config.schema import Config
-from searchr1.training.critic import train_critic
+from searchr1.training.critic import update_critic
 
 
 class FakeChannel:
@@ -18,32 +22,37 @@ class FakeChannel:
         self.queues.setdefault(key, []).append(item)
 
 
-class FakeCritic:
-    """Four ranks whose values are 1 for every token of question 0, 2 for question 1, and so on."""
+SIZE = 4
 
-    size = 4
+
+class FakeCritic:
+    """RLinf's handle of four ranks whose values are 1 for every token of question 0, 2 for question 1, and so on."""
 
     def __init__(self, channel, leaders):
         self._channel, self._leaders, self.targets = channel, leaders, []
 
-    def call(self, method):
-        self._method = method
-        return self
+    def _taken(self):
+        return [self._channel.queues[f"critic/{dp_rank}"].pop(0) for dp_rank in range(len(self._leaders))]
 
-    def wait(self, timeout_s):
-        if self._method == "train_step":
-            self.targets = [self._channel.queues[f"critic/{replica}"].pop(0) for replica in range(len(self._leaders))]
-            return [{"critic/loss": 0.5}] * self.size
-        self.shares = [self._channel.queues[f"critic/{replica}"].pop(0) for replica in range(len(self._leaders))]
+    def train_step(self):
+        self.targets = self._taken()
+        return returned([{"critic/loss": 0.5}] * SIZE)
+
+    def values(self):
+        self.shares = self._taken()
         given = [[np.where(t.loss_mask, 1.0 + t.sample.index, 0).astype(np.float32) for t in s] for s in self.shares]
-        return [given[self._leaders.index(rank)] if rank in self._leaders else None for rank in range(self.size)]
+        return returned([given[self._leaders.index(rank)] if rank in self._leaders else None for rank in range(SIZE)])
+
+
+def returned(results):
+    return SimpleNamespace(done=lambda: True, wait=lambda: results)
 
 
 @pytest.mark.parametrize(
     ("backend", "tensor", "pipeline", "leaders"),
     [("fsdp", None, None, [0, 1, 2, 3]), ("megatron", 2, None, [0, 2]), ("megatron", 2, 2, [0]), ("megatron", 1, 2, [0, 1])],
 )
-def test_each_replica_gets_a_share_and_its_first_rank_answers(backend, tensor, pipeline, leaders):
+def test_each_copy_gets_a_share_and_its_first_rank_answers(backend, tensor, pipeline, leaders):
     config = Config()
     config.critic.training_backend = backend
     config.critic.model.tensor_model_parallel_size, config.critic.model.pipeline_model_parallel_size = tensor, pipeline
@@ -53,8 +62,10 @@ def test_each_replica_gets_a_share_and_its_first_rank_answers(backend, tensor, p
         trajectory.reward = 10.0
     channel = FakeChannel()
     critic = FakeCritic(channel, leaders)
+    group = CriticGroup(critic, "critic", SIZE, channel, timeout_s=1.0)
+    group.dp_size = critic_layout(config, SIZE).data_parallel
     minibatches = [t.sample.index % 2 for t in trajectories]
-    advantages, metrics = train_critic(critic, channel, trajectories, minibatches, config)
+    advantages, metrics = update_critic(group, trajectories, minibatches, config.algorithm)
     assert metrics == {"critic/loss": 0.5}
     # gamma and lambda are 1: the reward, less the value of the state.
     for t, advantage in zip(trajectories, advantages, strict=True):

@@ -11,7 +11,7 @@ import pytest
 from support import gpu_machine
 
 from searchr1.checkpoints.manifest import checkpoint_steps
-from searchr1.cluster.groups import launch
+from searchr1.cluster.launch import evaluation_cluster
 from searchr1.config.load import load_config
 from searchr1.device import Device
 from searchr1.preflight.memory_layout import layout_of
@@ -169,29 +169,28 @@ class Killed(BaseException):
 def test_a_run_killed_between_saving_and_the_end_of_its_step_repeats_all_of_it(layout, moment, tmp_path, monkeypatch):
     """Neither the metrics nor the evaluation of a step are lost or written twice."""
     config = configured(layout, tmp_path)
-    real_refresh, real_validate, real_save = train_module.refresh_engines, train_module.validate, RunFolder.save
+    real_sync, real_validate, real_save = train_module.sync_weights, train_module.validate, RunFolder.save
 
     def kill(when, step):
         if (when, step) == (moment, 2):
             raise Killed
 
-    def save(folder, groups, loader, step):
-        real_save(folder, groups, loader, step)
+    def save(folder, cluster, loader, step):
+        real_save(folder, cluster, loader, step)
         kill("save", step)
 
-    def refresh_engines(groups, step, timeout_s):
-        seconds = real_refresh(groups, step, timeout_s)
+    def sync_weights(cluster, step):
+        real_sync(cluster, step)
         kill("sync", step)
-        return seconds
 
-    def validate(groups, samples, config, log, step):
+    def validate(cluster, samples, config, log, step):
         kill("evaluation", step)
-        real_validate(groups, samples, config, log, step)
+        real_validate(cluster, samples, config, log, step)
         kill("evaluated", step)
 
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "save", save)
-        patch.setattr(train_module, "refresh_engines", refresh_engines)
+        patch.setattr(train_module, "sync_weights", sync_weights)
         patch.setattr(train_module, "validate", validate)
         with pytest.raises(Killed):
             executed(config)
@@ -293,7 +292,7 @@ def test_an_evaluation_has_no_one_to_sleep_for(tmp_path):
     config = configured("megatron", tmp_path)
 
     def evaluation(config):
-        with launch(config, Device.detect(), None):
+        with evaluation_cluster(config, Device.detect()):
             pass
 
     machine = executed(config, evaluation)

@@ -15,7 +15,7 @@ from searchr1.errors import UserError
 from searchr1.evaluation import evaluate
 from searchr1.files.folder_lock import NAME, folder_lock
 from searchr1.tracking.run_path import run_path
-from searchr1.training import sft, train
+from searchr1.training import run, sft, train
 
 TINY = Path(__file__).parents[2] / "examples/searchr1/config/tiny-cpu.yaml"
 WAYS = {"fresh": (), "overwrite": ("runner.overwrite=True",), "auto": ("runner.resume_dir=auto",)}
@@ -26,7 +26,7 @@ def nothing_is_read(monkeypatch):
     def reached(*_: object, **__: object) -> None:
         raise AssertionError("a run that is refused goes no further")
 
-    for module, name in ((train, "load_data"), (evaluate, "load_questions"), (sft, "train"), (demo, "run_command")):
+    for module, name in ((run, "load_data"), (evaluate, "load_questions"), (sft, "train"), (demo, "run_command")):
         monkeypatch.setattr(module, name, reached)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +16,13 @@ from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
 from searchr1.tracking.legs import settings_changes
 from searchr1.tracking.loggers import JsonlLogger, read_metrics
-from searchr1.training import train as train_module
+from searchr1.training import run as run_module
 from searchr1.training.run_folder import RunFolder
+from searchr1.training.train import train
 
 
 class DoneCall:
-    def wait(self, timeout_s):
+    def wait(self, timeout_s=None):
         return []
 
 
@@ -30,12 +32,13 @@ class Actor:
     def __init__(self):
         self.loaded = []
 
-    def call(self, method, *args):
-        if method == "save":
-            (args[0] / "hf").mkdir(parents=True)
-            (args[0] / "weights").write_text("w")
-        if method == "load":
-            self.loaded.append(args[0])
+    def save(self, folder, in_background):
+        (folder / "hf").mkdir(parents=True)
+        (folder / "weights").write_text("w")
+        return DoneCall()
+
+    def load(self, folder):
+        self.loaded.append(folder)
         return DoneCall()
 
 
@@ -57,15 +60,15 @@ def trained(config, steps, save_at=()):
     """What a run of `steps` steps leaves, by the same calls as train()."""
     loader = make_loader()
     folder = RunFolder.open(config, loader)
-    groups = SimpleNamespace(actor=Actor(), critic=None)
-    folder.load(groups)
+    cluster = SimpleNamespace(actor=Actor(), critic=None)
+    folder.load(cluster)
     folder.begin()
     log = JsonlLogger(folder.path / "metrics.jsonl", folder.step)
     for step in range(folder.step + 1, steps + 1):
         loader.next_batch()
         log.log(step, {"reward/mean": 0.5})
         if step in save_at:
-            folder.save(groups, loader, step)
+            folder.save(cluster, loader, step)
             folder.finish_save()
     log.close()
     return folder
@@ -262,15 +265,15 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path, monkeypatch, spoil):
     config, loader = spoil(path, resumed(tmp_path), make_loader())
     config.actor.optim.lr = 1.0
     before = everything_in(path)
-    monkeypatch.setattr(train_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
-    monkeypatch.setattr(train_module, "PromptLoader", lambda *_, **__: loader)
+    monkeypatch.setattr(run_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
+    monkeypatch.setattr(run_module, "PromptLoader", lambda *_, **__: loader)
     with pytest.raises(UserError):
-        train_module.train(config)
+        train(config)
     assert everything_in(path) == before
 
 
 @pytest.mark.parametrize("resume_dir", ["auto", None])
-@pytest.mark.parametrize("stage", ["launch", "load", "refresh_engines", "hosted_loggers", "logger_backends"])
+@pytest.mark.parametrize("stage", ["training_cluster", "load", "sync_weights", "hosted_loggers", "logger_backends"])
 def test_a_run_that_fails_before_its_first_step_changes_nothing(tmp_path, monkeypatch, stage, resume_dir):
     path = trained(make_config(tmp_path), 6, save_at=[4]).path
     config = make_config(tmp_path, resume_dir=resume_dir, overwrite=resume_dir is None, val_before_train=False)
@@ -282,23 +285,23 @@ def test_a_run_that_fails_before_its_first_step_changes_nothing(tmp_path, monkey
 
     class Launched:
         def __enter__(self):
-            return SimpleNamespace(actor=Actor(), critic=None)
+            return SimpleNamespace(actor=Actor(), critic=None, engines_asleep=nullcontext)
 
         def __exit__(self, *_):
             return None
 
-    monkeypatch.setattr(train_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
-    monkeypatch.setattr(train_module, "PromptLoader", lambda *_, **__: make_loader())
-    monkeypatch.setattr(train_module, "launch", lambda *_: Launched())
-    monkeypatch.setattr(train_module, "refresh_engines", lambda *_: 0.0)
+    monkeypatch.setattr(run_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
+    monkeypatch.setattr(run_module, "PromptLoader", lambda *_, **__: make_loader())
+    monkeypatch.setattr(run_module, "training_cluster", lambda *_: Launched())
+    monkeypatch.setattr(run_module, "sync_weights", lambda *_: None)
     if stage == "load":
         monkeypatch.setattr(RunFolder, "load", fails)
     elif stage == "logger_backends":
         config.runner.logger.logger_backends = ["logger_backends failed"]
     else:
-        monkeypatch.setattr(train_module, stage, fails)
+        monkeypatch.setattr(run_module, stage, fails)
     with pytest.raises(UserError, match=rf"{stage} failed"):
-        train_module.train(config)
+        train(config)
     assert everything_in(path) == before
 
 
@@ -333,10 +336,13 @@ class Trained:
     def __init__(self):
         self.asked = []
 
-    def call(self, method, *args):
-        self.asked.append(method)
-        if method == "save":
-            (args[0] / "hf").mkdir(parents=True)
+    def save(self, folder, in_background):
+        self.asked.append("save")
+        (folder / "hf").mkdir(parents=True)
+        return DoneCall()
+
+    def finish_save(self):
+        self.asked.append("finish_save")
         return DoneCall()
 
 

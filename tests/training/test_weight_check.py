@@ -16,11 +16,11 @@ from searchr1.training.weight_sync import actor_logprobs, check_gap, validate_we
 PROBE = [[5, 6, 7], [8, 9]]
 
 
-def groups_that_differ_by(gap: float) -> SimpleNamespace:
+def cluster_that_differs_by(gap: float) -> SimpleNamespace:
     """An actor, and two engines of which the second one differs at one token of three."""
 
     def group(*answers):
-        return SimpleNamespace(call=lambda method, probe: SimpleNamespace(wait=lambda timeout_s: list(answers)))
+        return SimpleNamespace(probe_logprobs=lambda probe: SimpleNamespace(wait=lambda: list(answers)))
 
     ours = [[0.0, -1.5, -2.0], [0.0, -0.5]]
     return SimpleNamespace(actor=group(ours), rollout=group(ours, [[0.0, -1.5, -2.0 + gap], [0.0, -0.5]]))
@@ -28,8 +28,8 @@ def groups_that_differ_by(gap: float) -> SimpleNamespace:
 
 @pytest.mark.parametrize("precisions", [("fp32", "bf16"), ("bf16", "fp32"), ("bf16", "bf16"), ("fp16", "bf16")])
 def test_rounding_of_the_coarser_side_is_no_difference(precisions):
-    groups = groups_that_differ_by(0.12)
-    gap = validate_weights(groups, PROBE, actor_logprobs(groups, PROBE, 1.0), precisions, 1.0)
+    cluster = cluster_that_differs_by(0.12)
+    gap = validate_weights(cluster, PROBE, actor_logprobs(cluster, PROBE), precisions)
     assert (gap.mean, gap.worst, gap.tokens) == (pytest.approx(0.04), pytest.approx(0.12), 3)
 
 
@@ -44,10 +44,10 @@ def test_rounding_of_the_coarser_side_is_no_difference(precisions):
     ],
 )
 def test_more_than_rounding_in_one_engine_ends_the_run(gap, precisions):
-    groups = groups_that_differ_by(gap)
-    expected = actor_logprobs(groups, PROBE, 1.0)
+    cluster = cluster_that_differs_by(gap)
+    expected = actor_logprobs(cluster, PROBE)
     with pytest.raises(UserError, match="validate_weight_first_sync"):
-        validate_weights(groups, PROBE, expected, precisions, 1.0)
+        validate_weights(cluster, PROBE, expected, precisions)
 
 
 def rows(*differences):

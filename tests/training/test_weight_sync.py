@@ -1,4 +1,4 @@
-"""The order in which trainer and engines take turns in a weight update, with groups that only take notes."""
+"""The order in which trainer and engines take turns in a weight update, with worker groups that only take notes."""
 
 from __future__ import annotations
 
@@ -18,38 +18,46 @@ BUCKETS = [
 ]
 
 
-def groups(log: list[str], buckets: list[WeightManifest]) -> Any:
+def cluster(log: list[str], buckets: list[WeightManifest]) -> Any:
     left = iter(buckets)
 
-    def actor(method: str, *args: Any) -> Any:
-        log.append(f"actor.{method}")
-        answer = [None, None] if method == "release_weights" else [next(left), None]
-        return SimpleNamespace(wait=lambda timeout_s: answer)
+    def actor(method: str) -> Any:
+        def call(*args: Any) -> Any:
+            log.append(f"actor.{method}")
+            answer = [None, None] if method == "release_weights" else [next(left), None]
+            return SimpleNamespace(wait=lambda: answer)
 
-    def rollout(method: str, bucket: WeightManifest) -> Any:
+        return call
+
+    def update_weights(bucket: WeightManifest) -> Any:
         number = buckets.index(bucket)
         log.append(f"load {number}")
 
-        def wait(timeout_s: float) -> list[list[str]]:
+        def wait() -> list[list[str]]:
             log.append(f"loaded {number}")
             return [["no pinned memory"], []] if bucket.last else [[], []]
 
         return SimpleNamespace(wait=wait)
 
-    return SimpleNamespace(actor=SimpleNamespace(call=actor), rollout=SimpleNamespace(call=rollout))
+    methods = ("publish_weights", "next_bucket", "release_weights")
+    return SimpleNamespace(
+        actor=SimpleNamespace(**{method: actor(method) for method in methods}),
+        rollout=SimpleNamespace(update_weights=update_weights),
+        wake_kv_caches=lambda: log.append("wake"),
+    )
 
 
 def test_a_bucket_is_written_while_one_is_read_and_never_over_it(caplog: pytest.LogCaptureFixture) -> None:
     log: list[str] = []
     with caplog.at_level(logging.WARNING):
-        sync_weights(groups(log, BUCKETS), 3, 10.0)
+        sync_weights(cluster(log, BUCKETS), 3)
     assert log == [
         "actor.publish_weights",
         "load 0", "actor.next_bucket", "loaded 0",
         "load 1", "actor.next_bucket", "loaded 1",
         "load 2", "actor.next_bucket", "loaded 2",
         "load 3", "loaded 3",
-        "actor.release_weights",
+        "actor.release_weights", "wake",
     ]  # fmt: skip
     # Bucket 2 goes where 0 was: it is asked for after all engines have loaded 0.
     assert log.index("loaded 0") < log.index("load 1")
@@ -58,5 +66,5 @@ def test_a_bucket_is_written_while_one_is_read_and_never_over_it(caplog: pytest.
 
 def test_a_model_of_one_bucket_takes_three_messages() -> None:
     log: list[str] = []
-    sync_weights(groups(log, [replace(BUCKETS[0], last=True)]), 3, 10.0)
-    assert log == ["actor.publish_weights", "load 0", "loaded 0", "actor.release_weights"]
+    sync_weights(cluster(log, [replace(BUCKETS[0], last=True)]), 3)
+    assert log == ["actor.publish_weights", "load 0", "loaded 0", "actor.release_weights", "wake"]
