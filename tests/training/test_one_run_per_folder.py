@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from searchr1.commands import sft
 from searchr1.commands.demo import main as demo_command
 from searchr1.commands.report import main as report
 from searchr1.config.load import load_config
@@ -15,7 +16,7 @@ from searchr1.errors import UserError
 from searchr1.evaluation import evaluate
 from searchr1.files.folder_lock import NAME, folder_lock
 from searchr1.tracking.run_path import run_path
-from searchr1.training import run, sft, train
+from searchr1.training import run, train
 
 TINY = Path(__file__).parents[2] / "examples/searchr1/config/tiny-cpu.yaml"
 WAYS = {"fresh": (), "overwrite": ("runner.overwrite=True",), "auto": ("runner.resume_dir=auto",)}
