@@ -1,6 +1,6 @@
 """Attention over packed sequences for transformers models: no padding, and no sequence sees another.
 
-`import searchr1.learner.attention` makes `attn_implementation="searchr1_packed"` known to transformers. No mask is
+`import searchr1.learner.attention` registers `attn_implementation="searchr1_packed"` with transformers. No mask is
 built anywhere: the borders travel as keyword arguments through the model's forward (see `packed_model_inputs`).
 
 Chosen by measurement (CPU, fp32, 2 threads on 2 free cores, 40 sequences of 100 to 300 tokens, 8 heads of 32, one
@@ -30,17 +30,19 @@ _UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 
 
 class Borders:
-    """Where the sequences of a packed row begin and end. Not a tuple or a dataclass: torch.compile would look into those and
-    compile a layer again for every number of sequences."""
+    """Where the sequences of a packed row begin and end.
+
+    Not a tuple or a dataclass: torch.compile would look into those and compile a layer again for every number of sequences.
+    """
 
     def __init__(self, lengths: tuple[int, ...], cu_seqlens: Tensor | None = None) -> None:
-        """Tokens of each sequence, and [S + 1] int32 borders on the model's device, read on a GPU only."""
+        """Take the tokens of each sequence, and [S + 1] int32 borders on the model's device, read on a GPU only."""
         self.lengths = lengths
         self.cu_seqlens = cu_seqlens
 
 
 def packed_model_inputs(batch: PackedBatch) -> dict[str, Any]:
-    """Keyword arguments for a causal language model's forward: one row of T tokens."""
+    """Return keyword arguments for a causal language model's forward: one row of T tokens."""
     return {
         "input_ids": batch.input_ids_T[None],
         "position_ids": batch.position_ids_T[None],
@@ -62,7 +64,7 @@ def packed_attention(
     packed_borders: Borders | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a packed row, in the signature that transformers calls.
+    """Compute causal attention within each sequence of a packed row, in the signature that transformers calls.
 
     Half precision on a GPU uses torch's variable-length flash attention; everything else runs
     scaled_dot_product_attention once per sequence, so a sequence's result does not even depend on the rounding of

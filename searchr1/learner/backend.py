@@ -16,9 +16,8 @@ from torch import Tensor
 
 from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
-from searchr1.device import Device
 from searchr1.learner.packing import PackedBatch
-from searchr1.learner.trainer_config import Resident, TrainerConfig
+from searchr1.learner.trainer_config import Resident
 
 T = TypeVar("T")
 
@@ -183,33 +182,3 @@ class ScheduledValueBackend(TrainingBackend, ValueSchedule, Protocol):
 
 AnyPolicyBackend = PolicyBackend | ScheduledPolicyBackend
 AnyValueBackend = ValueBackend | ScheduledValueBackend
-
-
-def start_policy_backend(trainer: TrainerConfig, device: Device) -> AnyPolicyBackend:
-    """Join the process group and load a policy on the backend that is asked for; a collective.
-
-    Raises:
-        UserError: there is no such model, or its backend or layout does not fit it.
-    """
-    if trainer.backend == "megatron":
-        from searchr1.learner.megatron.backend import MegatronBackend
-
-        return MegatronBackend.start(trainer, device)
-    from searchr1.learner.fsdp import FsdpBackend
-
-    return FsdpBackend.start(trainer, device)
-
-
-def start_value_backend(trainer: TrainerConfig, device: Device) -> AnyValueBackend:
-    """Join the process group and load a critic on the backend that is asked for; a collective.
-
-    Raises:
-        UserError: there is no such model, or its backend or layout does not fit it.
-    """
-    if trainer.backend == "megatron":
-        from searchr1.learner.megatron.backend import MegatronValueBackend
-
-        return MegatronValueBackend.start(trainer, device)
-    from searchr1.learner.fsdp import FsdpValueBackend
-
-    return FsdpValueBackend.start(trainer, device)

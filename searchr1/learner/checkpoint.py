@@ -42,7 +42,7 @@ def save_state(
 ) -> Future[None] | None:
     """Write everything a training rank holds, but for weights that are frozen; a collective.
 
-    In the background: copies the state to host memory and returns what `finish_save` waits for, else None.
+    In the background: copy the state to host memory and return what `finish_save` waits for, else None.
     """
     state = _trained_state(model, optimizer)
     saving: Future[None] | None = None
@@ -161,12 +161,12 @@ def _trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[s
 
 
 def _frozen(model: nn.Module) -> set[str]:
-    """Names of weights that do not train, both names of a tied one."""
+    """Return the names of weights that do not train, both names of a tied one."""
     return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def save_hf_files(model_path: str, folder: Path) -> None:
-    """Configuration, generation configuration and tokenizer, so that an export needs no other folder."""
+    """Write configuration, generation configuration and tokenizer, so that an export needs no other folder."""
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ from searchr1.algorithms.sums import Sums, on_host, total
 from searchr1.algorithms.value_loss import clipped_value_loss
 from searchr1.config.schema import Config
 from searchr1.device import Device
-from searchr1.learner.backend import AnyValueBackend, ValueSchedule, start_value_backend
+from searchr1.learner.backend import AnyValueBackend, ValueSchedule
 from searchr1.learner.packing import FloatArray, PackedBatch, unpack_all
+from searchr1.learner.start import start_value_backend
 from searchr1.learner.stats import all_reduce_denominators, count_denominators
 from searchr1.learner.trained import TrainedModel, micro_batches
 from searchr1.learner.trainer_config import TrainerConfig

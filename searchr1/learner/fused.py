@@ -56,8 +56,10 @@ def _liger_obstacle(family: str, device: Device) -> str | None:
 
 
 def apply_liger(model: Any) -> None:
-    """Without the loss, which works on policy tokens only and is our own. The rotation is replaced in transformers' module,
-    so for every model of the family in this process."""
+    """Put Liger's kernels into a model, but for the loss, which works on policy tokens only.
+
+    The rotation is replaced in transformers' module, so for every model of the family in this process.
+    """
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     # It tries backends for other hardware as well, and warns of each that is not there.

@@ -92,7 +92,7 @@ def _check_targets(model: Any, targets: list[str]) -> None:
 
 @torch.no_grad()
 def full_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Full tensors under their Hugging Face names, adapters merged; a collective, one tensor at a time.
+    """Yield full tensors under their Hugging Face names, adapters merged; a collective, one tensor at a time.
 
     A tied output layer is left out. What no adapter changes may share memory with the model.
 
@@ -114,7 +114,7 @@ def full_weights(model: nn.Module, dtype: torch.dtype | None = None) -> Iterator
 
 @torch.no_grad()
 def full_adapters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All A and B under peft's names, in fp32; a collective, one tensor at a time."""
+    """Yield all A and B under peft's names, in fp32; a collective, one tensor at a time."""
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             yield peft_name(name), _full(parameter)
@@ -125,7 +125,7 @@ def _full(tensor: Tensor) -> Tensor:
 
 
 def check_resume(folder: Path, base_model: str, config: LoraConfig) -> None:
-    """Refuse a checkpoint whose adapters do not fit this run; where the base model lies does not matter, its weights do.
+    """Reject a checkpoint whose adapters do not fit this run; where the base model lies does not matter, its weights do.
 
     Raises:
         UserError: names what differs.
@@ -139,7 +139,7 @@ def check_resume(folder: Path, base_model: str, config: LoraConfig) -> None:
         raise UserError(f"{folder} holds LoRA adapters: set actor.lora.rank to {record.rank}, or start a new run")
     ours = LoraRecord.of(base_model, config)
     for name in ("rank", "alpha", "target_modules"):
-        found, wanted = getattr(record, name), getattr(ours, name)
-        if found != wanted:
-            raise UserError(f"actor.lora.{name}: {wanted} here, but {found} in {folder}; use the checkpoint's")
+        stored, wanted = getattr(record, name), getattr(ours, name)
+        if stored != wanted:
+            raise UserError(f"actor.lora.{name}: {wanted} here, but {stored} in {folder}; use the checkpoint's")
     check_base(record, base_model, "actor.model.path")

@@ -123,7 +123,7 @@ def fill(model: nn.Module, folder: Path, *, on_host: bool) -> None:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers; a tied one by its first name."""
+    """Return parameters and buffers; a tied one by its first name."""
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
@@ -191,10 +191,10 @@ def load_model(
     lora: LoraConfig | None = None,
     kernels: FsdpConfig | None = None,
 ) -> nn.Module:
-    """A causal language model from a Hugging Face folder, sharded over the process group with FSDP2.
+    """Return a causal language model from a Hugging Face folder, sharded over the process group with FSDP2.
 
-    Every rank reads only its own rows (loading.py). Weights are held in fp32 (they are the optimizer's master copy) and
-    computed with in `precision`. With `lora` of rank 1 or more they are frozen, and adapters are trained instead (lora.py).
+    Every rank reads only its own rows. Weights are held in fp32 (they are the optimizer's master copy) and
+    computed with in `precision`. With `lora` of rank 1 or more they are frozen, and adapters are trained instead.
 
     Raises:
         UserError: no usable model there, or its weights do not fit its config.json.
@@ -260,7 +260,7 @@ def shard_model(
 
 
 def policy_logprobs(model: nn.Module, batch: PackedBatch, temperature: float, with_entropy: bool = False) -> TokenLogprobs:
-    """Log-probabilities of the P policy tokens of a packed micro-batch; only their positions reach the output layer.
+    """Return log-probabilities of the P policy tokens of a packed micro-batch; only their positions reach the output layer.
 
     Returns:
         [P] values, in the order of `batch.policy_positions_P`.

@@ -1,4 +1,4 @@
-"""Tensors that wait in host memory while somebody else uses the GPU."""
+"""Tensors that wait in host memory while another model uses the GPU."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class Offload:
-    """Moves tensors' storages out and back in place: views, parameters and optimizers keep pointing at them.
+    """Tensors whose storages move out and back in place: views, parameters and optimizers keep pointing at them.
 
     Between `out` and `back` the tensors have no memory; touching one is an error in torch.
     """
 
     def __init__(self, tensors: Callable[[], Iterable[Tensor]], keep: bool = True) -> None:
-        """The tensors are asked for at each `out`, because optimizers make theirs late.
+        """Take a function that gives the tensors at each `out`, because optimizers make theirs late.
 
         Args:
             tensors: what to move; views of one storage may come more than once.
@@ -32,7 +32,7 @@ class Offload:
         return bool(self._outside)
 
     def out(self) -> int:
-        """Free the device's memory. Returns the bytes freed; 0 if they are out already."""
+        """Free the device's memory. Return the bytes freed; 0 if they are out already."""
         if self.is_out:
             return 0
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
@@ -51,7 +51,7 @@ class Offload:
         return freed
 
     def back(self) -> None:
-        """Give the tensors their memory and contents again; does nothing if they are not out."""
+        """Give the tensors their memory and contents again; do nothing if they are not out."""
         for storage, size, copy in self._outside:
             storage.resize_(size)
             contents = _as_bytes(storage)

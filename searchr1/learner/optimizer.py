@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, from a run's configuration."""
+"""AdamW and its learning-rate schedule, from a trainer's configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from searchr1.config.schema_model import LrSchedConfig, OptimConfig
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay acts on matrices only, not on norms and biases."""
+    """Return AdamW; weight decay acts on matrices only, not on norms and biases."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
@@ -27,7 +27,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def lr_factor(config: LrSchedConfig, peak: float, total_steps: int | None) -> Callable[[int], float]:
-    """Learning rate at optimizer step n (from 0) as a share of the peak rate."""
+    """Return a function: optimizer step (from 0) -> learning rate as a share of the peak rate."""
     decay_steps = config.lr_decay_iters or total_steps or 0
     warmup = config.lr_warmup_iters or round(config.lr_warmup_fraction * decay_steps)
     start, end = config.lr_warmup_init / peak, config.min_lr / peak
@@ -47,13 +47,16 @@ def lr_factor(config: LrSchedConfig, peak: float, total_steps: int | None) -> Ca
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: LrSchedConfig, peak: float, total_steps: int | None
 ) -> LambdaLR:
-    """The schedule; call `step()` once per optimizer step."""
+    """Return the schedule; call `step()` once per optimizer step."""
     return LambdaLR(optimizer, lr_factor(config, peak, total_steps))
 
 
 def resume_schedule(schedule: LambdaLR, updates: int) -> None:
-    """Go on after so many optimizer steps, at the rates that the schedule was built with: the optimizer's state may come
-    from a run with others, and a run that is resumed with another rate is meant to train with it."""
+    """Go on after so many optimizer steps, at the rates that the schedule was built with.
+
+    The optimizer's state may come from a run with others, and a run that is resumed with another rate is meant to train with
+    it.
+    """
     schedule.last_epoch = updates
     rates = [base * factor(updates) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, base, rate in zip(schedule.optimizer.param_groups, schedule.base_lrs, rates, strict=True):
@@ -62,7 +65,7 @@ def resume_schedule(schedule: LambdaLR, updates: int) -> None:
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
-    """Scale gradients down to `max_norm`. Returns the norm before, over all ranks (nan or inf if a gradient is)."""
+    """Scale gradients down to `max_norm`. Return the norm before, over all ranks (nan or inf if a gradient is)."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     full: Tensor = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return float(full)

@@ -24,10 +24,11 @@ from searchr1.algorithms.mismatch import mismatch_metrics, mismatch_sums, ratio_
 from searchr1.algorithms.sums import Sums
 from searchr1.config.schema import Config
 from searchr1.device import Device
-from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule, ScoringBackend, start_policy_backend
+from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule, ScoringBackend
 from searchr1.learner.loss_settings import loss_config
 from searchr1.learner.model import ENGINE_DTYPES
 from searchr1.learner.packing import FloatArray, PackedBatch, unpack_all
+from searchr1.learner.start import start_policy_backend
 from searchr1.learner.stats import all_reduce_denominators, count_denominators, training_flops
 from searchr1.learner.trained import TrainedModel, micro_batches
 from searchr1.learner.trainer_config import TrainerConfig

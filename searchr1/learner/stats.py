@@ -18,7 +18,7 @@ Group = dist.ProcessGroup | None
 
 
 def count_denominators(trajectories: Sequence[Trajectory], longest: int = 1) -> Denominators:
-    """Policy tokens, and sequences that have any, of this rank's part of a mini-batch; `longest`: see Denominators."""
+    """Count policy tokens, and sequences that have any, in this rank's part of a mini-batch; `longest`: see Denominators."""
     counts = [trajectory.policy_length for trajectory in trajectories]
     return Denominators(tokens=sum(counts), sequences=sum(count > 0 for count in counts), longest=longest)
 
@@ -33,7 +33,7 @@ def all_reduce_denominators(local: Denominators, device: torch.device, group: Gr
 
 
 def all_reduce_max(value: int, device: torch.device, group: Group = None) -> int:
-    """Largest over ranks, for example of the number of micro-batches; a collective."""
+    """Return the largest over ranks, for example of the number of micro-batches; a collective."""
     if not dist.is_initialized():
         return value
     largest = torch.tensor(value, dtype=torch.int64, device=device)
@@ -42,7 +42,7 @@ def all_reduce_max(value: int, device: torch.device, group: Group = None) -> int
 
 
 def all_reduce_sums(sums: Sums, group: Group = None) -> Sums:
-    """Totals added and peaks maximised over ranks; a collective. All ranks need the same keys."""
+    """Add totals and maximise peaks over ranks; a collective. All ranks need the same keys."""
     if not dist.is_initialized():
         return sums
     return Sums(
@@ -61,7 +61,7 @@ def _all_reduce_named(values: dict[str, Tensor], operation: dist.ReduceOp.RedOpT
 
 
 def training_flops(config: Any, lengths: Sequence[int], policy_tokens: int) -> float:
-    """Floating-point operations of a forward and a backward pass.
+    """Count the floating-point operations of a forward and a backward pass.
 
     Matrix products only, without what is recomputed: causal attention counts the half that is needed, the output layer
     counts where logits are needed. A multiplication and an addition are two operations; the backward pass is two forwards.

@@ -26,9 +26,10 @@ from searchr1.data.model_settings import FILE, ModelSettings
 from searchr1.data.model_source import load_model_config, load_tokenizer
 from searchr1.device import Device
 from searchr1.errors import UserError
-from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule, start_policy_backend
+from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule
 from searchr1.learner.model import init_process_group
 from searchr1.learner.packing import PackedBatch, pack, plan_micro_batches, sequence_length, split_balanced
+from searchr1.learner.start import start_policy_backend
 from searchr1.learner.trainer_config import TrainerConfig
 from searchr1.preflight.check_models import model_positions
 from searchr1.training.sft_data import batches, load_rows, rows_settings

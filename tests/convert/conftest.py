@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.convert_models import MODELS, make_model, model_name
+from support.models import DTYPES, MODELS, make_model, model_name
 
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
 
@@ -23,7 +23,7 @@ def saved_by_megatron(tmp_path_factory):
     for family, tied in MODELS:
         for dtype in ("fp32", "bf16"):
             folder = root / model_name(family, tied, dtype)
-            make_model(family, tied, dtype, folder / "hf")
+            make_model(family, tied, folder / "hf", seed=7, dtype=DTYPES[dtype])
             for layers in ("stacked", "separate"):
                 hf2mg(folder / "hf", folder / layers, MegatronOptions(layers=layers, file_bytes=100_000))
     with socket.socket() as probe:

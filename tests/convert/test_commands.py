@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.convert_models import FAMILIES, assert_same_tensors, make_model, tensors_of
+from support.models import FAMILIES, assert_same_tensors, make_model, tensors_of
 
 from searchr1.checkpoints import compare as verify
 from searchr1.checkpoints import to_hf
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     from searchr1.demo.tokenizer import train_tokenizer
 
     root = tmp_path_factory.mktemp("commands")
-    make_model("qwen2", True, "fp32", root / "hf", vocab_size=2048)
+    make_model("qwen2", True, root / "hf", seed=7, vocab_size=2048)
     train_tokenizer().save_pretrained(root / "hf")
     hf2mg(root / "hf", root / "mg")
     return root
@@ -42,7 +42,7 @@ def folders(tmp_path_factory):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_verify_compares_bits_and_logits_both_ways(tmp_path, family, dtype):
-    make_model(family, family != "qwen3", "fp32", tmp_path / "hf")
+    make_model(family, family != "qwen3", tmp_path / "hf", seed=7)
     for lines in (
         hf2mg(tmp_path / "hf", tmp_path / "mg", MegatronOptions(dtype, verify=True)),
         mg2hf(tmp_path / "mg", tmp_path / "out", None, Options(dtype, verify=True)),

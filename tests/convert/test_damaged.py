@@ -12,7 +12,7 @@ import shutil
 import pytest
 import torch
 from support.bit_flips import flipped, random_flips
-from support.convert_models import assert_same_tensors, make_model
+from support.models import assert_same_tensors, make_model
 
 from searchr1.checkpoints import output
 from searchr1.checkpoints import safetensors as safetensors_file
@@ -31,7 +31,7 @@ from searchr1.errors import UserError
 def original(tmp_path_factory):
     """`hf`, and `run/global_step_5/actor` (Megatron) made from it, with manifest.json."""
     root = tmp_path_factory.mktemp("original")
-    make_model("qwen2", True, "fp32", root / "hf")
+    make_model("qwen2", True, root / "hf", seed=7)
     with new_checkpoint(root / "run", 5) as folder:
         hf2mg(root / "hf", folder / "actor", MegatronOptions(file_bytes=100_000))
         (folder / "actor/checksums.json").unlink()  # a trainer writes none

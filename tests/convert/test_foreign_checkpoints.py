@@ -9,8 +9,8 @@ import zipfile
 import pytest
 import torch
 import torch.distributed as dist
-from support.convert_models import assert_same_tensors, make_model, tensors_of
 from support.foreign_folders import Layout, save_torch_format
+from support.models import DTYPES, assert_same_tensors, make_model, tensors_of
 
 from searchr1.checkpoints.hf2mg import hf2mg
 from searchr1.checkpoints.to_hf import Options, fsdp2hf, mg2hf
@@ -24,7 +24,7 @@ LATEST = "latest_checkpointed_iteration.txt"
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
     for family, tied in (("qwen2", True), ("qwen2", False), ("qwen3", False), ("llama", True)):
-        make_model(family, tied, "bf16" if tied else "fp32", root / f"{family}-{tied}")
+        make_model(family, tied, root / f"{family}-{tied}", seed=7, dtype=DTYPES["bf16" if tied else "fp32"])
     return root
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.convert_models import FAMILIES, architecture
+from support.models import FAMILIES, architecture
 
 from searchr1.checkpoints.mapping import entries, hugging_face_shapes
 

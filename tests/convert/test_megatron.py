@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from support.convert_models import FAMILIES, MODELS, assert_same_tensors, model_name
 from support.convert_ranks import LAYOUTS, WAYS
+from support.models import FAMILIES, MODELS, assert_same_tensors, model_name
 
 from searchr1.checkpoints.to_hf import Options, mg2hf
 

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from support import policy_ranks as ranks
+from support.models import make_model
+from support.trajectories import random_trajectories
 
 # The fixture trains the critic on two processes in five layouts, half a minute before the first test.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -24,7 +26,7 @@ RESUMED = {"tp2": ("tp2", "pp2", "dp2"), "fsdp2": ("fsdp2",)}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("critic-models")
-    return {pair: str(ranks.make_model(*pair, folder / f"{pair[0]}")) for pair in (("qwen2", True), ("llama", False))}
+    return {pair: str(make_model(*pair, folder / f"{pair[0]}")) for pair in (("qwen2", True), ("llama", False))}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def plain_loop(model):
 
     metrics = []
     for step in range(3):
-        trajectories, _ = ranks.make_trajectories(step)
+        trajectories, _ = random_trajectories(step)
         returns = ranks.critic_returns(trajectories, step)
         with torch.no_grad():
             old = [values(t) for t in trajectories]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import policy_ranks as ranks
+from support.models import make_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -13,7 +13,7 @@ from searchr1.learner.stats import training_flops
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_formula_is_what_pytorch_counts(family, tmp_path):
-    path = ranks.make_model(family, True, tmp_path, head_dim=32)
+    path = make_model(family, True, tmp_path, head_dim=32)
     model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
     lengths, policy = [50, 31], 20
     counted = 0

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.trajectories import random_trajectories
 
-from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, read_contents, verify_checkpoint
 from searchr1.checkpoints.step_folder import new_checkpoint, prune_checkpoints
 from searchr1.checkpoints.to_hf import fsdp2hf
@@ -67,25 +67,7 @@ def make_config(model_path, **algorithm):
 
 
 def make_trajectories(count=8, seed=0):
-    rng = np.random.default_rng(seed)
-    found = []
-    for index in range(count):
-        length = int(rng.integers(5, 40))
-        mask = rng.random(length) < 0.7
-        mask[0] = True
-        found.append(
-            Trajectory(
-                sample=Sample(f"s/{index}", index // 2, rng.integers(0, 2048, 6).tolist(), "", []),
-                rollout_id=index % 2,
-                response_ids=rng.integers(0, 2048, length).astype(np.int32),
-                loss_mask=mask,
-                rollout_logprobs=np.where(mask, -7.6 + rng.normal(0, 0.1, length), 0).astype(np.float32),
-                turns=[],
-                stop="answer",
-                ref_logprobs=np.where(mask, -7.6 + rng.normal(0, 0.1, length), 0).astype(np.float32),
-            )
-        )
-    return found, rng.normal(size=count).tolist()
+    return random_trajectories(seed, count, vocab=2048, level=-7.6)
 
 
 def weights(actor):

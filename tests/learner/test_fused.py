@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from support.policy_ranks import make_model
+from support.models import make_model
 
 from searchr1.device import Device
 from searchr1.errors import UserError
@@ -20,7 +20,7 @@ TRY = """
 import json, sys
 import torch
 from transformers import AutoModelForCausalLM
-from support.policy_ranks import make_trajectories
+from support.trajectories import random_trajectories
 from searchr1.learner import fused
 from searchr1.learner.model import init_process_group, policy_logprobs, shard_model
 from searchr1.learner.packing import pack
@@ -54,7 +54,7 @@ def run(change):
     model = shard_model(model, CPU, gradient_checkpointing=kind == "compile")
     logprobs = []
     for seed, count in enumerate((1, 2) if kind == "liger" else (1, 2, 5, 7)):  # sequences in a row
-        for batch in pack(make_trajectories(seed, count)[0], 400):
+        for batch in pack(random_trajectories(seed, count)[0], 400):
             logprobs.append(policy_logprobs(model, batch, 1.0).logprobs_M)
             logprobs[-1].sum().backward()
     return torch.cat(logprobs).detach(), {name: p.grad.full_tensor() for name, p in model.named_parameters()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import policy_ranks as ranks
+from support.models import make_model
 
 from searchr1.checkpoints.hf_folder import INDEX, SINGLE, HuggingFaceFolder
 from searchr1.checkpoints.mapping import TABLES, checkpoint_name, entries, hugging_face_shapes
@@ -18,7 +18,7 @@ from searchr1.errors import UserError
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    return ranks.make_model("qwen2", True, tmp_path_factory.mktemp("model"))
+    return make_model("qwen2", True, tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_rank_reads_only_its_part(source):
 @pytest.mark.parametrize("family", TABLES)
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_table_has_every_tensor_of_transformers(family, tied, tmp_path):
-    ranks.make_model(family, tied, tmp_path)
+    make_model(family, tied, tmp_path)
     arch, _ = read_architecture(tmp_path)
     stored = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / SINGLE).items()}
     assert hugging_face_shapes(arch) == stored

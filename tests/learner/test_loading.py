@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support import loading_memory, loading_ranks
 from support import policy_ranks as ranks
+from support.models import make_model
 from transformers import AutoModelForCausalLM
 
 from searchr1.errors import UserError
@@ -78,7 +79,7 @@ JOBS: list[dict[str, Any]] = [
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     root = tmp_path_factory.mktemp("models")
     for name, (family, tied, changes, change) in FOLDERS.items():
-        ranks.make_model(family, tied, root / name, **changes)
+        make_model(family, tied, root / name, **changes)
         if change is not None:
             change(root / name)
     return [job | {"model": str(root / job["model"])} for job in JOBS]

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from support import policy_ranks as ranks
+from support.models import make_model
+from support.trajectories import random_trajectories
 
 from searchr1.checkpoints.lora import LoraRecord, base_name, hash_weights, is_adapter, merge
 from searchr1.checkpoints.step_folder import new_checkpoint
@@ -36,7 +38,7 @@ def own_process_group():
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    return str(ranks.make_model("qwen2", True, tmp_path_factory.mktemp("base"), num_hidden_layers=2))
+    return str(make_model("qwen2", True, tmp_path_factory.mktemp("base"), num_hidden_layers=2))
 
 
 def make_config(base, **changes):
@@ -57,7 +59,7 @@ def adapters(policy):
 
 def train(policy, steps):
     for step in steps:
-        trajectories, advantages = ranks.make_trajectories(step)
+        trajectories, advantages = random_trajectories(step)
         metrics = policy.train_step(trajectories, advantages, [0] * len(trajectories))
     return metrics
 
@@ -87,7 +89,7 @@ def by_hand(model, config, steps):
     )
     factor = lr_factor(config.actor.lr_sched, optim.lr, ranks.STEPS)
     for step in steps:
-        trajectories, advantages = ranks.make_trajectories(step)
+        trajectories, advantages = random_trajectories(step)
         tokens = sum(int(t.loss_mask.sum()) for t in trajectories)
         for t, advantage in zip(trajectories, advantages, strict=True):
             ids = torch.tensor([*t.sample.prompt_ids, *t.response_ids.tolist()])[None]
@@ -154,7 +156,7 @@ def test_the_reference_is_the_base_model(base):
     config = make_config(base)
     policy = Policy.start(config, CPU, ranks.STEPS)
     reference = Policy.start_reference(config, CPU)
-    trajectories, _ = ranks.make_trajectories(0)
+    trajectories, _ = random_trajectories(0)
     start = policy.logprobs(trajectories)
     train(policy, [0, 1])
     after = reference.logprobs(trajectories)
@@ -237,7 +239,7 @@ def test_exports_equal_the_policy(tmp_path, tied):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    base = str(ranks.make_model("qwen3", tied, tmp_path / "base", num_hidden_layers=2))
+    base = str(make_model("qwen3", tied, tmp_path / "base", num_hidden_layers=2))
     policy = Policy.start(make_config(base), CPU, ranks.STEPS)
     train(policy, [0, 1])
     folder = save(policy, tmp_path, 2)
@@ -267,7 +269,7 @@ def test_exports_that_cannot_be_are_refused(base, tmp_path):
     hash_weights.cache_clear()
     with pytest.raises(UserError, match=r"gone is neither a folder.*give the base model's folder as --hf-model"):
         fsdp2hf(folder, tmp_path / "out")
-    other = ranks.make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2)
+    other = make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2)
     with pytest.raises(UserError, match="not the base model"):
         fsdp2hf(folder, tmp_path / "out", other)
     assert not (tmp_path / "out").exists()
@@ -303,7 +305,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(base, tmp_path):
         Policy.start(make_config(base, rank=2), CPU).load(folder)
     with pytest.raises(UserError, match=r"set actor\.lora\.rank to 4"):
         Policy.start(make_config(base, rank=0), CPU).load(folder)
-    other = str(ranks.make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2))
+    other = str(make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2))
     with pytest.raises(UserError, match="not the base model"):
         Policy.start(make_config(other), CPU).load(folder)
     whole = save(Policy.start(make_config(base, rank=0), CPU), tmp_path / "whole", 1)
@@ -345,7 +347,7 @@ def test_adapters_for_the_engine_are_named_as_peft_names_them(base):
 
 
 def test_an_untied_output_layer_can_have_one(tmp_path):
-    folder = str(ranks.make_model("qwen2", False, tmp_path, num_hidden_layers=1))
+    folder = str(make_model("qwen2", False, tmp_path, num_hidden_layers=1))
     policy = Policy.start(make_config(folder, target_modules=["lm_head"]), CPU, ranks.STEPS)
     before = weights(policy)
     train(policy, [0, 1])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from support import policy_ranks as ranks
+from support.models import make_model
 
 from searchr1.checkpoints.manifest import rank_sums, write_manifest
 from searchr1.config.layout import Layout
@@ -36,7 +37,7 @@ CORRECTION = {"level": "sequence", "bound": "clip", "lower": 0.8, "upper": 1.3, 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {pair: str(ranks.make_model(*pair, folder / f"{pair[0]}-{pair[1]}")) for pair in MODELS + OTHER_MODELS}
+    return {pair: str(make_model(*pair, folder / f"{pair[0]}-{pair[1]}")) for pair in MODELS + OTHER_MODELS}
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import policy_ranks
+from support.models import make_model
+from support.trajectories import random_trajectories
 
 JOBS = {
     "data parallel, fp32": {},
@@ -23,7 +25,7 @@ JOBS = {
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_non_finite_gradient_on_one_rank_skips_the_update_on_all(tmp_path):
-    model = policy_ranks.make_model("qwen2", True, tmp_path / "model")
+    model = make_model("qwen2", True, tmp_path / "model")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     ended = subprocess.run(
@@ -50,7 +52,7 @@ def rank_main(model: str, out: Path) -> None:
     for name, job in JOBS.items():
         policy = Policy.start(policy_ranks.make_config(model, job), Device.detect("cpu"), policy_ranks.STEPS)
         rank = torch.distributed.get_rank()
-        trajectories, advantages = policy_ranks.make_trajectories(0)
+        trajectories, advantages = random_trajectories(0)
         replicas = policy.backend.layout.data_parallel
         share = slice(policy.dp_rank, None, replicas)
         part, wanted = trajectories[share], advantages[share]

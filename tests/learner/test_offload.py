@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import policy_ranks as ranks
+from support.models import make_model
 
 from searchr1.learner.fsdp import FsdpTraining
 from searchr1.learner.offload import Offload
@@ -53,7 +54,7 @@ def test_what_fsdp_keeps_in_host_memory_anyway_is_not_copied_there():
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("offload")
-    model = str(ranks.make_model("qwen2", True, folder / "model"))
+    model = str(make_model("qwen2", True, folder / "model"))
     jobs = []
     for backend, precision in (("fsdp", "fp32"), ("megatron", "fp32"), ("megatron", "bf16")):
         name, checkpoint = f"{backend}-{precision}", folder / f"{backend}-{precision}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import policy_ranks as ranks
+from support.models import VOCAB, make_model
 
 from searchr1.checkpoints.hf2mg import hf2mg
 from searchr1.checkpoints.hf_folder import HuggingFaceFolder
@@ -31,7 +31,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {tied: ranks.make_model("qwen2", tied, root / str(tied)) for tied in (True, False)}
+    return {tied: make_model("qwen2", tied, root / str(tied)) for tied in (True, False)}
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_where_the_configuration_says_nothing_the_familys_default_counts(family,
     assert AutoConfig.for_model(family).tie_word_embeddings is default
     settings = {"head_dim": 16} if family == "gemma" else {}
     for tied in (True, False):
-        folder = ranks.make_model(family, tied, tmp_path / f"{family}-{tied}", **settings)
+        folder = make_model(family, tied, tmp_path / f"{family}-{tied}", **settings)
         config = json.loads((folder / "config.json").read_text())
         config.pop("tie_word_embeddings", None)
         (folder / "config.json").write_text(json.dumps(config))
@@ -236,10 +236,10 @@ def test_pickled_weights_are_read_without_running_what_is_in_them(make, tmp_path
 
 def test_a_tokenizer_larger_than_the_vocabulary(make, caplog):
     folder = make(True)
-    tokenizer = {"model": {"vocab": {"a": 0, "b": ranks.VOCAB}}, "added_tokens": []}
+    tokenizer = {"model": {"vocab": {"a": 0, "b": VOCAB}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(f"has tokens up to {ranks.VOCAB}, but config.json says vocab_size={ranks.VOCAB}", check_model_folder, folder)
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": [{"id": ranks.VOCAB, "content": "b"}]}))
+    refused(f"has tokens up to {VOCAB}, but config.json says vocab_size={VOCAB}", check_model_folder, folder)
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": [{"id": VOCAB, "content": "b"}]}))
     check_model_folder(folder)
     assert "1 added tokens of tokenizer.json have no embedding" in caplog.text
 
@@ -348,13 +348,13 @@ def test_a_critic_takes_the_decoder_alone(make, caplog):
 
     from transformers import AutoModel
 
-    assert load_pretrained(AutoModel, str(reward_model), decoder_only=True).embed_tokens.weight.shape == (ranks.VOCAB, 64)
+    assert load_pretrained(AutoModel, str(reward_model), decoder_only=True).embed_tokens.weight.shape == (VOCAB, 64)
 
 
 def test_families_whose_tensors_transformers_fuses_are_checked_too(tmp_path):
     """Mixture-of-experts files hold each expert's matrices, the model one tensor of all."""
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-    folder = ranks.make_model("qwen3_moe", False, tmp_path / "moe", **sizes)
+    folder = make_model("qwen3_moe", False, tmp_path / "moe", **sizes)
     check_model_folder(folder)
     weights = load_file(folder / "model.safetensors")
     assert any("experts.0." in name for name in weights)

@@ -9,7 +9,7 @@ import time
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.reward_trajectories import trajectory, turn
+from support.trajectories import trajectory, turn
 
 from searchr1.agent.protocol import frame
 from searchr1.config.schema_reward import FormatRewardConfig, RewardConfig

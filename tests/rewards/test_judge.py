@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from support.reward_trajectories import trajectory, turn
+from support.trajectories import trajectory, turn
 
 from searchr1.agent.protocol import last_answer
 from searchr1.config.schema_reward import JudgeConfig, RewardConfig

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.lifted import lift
-from support.reward_trajectories import trajectory, turn
+from support.trajectories import trajectory, turn
 
 from searchr1.config.schema_reward import LengthPenaltyConfig
 from searchr1.rewards.matching import exact_match_reward, substring_reward

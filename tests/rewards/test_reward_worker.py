@@ -8,7 +8,7 @@ import types
 from collections import defaultdict
 
 import pytest
-from support.reward_trajectories import trajectory, turn
+from support.trajectories import trajectory, turn
 
 from searchr1.agent.trajectory import Chunk
 from searchr1.cluster import channels

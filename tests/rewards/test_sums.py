@@ -12,7 +12,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.reward_trajectories import trajectory, turn
+from support.trajectories import trajectory, turn
 
 from searchr1.config.schema_reward import LengthPenaltyConfig, RewardConfig, SearchPenaltyConfig
 from searchr1.errors import UserError

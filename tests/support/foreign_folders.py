@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from support.convert_models import tensors_of
+from support.models import tensors_of
 
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB, PADDED = 4, 2, 16, 4, 300, 384
-"""Of policy_ranks.make_model."""
+"""Sizes of `models.make_model`."""
 
 
 @dataclass(frozen=True)

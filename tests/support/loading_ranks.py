@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from searchr1.config.schema_model import LoraConfig
 from searchr1.device import Device
 from searchr1.learner.packing import pack
-from support.policy_ranks import make_trajectories
+from support.trajectories import random_trajectories
 
 PIECE_BYTES = 4096
 
@@ -164,7 +164,7 @@ def run(model: nn.Module, job: dict[str, Any]) -> dict[str, torch.Tensor]:
     from searchr1.learner.model import policy_logprobs
 
     found = {}
-    for number, batch in enumerate(pack(make_trajectories(1)[0], 200)[:2]):
+    for number, batch in enumerate(pack(random_trajectories(1)[0], 200)[:2]):
         batch = batch.to(device_of(job).torch_device())
         with torch.set_grad_enabled(not job.get("reference")):
             values = model(batch) if job.get("critic") else policy_logprobs(model, batch, 0.8).logprobs_M

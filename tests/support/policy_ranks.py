@@ -19,35 +19,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from support.host_reads import HostReads
+from support.trajectories import random_trajectories
 
-VOCAB = 300
 STEPS = 5
-
-
-def make_model(family: str, tied: bool, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
-    """A small model with random weights, biases and norms."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    settings = {
-        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 16, "vocab_size": VOCAB, "tie_word_embeddings": tied,
-        "max_position_embeddings": 4096,
-    }  # fmt: skip
-    if family == "llama":
-        settings["rope_parameters"] = {
-            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64, "rope_theta": 10000.0,
-        }  # fmt: skip
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings | changes))
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.06) if parameter.ndim > 1 else parameter.data.add_(0.1 * torch.randn_like(parameter))
-    model.to(dtype).save_pretrained(folder)
-    return folder
 
 
 def make_config(path: str, job: dict) -> Config:
@@ -79,29 +57,6 @@ def make_config(path: str, job: dict) -> Config:
     actor.optim.use_distributed_optimizer = job.get("distributed_optimizer", True)
     actor.optim.overlap_grad_reduce = actor.optim.overlap_param_gather = job.get("overlap", False)
     return config
-
-
-def make_trajectories(seed: int, count: int = 8) -> tuple[list[Trajectory], list[float]]:
-    rng = np.random.default_rng(seed)
-    found = []
-    for index in range(count):
-        length = int(rng.integers(5, 40))
-        mask = rng.random(length) < 0.7
-        mask[0] = True
-        near = np.where(mask, -5.7 + rng.normal(0, 0.1, (2, length)), 0).astype(np.float32)
-        found.append(
-            Trajectory(
-                sample=Sample(f"s/{index}", index // 2, rng.integers(0, VOCAB, 6).tolist(), "", []),
-                rollout_id=index % 2,
-                response_ids=rng.integers(0, VOCAB, length).astype(np.int32),
-                loss_mask=mask,
-                rollout_logprobs=near[0],
-                turns=[],
-                stop="answer",
-                ref_logprobs=near[1],
-            )
-        )
-    return found, rng.normal(size=count).tolist()
 
 
 def compare_vocab_parallel() -> float:
@@ -162,7 +117,7 @@ def run_critic(job: dict, out: Path) -> None:
         critic.load(Path(job["load"]))
     result: dict = {"metrics": []}
     for step in range(*job.get("steps", (0, 3))):
-        trajectories, _ = make_trajectories(step)
+        trajectories, _ = random_trajectories(step)
         returns = critic_returns(trajectories, step)
         share = list(range(critic.dp_rank, len(trajectories), replicas))
         part = [trajectories[i] for i in share]
@@ -251,7 +206,7 @@ def run_job(job: dict, out: Path) -> None:
         policy.offload("weight", "grad", "optimizer")  # as a worker does when its start ends
         policy.load(Path(job["load"]))
     for step in range(*job.get("steps", (0, STEPS))):
-        trajectories, advantages = make_trajectories(step)
+        trajectories, advantages = random_trajectories(step)
         share = list(range(replica, len(trajectories), replicas))
         part = [trajectories[i] for i in share], [advantages[i] for i in share]
         if step == 0:
@@ -268,7 +223,7 @@ def run_job(job: dict, out: Path) -> None:
         background = job.get("background", False)
         policy.save(Path(job["save"]), background)
         if background:  # what is trained meanwhile must not reach the checkpoint
-            trajectories, advantages = make_trajectories(7)
+            trajectories, advantages = random_trajectories(7)
             policy.train_step(trajectories[rank::2], advantages[rank::2], [0] * len(trajectories[rank::2]))
         policy.finish_save()
     policy.reload("weight")
@@ -315,7 +270,7 @@ def oracle(job: dict) -> dict:
     factor = lr_factor(config.actor.lr_sched, optim.lr, STEPS)
     result: dict = {"metrics": []}
     for step in range(STEPS):
-        trajectories, advantages = make_trajectories(step)
+        trajectories, advantages = random_trajectories(step)
         tokens = sum(int(t.loss_mask.sum()) for t in trajectories)
         loss_sum, entropy_sum = 0.0, 0.0
         logprobs = {}

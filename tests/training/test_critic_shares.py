@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from support import policy_ranks as ranks
+from support.trajectories import random_trajectories
 
 from searchr1.cluster.critic_worker import CriticGroup
 from searchr1.config.layout import critic_layout
@@ -57,7 +57,7 @@ def test_each_copy_gets_a_share_and_its_first_rank_answers(backend, tensor, pipe
     config.critic.training_backend = backend
     config.critic.model.tensor_model_parallel_size, config.critic.model.pipeline_model_parallel_size = tensor, pipeline
     config.algorithm.kl_beta = 0.0
-    trajectories, _ = ranks.make_trajectories(0)
+    trajectories, _ = random_trajectories(0)
     for trajectory in trajectories:
         trajectory.reward = 10.0
     channel = FakeChannel()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import policy_ranks as ranks
+from support.models import make_model
 
 from searchr1.commands.sft import parse
 from searchr1.data.model_settings import ModelSettings
@@ -288,7 +288,7 @@ STEPS, LR = 4, 3e-3
 def start(tokenizer, tmp_path_factory):
     """A model, its tokenizer and uneven rows."""
     folder = tmp_path_factory.mktemp("start")
-    model = ranks.make_model("qwen2", True, folder / "model", num_hidden_layers=2, vocab_size=len(tokenizer))
+    model = make_model("qwen2", True, folder / "model", num_hidden_layers=2, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(model)
     rows = [{"prompt": f"Question: {i}?\n", "response": " Silver Harbor" * (1 + i % 5)} for i in range(20)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,1 +1,1 @@
-"""The policy on Megatron-Core. Only `mapping` and `architecture` import without it; the converter needs no more."""
+"""Policy and critic on Megatron-Core, which is imported only when one of them starts."""

@@ -1,4 +1,4 @@
-"""Lets Megatron-Core, which takes a GPU for granted, run in a process without one.
+"""Run Megatron-Core, which takes a GPU for granted, in a process without one.
 
 `prepare()` is called before Megatron is imported, `adapt()` after. Only Megatron's own modules are changed, and of torch
 only functions that cannot work without CUDA anyway: wrapping factories such as `torch.empty` for everybody would silently
@@ -24,7 +24,7 @@ _CPU_TYPES = {
 
 
 def prepare() -> None:
-    """Answers the questions that Megatron asks `torch.cuda` while it is imported and runs."""
+    """Replace what Megatron calls of `torch.cuda` while it is imported and runs."""
     if torch.cuda.is_available():
         return
     cuda: Any = torch.cuda
@@ -40,14 +40,14 @@ def prepare() -> None:
     original = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = original(self, *args, **kwargs)
-        return _CPU_TYPES.get(found, found) if not args and not kwargs else found
+        name = original(self, *args, **kwargs)
+        return _CPU_TYPES.get(name, name) if not args and not kwargs else name
 
     tensor.type = type_name
 
 
 def adapt() -> None:
-    """Gives every imported Megatron module a `torch` whose factories read `device="cuda"` as the CPU."""
+    """Give every imported Megatron module a `torch` whose factories read `device="cuda"` as the CPU."""
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random
@@ -64,11 +64,11 @@ class _TorchOnCpu(ModuleType):
     """`torch`, but for the devices that factories are asked for."""
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(torch, name)
+        value = getattr(torch, name)
         if name in _FACTORIES:
-            found = _on_cpu(found)
-            setattr(self, name, found)
-        return found
+            value = _on_cpu(value)
+            setattr(self, name, value)
+        return value
 
 
 def _on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,7 @@ PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch
 
 
 def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelConfig, device: Device) -> Any:
-    """Megatron's configuration of one rank's model."""
+    """Return Megatron's configuration of one rank's model."""
     from megatron.core.transformer import TransformerConfig
 
     dtype = PARAMETER_DTYPES[settings.precision]
@@ -46,7 +46,7 @@ def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelC
         pipeline_model_parallel_size=layout.pipeline_parallel,
         sequence_parallel=settings.sequence_parallel and layout.tensor_parallel > 1,
         variable_seq_lengths=True,
-        moe_token_dispatcher_type="alltoall",  # the default refuses variable lengths, also without experts
+        moe_token_dispatcher_type="alltoall",  # the default rejects variable lengths, also without experts
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -72,7 +72,7 @@ def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelC
 def build_model(
     arch: Architecture, hf_config: Any, layout: Layout, settings: ActorModelConfig, device: Device, max_tokens: int
 ) -> Any:
-    """One rank's part of the model, its weights not yet set."""
+    """Return one rank's part of the model, its weights not yet set."""
     from megatron.core import parallel_state
 
     from searchr1.learner.megatron.modules import PolicyModel, ValueModel, layer_spec
@@ -103,17 +103,17 @@ class LocalParameter:
 
 
 def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[LocalParameter]:
-    """Every parameter of this rank, once; an output layer tied to another stage's embedding stands for that.
+    """Return every parameter of this rank, once; an output layer tied to another stage's embedding stands for that.
 
     Raises:
-        RuntimeError: a parameter that the table does not know, or of another shape.
+        RuntimeError: a parameter that is not in the table, or of another shape.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 
     table = {entry.name: entry for entry in entries(arch)}
     size = parallel_state.get_tensor_model_parallel_world_size()
-    found = []
+    local = []
     for name, parameter in model.named_parameters():
         stored = checkpoint_name(_global_name(name, first_layer))
         if stored == "output_layer.weight" and arch.tied:
@@ -124,8 +124,8 @@ def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[L
         if entry.kind != "copy" and not hasattr(parameter, "tensor_model_parallel"):
             # Megatron marks parameters when it initialises them, which it does not here; the gradient's norm needs it.
             set_tensor_model_parallel_attributes(parameter, True, 1 if entry.kind == "columns" else 0, 1)
-        found.append(LocalParameter(entry, parameter))
-    return found
+        local.append(LocalParameter(entry, parameter))
+    return local
 
 
 def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch: Architecture) -> None:
@@ -155,7 +155,7 @@ def _global_name(name: str, first_layer: int) -> str:
 
 
 def first_layer_of_stage(arch: Architecture, layout: Layout) -> int:
-    """How many layers the stages before this rank's have."""
+    """Return how many layers the stages before this rank's have."""
     from megatron.core import parallel_state
 
     stage: int = parallel_state.get_pipeline_model_parallel_rank()

@@ -23,7 +23,7 @@ from searchr1.learner.attention import Borders, packed_attention
 
 
 class RMSNorm(nn.Module):
-    """Megatron's own wrapper of torch's RMSNorm refuses sequence parallelism; all that is missing is a mark."""
+    """RMSNorm with the mark that sequence parallelism needs; Megatron's own wrapper of torch's rejects that."""
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class PackedAttention(nn.Module):
         packed_seq_params: PackedRow,
         **_: Any,
     ) -> Tensor:
-        """[T, H, D] queries, [T, K, D] keys and values -> [T, H * D]."""
+        """Return [T, H * D] from [T, H, D] queries and [T, K, D] keys and values."""
         assert attention_mask is None
         output, _weights = packed_attention(
             self,
@@ -84,7 +84,7 @@ class PackedRow(PackedSeqParams):
 
 
 def layer_spec(config: Any, layers_here: int) -> Any:
-    """Megatron's own modules with the two layers above, whether or not Transformer Engine is installed."""
+    """Return Megatron's own modules with the two layers above, whether or not Transformer Engine is installed."""
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
@@ -108,12 +108,12 @@ class PolicyModel(GPTModel):
             self.output_layer.allreduce_dgrad = self.pg_collection.tp.size() > 1
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Megatron's, with the rotary angles of each token of the row [T, 1, D] in place of those of each position."""
+        """Do as Megatron does, with rotary angles [T, 1, D] of each token of the row in place of those of each position."""
         decoder_input, angles_S11D, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         return decoder_input, angles_S11D.squeeze(1)[position_ids[0]], *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What `_output` gives on the last stage, hidden states on the others."""
+        """Return `_output` on the last stage, hidden states on the others."""
         if not self.post_process:
             return hidden_states
         if self.config.sequence_parallel:
@@ -123,14 +123,14 @@ class PolicyModel(GPTModel):
         return self._output(hidden_states[self.output_positions_P])
 
     def _output(self, hidden_P1H: Tensor) -> Tensor:
-        """[P, V / T] logits."""
+        """Return logits [P, V / T]."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _bias = self.output_layer(hidden_P1H, weight=weight)
         return logits.squeeze(1)
 
 
 class ValueModel(PolicyModel):
-    """The same with a scalar head in the output layer's place; it starts at 0 and is whole on every tensor-parallel rank."""
+    """A policy model with a scalar head in the output layer's place; it starts at 0, and no rank has only a part of it."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"share_embeddings_and_output_weights": False})
@@ -140,11 +140,11 @@ class ValueModel(PolicyModel):
             nn.init.zeros_(self.value_head.weight)
 
     def _output(self, hidden_P1H: Tensor) -> Tensor:
-        """[P] values in fp32."""
+        """Return values [P] in fp32."""
         values_P: Tensor = self.value_head(hidden_P1H).flatten().float()
         return values_P
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: dict[str, Any] | None = None) -> Any:
-        """Of the parts as they are: GPTModel would look for the output layer."""
+        """Return the parts as they are: GPTModel would look for the output layer."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         return MegatronModule.sharded_state_dict(self, prefix, sharded_offsets, metadata)

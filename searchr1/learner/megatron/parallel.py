@@ -15,7 +15,7 @@ from searchr1.learner.stats import all_reduce_sums
 
 
 def start_megatron(layout: Layout, seed: int) -> Any:
-    """Import Megatron (through the shim on a CPU), make its process groups, seed it. Returns its `parallel_state`.
+    """Import Megatron (through the shim on a CPU), make its process groups, seed it. Return its `parallel_state`.
 
     The default process group must exist.
     """

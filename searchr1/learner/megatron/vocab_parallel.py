@@ -23,7 +23,7 @@ def vocab_parallel_logprobs(
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> TokenLogprobs:
-    """Log-softmax of `logits / temperature` at each row's target, and the rows' entropy; the same on all ranks.
+    """Return log-softmax of `logits / temperature` at each row's target, and the rows' entropy; the same on all ranks.
 
     Computes in fp32 (float64 for float64 logits), a few rows at a time. The gradient of the logits, of their shape and
     dtype, is all that the backward pass allocates; each rank gets its own part of it, and nothing is communicated.
@@ -102,5 +102,5 @@ class _VocabParallel(torch.autograd.Function):
 
 
 def _finite(values: Tensor) -> Tensor:
-    """With the clamp, 0 * -inf is a 0."""
+    """Return values without -inf, so that 0 * -inf is 0."""
     return values.clamp(min=torch.finfo(values.dtype).min)
