@@ -22,8 +22,6 @@ BASE = {
 }  # fmt: skip
 """Modules that any room may import."""
 REPAIRED_SOON: dict[tuple[str, str], str] = {
-    ("searchr1.learner.backend", "searchr1.learner.fsdp"): "the factory of backends leaves their interface's file",
-    ("searchr1.learner.backend", "searchr1.learner.megatron.backend"): "likewise",
     ("searchr1.checkpoints.run_settings", "searchr1.data.model_settings"): "the reader of run settings moves up",
     ("searchr1.checkpoints.run_settings", "searchr1.tracking.legs"): "the reader of run settings moves up",
     ("searchr1.retrieval.index.bm25_files", "searchr1.retrieval.index.bm25_index"): "a cycle within the room",
