@@ -127,13 +127,22 @@ def test_links_out_of_the_docs_become_paths():
         hooks.on_page_markdown("[x](../../gone.py)", page=Page, config=Config, files=None)
 
 
+def docs_extra() -> list[str]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return project["optional-dependencies"]["docs"]
+
+
+def test_what_builds_the_site_is_pinned():
+    pinned = dict(requirement.split("==") for requirement in docs_extra())
+    assert {"mkdocs", "mkdocs-material", "mkdocstrings[python]"} <= set(pinned)
+
+
 @pytest.mark.network
 def test_the_site_builds_without_a_warning(tmp_path):
     """Installs the extra `docs`, which the other tests do without."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv/bin/python"
-    install = [python, "-m", "pip", "install", "-q", *project["optional-dependencies"]["docs"]]
+    install = [python, "-m", "pip", "install", "-q", *docs_extra()]
     subprocess.run(install, check=True, timeout=240)
     build = [python, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     built = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=120)
