@@ -26,7 +26,6 @@ REPAIRED_SOON: dict[tuple[str, str], str] = {
     ("searchr1.checkpoints.run_settings", "searchr1.tracking.legs"): "the reader of run settings moves up",
     ("searchr1.retrieval.index.bm25_files", "searchr1.retrieval.index.bm25_index"): "a cycle within the room",
     ("searchr1.retrieval.server.load", "searchr1.retrieval.server.start"): "a cycle within the room",
-    ("searchr1.evaluation.results", "searchr1.evaluation.page"): "a cycle within the room",
 }
 """Imports upwards or in a circle that are being repaired, with how; none may be added."""
 

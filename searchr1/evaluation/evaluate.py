@@ -17,7 +17,8 @@ from searchr1.errors import UserError, WorkerDied
 from searchr1.evaluation.manifest import billions
 from searchr1.evaluation.methods import sampling_note
 from searchr1.evaluation.passages import require_server, watch_servers
-from searchr1.evaluation.results import Results, method_result, write_results
+from searchr1.evaluation.result_files import write_results
+from searchr1.evaluation.results import Results, method_result
 from searchr1.evaluation.summary import flat_metrics
 from searchr1.evaluation.tasks import (
     Questions,

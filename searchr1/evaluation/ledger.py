@@ -1,4 +1,4 @@
-"""Finished questions on disk: a JSON line per attempt, appended as they finish; an evaluation that was killed goes on."""
+"""Finished questions on disk: a JSON line per rollout, appended as they finish; an evaluation that was killed goes on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Ledger:
         self.begun = False
         """Whether `begin` was called."""
         self.finished: set[int] = set()
-        """Numbers of the questions whose attempts are all there."""
+        """Numbers of the questions whose rollouts are all there."""
         self.spoiled: set[int] = set()
         """Numbers of the questions that are to be asked again because a tool failed."""
 
@@ -98,7 +98,7 @@ class Ledger:
         self.begun = True
 
     def append(self, trajectories: Sequence[Trajectory]) -> None:
-        """Write attempts, those at one question next to each other; a kill after this returns takes none of them.
+        """Write rollouts, those at one question next to each other; a kill after this returns takes none of them.
 
         Raises:
             UserError: the disk is full.
@@ -163,10 +163,10 @@ def _check_manifest(folder: Path, manifest: Manifest, has_rows: bool) -> None:
         raise UserError(f"{folder} holds an evaluation that this one cannot go on with; {advice}. What differs:{told}")
 
 
-def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], set[int], int]:
+def _scan(file: BinaryIO, path: Path, rollouts: int) -> tuple[set[int], set[int], int]:
     """The finished questions, those of them in which a tool failed, and where the last whole one ends.
 
-    Attempts at one question follow each other; of a question that was asked twice the last time counts.
+    Rollouts of one question follow each other; of a question that was asked twice the last time counts.
     """
     finished: set[int] = set()
     failed: set[int] = set()
@@ -186,7 +186,7 @@ def _scan(file: BinaryIO, path: Path, attempts: int) -> tuple[set[int], set[int]
             raise UserError(f"{path}:{line_number}: not a logged answer ({error}); remove the line") from error
         seen = parts.setdefault(number, {})
         seen[rollout_id] = went_wrong
-        if len(seen) == attempts:
+        if len(seen) == rollouts:
             finished.add(number)
             (failed.add if any(seen.values()) else failed.discard)(number)
             end = position

@@ -43,7 +43,7 @@ def main_method(names: Sequence[str]) -> str:
 
 
 def agent_settings(config: Config, method: Method) -> AgentSettings:
-    """How a method's attempts go: greedy, unless there are several attempts or `algorithm.eval_sampling_params` is set.
+    """How a method's rollouts go: greedy, unless there are several rollouts or `algorithm.eval_sampling_params` is set.
 
     Methods without tools are one generation with the whole response for it, ended by an answer.
     """
@@ -64,13 +64,13 @@ def agent_settings(config: Config, method: Method) -> AgentSettings:
     )
 
 
-def sampling_note(settings: AgentSettings, attempts: int) -> str:
-    """How attempts are drawn, in a sentence."""
+def sampling_note(settings: AgentSettings, rollouts: int) -> str:
+    """How rollouts are drawn, in a sentence."""
     sampling = settings.sampling
     if sampling.temperature == 0:
-        if attempts == 1:
+        if rollouts == 1:
             return "greedy"
-        return f"{attempts} greedy attempts: all of them are the same (algorithm.sampling_params.do_sample is False)"
-    return f"{attempts} attempt{'s' if attempts > 1 else ''}, sampled at temperature {sampling.temperature:g}" + (
+        return f"{rollouts} greedy rollouts: all of them are the same (algorithm.sampling_params.do_sample is False)"
+    return f"{rollouts} rollout{'s' if rollouts > 1 else ''}, sampled at temperature {sampling.temperature:g}" + (
         f", top_p {sampling.top_p:g}" if sampling.top_p < 1 else ""
     )

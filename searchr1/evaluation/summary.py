@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from searchr1.evaluation.attempts import Attempt
 from searchr1.evaluation.published import in_order
+from searchr1.evaluation.rollouts import ScoredRollout
 
 Array = npt.NDArray[np.float64]
 
@@ -22,19 +22,19 @@ _CELLS = 4_000_000
 """Counts held in memory at once."""
 
 
-def pass_at_k(attempts: int, right: int, k: int) -> float:
-    """Chance that at least one of `k` attempts drawn without replacement from `attempts` is right: 1 - C(n-c, k) / C(n, k).
+def pass_at_k(rollouts: int, right: int, k: int) -> float:
+    """Return the chance that one or more of `k` drawn without replacement are right: 1 - C(n-c, k) / C(n, k).
 
-    This is the unbiased estimate of pass@k from n >= k independent attempts, c of them right
+    This is the unbiased estimate of pass@k from n >= k independent rollouts, c of them right
     (https://arxiv.org/abs/2107.03374, eq. 1).
     """
-    if not 0 <= right <= attempts or not 1 <= k <= attempts:
-        raise ValueError(f"pass@{k} of {right} right in {attempts}")
-    return 1.0 - math.comb(attempts - right, k) / math.comb(attempts, k)
+    if not 0 <= right <= rollouts or not 1 <= k <= rollouts:
+        raise ValueError(f"pass@{k} of {right} right in {rollouts}")
+    return 1.0 - math.comb(rollouts - right, k) / math.comb(rollouts, k)
 
 
 def bootstrap_means(values_QM: Array, name: str, seed: int, resamples: int = RESAMPLES) -> Array:
-    """Means over questions of `resamples` samples of the questions, drawn with replacement.
+    """Return means over questions of `resamples` samples of the questions, drawn with replacement.
 
     Questions with the same values are interchangeable, so what is drawn is how often each distinct row of values occurs:
     the same distribution as drawing question by question, and much faster where most values are 0 or 1.
@@ -60,7 +60,7 @@ def bootstrap_means(values_QM: Array, name: str, seed: int, resamples: int = RES
 
 
 def interval(means_B: Array) -> tuple[float, float]:
-    """The percentile interval that holds `CONFIDENCE` of the resampled means."""
+    """Return the percentile interval that holds `CONFIDENCE` of the resampled means."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means_B, [tail, 1 - tail])
     return float(low), float(high)
@@ -85,10 +85,11 @@ class SetSummary:
     name: str
     questions: int
     attempts: int
+    """Rollouts of all its questions; `attempts` in results.json."""
     scores: dict[str, Value]
-    """`exact_match` (the mean over attempts, avg@k), `f1`, `substring_match`, `judge` where one was asked, `pass@k`."""
+    """`exact_match` (the mean over rollouts, avg@k), `f1`, `substring_match`, `judge` where one was asked, `pass@k`."""
     facts: dict[str, float]
-    """How the attempts went: see `facts_of`."""
+    """Means and shares of the rollouts: see `facts_of`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,76 +103,78 @@ class Summary:
     overall: SetSummary
     """Every question counts the same."""
     group_size: int = 1
-    """Attempts at each question."""
+    """Rollouts of each question."""
     untagged: str = "reject"
-    """`evaluation.untagged`, by which the attempts were scored."""
+    """`evaluation.untagged`, by which the rollouts were scored."""
 
 
-def summarise(attempts: Sequence[Attempt], seed: int = 0, resamples: int = 0, untagged: str = "reject") -> Summary:
-    """Summarise attempts (at least one).
+def summarise(rollouts: Sequence[ScoredRollout], seed: int = 0, resamples: int = 0, untagged: str = "reject") -> Summary:
+    """Summarise rollouts (at least one).
 
     Args:
-        attempts: all of one method.
+        rollouts: all of one method.
         seed: of the resampling.
         resamples: 0 computes no intervals.
         untagged: how they were scored.
     """
-    by_source: dict[str, list[Attempt]] = defaultdict(list)
-    for attempt in attempts:
-        by_source[attempt.source].append(attempt)
-    group_size = max(attempt.rollout_id for attempt in attempts) + 1
-    names = score_names(attempts, group_size)
+    by_source: dict[str, list[ScoredRollout]] = defaultdict(list)
+    for rollout in rollouts:
+        by_source[rollout.source].append(rollout)
+    group_size = max(rollout.rollout_id for rollout in rollouts) + 1
+    names = score_names(rollouts, group_size)
     sets, resampled = [], []
     for source in in_order(set(by_source)):
-        found, means_BM = _of_set(source, by_source[source], names, seed, resamples)
-        sets.append(found)
+        one_set, means_BM = _of_set(source, by_source[source], names, seed, resamples)
+        sets.append(one_set)
         resampled.append(means_BM)
     macro = {}
     for m, name in enumerate(names):
         mean = float(np.mean([one.scores[name].mean for one in sets]))
         bounds = interval(np.mean([means_BM[:, m] for means_BM in resampled], axis=0)) if resamples else (None, None)
         macro[name] = Value(mean, *bounds)
-    overall = sets[0] if len(sets) == 1 else _of_set("all", list(attempts), names, seed, resamples)[0]
+    overall = sets[0] if len(sets) == 1 else _of_set("all", list(rollouts), names, seed, resamples)[0]
     return Summary(sets, macro, overall, group_size, untagged)
 
 
-def score_names(attempts: Sequence[Attempt], group_size: int) -> list[str]:
-    """The scores that these attempts have, and pass@k for 2, 4, 8, … and all attempts."""
+def score_names(rollouts: Sequence[ScoredRollout], group_size: int) -> list[str]:
+    """Return the names of the scores that these rollouts have, and pass@k for 2, 4, 8, … and all rollouts."""
     names = list(SCORES)
-    if all(attempt.judge is not None for attempt in attempts):
+    if all(rollout.judge is not None for rollout in rollouts):
         names.append("judge")
     ks = {k for k in (2**power for power in range(1, 20)) if k < group_size} | ({group_size} if group_size > 1 else set())
     return names + [f"pass@{k}" for k in sorted(ks)]
 
 
-def _of_set(name: str, attempts: list[Attempt], names: list[str], seed: int, resamples: int) -> tuple[SetSummary, Array]:
-    by_question: dict[int, list[Attempt]] = defaultdict(list)
-    for attempt in attempts:
-        by_question[attempt.question].append(attempt)
+def _of_set(
+    name: str, rollouts: list[ScoredRollout], names: list[str], seed: int, resamples: int
+) -> tuple[SetSummary, Array]:
+    by_question: dict[int, list[ScoredRollout]] = defaultdict(list)
+    for rollout in rollouts:
+        by_question[rollout.question].append(rollout)
     values_QM = np.array([[_score(name, group) for name in names] for group in by_question.values()])
     means_BM = bootstrap_means(values_QM, name, seed, resamples) if resamples else np.empty((0, len(names)))
     scores = {}
     for m, score in enumerate(names):
         bounds = interval(means_BM[:, m]) if resamples else (None, None)
         scores[score] = Value(float(values_QM[:, m].mean()), *bounds)
-    return SetSummary(name, len(by_question), len(attempts), scores, facts_of(attempts)), means_BM
+    return SetSummary(name, len(by_question), len(rollouts), scores, facts_of(rollouts)), means_BM
 
 
-def _score(name: str, group: list[Attempt]) -> float:
-    """A question's value: the mean over its attempts, or what pass@k makes of them."""
+def _score(name: str, group: list[ScoredRollout]) -> float:
+    """Return a question's value: the mean over its rollouts, or their pass@k."""
     if name.startswith("pass@"):
-        right = sum(attempt.exact_match > 0 for attempt in group)
+        right = sum(rollout.exact_match > 0 for rollout in group)
         return pass_at_k(len(group), right, min(int(name.removeprefix("pass@")), len(group)))
-    return float(np.mean([getattr(attempt, name) for attempt in group]))
+    return float(np.mean([getattr(rollout, name) for rollout in group]))
 
 
-def facts_of(attempts: Sequence[Attempt]) -> dict[str, float]:
-    """Means over attempts; `invalid_rate` and `untagged_turns` are shares of turns, `tool_failure_rate` of calls."""
-    turns = sum(attempt.turns for attempt in attempts)
-    calls = sum(attempt.tool_calls for attempt in attempts)
+def facts_of(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
+    """Return means over rollouts; `invalid_rate` and `untagged_turns` are shares of turns, `tool_failure_rate` of calls."""
+    turns = sum(rollout.turns for rollout in rollouts)
+    calls = sum(rollout.tool_calls for rollout in rollouts)
 
     def mean(name: str) -> float:
-        return float(np.mean([getattr(attempt, name) for attempt in attempts]))
+        return float(np.mean([getattr(rollout, name) for rollout in rollouts]))
 
     return {
         "reward": mean("reward"),
@@ -179,22 +182,22 @@ def facts_of(attempts: Sequence[Attempt]) -> dict[str, float]:
         "turns": mean("turns"),
         "response_length": mean("response_length"),
         "policy_tokens": mean("policy_tokens"),
-        "invalid_rate": sum(attempt.invalid for attempt in attempts) / max(turns, 1),
+        "invalid_rate": sum(rollout.invalid for rollout in rollouts) / max(turns, 1),
         "untagged": mean("untagged"),
-        "untagged_turns": sum(attempt.untagged_turns for attempt in attempts) / max(turns, 1),
+        "untagged_turns": sum(rollout.untagged_turns for rollout in rollouts) / max(turns, 1),
         "by_text": mean("by_text"),
         "answered": mean("answered"),
         "truncated": mean("truncated"),
         "failed": mean("failed"),
-        "tool_failure_rate": sum(attempt.tool_failures for attempt in attempts) / max(calls, 1),
+        "tool_failure_rate": sum(rollout.tool_failures for rollout in rollouts) / max(calls, 1),
     }
 
 
 def flat_metrics(summary: Summary) -> dict[str, float]:
-    """`val/<name>` over all questions, `val/<set>/<name>` per set, and `val/macro/<score>`, the sets' mean."""
+    """Return `val/<name>` over all questions, `val/<set>/<name>` per set, and `val/macro/<score>`, the sets' mean."""
     metrics = {}
-    for prefix, found in [("val", summary.overall), *((f"val/{one.name}", one) for one in summary.sets)]:
-        metrics[f"{prefix}/questions"] = float(found.questions)
-        metrics |= {f"{prefix}/{name}": value.mean for name, value in found.scores.items()}
-        metrics |= {f"{prefix}/{name}": value for name, value in found.facts.items()}
+    for prefix, one_set in [("val", summary.overall), *((f"val/{one.name}", one) for one in summary.sets)]:
+        metrics[f"{prefix}/questions"] = float(one_set.questions)
+        metrics |= {f"{prefix}/{name}": value.mean for name, value in one_set.scores.items()}
+        metrics |= {f"{prefix}/{name}": value for name, value in one_set.facts.items()}
     return metrics | {f"val/macro/{name}": value.mean for name, value in summary.macro.items()}

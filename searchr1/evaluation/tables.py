@@ -24,7 +24,7 @@ FACT_TITLES = {
 SHARES = ("invalid_rate", "untagged", "truncated", "failed", "tool_failure_rate")
 
 UNTAGGED_WARNED = 0.01
-"""Share of attempts without a tag from which on a table warns of them."""
+"""Share of rollouts without a tag from which on a table warns of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +66,11 @@ def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
         rows.append(["average of sets", "", *average, *("" for _ in FACT_TITLES)])
         rows.append(row("all questions", summary.overall))
     title = METHODS[name].title
-    attempts = f"means over {summary.group_size} attempts at each question; " if summary.group_size > 1 else ""
+    rollouts = f"means over {summary.group_size} rollouts of each question; " if summary.group_size > 1 else ""
     note = (
-        f"{attempts}95 % intervals by bootstrap over questions. Searches, turns and tokens (retrieved ones included) are "
-        "per attempt; invalid is a share of turns; untagged (no tag of an action at all), truncated and failed are shares "
-        "of attempts, tool failures one of calls."
+        f"{rollouts}95 % intervals by bootstrap over questions. Searches, turns and tokens (retrieved ones included) are "
+        "per rollout; invalid is a share of turns; untagged (no tag of an action at all), truncated and failed are shares "
+        "of rollouts, tool failures one of calls."
     )
     failed = summary.overall.facts["tool_failure_rate"]
     warnings = (
@@ -81,17 +81,17 @@ def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
 
 
 def untagged_warning(summary: Summary) -> list[str]:
-    """What a reader must know of attempts without tags: how many there are, and what they count."""
+    """What a reader must know of rollouts without tags: how many there are, and what they count."""
     facts = summary.overall.facts
     if facts["by_text"]:
         return [
-            f"{percent(facts['by_text'])} of the attempts gave no answer tag and were scored by the whole text of their "
+            f"{percent(facts['by_text'])} of the rollouts gave no answer tag and were scored by the whole text of their "
             "last turn (evaluation.untagged: text); exact match then needs a text that is nothing but the answer."
         ]
     if facts["untagged"] < UNTAGGED_WARNED:
         return []
     return [
-        f"{percent(facts['untagged'])} of the attempts ({percent(facts['untagged_turns'])} of the turns) have no <search>, "
+        f"{percent(facts['untagged'])} of the rollouts ({percent(facts['untagged_turns'])} of the turns) have no <search>, "
         "<access> or <answer> tag at all and count as wrong. Either the prompt is not the one that the model was trained "
         "with (data.prompt_template, data.apply_chat_template), or the model answers in another format: "
         "evaluation.untagged=text scores its text."

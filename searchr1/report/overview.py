@@ -1,4 +1,4 @@
-"""What the page about one or several runs shows at once: everything but the trajectories. Pure functions of plain data."""
+"""What the page about one or several runs shows at once: everything but the trajectories; pure functions of plain data."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class RunView:
     metrics: list[Row]
     files: list[LoggedFile]
     first: Briefs = field(default_factory=list)
-    """Of the first evaluation's trajectories."""
+    """`brief`s of the first evaluation's trajectories."""
     last: Briefs = field(default_factory=list)
-    """Of the last evaluation's."""
+    """`brief`s of the last evaluation's trajectories."""
     changes: list[SettingsChange] = field(default_factory=list)
     """Where the settings changed."""
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """The folders' own names, with as much of their parents as tells them apart."""
+    """Return the folders' own names, with as much of their parents as makes them distinct."""
     folders = [run.resolve() for run in runs]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
@@ -41,7 +41,7 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 
 
 def ends_of(files: Sequence[LoggedFile]) -> tuple[LoggedFile | None, LoggedFile | None]:
-    """The first and the last evaluation's files; the first is None if there is only one."""
+    """Return the first and the last evaluation's files; the first is None if there is only one."""
     evals = [file for file in files if file.mode == "eval"]
     if not evals:
         return None, None
@@ -49,11 +49,11 @@ def ends_of(files: Sequence[LoggedFile]) -> tuple[LoggedFile | None, LoggedFile 
 
 
 def overview_of(views: Sequence[RunView], body_of: Callable[[int, LoggedFile, str], Row | None]) -> dict[str, Any]:
-    """Title, summaries, tiles, table, changes of settings, and charts.
+    """Return title, summaries, tiles, table, changes of settings, and charts.
 
     Args:
         views: the runs; with more than one, they are compared.
-        body_of: the first trajectory of a run's file with some id.
+        body_of: returns the first trajectory with an id in a run's file.
     """
     views = [replace(view, first=_latest(view.first), last=_latest(view.last)) for view in views]
     one = views[0] if len(views) == 1 else None
@@ -82,25 +82,25 @@ def _change(run: str, change: SettingsChange) -> dict[str, Any]:
 
 
 def _latest(briefs: Briefs) -> Briefs:
-    """The last of each attempt: an evaluation asks questions again whose tool calls failed, and keeps what it had."""
+    """Return the last row of each rollout: an evaluation asks questions with failed tool calls again, and keeps all rows."""
     parts = [COLUMNS.index(name) for name in ("id", "question", "replica")]
-    return list({tuple(told[part] for part in parts): told for told in briefs}.values())
+    return list({tuple(row[part] for part in parts): row for row in briefs}.values())
 
 
 def _metrics(view: RunView) -> list[Row]:
-    """The run's metrics; of an evaluation that is not finished, or whose metrics are elsewhere, what its answers tell."""
+    """Return the run's metrics; without metrics of its last evaluation, those that its trajectories give."""
     _, file = ends_of(view.files)
     if file is None or not view.last or evaluations_of(view.metrics):
         return view.metrics
     groups: dict[str, Briefs] = {"val": view.last}
-    for told in view.last:
-        groups.setdefault(f"val/{told[COLUMNS.index('source')]}", []).append(told)
+    for row_brief in view.last:
+        groups.setdefault(f"val/{row_brief[COLUMNS.index('source')]}", []).append(row_brief)
     row: Row = {"step": file.step}
     for prefix, briefs in groups.items():
-        row[f"{prefix}/questions"] = len({told[0] for told in briefs})
-        row[f"{prefix}/exact_match"] = sum(told[COLUMNS.index("right")] for told in briefs) / len(briefs)
-        row[f"{prefix}/searches"] = sum(told[COLUMNS.index("searches")] for told in briefs) / len(briefs)
-        row[f"{prefix}/response_length"] = sum(told[COLUMNS.index("length")] for told in briefs) / len(briefs)
+        row[f"{prefix}/questions"] = len({one[0] for one in briefs})
+        row[f"{prefix}/exact_match"] = sum(one[COLUMNS.index("right")] for one in briefs) / len(briefs)
+        row[f"{prefix}/searches"] = sum(one[COLUMNS.index("searches")] for one in briefs) / len(briefs)
+        row[f"{prefix}/response_length"] = sum(one[COLUMNS.index("length")] for one in briefs) / len(briefs)
     return [*view.metrics, row]
 
 
@@ -121,8 +121,8 @@ def _summary(
     if question is not None:
         ends = [(file, body_of(number, file, question)) for file in (first, last) if file]
         briefs = [{brief[0]: brief for brief in end}[question] for end in (view.first, view.last)]
-        attempts = [_attempt(number, f, b, t) for (f, b), t in zip(ends, briefs, strict=True) if b is not None]
-        example = {"question": briefs[0][COLUMNS.index("question")], "attempts": attempts}
+        rollouts = [_rollout(number, f, b, t) for (f, b), t in zip(ends, briefs, strict=True) if b is not None]
+        example = {"question": briefs[0][COLUMNS.index("question")], "attempts": rollouts}
     return {
         "run": view.name if compares else "",
         "headline": summary.headline,
@@ -132,13 +132,13 @@ def _summary(
     }
 
 
-def _attempt(run: int, file: LoggedFile, body: Row, brief: list[Any]) -> dict[str, Any]:
-    told = dict(zip(COLUMNS, brief, strict=True))
+def _rollout(run: int, file: LoggedFile, body: Row, brief: list[Any]) -> dict[str, Any]:
+    values = dict(zip(COLUMNS, brief, strict=True))
     queries = [query for turn in body["turns"] if turn.get("action") == "search" for query in turn.get("queries") or []]
     return {
         "step": file.step,
-        "answer": told["answer"],
-        "right": told["right"],
+        "answer": values["answer"],
+        "right": values["right"],
         "queries": [str(query) for query in queries],
-        "key": f"{run}/{file.mode}/{file.step}/{told['replica']}/{told['id']}",
+        "key": f"{run}/{file.mode}/{file.step}/{values['replica']}/{values['id']}",
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def render(overview: dict[str, Any], index: str = "", packed: Iterable[tuple[str
     data = f'<script type="application/json" id="overview">{embedded_json(overview)}</script>\n'
     data += f'<script type="text/plain" id="index">{index}</script>\n'
     policy = REPORT.policy(connect=bool(overview.get("live")))
-    before, after = REPORT.parts({"title": escape(overview["title"]), "policy": html.escape(policy), "data": data})
+    before, after = REPORT.parts({"title": escape(overview["title"]), "policy": policy, "data": data})
     yield before
     for name, text in packed:
         yield f'<script type="text/plain" id="{name}">{text}</script>\n'

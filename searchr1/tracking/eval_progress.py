@@ -56,7 +56,7 @@ class EvalProgress:
             self._console.print(self._line(), highlight=False, markup=False)
 
     def advance(self, questions: int, right: float = 0.0, scored: int = 0) -> None:
-        """Some more questions are finished; `right` of `scored` attempts at them were exact matches."""
+        """Some more questions are finished; `right` of `scored` rollouts of them were exact matches."""
         self._done += questions
         self._right += right
         self._scored += scored

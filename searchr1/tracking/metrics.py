@@ -26,7 +26,7 @@ STEP_METRICS = {
     "rollout/truncated": "share of trajectories that ran out of tokens",
     "rollout/failed": "share of trajectories that an error ended",
     "rollout/forced_final": "share of trajectories whose last turn was forced because the search turns were used up",
-    "rollout/uniform_groups": "share of groups whose attempts all earned the same, which teach nothing",
+    "rollout/uniform_groups": "share of groups whose rollouts all earned the same, which teach nothing",
     "tool/calls": "tool calls of all trajectories together",
     "tool/failure_rate": "share of tool calls that failed",
     "tool/seconds_p50": "median seconds of a tool call",

@@ -92,7 +92,7 @@ def _turn_rows(trajectory: Trajectory, token_text: TokenText | None) -> list[dic
 def whole_groups(trajectories: Sequence[Trajectory], most: int | None) -> list[Trajectory]:
     """At most `most` (None: all) of a step's trajectories: whole groups, evenly spread over the step's questions.
 
-    If not even one group fits, the first attempts of one.
+    If not even one group fits, the first rollouts of one.
     """
     groups: dict[int, list[Trajectory]] = {}
     for trajectory in trajectories:

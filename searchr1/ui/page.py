@@ -45,7 +45,7 @@ class Page:
         return _joined(self.scripts)
 
     def policy(self, *extra: str, connect: bool = False) -> str:
-        """Return the Content-Security-Policy.
+        """Return the Content-Security-Policy, which can stand in an attribute within double quotes.
 
         Args:
             extra: further directives.

@@ -13,10 +13,10 @@ from searchr1.evaluation.summary import bootstrap_means, interval, pass_at_k
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n), st.integers(1, n))))
-def test_pass_at_k_is_the_share_of_drawn_subsets_with_a_right_attempt(case):
-    attempts, right, k = case
-    subsets = list(itertools.combinations([True] * right + [False] * (attempts - right), k))
-    assert pass_at_k(attempts, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
+def test_pass_at_k_is_the_share_of_drawn_subsets_with_a_right_rollout(case):
+    rollouts, right, k = case
+    subsets = list(itertools.combinations([True] * right + [False] * (rollouts - right), k))
+    assert pass_at_k(rollouts, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
 
 
 @pytest.mark.parametrize("case", [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)])

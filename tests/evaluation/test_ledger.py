@@ -31,18 +31,18 @@ def test_what_was_finished_is_there_again(tmp_path, make_trajectory):
         assert [row["number"] for row in again.rows()] == [3, 1, 7, 2]
 
 
-@pytest.mark.parametrize("attempts", [1, 2])
-def test_cut_off_at_any_byte_every_whole_question_is_kept(tmp_path, make_trajectory, attempts):
-    rows = [make_trajectory(i, rollout_id=r, answer="Zoë") for i in range(3) for r in range(attempts)]
-    with Ledger.open(tmp_path / "whole", manifest(attempts=attempts)) as ledger:
+@pytest.mark.parametrize("rollouts", [1, 2])
+def test_cut_off_at_any_byte_every_whole_question_is_kept(tmp_path, make_trajectory, rollouts):
+    rows = [make_trajectory(i, rollout_id=r, answer="Zoë") for i in range(3) for r in range(rollouts)]
+    with Ledger.open(tmp_path / "whole", manifest(attempts=rollouts)) as ledger:
         ledger.append(rows)
     data = eval_file(tmp_path / "whole", 0).read_bytes()
     per_question = len(data) // 3
     folder = tmp_path / "torn"
     for cut in range(0, len(data) + 1, 31):
-        with Ledger.open(folder, manifest(attempts=attempts)):
+        with Ledger.open(folder, manifest(attempts=rollouts)):
             eval_file(folder, 0).write_bytes(data[:cut])
-        with Ledger.open(folder, manifest(attempts=attempts)) as ledger:
+        with Ledger.open(folder, manifest(attempts=rollouts)) as ledger:
             assert ledger.finished == set(range(cut // per_question)), cut
             ledger.append([row for row in rows if row.sample.index not in ledger.finished])
         assert eval_file(folder, 0).read_bytes() == data, cut
@@ -142,15 +142,15 @@ def test_half_of_a_surrogate_pair_can_be_written_and_read(tmp_path, make_traject
         score_rows(ledger.rows(), 1, "here")
 
 
-def test_an_attempt_that_was_written_twice_counts_once_the_last_time(tmp_path, make_trajectory):
+def test_a_rollout_that_was_written_twice_counts_once_the_last_time(tmp_path, make_trajectory):
     with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory(0, right=False), make_trajectory(1), make_trajectory(0)])
-        attempts, _ = score_rows(ledger.rows(), 2, "here")
-    assert [attempt.exact_match for attempt in attempts] == [1, 1]
+        rollouts, _ = score_rows(ledger.rows(), 2, "here")
+    assert [rollout.exact_match for rollout in rollouts] == [1, 1]
 
 
 def test_missing_and_foreign_rows_are_told(make_trajectory):
-    with pytest.raises(UserError, match="here: 0 attempts are there, 3 were asked for"):
+    with pytest.raises(UserError, match="here: 0 rollouts are there, 3 were asked for"):
         score_rows([], 3, "here")
     with pytest.raises(UserError, match="not a logged answer"):
         score_rows([{"number": 0, "turns": 3}], 1, "here")

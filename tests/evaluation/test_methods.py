@@ -1,4 +1,4 @@
-"""How each method's attempts go, what identifies an evaluation, and mistakes in its section of the YAML."""
+"""How each method's rollouts go, what identifies an evaluation, and mistakes in its section of the YAML."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ def test_the_other_methods_are_one_generation_that_an_answer_ends(name):
     assert settings.sampling.temperature == 0
 
 
-def test_several_attempts_are_sampled_and_one_is_greedy_unless_told_otherwise():
+def test_several_rollouts_are_sampled_and_one_is_greedy_unless_configured():
     search = METHODS["search"]
     assert sampling_note(agent_settings(config(), search), 1) == "greedy"
     several = config(algorithm__group_size=4, algorithm__sampling_params=SamplingParams(temperature=0.7, top_p=0.9))
-    assert sampling_note(agent_settings(several, search), 4) == "4 attempts, sampled at temperature 0.7, top_p 0.9"
+    assert sampling_note(agent_settings(several, search), 4) == "4 rollouts, sampled at temperature 0.7, top_p 0.9"
     several.algorithm.sampling_params.do_sample = False
     assert "all of them are the same" in sampling_note(agent_settings(several, search), 4)
     several.algorithm.eval_sampling_params = SamplingParams(temperature=0.3)
     assert agent_settings(several, search).sampling.temperature == 0.3
     chosen = config(algorithm__eval_sampling_params=SamplingParams(temperature=0.5))
-    assert sampling_note(agent_settings(chosen, search), 1) == "1 attempt, sampled at temperature 0.5"
+    assert sampling_note(agent_settings(chosen, search), 1) == "1 rollout, sampled at temperature 0.5"
 
 
 def test_a_model_is_known_by_its_content_wherever_it_lies(tmp_path, monkeypatch):
@@ -197,4 +197,4 @@ def test_rlinfs_evaluation_recipe_runs_with_only_its_paths_edited(tmp_path, caps
     assert "evaluation  search; greedy" in printed
     assert "4 tool turns and a final one" in printed  # RLinf counts generations: 5
     assert main(["--eval", str(fixture), *words, "algorithm.group_size=4", "evaluation.methods=[rag,cot]"]) == 0
-    assert "evaluation  rag, cot; 4 greedy attempts: all of them are the same" in capsys.readouterr().out
+    assert "evaluation  rag, cot; 4 greedy rollouts: all of them are the same" in capsys.readouterr().out

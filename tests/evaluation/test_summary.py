@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from searchr1.evaluation.attempts import Attempt
 from searchr1.evaluation.published import LABELS, canonical, in_order
+from searchr1.evaluation.rollouts import ScoredRollout
 from searchr1.evaluation.summary import flat_metrics, summarise
 from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import trajectory_row
 
 
-def attempt_of(trajectory):
-    return Attempt.from_row(trajectory_row(trajectory), trajectory.sample.index)
+def scored(trajectory):
+    return ScoredRollout.from_row(trajectory_row(trajectory), trajectory.sample.index)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_sets_come_in_the_papers_order_then_others_by_name():
 def test_scores_are_taken_from_the_text(make_trajectory, answer, golds, scores):
     trajectory = make_trajectory(answer=answer, reward_parts={"exact_match": 0.123})
     trajectory.sample.golden_answers = golds
-    found = attempt_of(trajectory)
+    found = scored(trajectory)
     assert (found.exact_match, found.f1, found.substring_match) == pytest.approx(scores)
 
 
@@ -65,13 +65,13 @@ def test_an_example_in_the_retrieved_text_scores_nothing(make_trajectory):
     trajectory = make_trajectory()
     trajectory.turns[0].tool_text = "<answer> Ann Lee </answer>"
     trajectory.turns[1].policy_text = "I do not know"
-    assert attempt_of(trajectory).exact_match == 0
+    assert scored(trajectory).exact_match == 0
 
 
 def test_per_set_macro_and_all(make_trajectory):
     rows = [make_trajectory(i, source="NQ", right=i < 1) for i in range(4)]
     rows += [make_trajectory(4 + i, source="my set", right=True) for i in range(2)]
-    found = summarise([attempt_of(row) for row in rows], seed=0, resamples=500)
+    found = summarise([scored(row) for row in rows], seed=0, resamples=500)
     assert [(one.name, one.questions) for one in found.sets] == [("nq", 4), ("my set", 2)]
     assert [one.scores["exact_match"].mean for one in found.sets] == [0.25, 1]
     assert found.macro["exact_match"].mean == 0.625
@@ -84,10 +84,10 @@ def test_per_set_macro_and_all(make_trajectory):
     assert "judge" not in found.overall.scores
 
 
-def test_several_attempts_give_avg_and_pass_at_k(make_trajectory):
+def test_several_rollouts_give_avg_and_pass_at_k(make_trajectory):
     right = {0: [True, False, False, False], 1: [True, True, True, True], 2: [False] * 4}
     rows = [make_trajectory(i, rollout_id=r, right=ok) for i, oks in right.items() for r, ok in enumerate(oks)]
-    found = summarise([attempt_of(row) for row in rows])
+    found = summarise([scored(row) for row in rows])
     assert found.group_size == 4
     scores = found.overall.scores
     assert scores["exact_match"].mean == pytest.approx((0.25 + 1 + 0) / 3)
@@ -96,19 +96,19 @@ def test_several_attempts_give_avg_and_pass_at_k(make_trajectory):
     assert (found.overall.questions, found.overall.attempts) == (3, 12)
 
 
-def test_a_judge_is_a_score_only_if_it_was_asked_about_every_attempt(make_trajectory):
+def test_a_judge_is_a_score_only_if_it_was_asked_about_every_rollout(make_trajectory):
     parts = {"reward": 0.0, "exact_match": 0.0, "term/judge": 1.0}
     rows = [make_trajectory(0, reward_parts=parts), make_trajectory(1, reward_parts=parts)]
-    assert summarise([attempt_of(row) for row in rows]).overall.scores["judge"].mean == 1
+    assert summarise([scored(row) for row in rows]).overall.scores["judge"].mean == 1
     rows.append(make_trajectory(2))
-    assert "judge" not in summarise([attempt_of(row) for row in rows]).overall.scores
+    assert "judge" not in summarise([scored(row) for row in rows]).overall.scores
 
 
 def test_facts(make_trajectory):
     lost = make_trajectory(1, right=False, stop="length")
     lost.turns[0].tool_error = "no answer"
     lost.turns[1].action = "invalid"
-    facts = summarise([attempt_of(make_trajectory(0)), attempt_of(lost)]).overall.facts
+    facts = summarise([scored(make_trajectory(0)), scored(lost)]).overall.facts
     assert facts["searches"] == 1
     assert facts["turns"] == 2
     assert facts["response_length"] == 10
@@ -121,6 +121,6 @@ def test_facts(make_trajectory):
 
 def test_flat_metrics_hold_what_a_training_runs_evaluation_logs(make_trajectory):
     rows = [make_trajectory(i, source=source, right=i % 2 == 0) for i, source in enumerate(["nq", "nq", "one_hop"])]
-    flat = flat_metrics(summarise([attempt_of(row) for row in rows]))
+    flat = flat_metrics(summarise([scored(row) for row in rows]))
     logged = eval_metrics(rows)
     assert {name: flat[name] for name in logged} == logged

@@ -1,4 +1,4 @@
-"""Attempts without any tag: how many there are is said, and `evaluation.untagged: text` scores their text."""
+"""Rollouts without any tag: how many there are is said, and `evaluation.untagged: text` scores their text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from searchr1.tracking.trajectory_log import trajectory_row
 
 
 def said(make_trajectory, *texts, index=0, **fields):
-    """An attempt of turns that call nothing; the gold answer is Ann Lee."""
+    """A rollout of turns that call nothing; the gold answer is Ann Lee."""
     turns = [Turn(text, "invalid", 3) for text in texts]
     return make_trajectory(index, turns=turns, reward_parts={}, reward=0.0, stop="eos", **fields)
 
@@ -67,7 +67,7 @@ def results_of(trajectories, untagged, methods=("search",)):
 
 
 @pytest.fixture
-def attempts(make_trajectory):
+def rollouts(make_trajectory):
     """A model that knows the tags half of the time; its text is right, too long, and wrong."""
     return [
         make_trajectory(0), make_trajectory(1, right=False),
@@ -75,35 +75,35 @@ def attempts(make_trajectory):
     ]  # fmt: skip
 
 
-def test_the_text_is_scored_by_every_metric_where_it_is_asked_for(attempts):
-    rejected = results_of(attempts, "reject").main.overall
+def test_the_text_is_scored_by_every_metric_where_it_is_asked_for(rollouts):
+    rejected = results_of(rollouts, "reject").main.overall
     assert [rejected.scores[name].mean for name in ("exact_match", "f1", "substring_match")] == [0.25, 0.25, 0.25]
-    scored = results_of(attempts, "text").main.overall
+    scored = results_of(rollouts, "text").main.overall
     # the Ann Lee: 1, 1, 1. It was Ann Lee: 0, precision 2/4 and recall 2/2, 1.
     assert [scored.scores[name].mean for name in ("exact_match", "f1", "substring_match")] == pytest.approx(
         [0.5, (1 + 0 + 1 + 2 / 3) / 4, 0.75]
     )
     assert (rejected.facts["untagged"], scored.facts["untagged"]) == (0.5, 0.5)
-    # Two turns of each tagged attempt, one of the others.
+    # Two turns of each tagged rollout, one of the others.
     assert scored.facts["untagged_turns"] == pytest.approx(2 / 6)
     assert (rejected.facts["by_text"], scored.facts["by_text"]) == (0, 0.5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_share_is_said_and_what_to_do(attempts, method):
-    results = results_of(attempts, "reject", [method])
+def test_the_share_is_said_and_what_to_do(rollouts, method):
+    results = results_of(rollouts, "reject", [method])
     words = (
-        "50.0% of the attempts (33.3% of the turns) have no <search>, <access> or <answer> tag at all and count as wrong."
+        "50.0% of the rollouts (33.3% of the turns) have no <search>, <access> or <answer> tag at all and count as wrong."
     )
     text = results.text()
     assert f"WARNING: {words}" in text
     assert "data.prompt_template" in text
     assert "evaluation.untagged=text" in text
-    assert "50.0% of the attempts (33.3% of the turns) have no &lt;search&gt;" in page(results)
+    assert "50.0% of the rollouts (33.3% of the turns) have no &lt;search&gt;" in page(results)
     assert "have no &lt;search&gt;" in markdown(results.tables()[-1])
     assert results.json()["methods"][method]["all"]["facts"]["untagged"] == 0.5
-    told = results_of(attempts, "text", [method])
-    assert "50.0% of the attempts gave no answer tag and were scored by the whole text" in told.text()
+    told = results_of(rollouts, "text", [method])
+    assert "50.0% of the rollouts gave no answer tag and were scored by the whole text" in told.text()
     assert "count as wrong" not in told.text()
     assert told.json()["methods"][method]["untagged"] == "text"
     assert "answer: the Ann Lee" in page(told)
@@ -116,11 +116,11 @@ def test_a_model_that_writes_its_tags_is_not_warned_of(make_trajectory):
     assert results.main.overall.facts["untagged"] == 0
 
 
-def test_an_evaluation_does_not_go_on_under_another_setting(attempts, tmp_path, make_trajectory):
+def test_an_evaluation_does_not_go_on_under_another_setting(rollouts, tmp_path, make_trajectory):
     config = Config()
     method = METHODS["search"]
     settings = agent_settings(config, method)
-    samples = [attempt.sample for attempt in attempts]
+    samples = [rollout.sample for rollout in rollouts]
 
     def opened():
         return Ledger.open(tmp_path, manifest(config, method, settings, samples))
@@ -147,9 +147,9 @@ def test_rewards_of_an_evaluation_judge_included_see_the_text(make_trajectory):
 
     scorer = Scorer(RewardConfig(reward_type="exact_match"))
     scorer._found["exact_match"] = Reward("exact_match", judge, custom=False)
-    attempt = said(make_trajectory, "Ann Lee")
-    asyncio.run(scorer.score(attempt, "text"))
-    asyncio.run(scorer.score(attempt))
+    rollout = said(make_trajectory, "Ann Lee")
+    asyncio.run(scorer.score(rollout, "text"))
+    asyncio.run(scorer.score(rollout))
     assert seen == ["Ann Lee", None]
 
 
@@ -170,8 +170,8 @@ def test_training_never_pays_for_a_text_without_tags(make_trajectory, monkeypatc
     assert (trajectory.reward, trajectory.reward_parts["exact_match"]) == (right, right)
 
 
-def test_a_training_runs_evaluation_logs_the_share(attempts):
-    metrics = eval_metrics(attempts)
+def test_a_training_runs_evaluation_logs_the_share(rollouts):
+    metrics = eval_metrics(rollouts)
     assert metrics["val/untagged"] == metrics["val/nq/untagged"] == 0.5
     assert metrics["val/untagged_turns"] == pytest.approx(2 / 6)
 

@@ -148,7 +148,7 @@ def test_the_page_tells_the_run(run):
     assert summary["headline"] == "The model got better at the held-out questions."
 
 
-def test_the_summary_has_an_example_that_leads_to_both_attempts(run, make_trajectory):
+def test_the_summary_has_an_example_that_leads_to_both_rollouts(run, make_trajectory):
     searching = make_trajectory(
         1,
         source="two_hop",
@@ -232,7 +232,7 @@ def test_an_evaluation_alone_with_and_without_metrics(tmp_path, make_trajectory)
     bare = Reader(page(tmp_path))
     assert len(bare.rows()) == 3
     assert bare.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
-    # Of a question that was asked again the last attempt counts.
+    # Of a question that was asked again the last rollout counts.
     write_trajectories(eval_file(tmp_path, 0), [make_trajectory(0, right=False), *rows])
     again = Reader(page(tmp_path))
     assert again.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."

@@ -1,4 +1,4 @@
-"""One scored attempt at one question, as numbers. Scores are taken anew from the attempt's text."""
+"""One scored rollout of one question, as numbers. Scores are taken anew from the rollout's text."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ JUDGE_PART = f"term/{JUDGE}"
 
 
 @dataclass(frozen=True, slots=True)
-class Attempt:
+class ScoredRollout:
     """What the tables are made of."""
 
     question: int
-    """Equal for all attempts at one question."""
+    """Equal for all rollouts of one question."""
     rollout_id: int
     source: str
     """Name of the question set."""
