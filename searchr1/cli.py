@@ -121,8 +121,9 @@ def _main(args: list[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "searchr1":
             raise
-        extra = "retrieval" if command in RETRIEVAL else "cpu' or 'searchr1[gpu]"
-        _report(f"searchr1 {command}: needs {error.name}; run: pip install 'searchr1[{extra}]'")
+        extras = ("retrieval",) if command in RETRIEVAL else ("cpu", "gpu")
+        packages = " or ".join(f"'searchr1[{extra}]'" for extra in extras)
+        _report(f"searchr1 {command}: needs {error.name}; run: pip install {packages}")
         return 2
     except Stopped as stop:
         _report(f"searchr1 {command}: {stop}")
