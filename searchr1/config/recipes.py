@@ -29,15 +29,18 @@ def find_config(config: str | Path) -> Path:
     path = Path(config)
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise UserError(f"{path}: a configuration's name ends in .yaml")
+            raise UserError(path, "a configuration's name ends in .yaml")
         return path
+    if path.name != str(config):  # a path with folders, or none at all
+        raise UserError(path, "no such file; give the path of a YAML or the name of a recipe")
     names = recipe_names()
-    name = str(config).removesuffix(".yaml")
+    suffix = ".yaml" if path.suffix == ".yaml" else ""
+    name = path.name.removesuffix(suffix)
     if name in names:
         return RECIPES / f"{name}.yaml"
     close = difflib.get_close_matches(name, names, n=1)
-    advice = f"did you mean {close[0]}?" if close else f"give the path of a YAML or one of {', '.join(names)}"
-    raise UserError(f"{path}: no such file, and no recipe of that name; {advice}")
+    advice = f"did you mean {close[0]}{suffix}?" if close else f"give the path of a YAML or one of {', '.join(names)}"
+    raise UserError(path, f"no such file, and no recipe of that name; {advice}")
 
 
 def config_help() -> str:
