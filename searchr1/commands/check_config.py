@@ -8,6 +8,7 @@ import os
 from searchr1.config.critic import critic_backend
 from searchr1.config.layout import actor_layout, critic_layout, describe_device, group_ranks, is_evaluation
 from searchr1.config.load import ConfigError, load_config
+from searchr1.config.recipes import config_help
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.preflight.check import check_config, warnings
@@ -79,7 +80,7 @@ def _critic(config: Config, device: Device) -> str:
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command."""
     parser = argparse.ArgumentParser(prog="searchr1 check-config", description=__doc__)
-    parser.add_argument("config", help="path of a YAML")
+    parser.add_argument("config", help=config_help("tiny-cpu"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument(
         "--eval", action="store_true", help="check it for `searchr1 eval` (an evaluation's YAML is known as one without it)"

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from searchr1.config.load import given_keys, load_for_command
+from searchr1.config.recipes import config_help
 from searchr1.evaluation.evaluate import evaluate
 from searchr1.evaluation.tasks import follow_model
 from searchr1.preflight.check import require_valid, warnings
@@ -17,7 +18,7 @@ def main(argv: list[str]) -> int:
         prog="searchr1 eval",
         description="Evaluate a model as a YAML describes. An evaluation that was stopped goes on where it was.",
     )
-    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu-eval.yaml")
+    parser.add_argument("config", help=config_help("tiny-cpu-eval"))
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -17,6 +17,7 @@ from rich.table import Table
 from searchr1.checkpoints.parameter_counts import SHAPES, ModelShape, guess_shape, read_shape, shape_named
 from searchr1.config.layout import is_evaluation
 from searchr1.config.load import load_for_command
+from searchr1.config.recipes import config_help
 from searchr1.config.schema import Config
 from searchr1.device import usable_memory
 from searchr1.errors import UserError
@@ -248,7 +249,7 @@ def _console() -> Console:
 def main(argv: list[str]) -> int:
     """Entry point of the sub-command. Exit code 0 if the run fits, 1 if not."""
     parser = argparse.ArgumentParser(prog="searchr1 plan-memory", description=__doc__)
-    parser.add_argument("config", nargs="?", help="path of a YAML")
+    parser.add_argument("config", nargs="?", help=config_help("tiny-gpu"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu-gib", type=float, default=80, help="memory of one GPU in GiB (default 80)")
     parser.add_argument("--gpus", type=int, help="what `all` means in the placement (default: cluster.slots, else 8)")

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from searchr1.config.load import load_for_command
+from searchr1.config.recipes import config_help
 from searchr1.preflight.check import require_valid, warnings
 from searchr1.training.train import train
 
@@ -13,7 +14,7 @@ from searchr1.training.train import train
 def main(argv: list[str]) -> int:
     """Train a policy as a YAML describes. Return the exit code."""
     parser = argparse.ArgumentParser(prog="searchr1 train", description="Train a policy as a YAML describes.")
-    parser.add_argument("config", help="the YAML, for instance examples/searchr1/config/tiny-cpu.yaml")
+    parser.add_argument("config", help=config_help("tiny-cpu"))
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance runner.max_steps=10")
     args = parser.parse_args(argv)
     config = load_for_command(args.config, args.overrides)

@@ -32,20 +32,20 @@ def find_config(config: str | Path) -> Path:
             raise UserError(path, "a configuration's name ends in .yaml")
         return path
     if path.name != str(config):  # a path with folders, or none at all
-        raise UserError(path, "no such file; give the path of a YAML or the name of a recipe")
+        raise UserError(path, "no such file; give the path of a YAML, or a recipe's name without folders")
     names = recipe_names()
     suffix = ".yaml" if path.suffix == ".yaml" else ""
     name = path.name.removesuffix(suffix)
     if name in names:
         return RECIPES / f"{name}.yaml"
     close = difflib.get_close_matches(name, names, n=1)
-    advice = f"did you mean {close[0]}{suffix}?" if close else f"give the path of a YAML or one of {', '.join(names)}"
-    raise UserError(path, f"no such file, and no recipe of that name; {advice}")
+    hint = f"; did you mean {close[0]}{suffix}?" if close else ""
+    raise UserError(path, f"no such file; give the path of a YAML or a recipe: {', '.join(names)}{hint}")
 
 
-def config_help() -> str:
+def config_help(example: str) -> str:
     """Return the help text of a command's argument that names a configuration."""
-    return f"path of a YAML, or the name of a recipe: {', '.join(recipe_names())}"
+    return f"path of a YAML, or a recipe's name, for instance {example}; an unknown name prints all recipes"
 
 
 def package_data(name: str) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -37,12 +36,12 @@ def test_a_file_goes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("tiny-cpus", "tiny-cpus: no such file, and no recipe of that name; did you mean tiny-cpu?"),
-        ("tiny-gpuu.yaml", "tiny-gpuu.yaml: no such file, and no recipe of that name; did you mean tiny-gpu.yaml?"),
-        ("xyzzy", "give the path of a YAML or one of llama3.2-3b-agent-lightning, "),
-        ("elsewhere/tiny-cpu.yaml", "elsewhere/tiny-cpu.yaml: no such file; give the path of a YAML"),
-        (".", ".: no such file"),
-        ("", "give the path of a YAML or the name of a recipe"),
+        ("tiny-cpus", "tiny-cpus: no such file; give the path of a YAML or a recipe: llama3.2-3b-agent-lightning, "),
+        ("tiny-cpus", ", tiny-gpu-eval; did you mean tiny-cpu?"),
+        ("tiny-gpuu.yaml", ", tiny-gpu-eval; did you mean tiny-gpu.yaml?"),
+        ("xyzzy", ", tiny-gpu, tiny-gpu-eval"),
+        ("elsewhere/tiny-cpu.yaml", "elsewhere/tiny-cpu.yaml: no such file; give the path of a YAML, or a recipe's name"),
+        ("", ".: no such file; give the path of a YAML"),
     ],
 )
 def test_what_is_neither_is_an_error_with_the_way_out(name, message, tmp_path, monkeypatch):
@@ -58,8 +57,8 @@ def test_a_file_of_another_kind_is_rejected(tmp_path):
         find_config(tmp_path / "run.json")
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "check-config", "plan-memory"])
-def test_help_lists_the_recipes(command):
-    words = [sys.executable, "-m", "searchr1.cli", command, "--help"]
-    text = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert set(recipe_names()) <= set(text.replace(",", " ").split())
+def test_the_example_in_a_help_text_is_a_recipe():
+    for command in ("train", "eval", "check_config", "plan_memory"):
+        source = (ROOT / f"searchr1/commands/{command}.py").read_text()
+        (example,) = re.findall(r'help=config_help\("(.*?)"\)', source)
+        assert example in recipe_names()
