@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements/cpu.lock"
 CONSTRAINTS = ROOT / "requirements/gpu.constraints"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-PLATFORM = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28", "--no-annotate", "--no-header"]
+PYTHON = ["--python-version", "3.11"]
+PLATFORM = ["--python-platform", "x86_64-manylinux_2_28", "--no-annotate", "--no-header"]
 TOOLS = {"pip", "setuptools"}
 """install.sh brings these up to date itself."""
 LEFT_OUT = {"torchvision", "torchaudio", "torchcodec"}
@@ -52,6 +53,7 @@ def compile_pins(*arguments: str, find_links: bool = False) -> subprocess.Comple
     """
     settings = pip_settings()
     words = [sys.executable, "-m", "uv", "pip", "compile", "-q", *PLATFORM, "--index-strategy", "unsafe-best-match"]
+    words += [] if "--python-version" in arguments else PYTHON
     if index := settings.get("index-url"):
         words += ["--index-url", index]
     for index in settings.get("extra-index-url", "").split():
@@ -82,7 +84,7 @@ def extras(*names: str) -> list[str]:
 
 
 def test_every_extra_is_resolved_by_a_test_here():
-    assert set(EXTRAS) == {"train", "cpu", "gpu", "retrieval", "wandb", "swanlab", "dev"}
+    assert set(EXTRAS) == {"train", "cpu", "gpu", "retrieval", "wandb", "swanlab", "docs", "dev"}
 
 
 def test_gpu_extra_resolves_to_the_constraints():
@@ -102,15 +104,47 @@ def test_cpu_extra_resolves_to_the_lock():
     }
 
 
+def test_gpu_extra_resolves_to_the_constraints_on_python_3_12():
+    result = compile_pins(
+        "--python-version", "3.12", "-c", str(CONSTRAINTS), *extras("gpu", "dev", "wandb", "swanlab"), "pyproject.toml"
+    )
+    assert result.returncode == 0, result.stderr
+    resolved, constrained = pins(result.stdout), pins(CONSTRAINTS.read_text())
+    assert {name: version for name, version in resolved.items() if name not in TOOLS} == constrained
+
+
+def test_gpu_extra_waits_for_cuda_python_on_python_3_13():
+    """If this fails because it resolves, add 3.13 to the test above."""
+    result = compile_pins("--python-version", "3.13", "-c", str(CONSTRAINTS), *extras("gpu"), "pyproject.toml")
+    assert result.returncode != 0
+    assert "cuda-python" in result.stderr
+
+
+@pytest.mark.parametrize("version", ["3.12", "3.13"])
+def test_cpu_extra_resolves_to_the_lock_on_later_pythons(version, tmp_path):
+    """But for torch, whose CPU build comes from PyTorch's own index, and what the ordinary build of torch brings."""
+    lock, override = tmp_path / "lock.txt", tmp_path / "override.txt"
+    lock.write_text(re.sub(r"^(torch|triton)==.*\n", "", LOCK.read_text(), flags=re.M))
+    override.write_text("torch==2.13.0\n")
+    words = ["--python-version", version, "-c", str(lock), "--override", str(override)]
+    result = compile_pins(*words, *extras("cpu", "dev", "wandb", "swanlab"), "pyproject.toml")
+    assert result.returncode == 0, result.stderr
+    resolved, locked = pins(result.stdout), pins(LOCK.read_text())
+    same = {name for name in resolved if name in locked} - {"torch", "triton"}
+    assert len(same) > 150
+    assert {name: resolved[name] for name in same} == {name: locked[name] for name in same}
+
+
 def test_every_line_of_the_lock_can_be_installed():
     result = compile_cpu_pins("--no-deps", str(LOCK))
     assert result.returncode == 0, result.stderr
     assert pins(result.stdout) == pins(LOCK.read_text())
 
 
-@pytest.mark.parametrize("names", [(), ("train",), ("retrieval",), ("wandb", "swanlab"), ("dev",)])
-def test_extras_without_torch_resolve_alone(names):
-    result = compile_pins(*extras(*names), "pyproject.toml")
+@pytest.mark.parametrize("names", [(), ("train",), ("retrieval",), ("wandb", "swanlab"), ("docs",), ("dev",)])
+@pytest.mark.parametrize("version", ["3.11", "3.13"])
+def test_extras_without_torch_resolve_alone(names, version):
+    result = compile_pins("--python-version", version, *extras(*names), "pyproject.toml")
     assert result.returncode == 0, result.stderr
 
 
