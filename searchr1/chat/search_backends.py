@@ -25,7 +25,7 @@ class OnlineFinder:
     """An online engine; its key comes from the environment."""
 
     def __init__(self, engine: str, topk: int, timeout_s: float, address: str | None, snippet_only: bool) -> None:
-        """Connects at the first search.
+        """Prepare the engine; it connects at the first search.
 
         Raises:
             UserError: no such engine, or its key is missing.
@@ -46,17 +46,17 @@ class OnlineFinder:
         return ClientStats()
 
     async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
-        """Passages for each query."""
+        """Return passages for each query."""
         from searchr1.retrieval.searcher import SearchFailed
 
         try:
-            found = await self._searcher.search(queries, self._topk)
+            results = await self._searcher.search(queries, self._topk)
         except SearchFailed as error:
             raise SearchUnavailable(str(error)) from error
-        return [[_passage(document, score) for document, score in passages] for passages in found]
+        return [[_passage(document, score) for document, score in passages] for passages in results]
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
-        """Pages of the public internet, as text."""
+        """Return pages of the public internet, as text."""
         return await self._searcher.access(urls)
 
     async def aclose(self) -> None:
@@ -71,7 +71,7 @@ def _passage(document: dict[str, object], score: float) -> RetrievedDocument:
 
 
 async def check_servers(search: SearchToolConfig) -> str | None:
-    """What keeps the first retrieval server from answering; None if it answers. Servers of other systems, which have no
+    """Return what keeps the first retrieval server from answering, None if it answers. Servers of other systems, without a
     /health, are asked a question instead."""
     import asyncio
 

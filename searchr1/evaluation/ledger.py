@@ -52,7 +52,7 @@ class Ledger:
             folder: of one method.
             manifest: what the answers depend on.
             token_text: if given, the tokens' log-probabilities are written too.
-            anew: whatever the folder holds, begin without it.
+            anew: begin without what the folder holds.
 
         Raises:
             UserError: the folder holds answers of another model, other questions or other settings; a damaged line;
@@ -112,7 +112,7 @@ class Ledger:
             raise UserError(f"{self._path}: not writable ({error.strerror}); free some space") from error
 
     def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row."""
+        """Yield every row."""
         with self._path.open("rb") as file:
             for line in file:
                 yield json.loads(line)
@@ -121,7 +121,7 @@ class Ledger:
         """Hand the file back."""
         if self._file is None:
             return
-        with contextlib.suppress(ValueError, OSError):  # closed before; a full disk was told when it happened
+        with contextlib.suppress(ValueError, OSError):  # closed before; a full disk was reported when it happened
             if self.begun:
                 os.fsync(self._file.fileno())
             self._file.close()
@@ -158,13 +158,13 @@ def _check_manifest(folder: Path, manifest: Manifest, has_rows: bool) -> None:
         raise UserError(f"{path}: not readable ({error}); {advice}") from error
     # As JSON holds it: what is compared must have made the same way.
     ours = json.loads(json.dumps(manifest))
-    if found := list(differences(ours, theirs if isinstance(theirs, dict) else {})):
-        told = "".join(f"\n  - {difference}" for difference in found)
-        raise UserError(f"{folder} holds an evaluation that this one cannot go on with; {advice}. What differs:{told}")
+    if changed := list(differences(ours, theirs if isinstance(theirs, dict) else {})):
+        listed = "".join(f"\n  - {difference}" for difference in changed)
+        raise UserError(f"{folder} holds an evaluation that this one cannot go on with; {advice}. What differs:{listed}")
 
 
 def _scan(file: BinaryIO, path: Path, rollouts: int) -> tuple[set[int], set[int], int]:
-    """The finished questions, those of them in which a tool failed, and where the last whole one ends.
+    """Return the finished questions, those of them in which a tool failed, and where the last whole one ends.
 
     Rollouts of one question follow each other; of a question that was asked twice the last time counts.
     """

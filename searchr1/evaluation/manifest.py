@@ -27,11 +27,11 @@ _BLOCK, _BLOCKS = 1 << 14, 256
 
 
 def fingerprint(model_path: str) -> str:
-    """A hash of a model's files, wherever the folder lies; the name itself for a model of the hub.
+    """Return a hash of a model's files, wherever the folder is; the name itself for a model of the hub.
 
     searchr1.json is left out: what an evaluation takes from it is compared by itself.
 
-    Weights that were trained further differ in nearly all bytes, so blocks spread over a large file tell them apart.
+    Weights that were trained further differ in nearly all bytes, so blocks all over a large file differ too.
     """
     folder = Path(model_path)
     if not folder.is_dir():
@@ -51,7 +51,7 @@ def fingerprint(model_path: str) -> str:
 
 
 def billions(model_path: str) -> float | None:
-    """Parameters in billions: from the weights' headers, or from a name such as `Qwen2.5-3B`; None if neither tells."""
+    """Return the parameters in billions, from the weights' headers or a name such as `Qwen2.5-3B`, else None."""
     folder = Path(model_path)
     count = 0
     for path in folder.glob("*.safetensors") if folder.is_dir() else ():
@@ -67,11 +67,11 @@ Manifest = dict[str, Any]
 
 
 def manifest(config: Config, method: Method, settings: AgentSettings, samples: Sequence[Sample]) -> Manifest:
-    """Everything that changes answers or scores, by name. Where servers run and how fast they are changes neither."""
+    """Return everything that changes answers or scores, by name. Where servers run and how fast they are changes neither."""
     reward, search = config.reward, config.tools.search
     sampling = dataclasses.asdict(settings.sampling) | {"stop": list(settings.sampling.stop)}
     del sampling["seed"]
-    found: Manifest = {
+    content: Manifest = {
         "method": method.name,
         "model": fingerprint(config.rollout.model.model_path),
         "precision": config.rollout.model.precision,
@@ -86,35 +86,35 @@ def manifest(config: Config, method: Method, settings: AgentSettings, samples: S
         "reward": {"type": reward.reward_type, "weights": dict(reward.weights), "judge": reward.judge.model},
     }
     if config.evaluation.untagged != "reject":
-        found["untagged"] = config.evaluation.untagged
+        content["untagged"] = config.evaluation.untagged
     if method.searches:
-        found["tools"] = {
+        content["tools"] = {
             "access": config.tools.access.enabled,
             "invalid_action_message": settings.invalid_action_message,
             "generate_fn": config.agentloop.generate_fn,
             "dummy_mode": search.dummy_mode,
         } | _changed(settings, "toolcall_parser", "no_call_ends", "end_token_ends", "tool_text_tokens")
     if method.retrieves:
-        # Prompts of other methods tell it by themselves.
-        found["apply_chat_template"] = config.data.apply_chat_template
+        # Prompts of other methods already contain it.
+        content["apply_chat_template"] = config.data.apply_chat_template
     if method.searches or method.retrieves:
-        found["passages"] = {
+        content["passages"] = {
             "topk": search.topk,
             "max_tool_response_length": settings.max_tool_response_length,
             "truncate_side": settings.truncate_side,
             "information_style": settings.information_style,
         } | _changed(settings, "no_results_message")
-    return found
+    return content
 
 
 def _changed(settings: AgentSettings, *names: str) -> Manifest:
-    """The settings that are not at their defaults: manifests from before these settings existed stay what they were."""
+    """Return the settings that differ from their defaults: manifests from before these settings existed stay equal."""
     defaults = {field.name: field.default for field in dataclasses.fields(settings)}
     return {name: value for name in names if (value := getattr(settings, name)) != defaults[name]}
 
 
 def questions_hash(samples: Sequence[Sample], with_prompts: bool) -> str:
-    """A hash of the questions in their order. RAG's prompts are left out: their passages are fetched anew."""
+    """Return a hash of the questions in their order. RAG's prompts are left out: their passages are fetched anew."""
     digest = hashlib.sha256()
     for sample in samples:
         parts = (sample.id, sample.question, sample.golden_answers, sample.data_source, sample.reward_name)
@@ -125,7 +125,7 @@ def questions_hash(samples: Sequence[Sample], with_prompts: bool) -> str:
 
 
 def differences(ours: Manifest, theirs: Manifest, prefix: str = "") -> Iterator[str]:
-    """Every part in which two manifests differ, with both values."""
+    """Yield every part in which two manifests differ, with both values."""
     for name in sorted({*ours, *theirs}):
         mine, other = ours.get(name), theirs.get(name)
         if isinstance(mine, dict) and isinstance(other, dict):

@@ -38,12 +38,12 @@ METHODS = {
 
 
 def main_method(names: Sequence[str]) -> str:
-    """Whose numbers `eval.json` holds: the search loop's if it is among them, else the first one's."""
+    """Return the method whose numbers `eval.json` holds: the search loop if it is among them, else the first one."""
     return "search" if "search" in names else names[0]
 
 
 def agent_settings(config: Config, method: Method) -> AgentSettings:
-    """How a method's rollouts go: greedy, unless there are several rollouts or `algorithm.eval_sampling_params` is set.
+    """Return a method's limits and sampling: greedy, unless there are several rollouts or `algorithm.eval_sampling_params`.
 
     Methods without tools are one generation with the whole response for it, ended by an answer.
     """
@@ -65,7 +65,7 @@ def agent_settings(config: Config, method: Method) -> AgentSettings:
 
 
 def sampling_note(settings: AgentSettings, rollouts: int) -> str:
-    """How rollouts are drawn, in a sentence."""
+    """Return how rollouts are sampled, as a phrase."""
     sampling = settings.sampling
     if sampling.temperature == 0:
         if rollouts == 1:

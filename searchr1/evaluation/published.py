@@ -32,7 +32,7 @@ _SPLIT = re.compile(r"(?:test|dev|val|validation|train|full|distractor|rand\d+|s
 
 
 def canonical(data_source: str) -> str:
-    """The set's name in `LABELS` for any of its spellings (`NQ`, `hotpot_qa`, `searchR1_nq`, `2Wiki_rand1000`); any other
+    """Return the name in `LABELS` for any spelling of a set (`NQ`, `hotpot_qa`, `searchR1_nq`, `2Wiki_rand1000`), any other
     name as it is."""
     key = re.sub(r"[^a-z0-9]", "", data_source.lower())
     for candidate in (key, key.removeprefix("searchr1")):
@@ -43,12 +43,12 @@ def canonical(data_source: str) -> str:
 
 
 def label(name: str) -> str:
-    """How tables call a set."""
+    """Return a set's name in tables."""
     return LABELS.get(name, name)
 
 
 def in_order(names: set[str]) -> list[str]:
-    """The seven in the paper's order, then the others by name."""
+    """Return the seven in the paper's order, then the others by name."""
     return [name for name in LABELS if name in names] + sorted(names - LABELS.keys())
 
 
@@ -72,25 +72,25 @@ class Published:
     """By set in the order of `LABELS`; empty where only the average was published."""
 
     def average_over(self, sets: Sequence[str]) -> float | None:
-        """The mean over some of the seven, or None if it cannot be told."""
+        """Return the mean over some of the seven, or None if it is not known."""
         if set(sets) == set(LABELS):
             return self.average
-        found = [value for value in map(self.value, sets) if value is not None]
-        return sum(found) / len(found) if found else None
+        values = [value for value in map(self.value, sets) if value is not None]
+        return sum(values) / len(values) if values else None
 
     def value(self, name: str) -> float | None:
-        """One set's number, or None."""
+        """Return one set's number, or None."""
         return dict(zip(LABELS, self.values, strict=True)).get(name) if self.values else None
 
 
 def _table(model: str, billions: float, source: str, rows: str) -> list[Published]:
-    """Rows of `system: seven numbers and the average`, in thousandths."""
-    found = []
+    """Return rows of `system: seven numbers and the average`, in thousandths."""
+    table = []
     for line in rows.strip().splitlines():
         system, _, numbers = line.strip().partition(": ")
         *values, average = (int(number) / 1000 for number in numbers.split())
-        found.append(Published(system, model, billions, average, source, tuple(values)))
-    return found
+        table.append(Published(system, model, billions, average, source, tuple(values)))
+    return table
 
 
 PUBLISHED = [
@@ -139,7 +139,7 @@ the paper's, although its seven numbers give .226."""
 
 
 def nearest(billions: float | None) -> list[Published]:
-    """The rows of the size nearest to a model's (by ratio), or all of them if it is not known."""
+    """Return the rows of the size nearest to a model's (by ratio), or all of them if it is not known."""
     if not billions:
         return list(PUBLISHED)
 

@@ -98,7 +98,7 @@ class Results:
 def score_rows(
     rows: Iterable[Row], wanted: int, where: str, untagged: str = "reject"
 ) -> tuple[list[ScoredRollout], list[Row]]:
-    """Rollouts, and rows to show, of the rows of a ledger; of a rollout that was written twice the last one counts.
+    """Return the scored rollouts of a ledger's rows, and rows to show; of a rollout written twice the last row counts.
 
     Args:
         rows: in any order.

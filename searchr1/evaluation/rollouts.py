@@ -53,7 +53,7 @@ class ScoredRollout:
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], question: int, untagged: str = "reject") -> Self:
-        """From a row of a trajectory log; `untagged` is `evaluation.untagged`.
+        """Score a row of a trajectory log; `untagged` is `evaluation.untagged`.
 
         Raises:
             KeyError, TypeError, AttributeError: it is none.

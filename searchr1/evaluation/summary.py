@@ -41,7 +41,7 @@ def bootstrap_means(values_QM: Array, name: str, seed: int, resamples: int = RES
 
     Args:
         values_QM: [Q, M] a row per question, a column per metric; the metrics of one sample share its questions.
-        name: of the question set; each set draws from a stream of its own, whatever other sets are evaluated.
+        name: of the question set; each set draws from a stream of its own, independent of the other sets.
         seed: of all of them.
         resamples: B.
 

@@ -42,7 +42,7 @@ class Table:
 
 
 def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
-    """One method: a row per question set, one for their average, one for all questions together.
+    """Return one method: a row per question set, one for their average, one for all questions together.
 
     Args:
         name: of the method.
@@ -53,10 +53,10 @@ def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
     def cell(score_name: str, value: Value) -> str:
         return score(value.mean) if narrow and score_name != "exact_match" else _with_interval(value)
 
-    def row(title: str, found: SetSummary) -> list[str]:
-        scores = (cell(name, value) for name, value in found.scores.items())
-        facts = (percent(found.facts[fact]) if fact in SHARES else _number(found.facts[fact]) for fact in FACT_TITLES)
-        return [title, f"{found.questions:,}", *scores, *facts]
+    def row(title: str, one_set: SetSummary) -> list[str]:
+        scores = (cell(name, value) for name, value in one_set.scores.items())
+        facts = (percent(one_set.facts[fact]) if fact in SHARES else _number(one_set.facts[fact]) for fact in FACT_TITLES)
+        return [title, f"{one_set.questions:,}", *scores, *facts]
 
     scores = list(summary.overall.scores)
     head = ["set", "questions", *(SCORE_TITLES.get(score, score) for score in scores), *FACT_TITLES.values()]
@@ -81,7 +81,7 @@ def method_table(name: str, summary: Summary, narrow: bool = False) -> Table:
 
 
 def untagged_warning(summary: Summary) -> list[str]:
-    """What a reader must know of rollouts without tags: how many there are, and what they count."""
+    """Return a warning about rollouts without tags, if it is needed: how many there are, and how they are scored."""
     facts = summary.overall.facts
     if facts["by_text"]:
         return [
@@ -99,7 +99,7 @@ def untagged_warning(summary: Summary) -> list[str]:
 
 
 def comparison(model: str, summaries: Mapping[str, Summary], published: Sequence[Published]) -> Table:
-    """Exact match in the layout of the paper: a row per method, then what was published; a column per set."""
+    """Return exact match in the layout of the paper: a row per method, then what was published; a column per set."""
     names = [one.name for one in next(iter(summaries.values())).sets]
     rows = []
     for method, summary in summaries.items():
@@ -124,12 +124,12 @@ def comparison(model: str, summaries: Mapping[str, Summary], published: Sequence
 
 
 def score(value: float) -> str:
-    """A share with three digits: .412."""
+    """Return a share with three digits: .412."""
     return f"{value:.3f}".removeprefix("0") if value < 1 else f"{value:.3f}"
 
 
 def percent(value: float) -> str:
-    """A share of things that should be rare."""
+    """Return a share in percent, for things that should be rare."""
     return f"{value:.1%}"
 
 
@@ -144,7 +144,7 @@ def _number(value: float) -> str:
 
 
 def plain(table: Table) -> str:
-    """For a terminal."""
+    """Return a table for a terminal."""
     widths = [max(len(line[i]) for line in (table.head, *table.rows)) for i in range(len(table.head))]
     lines = [table.title]
     for line in (table.head, *table.rows):
@@ -154,7 +154,7 @@ def plain(table: Table) -> str:
 
 
 def markdown(table: Table) -> str:
-    """As a section with a table."""
+    """Return a table as a section of Markdown."""
     lines = [f"## {_cell(table.title)}", ""]
     lines.append("| " + " | ".join(map(_cell, table.head)) + " |")
     lines.append("| --- |" + " ---: |" * (len(table.head) - 1))
@@ -166,7 +166,7 @@ def markdown(table: Table) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that is nothing but text in Markdown, whoever renders it."""
+    """Return text that stays plain text in any renderer of Markdown."""
     safe = html.escape(" ".join(text.split()), quote=False)
     for letter in "\\`*_[]|":
         safe = safe.replace(letter, "\\" + letter)

@@ -23,7 +23,7 @@ MOST_LINES = 6
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """What one chart shows of a run."""
+    """One chart of a run."""
 
     title: str
     note: str
@@ -34,7 +34,9 @@ class Chart:
 
 
 CHARTS = (
-    Chart("Reward", "mean and spread over a step's trajectories", (("mean", "reward/mean"), ("std", "reward/std"))),
+    Chart(
+        "Reward", "mean and standard deviation over a step's trajectories", (("mean", "reward/mean"), ("std", "reward/std"))
+    ),
     Chart("Exact match", "share of right answers", (("training", "reward/exact_match"), ("held-out", "val/exact_match")), 1),
     Chart(
         "Searches per question",
@@ -64,7 +66,7 @@ CHARTS = (
             ("invalid turns", "rollout/invalid_rate"),
             ("out of tokens", "rollout/truncated"),
             ("forced last turn", "rollout/forced_final"),
-            ("groups that teach nothing", "rollout/uniform_groups"),
+            ("groups of equal rewards", "rollout/uniform_groups"),
             ("failed tool calls", "tool/failure_rate"),
         ),
     ),
@@ -88,9 +90,9 @@ MEDIANS = (("Seconds a step, median", "time/step"), ("Rollout tokens/s, median",
 
 
 def points_of(rows: Sequence[Row], name: str) -> Points:
-    """(step, value) wherever the metric was logged; of a step that was logged twice the last value."""
-    found = {float(row["step"]): row[name] for row in rows if isinstance(row.get(name), int | float)}
-    return sorted((step, float(value)) for step, value in found.items() if math.isfinite(value))
+    """Return (step, value) wherever the metric was logged; of a step that was logged twice the last value."""
+    values = {float(row["step"]): row[name] for row in rows if isinstance(row.get(name), int | float)}
+    return sorted((step, float(value)) for step, value in values.items() if math.isfinite(value))
 
 
 def compact(value: float) -> str:
@@ -104,28 +106,28 @@ def compact(value: float) -> str:
 
 
 def evaluations_of(rows: Sequence[Row]) -> list[Row]:
-    """The rows that hold an evaluation, one per step, by step."""
-    found = {row["step"]: row for row in rows if isinstance(row.get("val/exact_match"), int | float)}
-    return [found[step] for step in sorted(found)]
+    """Return the rows that hold an evaluation, one per step, by step."""
+    by_step = {row["step"]: row for row in rows if isinstance(row.get("val/exact_match"), int | float)}
+    return [by_step[step] for step in sorted(by_step)]
 
 
 def tiles(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """The run in a few numbers: (label, first → last) or (label, median)."""
-    found = []
+    """Return the run in a few numbers: (label, first → last) or (label, median)."""
+    shown = []
     for label, name in CHANGES:
         points = points_of(rows, name)
         if points:
             first, last = compact(points[0][1]), compact(points[-1][1])
-            found.append((label, f"{first} → {last}" if len(points) > 1 else last))
+            shown.append((label, f"{first} → {last}" if len(points) > 1 else last))
     for label, name in MEDIANS:
         points = points_of(rows, name)
         if points:
-            found.append((label, compact(statistics.median(value for _, value in points))))
-    return found
+            shown.append((label, compact(statistics.median(value for _, value in points))))
+    return shown
 
 
 def evaluation_table(evaluations: Sequence[Row]) -> list[list[str]]:
-    """The first and the last evaluation: a head, a row per data source, and one for all. Empty without an evaluation."""
+    """Return the first and last evaluation: a head, a row per data source, and one for all; empty without an evaluation."""
     if not evaluations:
         return []
     first, last = evaluations[0], evaluations[-1]
@@ -144,7 +146,7 @@ def evaluation_table(evaluations: Sequence[Row]) -> list[list[str]]:
 
 
 def comparison_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[list[str]]:
-    """A row per run: first and last values of what matters, and the last evaluation of every data source."""
+    """Return a row per run: first and last values of the main metrics, and the last evaluation of every data source."""
     lasts = [evaluations[-1] if (evaluations := evaluations_of(rows)) else {} for rows in runs]
     sources = sorted({source for last in lasts for source in data_sources(last)})
     table = [["run", "steps", *(label for label, _ in CHANGES), *sources]]
@@ -157,7 +159,7 @@ def comparison_table(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> lis
 
 
 def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """All curves of one run for which there are values: `{title, note, kind, lines: [{name, points}]}`."""
+    """Return all curves of one run for which there are values: `{title, note, kind, lines: [{name, points}]}`."""
     drawn = [_chart(c.title, c.note, [(name, points_of(rows, key)) for name, key in c.lines]) for c in CHARTS]
     evaluations = evaluations_of(rows)
     if evaluations:
@@ -177,7 +179,7 @@ def charts(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def compared_charts(names: Sequence[str], runs: Sequence[Sequence[Row]]) -> list[dict[str, Any]]:
-    """The curves of several runs, one line a run."""
+    """Return the curves of several runs, one line a run."""
     drawn = []
     for chart in CHARTS:
         wanted = chart.lines[chart.compared]

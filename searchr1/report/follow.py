@@ -1,4 +1,4 @@
-"""Files of a run that is still being written: only what is new is read."""
+"""Files of a run that is still being written, read as far as they are new."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TAIL = 200
 
 
 def stamp_of(path: Path) -> Stamp | None:
-    """What changes when a file is written or replaced: inode, size, time in nanoseconds; None if there is none."""
+    """Return a file's inode, size and time in nanoseconds, which change when it is written; None without a file."""
     try:
-        found = path.stat()
+        state = path.stat()
     except OSError:
         return None
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    return state.st_ino, state.st_size, state.st_mtime_ns
 
 
 class GrowingMetrics:
@@ -36,7 +36,7 @@ class GrowingMetrics:
         self._read, self._line, self._tail = 0, 0, b""
         self.rows: list[Row] = []
         self.problem = ""
-        """Of the first line that is no row of metrics; such lines are passed over."""
+        """The first line that is no row of metrics; such lines are skipped."""
 
     def refresh(self) -> bool:
         """Read what was appended; everything if the file was replaced or cut. Returns whether anything changed."""
@@ -62,7 +62,7 @@ class GrowingMetrics:
         return True
 
     def _unread(self) -> bytes:
-        """What follows the part that was read; the whole file if that part is not there any more."""
+        """Return what follows the part that was read; the whole file if that part is not there any more."""
         with self._path.open("rb") as file:
             file.seek(self._read - len(self._tail))
             if file.read(len(self._tail)) != self._tail:
@@ -126,7 +126,7 @@ class Indexed:
         self._stamp = stamp
 
     def bodies(self, start: int, count: int) -> list[Row]:
-        """Rows `start` to `start + count`, read from where their lines begin.
+        """Return rows `start` to `start + count`, read from where their lines begin.
 
         Raises:
             UserError: the file is gone or was written again.
@@ -158,10 +158,10 @@ class WatchedRun:
     def refresh(self) -> bool:
         """Look for what is new. Returns whether anything changed."""
         changed = self._metrics.refresh()
-        found = {file: stamp for file in logged_files(self.folder) if (stamp := stamp_of(file.path)) is not None}
-        if found != self._files:
-            self._files, changed = found, True
-            self._indexed = {file: index for file, index in self._indexed.items() if file in found}
+        files = {file: stamp for file in logged_files(self.folder) if (stamp := stamp_of(file.path)) is not None}
+        if files != self._files:
+            self._files, changed = files, True
+            self._indexed = {file: index for file, index in self._indexed.items() if file in files}
         legs = {leg: stamp_of(leg.path) for leg in legs_of(self.folder)}
         if legs != self._legs:
             self._legs, changed = legs, True
@@ -176,12 +176,12 @@ class WatchedRun:
 
     @property
     def files(self) -> dict[LoggedFile, Stamp]:
-        """The trajectory files that there are, and what tells that one was written again."""
+        """The trajectory files and their stamps, which change when a file is written again."""
         return self._files
 
     @property
     def problem(self) -> str:
-        """What a person should know, "" if nothing."""
+        """A problem that a person should know of, "" without one."""
         if not self.folder.is_dir():
             return f"There is no folder {self.folder} yet. This page will show the run as soon as it starts."
         if not self._metrics.rows and not self._files:
@@ -189,7 +189,7 @@ class WatchedRun:
         return self._metrics.problem or self._changes_problem
 
     def view(self) -> RunView:
-        """The run as it was at the last refresh; evaluations that cannot be read count as unknown."""
+        """Return the run as it was at the last refresh; evaluations that cannot be read count as unknown."""
         ends = []
         for file in ends_of(list(self._files)):
             try:
@@ -200,21 +200,21 @@ class WatchedRun:
         return RunView(self.name, self._metrics.rows, list(self._files), first, last, self._changes)
 
     def index(self, file: LoggedFile) -> Indexed:
-        """A file's rows as they are now.
+        """Return a file's rows as they are now.
 
         Raises:
             UserError: a damaged line, or the file is gone.
         """
-        found = self._indexed.setdefault(file, Indexed(file.path))
-        found.refresh()
-        return found
+        indexed = self._indexed.setdefault(file, Indexed(file.path))
+        indexed.refresh()
+        return indexed
 
     def holds(self, file: LoggedFile, question: str) -> bool:
-        """Whether a file has a row with this id, told from its text without reading every row."""
-        told = json.dumps(question, ensure_ascii=False).encode("utf-8", "backslashreplace")
+        """Return whether a file has a row with this id, from its text, without parsing every row."""
+        quoted = json.dumps(question, ensure_ascii=False).encode("utf-8", "backslashreplace")
         try:
             content = file.path.read_bytes()
         except OSError:
             return False
-        # Quotes within a string are escaped, so this is found nowhere else.
-        return any(b'"id":' + blank + told + b"," in content for blank in (b"", b" "))
+        # Quotes within a string are escaped, so this occurs nowhere else.
+        return any(b'"id":' + blank + quoted + b"," in content for blank in (b"", b" "))

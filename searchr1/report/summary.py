@@ -1,4 +1,4 @@
-"""A run in plain sentences, computed from its numbers: what a reader who knows no code should take away."""
+"""A run in plain sentences, computed from its numbers: what a reader needs to know without any code."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Summary:
 
 
 def summarise(rows: Sequence[Row], first: Sequence[list[Any]], last: Sequence[list[Any]]) -> Summary:
-    """The summary of one run.
+    """Return the summary of one run.
 
     Args:
         rows: of metrics.jsonl.
@@ -57,7 +57,7 @@ def summarise(rows: Sequence[Row], first: Sequence[list[Any]], last: Sequence[li
 
 
 def example_of(first: Sequence[list[Any]], last: Sequence[list[Any]]) -> str | None:
-    """The id of a question that tells what was learned: wrong at first, right at last, with the most searches more."""
+    """Return the id of a question that shows what was learned: wrong first, right last, most searches gained."""
     before = {brief[_ID]: brief for brief in first if not brief[_RIGHT]}
     learned = [brief for brief in last if brief[_RIGHT] and brief[_ID] in before]
     if not learned:
@@ -67,9 +67,9 @@ def example_of(first: Sequence[list[Any]], last: Sequence[list[Any]]) -> str | N
 
 
 def difference_is_sure(before: float, after: float, questions: float) -> bool:
-    """Whether two shares of `questions` differ by more than chance would let them (95%, both taken as independent)."""
-    spread = math.sqrt((before * (1 - before) + after * (1 - after)) / max(questions, 1.0))
-    return abs(after - before) > max(SURE * spread, 1e-9)
+    """Return whether two shares of `questions` differ by more than chance (95%, both taken as independent)."""
+    deviation = math.sqrt((before * (1 - before) + after * (1 - after)) / max(questions, 1.0))
+    return abs(after - before) > max(SURE * deviation, 1e-9)
 
 
 def _before_and_after(evaluations: Sequence[Row], first: Sequence[list[Any]], last: Sequence[list[Any]]) -> Summary:
@@ -106,7 +106,7 @@ def _before_and_after(evaluations: Sequence[Row], first: Sequence[list[Any]], la
 
 
 def _use(first: Sequence[list[Any]], last: Sequence[list[Any]]) -> str:
-    """How many questions it searches for at all, and what that was good for."""
+    """Return a clause about how many questions it searches for at all, and how many of those it answers right."""
     if not last:
         return ""
     searched = [brief for brief in last if brief[_SEARCHES]]
@@ -167,8 +167,8 @@ def _training_alone(rows: Sequence[Row], steps: int) -> Summary:
 
 
 def _caveats(rows: Sequence[Row]) -> list[str]:
-    """What a reader should know before believing the numbers, at the last logged step."""
-    found = []
+    """Return what a reader should know before believing the numbers, at the last logged step."""
+    caveats = []
     for name, text in (
         ("rollout/invalid_rate", "of the turns neither searched nor answered"),
         ("rollout/truncated", "of the trajectories ran out of tokens"),
@@ -177,8 +177,8 @@ def _caveats(rows: Sequence[Row]) -> list[str]:
     ):
         points = points_of(rows, name)
         if points and points[-1][1] >= NOTABLE:
-            found.append(f"{_percent(points[-1][1])} {text}")
-    return [f"At the last training step {', '.join(found)}."] if found else []
+            caveats.append(f"{_percent(points[-1][1])} {text}")
+    return [f"At the last training step {', '.join(caveats)}."] if caveats else []
 
 
 def _percent(share: float) -> str:

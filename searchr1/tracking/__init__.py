@@ -1,1 +1,1 @@
-"""What a run tells: metrics, loggers, the trajectory log, the progress line, the report."""
+"""What a run writes: metrics, loggers, the trajectory log, the progress line."""

@@ -27,7 +27,7 @@ class EvalProgress:
         self._what = what
         self._total = total
         self._first = self._done = done
-        self._started = self._told = time.monotonic()
+        self._started = self._printed = time.monotonic()
         self._right = 0.0
         self._scored = 0
         self._console = Console(file=sys.stdout, soft_wrap=True)
@@ -56,13 +56,13 @@ class EvalProgress:
             self._console.print(self._line(), highlight=False, markup=False)
 
     def advance(self, questions: int, right: float = 0.0, scored: int = 0) -> None:
-        """Some more questions are finished; `right` of `scored` rollouts of them were exact matches."""
+        """Add finished questions; `right` of their `scored` rollouts are exact matches."""
         self._done += questions
         self._right += right
         self._scored += scored
         self._bar.update(self._task, completed=self._done, rate=self._rate())
-        if not self._console.is_terminal and time.monotonic() - self._told > LINE_EVERY_S:
-            self._told = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._printed > LINE_EVERY_S:
+            self._printed = time.monotonic()
             self._console.print(self._line(), highlight=False, markup=False)
 
     def _rate(self) -> str:

@@ -37,12 +37,12 @@ class SettingsChange:
 
 
 def leg_file(run: Path, first_step: int) -> Path:
-    """The configuration of the leg that begins with `first_step`."""
+    """Return the configuration of the leg that begins with `first_step`."""
     return run / FOLDER / f"step_{first_step}.yaml"
 
 
 def legs_of(run: Path) -> list[Leg]:
-    """The legs by their first step; empty if the folder holds no configuration."""
+    """Return the legs by their first step; empty if the folder holds no configuration."""
     names = (path.stem.removeprefix("step_") for path in (run / FOLDER).glob("step_*.yaml"))
     steps = sorted(int(name) for name in names if name.isascii() and name.isdigit())
     if steps:
@@ -51,7 +51,7 @@ def legs_of(run: Path) -> list[Leg]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A configuration as it was written, as a plain tree.
+    """Return a configuration as it was written, as a plain tree.
 
     Raises:
         UserError: not readable, or not a configuration.
@@ -71,16 +71,16 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def settings_changes(run: Path) -> list[SettingsChange]:
-    """Where what is learned was changed, by step.
+    """Return by step where settings changed that change what is learned.
 
     Raises:
         UserError: a leg's configuration is not readable.
     """
     legs = legs_of(run)
     trees = [read_settings(leg.path) for leg in legs] if len(legs) > 1 else []
-    found = []
+    changes = []
     for leg, old, new in zip(legs[1:], trees, trees[1:], strict=False):
         settings = [d for d in differences(old, new) if not d.harmless]
         if settings:
-            found.append(SettingsChange(leg.first_step, settings))
-    return found
+            changes.append(SettingsChange(leg.first_step, settings))
+    return changes

@@ -70,7 +70,7 @@ class TensorBoardLogger:
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1 if first_step else 0)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """One scalar per metric."""
+        """Write one scalar per metric."""
         for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
@@ -125,7 +125,7 @@ def require_backends(backends: Sequence[str]) -> None:
 
 
 def hosted_loggers(folder: Path, runner: RunnerConfig, config: dict[str, Any], first_step: int) -> list[Logger]:
-    """The backends that log to a service. They write into `folder` with their first step only.
+    """Return the backends that log to a service. They write into `folder` with their first step only.
 
     Args:
         folder: the run's; it need not exist yet.
@@ -153,7 +153,7 @@ def hosted_loggers(folder: Path, runner: RunnerConfig, config: dict[str, Any], f
 
 
 def file_loggers(folder: Path, backends: Sequence[str], first_step: int) -> list[Logger]:
-    """metrics.jsonl, and TensorBoard's files if they are wanted; `folder` exists."""
+    """Return metrics.jsonl, and TensorBoard's files if they are wanted; `folder` exists."""
     loggers: list[Logger] = [JsonlLogger(folder / METRICS_FILE, first_step)]
     if "tensorboard" in backends:
         loggers.append(TensorBoardLogger(folder / "tensorboard", first_step))
@@ -161,7 +161,7 @@ def file_loggers(folder: Path, backends: Sequence[str], first_step: int) -> list
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that a kill cut short is left out.
+    """Return the rows of a metrics.jsonl; a last line that a kill cut short is left out.
 
     Raises:
         UserError: the file cannot be read, or another line is not a row of metrics.

@@ -20,13 +20,13 @@ from searchr1.errors import UserError
 
 WANDB_HOST = "https://api.wandb.ai"
 WITHOUT_KEY = ("offline", "disabled", "dryrun", "local")
-"""Modes that log nowhere else."""
+"""Modes that log on this machine alone."""
 SETTING = re.compile(r"^\s*(?:export\s+)?(?:SWANLAB_)?(?:API_KEY|MODE)\s*[:=]\s*\S", re.IGNORECASE | re.MULTILINE)
 MOST_CHARACTERS = 1 << 16
 
 
 def require_logins(backends: Sequence[str]) -> None:
-    """Refuse a run whose loggers would ask for a key.
+    """Reject a run whose loggers would ask for a key.
 
     Raises:
         UserError: a service has neither a key nor a mode that needs none.
@@ -50,15 +50,15 @@ def _wandb() -> bool:
     host = os.environ.get("WANDB_BASE_URL") or settings.get("base_url") or WANDB_HOST
     if any(_has_key(path, urlsplit(host).netloc) for path in _netrc_files()):
         return True
-    # Keys that only the package knows of: of a session that was logged in by code, of a store of a later version.
+    # Keys that only the package can see: of a login by code, or in the store of a later version.
     try:
         return bool(getattr(getattr(sys.modules.get("wandb"), "api", None), "api_key", None))
-    except Exception:  # of another version; it will say so itself
+    except Exception:  # another version, which reports the problem itself
         return False
 
 
 def _wandb_settings() -> dict[str, str]:
-    """The `default` section of wandb's settings files, the working directory's last."""
+    """Return the `default` section of wandb's settings files, the working directory's last."""
     parser = configparser.ConfigParser(default_section="none", interpolation=None)
     own = Path(os.environ.get("WANDB_CONFIG_DIR") or _home(".config/wandb"))
     run = Path(os.environ.get("WANDB_DIR") or ".")
@@ -82,7 +82,7 @@ def _swanlab() -> bool:
     roots = [*(roots or [_home(".swanlab")]), Path(".swanlab")]
     if any(_has_key(root / ".netrc", None) for root in roots):
         return True
-    # Its settings files may hold a key or a mode; what they say is left to the package.
+    # Its settings files may hold a key or a mode; the package itself judges their contents.
     files = [Path(".env"), *(Path(f"swanlab.{end}") for end in ("yaml", "yml"))]
     for folder in (Path(os.environ.get("SWANLAB_CONFIG_DIR") or "/etc/swanlab"), *roots):
         files += sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")])
@@ -93,7 +93,7 @@ def _swanlab() -> bool:
 
 
 def _has_key(path: Path, host: str | None) -> bool:
-    """Whether a netrc file has a password for the host, or for any."""
+    """Return whether a netrc file has a password for the host, or for any."""
     try:
         read = netrc.netrc(path)
     except (netrc.NetrcParseError, OSError, UnicodeDecodeError):

@@ -26,7 +26,7 @@ STEP_METRICS = {
     "rollout/truncated": "share of trajectories that ran out of tokens",
     "rollout/failed": "share of trajectories that an error ended",
     "rollout/forced_final": "share of trajectories whose last turn was forced because the search turns were used up",
-    "rollout/uniform_groups": "share of groups whose rollouts all earned the same, which teach nothing",
+    "rollout/uniform_groups": "share of groups whose rollouts all have the same reward, and so no advantage",
     "tool/calls": "tool calls of all trajectories together",
     "tool/failure_rate": "share of tool calls that failed",
     "tool/seconds_p50": "median seconds of a tool call",
@@ -36,7 +36,7 @@ STEP_METRICS = {
 
 
 def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """What the policy did in one batch (at least one trajectory), by the names of `STEP_METRICS`."""
+    """Return what the policy did in one batch (at least one trajectory), by the names of `STEP_METRICS`."""
     rewards = np.array([t.reward for t in trajectories])
     lengths = np.array([t.response_length for t in trajectories])
     turns = sum(len(t.turns) for t in trajectories)
@@ -72,7 +72,7 @@ def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 
 
 def eval_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """`val/<name>` over all rows, `val/<data source>/<name>` per source, and `val/macro/exact_match`, the sources' mean."""
+    """Return `val/<name>` over all rows, `val/<data source>/<name>` per source, and `val/macro/exact_match`, their mean."""
     sources = defaultdict(list)
     for t in trajectories:
         sources[t.sample.data_source].append(t)
@@ -103,7 +103,7 @@ def _eval_of(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float
 
 
 def data_sources(metrics: Mapping[str, object]) -> list[str]:
-    """The data sources of an evaluation's metrics, sorted; a source's name may itself hold slashes."""
+    """Return the data sources of an evaluation's metrics, sorted; a source's name may itself hold slashes."""
     ending = "/questions"
     return sorted(
         key[len("val/") : -len(ending)]
@@ -113,7 +113,7 @@ def data_sources(metrics: Mapping[str, object]) -> list[str]:
 
 
 def eval_table(metrics: Mapping[str, float]) -> str:
-    """The evaluation for people: a row per data source and one for all."""
+    """Return the evaluation for people: a row per data source and one for all."""
     names = ("questions", "exact_match", "f1", "searches", "response_length", "invalid_rate", "untagged")
     prefixes = {source: f"val/{source}" for source in data_sources(metrics)} | {"all": "val"}
     width = max(16, *(len(label) + 1 for label in prefixes))

@@ -27,7 +27,7 @@ class TokenText:
 
     @classmethod
     def of_tokenizer(cls, tokenizer: Any) -> TokenText | None:
-        """The vocabulary of a fast tokenizer, byte-level (GPT, Qwen, Llama 3) or with byte fallback (Llama 2, Mistral).
+        """Return the vocabulary of a fast tokenizer: byte-level (GPT, Qwen, Llama 3) or with byte fallback (Llama 2).
 
         Returns None for any other kind.
         """
@@ -49,7 +49,7 @@ class TokenText:
         return cls(pieces)
 
     def lengths(self, token_ids: Sequence[int], text: str) -> list[int] | None:
-        """Characters of `text` per token, adding up to all of it.
+        """Return characters of `text` per token, adding up to all of it.
 
         A token that completes no character (part of one that takes several) has 0; the last may have fewer than it stands
         for, where a stop string ended the text within it.
@@ -77,22 +77,22 @@ class TokenText:
 
 
 def load_token_text(model_path: str) -> TokenText | None:
-    """The vocabulary of a model's tokenizer; None, with one warning in the log, if it cannot be had."""
+    """Return the vocabulary of a model's tokenizer; None, with one warning in the log, if it cannot be loaded."""
     from transformers import AutoTokenizer
 
     try:
-        found = TokenText.of_tokenizer(AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
+        vocabulary = TokenText.of_tokenizer(AutoTokenizer.from_pretrained(model_path, trust_remote_code=False))
         reason = "an unknown kind of tokenizer"
     except (OSError, ValueError) as error:
-        found, reason = None, str(error).split("\n")[0]
-    if found is None:
+        vocabulary, reason = None, str(error).split("\n")[0]
+    if vocabulary is None:
         logger.warning("%s: %s; trajectories are logged without their tokens' log-probabilities", model_path, reason)
-    return found
+    return vocabulary
 
 
 @functools.cache
 def _bytes_of_letters() -> dict[str, int]:
-    """The letters that byte-level vocabularies write bytes with: printable ones as themselves, the others from 256 on."""
+    """Return the letters that byte-level vocabularies write bytes with: printable ones as such, the others from 256 on."""
     plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in set(plain)]
     return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}

@@ -22,17 +22,17 @@ MOST_SURPRISE = 99_999
 
 
 def train_file(run: Path, step: int) -> Path:
-    """The trajectories that step `step` trained on."""
+    """Return the trajectories that step `step` trained on."""
     return run / FOLDER / f"step_{step}.jsonl"
 
 
 def eval_file(run: Path, step: int) -> Path:
-    """The trajectories of the evaluation after step `step`."""
+    """Return the trajectories of the evaluation after step `step`."""
     return run / FOLDER / f"eval_step_{step}.jsonl"
 
 
 def logged_steps(run: Path, prefix: str) -> list[int]:
-    """Steps with a file `{prefix}{step}.jsonl`, ascending; the prefix is "step_" or "eval_step_"."""
+    """Return steps with a file `{prefix}{step}.jsonl`, ascending; the prefix is "step_" or "eval_step_"."""
     names = (path.stem.removeprefix(prefix) for path in (run / FOLDER).glob(f"{prefix}*.jsonl"))
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
@@ -47,7 +47,7 @@ def remove_later(run: Path, first_step: int) -> None:
 
 
 def trajectory_row(trajectory: Trajectory, token_text: TokenText | None = None) -> dict[str, Any]:
-    """What is written of a trajectory: the question, every turn in plain text, and how it was scored.
+    """Return a trajectory's row: the question, every turn in plain text, and how it was scored.
 
     With `token_text` a turn has two more lists, with an entry per sampled token: `token_chars`, the characters of
     `policy_text` that it stands for, and `token_surprise`, its negative log-probability in thousandths of a nat. Both are
@@ -90,7 +90,7 @@ def _turn_rows(trajectory: Trajectory, token_text: TokenText | None) -> list[dic
 
 
 def whole_groups(trajectories: Sequence[Trajectory], most: int | None) -> list[Trajectory]:
-    """At most `most` (None: all) of a step's trajectories: whole groups, evenly spread over the step's questions.
+    """Return at most `most` (None: all) of a step's trajectories: whole groups, evenly over the step's questions.
 
     If not even one group fits, the first rollouts of one.
     """
@@ -113,5 +113,5 @@ def write_trajectories(path: Path, trajectories: Sequence[Trajectory], token_tex
 
 
 def _number(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
+    """Return a number that JSON has, None for NaN and infinity."""
     return float(value) if math.isfinite(value) else None
