@@ -33,7 +33,7 @@ class ToolResult:
     """Passages of each query, or the page of each address: for those who watch. The policy reads `body`."""
 
 
-class Finder(Protocol):
+class SearchBackend(Protocol):
     """Where tools look: `SearchClient`, or an online engine in this process."""
 
     @property
@@ -94,7 +94,7 @@ class SearchTool:
     """Passages for queries."""
 
     def __init__(
-        self, client: Finder, style: InformationStyle, monitor: FailureMonitor, no_results_message: str | None = None
+        self, client: SearchBackend, style: InformationStyle, monitor: FailureMonitor, no_results_message: str | None = None
     ) -> None:
         self._client = client
         self._style = style
@@ -125,7 +125,7 @@ class SearchTool:
 class AccessTool:
     """Pages for addresses, long ones in numbered parts."""
 
-    def __init__(self, client: Finder, monitor: FailureMonitor) -> None:
+    def __init__(self, client: SearchBackend, monitor: FailureMonitor) -> None:
         self._client = client
         self._monitor = monitor
 

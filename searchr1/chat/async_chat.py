@@ -13,7 +13,7 @@ from typing import Any
 from searchr1.agent.loop import GenerateFn
 from searchr1.agent.protocol import last_answer, truncate_text
 from searchr1.agent.settings import AgentSettings
-from searchr1.agent.tools import Finder, Tool
+from searchr1.agent.tools import SearchBackend, Tool
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.chat.events import Done, Event, Failed, Started, Stats
 from searchr1.chat.observers import Emit, ObservedRollout, StreamingEngine
@@ -52,7 +52,7 @@ class AsyncChat:
         engine: StreamingEngine,
         tokenizer: Any,
         tools: Mapping[str, Tool],
-        backend: Finder | None,
+        backend: SearchBackend | None,
         settings: AgentSettings,
         prompt: PromptSettings,
         run: GenerateFn,

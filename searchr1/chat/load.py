@@ -9,10 +9,10 @@ import warnings
 from typing import Any
 
 from searchr1.agent.settings import AgentSettings
-from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, Finder, SearchTool, Tool
+from searchr1.agent.tools import AccessTool, DummySearchTool, FailureMonitor, SearchBackend, SearchTool, Tool
 from searchr1.chat.async_chat import AsyncChat, PromptSettings
 from searchr1.chat.plan import Plan
-from searchr1.chat.search_backends import OnlineFinder, check_servers
+from searchr1.chat.search_backends import OnlineBackend, check_servers
 from searchr1.config.schema import Config
 from searchr1.data import model_source
 from searchr1.device import Device
@@ -93,7 +93,7 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
 
 
-async def open_search_backend(plan: Plan) -> Finder | None:
+async def open_search_backend(plan: Plan) -> SearchBackend | None:
     """Return the search backend, None without search.
 
     Raises:
@@ -101,7 +101,7 @@ async def open_search_backend(plan: Plan) -> Finder | None:
     """
     search = plan.config.tools.search
     if plan.engine:
-        return OnlineFinder(plan.engine, search.topk, search.timeout_s, plan.engine_url, plan.snippet_only)
+        return OnlineBackend(plan.engine, search.topk, search.timeout_s, plan.engine_url, plan.snippet_only)
     if search.dummy_mode:
         return None
     backend = SearchClient.from_config(search)
@@ -127,7 +127,7 @@ def confirm_without_search(problem: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-def build_tools(config: Config, backend: Finder | None) -> dict[str, Tool]:
+def build_tools(config: Config, backend: SearchBackend | None) -> dict[str, Tool]:
     """Return the tools of the run; failures are reported to the model and to the person, and end nothing."""
     settings = AgentSettings.from_config(config, "eval")
     style, no_results_message = settings.information_style, settings.no_results_message

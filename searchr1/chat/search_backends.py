@@ -21,7 +21,7 @@ HEALTH_SECONDS = 3.0
 PROBE_SECONDS = 15.0
 
 
-class OnlineFinder:
+class OnlineBackend:
     """An online engine; its key comes from the environment."""
 
     def __init__(self, engine: str, topk: int, timeout_s: float, address: str | None, snippet_only: bool) -> None:

@@ -129,7 +129,7 @@ def test_stop_aborts_the_generation_and_the_page_goes_on():
     play(scene, chat)
 
 
-def test_what_models_and_pages_say_is_text_and_never_markup():
+def test_text_of_models_and_pages_is_text_and_never_markup():
     async def scene(tab, address):
         await tab.open(address)
         await ask(tab, "hostile")
@@ -165,7 +165,7 @@ def test_the_policy_stops_scripts_that_would_get_in():
     play(scene, make_chat(SCRIPT))
 
 
-def test_dead_searches_and_dead_engines_are_told_and_the_page_recovers():
+def test_dead_searches_and_dead_engines_are_reported_and_the_page_recovers():
     backend = ScriptedSearch(ADA)
     chat = make_chat(SCRIPT, backend, engine=(engine := ScriptedEngine(SCRIPT)))
 
@@ -191,7 +191,7 @@ def test_dead_searches_and_dead_engines_are_told_and_the_page_recovers():
     play(scene, chat)
 
 
-def test_a_server_that_went_away_is_told_and_found_again():
+def test_a_server_that_went_away_is_reported_and_may_come_back():
     async def run():
         async with chromium() as tab:
             async with serving(make_chat(SCRIPT, delay=0.01)) as address:
@@ -211,7 +211,7 @@ def test_a_server_that_went_away_is_told_and_found_again():
     asyncio.run(run())
 
 
-def test_a_token_is_asked_for_and_limits_are_told():
+def test_a_token_is_asked_for_and_limits_are_reported():
     async def scene(tab, address):
         await tab.open(address)
         await tab.until("!document.getElementById('token').hidden")

@@ -58,7 +58,7 @@ async def quiet(tab: Tab) -> None:
     assert tab.console == []
 
 
-def test_what_happened_is_told_in_words_numbers_and_curves(page, tmp_path):
+def test_what_happened_is_shown_in_words_numbers_and_curves(page, tmp_path):
     async def run():
         async with chromium() as tab:
             await tab.open(page)
@@ -244,7 +244,7 @@ def test_what_models_and_pages_wrote_is_text_and_never_markup(tmp_path):
     asyncio.run(look())
 
 
-def test_what_is_missing_is_told(tmp_path):
+def test_what_is_missing_is_reported(tmp_path):
     run = make_run(tmp_path / "run")
     bare = row(3)
     for one in bare["turns"]:

@@ -66,7 +66,7 @@ def test_a_query_shows_ranked_passages_and_opens_a_page(server, tmp_path):
     asyncio.run(run())
 
 
-def test_what_a_corpus_says_is_text_and_never_markup(server):
+def test_what_a_corpus_holds_is_text_and_never_markup(server):
     async def run():
         async with chromium() as tab:
             await tab.open(server[1])
@@ -103,7 +103,7 @@ def test_a_server_with_a_token_asks_for_it(server):
     asyncio.run(run())
 
 
-def test_a_dead_server_is_told(server):
+def test_a_dead_server_is_reported(server):
     async def run():
         async with chromium() as tab:
             await tab.open(server[1])

@@ -123,7 +123,7 @@ def served_by_the_command(run, port=0):
         process.communicate()
 
 
-def test_a_server_that_stops_and_comes_back_is_told(tmp_path):
+def test_a_server_that_stops_and_comes_back_is_reported(tmp_path):
     run = make_run(tmp_path / "run")
 
     async def look():

@@ -36,7 +36,7 @@ def written(events):
     return found
 
 
-def test_everything_that_happens_is_told_in_order():
+def test_everything_that_happens_is_an_event_in_order():
     events = ask(make_chat({"q": [SEARCH, ANSWER]}))
     order = [event.type for event in events]
     merged = [name for i, name in enumerate(order) if i == 0 or order[i - 1] != name]
@@ -79,26 +79,26 @@ def test_the_trajectory_is_token_for_token_the_one_of_training():
     assert watched.loss_mask.tolist() == plain.loss_mask.tolist()
 
 
-def test_an_invalid_action_shows_what_the_model_was_told():
+def test_an_invalid_action_shows_the_message_to_the_model():
     events = ask(make_chat({"q": ["no tag at all", ANSWER]}))
     assert of(InvalidAction, events)[0].text == "\nThat was no action.\n"
     assert written(events)["text"] == "no tag at all"
     assert events[-1].stats.invalid_actions == 1
 
 
-def test_a_search_that_fails_is_told_and_the_model_goes_on():
+def test_a_search_that_fails_is_reported_and_the_model_goes_on():
     events = ask(make_chat({"q": [SEARCH, ANSWER]}, ScriptedSearch(error="http://x: no answer")))
     assert of(ToolFailed, events)[0].message == "http://x: no answer"
     assert events[-1].answer == "Ada Lovelace"
     assert events[-1].stats.tool_failures == 1
 
 
-def test_failures_never_end_a_session():
+def test_failures_never_end_a_chat():
     chat = make_chat({"q": [SEARCH, ANSWER]}, ScriptedSearch(error="down"))
     assert all(ask(chat)[-1].answer == "Ada Lovelace" for _ in range(30))
 
 
-def test_a_search_that_hangs_is_told():
+def test_a_search_that_hangs_is_reported():
     events = ask(make_chat({"q": [SEARCH, ANSWER]}, ScriptedSearch(ADA, delay=30), tool_timeout_s=0.05))
     assert of(ToolFailed, events)[0].message.startswith("no answer within")
     assert events[-1].answer == "Ada Lovelace"
@@ -135,7 +135,7 @@ def test_questions_that_cannot_be_asked(question, message):
 
 
 @pytest.mark.parametrize("error", [EngineError("the rollout engine stopped: out of memory"), ValueError("broken")])
-def test_an_engine_that_fails_is_told_and_the_session_goes_on(error):
+def test_an_engine_that_fails_is_reported_and_the_chat_goes_on(error):
     engine = ScriptedEngine({"q": [ANSWER]})
     chat = make_chat(None, engine=engine)
     engine.error = error

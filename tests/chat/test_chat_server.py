@@ -112,7 +112,7 @@ def test_a_client_that_leaves_aborts_its_generation_and_no_other():
     play(scene, make_chat(SCRIPT, engine=engine))
 
 
-def test_questions_wait_for_their_turn_and_too_many_are_refused():
+def test_questions_wait_for_their_turn_and_too_many_are_rejected():
     engine = ScriptedEngine(SCRIPT, delay=0.003)
 
     async def scene(app):
@@ -213,7 +213,7 @@ def test_hostile_text_stays_inside_its_line():
         ('{"question": "%s"}' % ("x" * (1 << 20)), 413, "larger than"),
     ],
 )
-def test_bad_questions_are_refused(body, status, detail):
+def test_bad_questions_are_rejected(body, status, detail):
     async def scene(app):
         async with http(app) as client:
             answer = await client.post("/ask", content=body, headers={"content-type": "application/json"})
@@ -254,7 +254,7 @@ def test_the_token_guards_questions_and_pages():
         ("[bad", 421),
     ],
 )
-def test_a_foreign_name_for_this_machine_is_refused(host, status):
+def test_a_foreign_name_for_this_machine_is_rejected(host, status):
     async def scene(app):
         async with http(app, host=host) as client:
             assert (await client.get("/health")).status_code == status
@@ -277,7 +277,7 @@ def test_a_page_of_another_site_cannot_ask():
     play(scene)
 
 
-def test_pages_that_a_search_found():
+def test_pages_that_a_search_returned():
     backend = ScriptedSearch(pages={"https://w.example/Ada": "x" * 200_010})
 
     async def scene(app):
@@ -293,7 +293,7 @@ def test_pages_that_a_search_found():
     play(scene, make_chat(SCRIPT, backend))
 
 
-def test_a_dead_engine_shows_in_health_and_refuses_questions():
+def test_a_dead_engine_shows_in_health_and_rejects_questions():
     engine = ScriptedEngine(SCRIPT)
 
     async def scene(app):

@@ -50,7 +50,7 @@ def test_a_run_gives_its_own_limits_template_and_stop_strings(tmp_path):
     assert (prompt.template, prompt.chat, prompt.max_tokens) == ("demo", False, 77)
 
 
-def test_a_run_of_whole_prompts_takes_the_known_template_and_says_so(tmp_path, capsys):
+def test_a_run_of_whole_prompts_takes_the_known_template_and_reports_it(tmp_path, capsys):
     config = load_config(RECIPE)
     config.data.prompt_template = None
     save_config(config, tmp_path / "config.yaml")
@@ -91,7 +91,7 @@ def test_flags_and_overrides_go_on_top():
         (["--access", "agentloop.toolcall_parser=searchr1"], "agentloop.toolcall_parser: searchr1 reads no <access>"),
     ],
 )
-def test_mistakes_are_told(argv, message):
+def test_mistakes_are_reported(argv, message):
     with pytest.raises(UserError, match=message.replace("[", r"\[")):
         planned(*argv)
 
@@ -113,7 +113,7 @@ def test_lengths_are_cut_to_the_model_unless_they_were_asked_for():
         fit_to_model(asked.config, asked.auto_length)
 
 
-def test_a_retriever_that_does_not_answer_is_told_at_the_start(monkeypatch):
+def test_a_retriever_that_does_not_answer_is_reported_at_the_start(monkeypatch):
     monkeypatch.setattr("searchr1.chat.search_backends.HEALTH_SECONDS", 0.1)
     monkeypatch.setattr("sys.stdin", io.StringIO())
     chosen = planned("--retriever-url", "127.0.0.1:9")

@@ -115,7 +115,7 @@ def test_a_template_of_the_users_own_comes_with_the_model(run, tmp_path):
     assert tokenizer.decode(engine.asked[0][0]) == f"Say who.\n{QUESTION}\n"
 
 
-def test_a_model_of_whole_prompts_takes_the_known_template_and_says_so(run, capsys):
+def test_a_model_of_whole_prompts_takes_the_known_template_and_reports_it(run, capsys):
     config, model = run
     config.data.prompt_template = None
     ModelSettings.of(config).write(model)

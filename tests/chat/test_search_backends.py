@@ -11,7 +11,7 @@ from aiohttp import web
 from support.scripted_chat import ANSWER, SEARCH, make_chat
 
 from searchr1.chat.events import Done, ToolFailed, ToolReturned
-from searchr1.chat.search_backends import OnlineFinder, check_servers
+from searchr1.chat.search_backends import OnlineBackend, check_servers
 from searchr1.config.schema import SearchToolConfig
 from searchr1.retrieval.client.client import SearchUnavailable
 
@@ -43,8 +43,8 @@ def test_an_online_engine_answers_a_question(monkeypatch):
     async def scene():
         nonlocal status
         async with serving(web.post("/search", search)) as address:
-            finder = OnlineFinder("serper", 3, 10.0, f"{address}/search", snippet_only=True)
-            chat = make_chat({"q": [SEARCH, ANSWER]}, finder)
+            backend = OnlineBackend("serper", 3, 10.0, f"{address}/search", snippet_only=True)
+            chat = make_chat({"q": [SEARCH, ANSWER]}, backend)
             events = [event async for event in chat.ask("q")]
             (found,) = [event for event in events if isinstance(event, ToolReturned)]
             passage = found.results[0][0]
@@ -57,7 +57,7 @@ def test_an_online_engine_answers_a_question(monkeypatch):
             assert "secret" not in json.dumps([event.as_json() for event in events])
             assert isinstance(events[-1], Done)
             with pytest.raises(SearchUnavailable):
-                await finder.search(["q"])
+                await backend.search(["q"])
             await chat.aclose()
 
     asyncio.run(scene())

@@ -20,7 +20,7 @@ def test_pass_at_k_is_the_share_of_drawn_subsets_with_a_right_rollout(case):
 
 
 @pytest.mark.parametrize("case", [(3, 4, 1), (3, -1, 1), (3, 1, 0), (3, 1, 4)])
-def test_pass_at_k_refuses_what_cannot_be(case):
+def test_pass_at_k_rejects_what_cannot_be(case):
     with pytest.raises(ValueError, match="pass@"):
         pass_at_k(*case)
 

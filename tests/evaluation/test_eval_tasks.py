@@ -131,7 +131,7 @@ def test_passages_are_cut_like_a_tools_text_and_only_pending_questions_get_them(
     close(tasks)
 
 
-def test_a_prompt_that_does_not_fit_is_told(config):
+def test_a_prompt_that_does_not_fit_is_reported(config):
     config.data.max_prompt_length = 20
     with pytest.raises(UserError, match=r"data\.max_prompt_length: 3 prompts of direct inference"):
         tasks_of(config)
@@ -178,7 +178,7 @@ def finished_evaluation(config, method):
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_an_evaluation_that_is_refused_changes_nothing(config, monkeypatch, overwrite):
+def test_an_evaluation_that_is_rejected_changes_nothing(config, monkeypatch, overwrite):
     folder = finished_evaluation(config, "search")
     before = everything_in(folder)
     config.runner.overwrite = overwrite
@@ -231,7 +231,7 @@ def test_a_judged_row_is_judged_whatever_reward_it_names(config, tmp_path):
     assert load_questions(config).samples[0].reward_name is None
 
 
-def test_a_server_that_is_down_is_told_before_anything_starts(config):
+def test_a_server_that_is_down_is_reported_before_anything_starts(config):
     config.tools.search = replace(config.tools.search, server_addr="127.0.0.1:9", retries=0, timeout_s=5)
     with pytest.raises(UserError, match=r"tools\.search\.server_addr: .*127\.0\.0\.1:9.*launch_local_server"):
         require_server(config)
@@ -293,20 +293,20 @@ class FakeCluster:
         self.reward = RewardGroup(handle, "reward", 2, self.channel, timeout_s)
 
 
-def attempt(index):
+def rollout(index):
     ids = np.zeros(0)
     return Trajectory(Sample(f"s/{index}", index, [1], "", []), 0, ids, ids, ids, [], "answer")
 
 
 def chunk(*indices):
-    return Chunk(0, "eval", [attempt(index) for index in indices])
+    return Chunk(0, "eval", [rollout(index) for index in indices])
 
 
 def collect(cluster, count):
     """What came, and how the collection ended."""
     seen = []
     settings = AgentSettings(GenerateParams(max_new_tokens=1), max_model_len=10)
-    samples = [attempt(index).sample for index in range(count)]
+    samples = [rollout(index).sample for index in range(count)]
     keywords = {"step": 0, "mode": "eval", "group_size": 1, "seed": 0, "settings": settings, "in_flight": 4}
     collection = Collection(cluster, samples, **keywords)
     try:
@@ -331,7 +331,7 @@ def test_everything_comes_also_what_is_scored_last():
 
 def test_a_batch_is_sorted_whatever_finished_first():
     cluster = FakeCluster([chunk(2), chunk(1)], [chunk(0)], [REPORT, REPORT])
-    samples = [attempt(index).sample for index in range(3)]
+    samples = [rollout(index).sample for index in range(3)]
     batch = collect_batch(cluster, samples, step=1, mode="train", group_size=1, seed=0)
     assert [t.sample.index for t in batch.trajectories] == [0, 1, 2]
     assert batch.stats.generated_tokens == 20
@@ -363,4 +363,4 @@ def test_an_engine_that_stands_still_is_reported():
 def test_without_a_window_the_whole_has_a_limit():
     cluster = FakeCluster([], [], None, timeout_s=0.05)
     with pytest.raises(WorkerError, match=r"rollout\.rollout did not finish within 0 s \(runner\.step_timeout_s\)"):
-        collect_batch(cluster, [attempt(0).sample], step=1, mode="train", group_size=1, seed=0)
+        collect_batch(cluster, [rollout(0).sample], step=1, mode="train", group_size=1, seed=0)

@@ -79,7 +79,7 @@ def test_answers_of_another_model_are_not_gone_on_with(tmp_path):
     assert "stop" not in str(error.value)
 
 
-def test_rows_without_their_manifest_and_an_unreadable_one_are_refused(tmp_path, make_trajectory):
+def test_rows_without_their_manifest_and_an_unreadable_one_are_rejected(tmp_path, make_trajectory):
     with Ledger.open(tmp_path, manifest()) as ledger:
         ledger.append([make_trajectory()])
     (tmp_path / MANIFEST).write_text("{")
@@ -117,13 +117,13 @@ def test_questions_that_a_failed_tool_spoiled_are_asked_again(tmp_path, make_tra
         assert (ledger.finished, ledger.spoiled) == ({0, 1}, {2})
 
 
-def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+def test_a_folder_that_cannot_be_written_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"runner\.output_dir"):
         Ledger.open(tmp_path / "file/eval", manifest()).begin()
 
 
-def test_a_full_disk_is_told(tmp_path, make_trajectory):
+def test_a_full_disk_is_reported(tmp_path, make_trajectory):
     with Ledger.open(tmp_path, manifest()) as ledger:
         ledger._file.close()
         with open("/dev/full", "wb") as full:
@@ -149,7 +149,7 @@ def test_a_rollout_that_was_written_twice_counts_once_the_last_time(tmp_path, ma
     assert [rollout.exact_match for rollout in rollouts] == [1, 1]
 
 
-def test_missing_and_foreign_rows_are_told(make_trajectory):
+def test_missing_and_foreign_rows_are_reported(make_trajectory):
     with pytest.raises(UserError, match="here: 0 rollouts are there, 3 were asked for"):
         score_rows([], 3, "here")
     with pytest.raises(UserError, match="not a logged answer"):

@@ -90,7 +90,7 @@ def test_the_text_is_scored_by_every_metric_where_it_is_asked_for(rollouts):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_share_is_said_and_what_to_do(rollouts, method):
+def test_the_share_is_reported_with_what_to_do(rollouts, method):
     results = results_of(rollouts, "reject", [method])
     words = (
         "50.0% of the rollouts (33.3% of the turns) have no <search>, <access> or <answer> tag at all and count as wrong."
@@ -102,11 +102,11 @@ def test_the_share_is_said_and_what_to_do(rollouts, method):
     assert "50.0% of the rollouts (33.3% of the turns) have no &lt;search&gt;" in page(results)
     assert "have no &lt;search&gt;" in markdown(results.tables()[-1])
     assert results.json()["methods"][method]["all"]["facts"]["untagged"] == 0.5
-    told = results_of(rollouts, "text", [method])
-    assert "50.0% of the rollouts gave no answer tag and were scored by the whole text" in told.text()
-    assert "count as wrong" not in told.text()
-    assert told.json()["methods"][method]["untagged"] == "text"
-    assert "answer: the Ann Lee" in page(told)
+    scored = results_of(rollouts, "text", [method])
+    assert "50.0% of the rollouts gave no answer tag and were scored by the whole text" in scored.text()
+    assert "count as wrong" not in scored.text()
+    assert scored.json()["methods"][method]["untagged"] == "text"
+    assert "answer: the Ann Lee" in page(scored)
     assert "answer: none" in page(results)
 
 
@@ -176,7 +176,7 @@ def test_a_training_runs_evaluation_logs_the_share(rollouts):
     assert metrics["val/untagged_turns"] == pytest.approx(2 / 6)
 
 
-def test_another_value_is_refused():
+def test_another_value_is_rejected():
     config = Config()
     config.evaluation.untagged = "maybe"
     with pytest.raises(ConfigError, match=r"evaluation\.untagged: 'maybe' is not one of reject, text"):

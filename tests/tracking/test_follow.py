@@ -122,7 +122,7 @@ def test_a_run_comes_into_being_goes_on_and_goes(tmp_path, make_trajectory):
 
 
 @pytest.mark.parametrize("question", ["one_hop/3", 'a"b\\c', "谁/0", "\ud83d"])
-def test_a_question_is_found_by_its_id_in_whole(tmp_path, make_trajectory, question):
+def test_a_question_is_looked_up_by_its_whole_id(tmp_path, make_trajectory, question):
     remove_later(tmp_path, 0)
     named, other = make_trajectory(0), make_trajectory(1)
     named.sample.id, other.sample.id = question, question + "0"

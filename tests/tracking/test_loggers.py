@@ -92,7 +92,7 @@ def test_a_damaged_line_is_named(tmp_path, line):
         read_metrics(path)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(UserError, match="not readable"):
         read_metrics(tmp_path / "metrics.jsonl")
 
@@ -110,7 +110,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 1), (2, 1), (3, 2), (4, 2), (5, 2)]
 
 
-def test_unknown_and_missing_backends_are_told_by_name(monkeypatch):
+def test_unknown_and_missing_backends_are_reported_by_name(monkeypatch):
     with pytest.raises(UserError, match=r"logger_backends: unknown 'tensorbord'; use any of tensorboard, wandb, swanlab"):
         require_backends(["tensorboard", "tensorbord"])
     for name, extra in (("wandb", "wandb"), ("swanlab", "swanlab"), ("torch.utils.tensorboard", "train")):
@@ -146,7 +146,7 @@ def test_hosted_backends_get_every_step_and_resume_under_one_id(tmp_path, monkey
     assert resumed["id"] == fresh["id"] != overwritten["id"]
 
 
-def test_a_service_that_refuses_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
+def test_a_service_that_rejects_leaves_the_folder_as_it_was(tmp_path, monkeypatch):
     def refuses(**_):
         raise RuntimeError("no key")
 

@@ -42,7 +42,7 @@ def refused(backend: str) -> bool:
 
 
 @pytest.mark.parametrize("backend", ["wandb", "swanlab"])
-def test_without_a_key_a_run_is_refused(home, monkeypatch, backend):
+def test_without_a_key_a_run_is_rejected(home, monkeypatch, backend):
     assert refused(backend)
     require_logins(["tensorboard"])
     for name, value, right in (

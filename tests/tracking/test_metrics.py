@@ -68,7 +68,7 @@ def test_no_tool_calls_and_no_turns_are_no_trouble(make_trajectory):
     assert all(np.isfinite(value) for value in found.values())
 
 
-def test_an_evaluation_is_told_per_source_and_in_all(make_trajectory):
+def test_an_evaluation_is_reported_per_source_and_in_all(make_trajectory):
     rows = [make_trajectory(i, source="nq", right=i < 1) for i in range(4)]
     rows += [make_trajectory(i, source="org/two", right=True) for i in range(2)]
     found = eval_metrics(rows)

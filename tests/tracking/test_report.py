@@ -126,7 +126,7 @@ def test_the_script_builds_with_text_alone():
         assert ending not in (REPORT.script + REPORT.style).lower()
 
 
-def test_the_page_tells_the_run(run):
+def test_the_page_describes_the_run(run):
     overview = Reader(page(run)).overview()
     assert overview["title"] == "my run"
     assert overview["subtitle"] == "4 training steps, 2 evaluations"
@@ -283,7 +283,7 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert len(Reader((tmp_path / "other.html").read_text(encoding="utf-8")).rows()) <= 10
 
 
-def test_mistakes_are_told(run, tmp_path):
+def test_mistakes_are_reported(run, tmp_path):
     with pytest.raises(UserError, match=r"metrics.jsonl is missing"):
         main([str(tmp_path / "nowhere")])
     (tmp_path / "metrics.jsonl").touch()

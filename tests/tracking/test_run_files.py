@@ -13,7 +13,7 @@ from searchr1.tracking.token_text import TokenText
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 
 
-def told(row):
+def named(row):
     return dict(zip(COLUMNS, brief(row), strict=True))
 
 
@@ -50,10 +50,10 @@ def test_a_row_in_brief(tmp_path, make_trajectory):
         [word.encode() for word in ["<search>", "w", "ho", "</search>", "<answer>", " Ann ", "</answer>"]]
     )
     ids = np.array([0, 1, 2, 3, 0, 0, 0, 4, 5, 6], np.int32)
-    untold = make_trajectory(3, 1, response_ids=np.zeros(10, np.int32))
+    unlogged = make_trajectory(3, 1, response_ids=np.zeros(10, np.int32))
     surprising = make_trajectory(response_ids=ids, rollout_logprobs=np.full(10, -0.5, np.float32))
-    write_trajectories(path, [untold, surprising], vocabulary)
-    plain, shaded = map(told, read_rows(path))
+    write_trajectories(path, [unlogged, surprising], vocabulary)
+    plain, shaded = map(named, read_rows(path))
     assert plain["id"] == "one_hop/3"
     assert plain["replica"] == 1
     assert plain["golds"] == ["Ann"]
@@ -66,10 +66,10 @@ def test_a_row_in_brief(tmp_path, make_trajectory):
 
 def test_right_is_the_exact_match_or_else_the_reward():
     row = {"turns": [], "reward": 0.4}
-    assert told(row | {"reward_parts": {"exact_match": 0.0}})["right"] is False
-    assert told(row | {"reward_parts": {"exact_match": 1.0}})["right"] is True
-    assert told(row | {"reward_parts": {"f1": 0.4}})["right"] is True
-    assert told({"turns": [], "reward": None})["right"] is False
+    assert named(row | {"reward_parts": {"exact_match": 0.0}})["right"] is False
+    assert named(row | {"reward_parts": {"exact_match": 1.0}})["right"] is True
+    assert named(row | {"reward_parts": {"f1": 0.4}})["right"] is True
+    assert named({"turns": [], "reward": None})["right"] is False
 
 
 json_values = st.recursive(
@@ -94,8 +94,8 @@ FIELDS = (
 @given(
     st.dictionaries(st.sampled_from(FIELDS), json_values), st.dictionaries(st.sampled_from(["token_surprise"]), json_values)
 )
-def test_a_row_with_other_types_in_it_is_still_told(row, turn):
-    found = told(row | {"turns": [turn]})
+def test_a_row_with_other_types_in_it_is_still_read(row, turn):
+    found = named(row | {"turns": [turn]})
     assert isinstance(found["question"], str)
     assert isinstance(found["searches"], int)
     assert found["reward"] is None or isinstance(found["reward"], float)
@@ -109,12 +109,12 @@ def test_a_number_beyond_every_float_counts_as_absent(tmp_path, surprise):
         f'{{"reward": {surprise}, "searches": {surprise}, "turns": [{{"token_surprise": [{surprise}, 4, 6]}}]}}\n'
     )
     (row,) = read_rows(path)
-    assert (told(row)["reward"], told(row)["searches"], told(row)["surprise"]) == (None, 0, 5)
-    json.dumps(told(row), allow_nan=False)
+    assert (named(row)["reward"], named(row)["searches"], named(row)["surprise"]) == (None, 0, 5)
+    json.dumps(named(row), allow_nan=False)
 
 
 def test_the_mean_of_large_numbers_does_not_overflow():
-    assert told({"turns": [{"token_surprise": [1.5e308, 1.5e308]}]})["surprise"] == pytest.approx(1.5e308)
+    assert named({"turns": [{"token_surprise": [1.5e308, 1.5e308]}]})["surprise"] == pytest.approx(1.5e308)
 
 
 def test_evenly():

@@ -22,7 +22,7 @@ def briefs(*answers):
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "headline", "tone", "told"),
+    ("before", "after", "headline", "tone", "sentence"),
     [
         ((0.45, 0.9), (0.99, 1.75), "The model learned to search.", "good", "rose from 45% to 99%"),
         ((0.45, 1.0), (0.99, 1.0), "The model got better at the held-out questions.", "good", "rose from 45% to 99%"),
@@ -36,10 +36,10 @@ def briefs(*answers):
         ),
     ],
 )
-def test_before_and_after_in_words(before, after, headline, tone, told):
+def test_before_and_after_in_words(before, after, headline, tone, sentence):
     found = summarise([evaluation(0, *before), evaluation(40, *after)], [], [])
     assert (found.headline, found.tone) == (headline, tone)
-    assert told in found.sentences[0]
+    assert sentence in found.sentences[0]
     assert "between step 0 and step 40" in found.sentences[0]
     assert f"It searches {after[1]:.2f} times a question, {before[1]:.2f} times before." in found.sentences[1]
 
@@ -61,7 +61,7 @@ def test_what_searching_is_good_for_is_counted():
     )
 
 
-def test_data_sources_are_told_each_or_by_their_extremes():
+def test_data_sources_are_named_each_or_by_their_extremes():
     few = [("one", 0.5), ("two", 0.2)]
     found = summarise([evaluation(0, 0.1, sources=few), evaluation(1, 0.9, sources=[("one", 0.9), ("two", 0.3)])], [], [])
     assert "By data source: one 50% → 90% with 2.00 searches, two 20% → 30% with 2.00 searches." in found.sentences
@@ -70,8 +70,8 @@ def test_data_sources_are_told_each_or_by_their_extremes():
     found = summarise([evaluation(0, 0.1, sources=many), evaluation(1, 0.9, sources=after)], [], [])
     assert "Of 9 data sources, s8 10% → 80% with 2.00 searches gained most, s0 10% → 0%" in found.sentences[-1]
     found = summarise([evaluation(1, 0.9, sources=after)], [], [])
-    told = "Of 9 data sources, s8 80% with 2.00 searches is the best, s0 0% with 2.00 searches the worst."
-    assert found.sentences[-1] == told
+    sentence = "Of 9 data sources, s8 80% with 2.00 searches is the best, s0 0% with 2.00 searches the worst."
+    assert found.sentences[-1] == sentence
 
 
 def test_one_evaluation_training_alone_and_nothing():

@@ -74,7 +74,7 @@ def test_a_vocabulary_with_byte_fallback():
     assert vocabulary.lengths([2, 1, 3, 4], "it isë") == [2, 3, 0, 1]
 
 
-def test_a_tokenizer_of_another_kind_is_told(tmp_path, caplog):
+def test_a_tokenizer_of_another_kind_is_reported(tmp_path, caplog):
     backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]").save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING):

@@ -51,7 +51,7 @@ def ask(server, path, method="GET", **headers):
         connection.close()
 
 
-def told(server, path):
+def get_json(server, path):
     answer, body = ask(server, path)
     assert answer.status == 200, body
     return json.loads(body)
@@ -70,7 +70,7 @@ def test_the_page_and_its_policy(server):
 
 
 def test_the_overview_is_sent_again_only_when_it_changed(server, run, make_trajectory):
-    overview = told(server, "/api/overview")
+    overview = get_json(server, "/api/overview")
     assert [file["key"] for file in overview["files"]] == ["0-eval-0", "0-eval-4", "0-train-1"]
     assert overview["summaries"][0]["example"]["attempts"][1]["key"].startswith("0/eval/4/0/one_hop/")
     answer, body = ask(server, "/api/overview", if_none_match=overview["version"])
@@ -82,15 +82,15 @@ def test_the_overview_is_sent_again_only_when_it_changed(server, run, make_traje
 
 
 def test_a_step_is_given_on_demand(server):
-    index = told(server, "/api/rows?file=0-eval-4&from=0")
+    index = get_json(server, "/api/rows?file=0-eval-4&from=0")
     assert [row[0] for row in index["rows"]] == [f"one_hop/{i}" for i in range(6)]
     assert index["columns"][0] == "id"
-    assert len(told(server, "/api/rows?file=0-eval-4&from=4")["rows"]) == 2
-    bodies = told(server, "/api/bodies?file=0-eval-4&from=2&count=2")
+    assert len(get_json(server, "/api/rows?file=0-eval-4&from=4")["rows"]) == 2
+    bodies = get_json(server, "/api/bodies?file=0-eval-4&from=2&count=2")
     assert [body["id"] for body in bodies] == ["one_hop/2", "one_hop/3"]
     assert bodies[0]["turns"][0]["queries"] == ["who"]
-    assert told(server, f"/api/same?id={quote('one_hop/0')}")["files"] == ["0-eval-0", "0-eval-4", "0-train-1"]
-    assert told(server, "/api/same?id=one_hop/5")["files"] == ["0-eval-0", "0-eval-4"]
+    assert get_json(server, f"/api/same?id={quote('one_hop/0')}")["files"] == ["0-eval-0", "0-eval-4", "0-train-1"]
+    assert get_json(server, "/api/same?id=one_hop/5")["files"] == ["0-eval-0", "0-eval-4"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_step_is_given_on_demand(server):
         ("//[/api/overview", 404, "no such page"),
     ],
 )
-def test_what_is_not_there_is_told(server, path, status, problem):
+def test_what_is_not_there_is_reported(server, path, status, problem):
     answer, body = ask(server, path)
     assert answer.status == status
     assert problem in json.loads(body)["problem"]
@@ -141,9 +141,9 @@ def test_another_site_may_not_read_an_answer(server, origin):
     assert answer.headers["cross-origin-resource-policy"] == "same-origin"
 
 
-def test_a_damaged_step_is_told_and_the_rest_is_shown(server, run):
+def test_a_damaged_step_is_reported_and_the_rest_is_shown(server, run):
     eval_file(run, 4).write_text("{torn\n")
-    assert told(server, "/api/overview")["files"]
+    assert get_json(server, "/api/overview")["files"]
     answer, body = ask(server, "/api/rows?file=0-eval-4&from=0")
     assert answer.status == 409
     assert "eval_step_4.jsonl:1: not valid JSON" in json.loads(body)["problem"]
@@ -194,7 +194,7 @@ def test_a_run_that_does_not_exist_yet(tmp_path, make_trajectory):
     assert overview["files"][0]["key"] == "0-train-1"
 
 
-def test_an_evaluation_that_begins_later_is_found_below_its_folder(tmp_path, make_trajectory):
+def test_an_evaluation_that_begins_later_is_shown_below_its_folder(tmp_path, make_trajectory):
     folder = tmp_path / "compared"
     watched = WatchedRuns([folder])
     assert watched.overview()["files"] == []
@@ -209,14 +209,14 @@ def test_an_evaluation_that_begins_later_is_found_below_its_folder(tmp_path, mak
     assert overview["problem"] == ""
 
 
-def test_mistakes_are_told(tmp_path, server):
+def test_mistakes_are_reported(tmp_path, server):
     with pytest.raises(UserError, match="--port 70000"):
         main([str(tmp_path), "--port", "70000"])
     with pytest.raises(UserError, match="cannot listen"):
         main([str(tmp_path), "--port", str(server.server_port)])
 
 
-def test_the_command_says_where_it_serves(run):
+def test_the_command_prints_where_it_serves(run):
     words = [sys.executable, "-m", "searchr1.cli", "watch", str(run), "--port", "0"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
