@@ -16,14 +16,11 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
 from searchr1.errors import UserError
+from searchr1.progress import ProgressBar
 from searchr1.retrieval.index.unpack import unpack as write_rows
 from searchr1.streams import open_streams
 
@@ -129,15 +126,6 @@ def unreachable(item: Item, error: Exception) -> UserError:
     )
 
 
-@contextmanager
-def bar(what: str, total: int) -> Iterator[Progress]:
-    """A bar in bytes, with the speed and the time left."""
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        progress.add_task(what, total=total)
-        yield progress
-
-
 def is_joined(save_path: Path, files: list[RemoteFile]) -> bool:
     """Whether the index has been made of its parts."""
     parts = [file for file in files if file.item in PARTS18]
@@ -206,12 +194,12 @@ def wrong(file: RemoteFile, save_path: Path, verify: bool) -> str | None:
 def hash_of(path: Path, start: int, size: int) -> str:
     """SHA-256 of a stretch of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file, bar(f"checking {path.name}", size) as progress:
+    with path.open("rb") as file, ProgressBar(f"checking {path.name}", size) as bar:
         file.seek(start)
         while size > 0 and (block := file.read(min(BLOCK, size))):
             digest.update(block)
             size -= len(block)
-            progress.advance(progress.task_ids[0], len(block))
+            bar.advance(len(block))
     return digest.hexdigest()
 
 
@@ -287,12 +275,16 @@ def join(parts: list[RemoteFile], save_path: Path, keep_parts: bool) -> Path:
                     os.replace(copying, partial)
                 else:
                     os.replace(first.at(save_path), partial)
-            with partial.open("ab") as target, second.at(save_path).open("rb") as source, bar("joining", total) as progress:
+            with (
+                partial.open("ab") as target,
+                second.at(save_path).open("rb") as source,
+                ProgressBar("joining", total) as bar,
+            ):
                 source.seek(max(partial.stat().st_size - first.size, 0))
-                progress.update(progress.task_ids[0], completed=partial.stat().st_size)
+                bar.update(partial.stat().st_size)
                 while block := source.read(BLOCK):
                     target.write(block)
-                    progress.advance(progress.task_ids[0], len(block))
+                    bar.advance(len(block))
                 target.flush()
                 os.fsync(target.fileno())
             os.replace(partial, output)

@@ -15,7 +15,7 @@ from searchr1.checkpoints.megatron_source import MegatronSource
 from searchr1.checkpoints.model_shape import Architecture, read_architecture, rotary_frequencies
 from searchr1.checkpoints.safetensors import bytes_of, pieces
 from searchr1.errors import UserError
-from searchr1.progress import progress_bar
+from searchr1.progress import ProgressBar
 
 SMALL_BYTES = 1 << 30
 """Models up to this size are also run, without being asked."""
@@ -31,13 +31,13 @@ def compare(pairs: Iterable[tuple[str, Tensor, Tensor]], total_bytes: int, dtype
         UserError: a tensor differs.
     """
     count = size = 0
-    with progress_bar("comparing", total_bytes) as advance:
+    with ProgressBar("comparing", total_bytes) as bar:
         for name, source, written in pairs:
             if source.shape != written.shape or not same_bits(source, written, dtype, name):
                 raise UserError(
                     f"--verify: {name} differs from the source after reading it back: the disk or memory is faulty"
                 )
-            advance(source.nbytes)
+            bar.advance(source.nbytes)
             count, size = count + 1, size + written.nbytes
             del source, written
     return f"verified: {count} tensors ({decimal(size)}) read back, identical bit by bit; the checkpoint's checksums hold"

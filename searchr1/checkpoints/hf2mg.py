@@ -26,7 +26,7 @@ from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.checkpoints.torch_dist import FILE_BYTES, TorchDistFolder, TorchDistWriter
 from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.errors import UserError
-from searchr1.progress import progress_bar
+from searchr1.progress import ProgressBar
 
 _LAYER = re.compile(r"(decoder\.layers\.)(\d+)\.(.+)")
 _STATEFUL = (
@@ -80,7 +80,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
 
 
 def _write(reader: HfReader, arch: Architecture, folder: Path, options: MegatronOptions, total: int) -> None:
-    with closing(TorchDistWriter(folder, options.file_bytes)) as writer, progress_bar("converting", total) as advance:
+    with closing(TorchDistWriter(folder, options.file_bytes)) as writer, ProgressBar("converting", total) as bar:
         for entry in entries(arch):
             tensor = _cast(entry.read(reader.read, 0, 1), options.dtype, entry.name)
             layer = _LAYER.fullmatch(entry.name)
@@ -88,7 +88,7 @@ def _write(reader: HfReader, arch: Architecture, folder: Path, options: Megatron
                 writer.add(entry.name, tensor)
             else:
                 writer.add_layer(layer.group(1) + layer.group(3), tensor, int(layer.group(2)), arch.layers)
-            advance(tensor.nbytes)
+            bar.advance(tensor.nbytes)
             del tensor
         _write_extra_states(writer, arch, options.layers)
         writer.finish()

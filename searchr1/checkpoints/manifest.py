@@ -7,7 +7,7 @@ complete. Releases before wrote `sizes.json`, which tells a file that was cut sh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from searchr1.files.checksums import (
     write_sums,
 )
 from searchr1.files.sealed import read_json
-from searchr1.progress import progress_bar
+from searchr1.progress import Advance, ProgressBar
 
 MANIFEST = "manifest.json"
 SIZES = "sizes.json"
@@ -164,9 +164,7 @@ def _read(folder: Path) -> Contents:
     return Contents({name: FileSum(size, "") for name, size in sizes.items()}, has_sums=False)
 
 
-def changed_files(
-    folder: Path, contents: Contents, below: str = "", advance: Callable[[int], object] | None = None
-) -> Iterator[Damage]:
+def changed_files(folder: Path, contents: Contents, below: str = "", advance: Advance | None = None) -> Iterator[Damage]:
     """Yield the files of a checkpoint that are missing or changed.
 
     Args:
@@ -228,8 +226,8 @@ def is_run_checkpoint(folder: Path) -> bool:
 
 
 def _first_damage(folder: Path, contents: Contents, below: str, label: str) -> Damage | None:
-    with progress_bar(label, bytes_to_read(contents, below), least_bytes=_BAR_BYTES) as advance:
-        return next(changed_files(folder, contents, below, advance), None)
+    with ProgressBar(label, bytes_to_read(contents, below), least=_BAR_BYTES) as bar:
+        return next(changed_files(folder, contents, below, bar.advance), None)
 
 
 def _below(contents: Contents, below: str) -> dict[str, FileSum]:

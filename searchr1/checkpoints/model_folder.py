@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, FileSum, LaterFormat, damaged, read_sums, take_all, write_sums
 from searchr1.files.lfs import refuse_pointer
-from searchr1.progress import progress_bar
+from searchr1.progress import Advance, ProgressBar
 
 ADAPTER = "adapter_config.json"
 _MAX_JSON = 64 << 20
@@ -105,9 +105,7 @@ def read_model_sums(folder: Path, weights_only: bool = False) -> dict[str, FileS
     return {name: known for name, known in files.items() if not weights_only or name.endswith(WEIGHTS)}
 
 
-def changed_model_files(
-    folder: Path, advance: Callable[[int], object] | None = None, weights_only: bool = False
-) -> Iterator[Damage]:
+def changed_model_files(folder: Path, advance: Advance | None = None, weights_only: bool = False) -> Iterator[Damage]:
     """Yield the files of a model folder that are not what its sums say; none if it has no sums."""
     try:
         sums = read_model_sums(folder, weights_only)
@@ -137,8 +135,8 @@ def verify_weights(source: str | Path) -> None:
         raise UserError(f"{folder / MODEL_SUMS} {error}") from error
     except (ValueError, OSError):
         sums = {}  # reported below
-    with progress_bar(f"verifying {folder.name}", sum(known.bytes for known in sums.values()), BAR_BYTES) as advance:
-        damage = next(changed_model_files(folder, advance, weights_only=True), None)
+    with ProgressBar(f"verifying {folder.name}", sum(known.bytes for known in sums.values()), least=BAR_BYTES) as bar:
+        damage = next(changed_model_files(folder, bar.advance, weights_only=True), None)
     if damage is not None:
         raise UserError(
             f"{damage}: the model is damaged; convert or copy it again (if the change is meant, delete {MODEL_SUMS} there)"

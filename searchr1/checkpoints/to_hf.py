@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,7 +32,7 @@ from searchr1.checkpoints.run_settings import carry_settings
 from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
-from searchr1.progress import progress_bar
+from searchr1.progress import Advance, ProgressBar
 
 
 class HfSource(Protocol):
@@ -77,9 +77,9 @@ def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path,
     total = sum(spec.nbytes for spec in specs)
     lines = []
     with new_folder(output, total) as folder:
-        with progress_bar("converting", total) as advance:
+        with ProgressBar("converting", total) as bar:
             sizes = {spec.name: spec.nbytes for spec in specs}
-            stream_weights(specs, _told(source.tensors(), sizes, advance), folder, options.shard_bytes)
+            stream_weights(specs, _counted(source.tensors(), sizes, bar.advance), folder, options.shard_bytes)
         copy_hf_files(config, folder, main_dtype(specs))
         settings_line = carry_settings(checkpoint, folder)
         if options.verify:
@@ -91,9 +91,7 @@ def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path,
     return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines, settings_line]
 
 
-def _told(
-    named: Iterable[tuple[str, Tensor]], sizes: dict[str, int], advance: Callable[[int], None]
-) -> Iterator[tuple[str, Tensor]]:
+def _counted(named: Iterable[tuple[str, Tensor]], sizes: dict[str, int], advance: Advance) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in named:
         yield name, tensor
         del tensor  # before the next one is read

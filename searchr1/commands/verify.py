@@ -24,10 +24,9 @@ from searchr1.checkpoints.model_folder import MODEL_SUMS, changed_model_files, r
 from searchr1.checkpoints.structure import check_distributed, check_model, check_ranks, named
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, files_below
-from searchr1.progress import progress_bar
+from searchr1.progress import Advance, ProgressBar
 
 BAR_BYTES = 256 << 20
-Advance = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +170,8 @@ def _size(folder: Path) -> int:
 
 
 def _run_check(check: Check) -> Result:
-    with progress_bar(f"verifying {check.path.name}", check.total_bytes, BAR_BYTES) as advance:
-        return Result(check, list(check.run(advance)))
+    with ProgressBar(f"verifying {check.path.name}", check.total_bytes, least=BAR_BYTES) as bar:
+        return Result(check, list(check.run(bar.advance)))
 
 
 def main(argv: list[str]) -> int:

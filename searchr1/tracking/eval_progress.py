@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from searchr1.progress import ProgressBar
 
 LINE_EVERY_S = 30.0
 """Between two lines where there is no terminal."""
@@ -31,27 +32,16 @@ class EvalProgress:
         self._right = 0.0
         self._scored = 0
         self._console = Console(file=sys.stdout, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._task = self._bar.add_task(what, total=total, completed=done, rate="")
+        self._bar = ProgressBar(what, total, "questions", done=done, console=self._console)
 
     def __enter__(self) -> Self:
         if self._done:
             self._console.print(f"{self._what}: {self._done} of {self._total} questions were finished before", markup=False)
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._bar.stop()
+        self._bar.__exit__(kind, error, trace)
         if not self._console.is_terminal:
             self._console.print(self._line(), highlight=False, markup=False)
 
@@ -60,7 +50,7 @@ class EvalProgress:
         self._done += questions
         self._right += right
         self._scored += scored
-        self._bar.update(self._task, completed=self._done, rate=self._rate())
+        self._bar.update(self._done, self._rate())
         if not self._console.is_terminal and time.monotonic() - self._printed > LINE_EVERY_S:
             self._printed = time.monotonic()
             self._console.print(self._line(), highlight=False, markup=False)

@@ -10,10 +10,10 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.config.schema import Config
+from searchr1.progress import ProgressBar
 from searchr1.tracking.loggers import FAILED, GuardedLogger, Logger, file_loggers
 from searchr1.tracking.metrics import eval_table
 from searchr1.tracking.token_text import load_token_text
@@ -52,27 +52,16 @@ class RunLog:
         self._most = config.runner.logger.trajectories_per_step
         self._token_text = load_token_text(config.rollout.model.model_path)
         remove_later(folder, first_step)
-        self._progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self._console,
-            disable=not self._console.is_terminal or total_steps == 0,
-        )
-        self._task = self._progress.add_task("steps", total=total_steps, completed=first_step, rate="")
+        self._bar = ProgressBar("training", total_steps, "steps", done=first_step, least=1, console=self._console)
         self._started = time.perf_counter()
         self._first_step, self._total_steps = first_step, total_steps
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        self._bar.__exit__(kind, error, trace)
         for logger in (self._metrics_file, *self._others):
             logger.close()
 
@@ -91,7 +80,7 @@ class RunLog:
         values = [f"{name} {form.format(metrics[key])}" for name, key, form in LINE if key in metrics]
         seconds = "/".join(f"{metrics.get(key, 0.0):.1f}" for _, key in SECONDS)
         names = "/".join(name for name, _ in SECONDS)
-        self._progress.update(self._task, completed=step, rate=f"{per_step:.1f} s/step")
+        self._bar.update(step, f"{per_step:.1f} s/step")
         self._console.print(
             f"step {step}/{self._total_steps}  {'  '.join(values)}  seconds {seconds} ({names})  left {left / 60:.1f} min",
             highlight=False,

@@ -248,7 +248,7 @@ def test_an_interrupted_run_leaves_the_earlier_files(hub, tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(output, "BATCH_ROWS", 1)
-    monkeypatch.setattr("searchr1.data.prepare.prepare._told", stopped)
+    monkeypatch.setattr("searchr1.data.prepare.prepare._counted", stopped)
     with pytest.raises(KeyboardInterrupt):
         run("--local", hub, "--out", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

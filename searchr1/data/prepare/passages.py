@@ -21,7 +21,7 @@ TIMEOUT_S = 120.0
 
 
 def search_passages(
-    questions: Sequence[str], addresses: Sequence[str], topk: int, notes: Path, tell: Callable[[float], None]
+    questions: Sequence[str], addresses: Sequence[str], topk: int, notes: Path, update: Callable[[float], object]
 ) -> dict[str, str]:
     """The rendered passages of each question.
 
@@ -31,7 +31,7 @@ def search_passages(
         topk: passages per question.
         notes: a file that keeps what was found, for a repeated run that asks the same servers for as much; the caller
             deletes it when it is done.
-        tell: told the share that is done.
+        update: called with the share that is done.
 
     Raises:
         UserError: no server answers, or the notes cannot be written.
@@ -49,7 +49,7 @@ def search_passages(
                     found[question] = passages
                     file.write(json.dumps({"question": question, **asked, "passages": passages}) + "\n")
                 file.flush()
-                tell(1 - sum(question not in found for question in wanted) / max(len(wanted), 1))
+                update(1 - sum(question not in found for question in wanted) / max(len(wanted), 1))
 
             asyncio.run(_search_all(calls, addresses, topk, keep))
     except SearchUnavailable as error:

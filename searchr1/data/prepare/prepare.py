@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from searchr1.data.events import Events
 from searchr1.data.prepare.output import write_json, write_rows
@@ -31,6 +28,7 @@ from searchr1.data.prepare.stats import (
 )
 from searchr1.data.prompts import wants_passages
 from searchr1.errors import UserError
+from searchr1.progress import ProgressBar
 
 SHOWN_PROBLEMS = 20
 NOTES = ".passages.partial.jsonl"
@@ -111,8 +109,8 @@ def _read_all(sources: dict[str, list[Source]], settings: Settings, outcome: Out
         for source in files:
             stats = start_stats(source)
             outcome.stats.append(stats)
-            with _bar(f"{split} {source.set_name}") as tell:
-                for item in _check_file(source, stats, settings, tell):
+            with _bar(f"{split} {source.set_name}") as bar:
+                for item in _check_file(source, stats, settings, bar.update):
                     if isinstance(item, Question):
                         read[split].append(item)
                         for note in item.notes:
@@ -139,11 +137,11 @@ def _read_all(sources: dict[str, list[Source]], settings: Settings, outcome: Out
 
 
 def _check_file(
-    source: Source, stats: SetStats, settings: Settings, tell: Callable[[float], None]
+    source: Source, stats: SetStats, settings: Settings, update: Callable[[float], object]
 ) -> Iterator[Question | str]:
     """Each row as a question, or what is wrong with it."""
     lines: dict[str, int] = {}
-    for index, record in enumerate(read_records(source.path, tell, UNREAD)):
+    for index, record in enumerate(read_records(source.path, update, UNREAD)):
         stats.read += 1
         try:
             if record.row is None:
@@ -266,9 +264,9 @@ def _draw(questions: list[Question], settings: Settings) -> list[Question]:
 def _passages(questions: list[Question], settings: Settings) -> dict[str, str]:
     """What the search found, by question; empty where the rows bring their own passages or need none."""
     if settings.search:
-        with _bar("searching") as tell:
+        with _bar("searching") as bar:
             return search_passages(
-                [question.text for question in questions], settings.search, settings.topk, settings.out / NOTES, tell
+                [question.text for question in questions], settings.search, settings.topk, settings.out / NOTES, bar.update
             )
     without = next((question for question in questions if question.passages is None), None)
     if wants_passages(settings.template) and without is not None:
@@ -298,8 +296,8 @@ def _write(split: str, questions: list[Question], passages: dict[str, str], sett
             )
             for question in questions
         )  # fmt: skip
-        with _bar(f"writing {path.name}") as tell:
-            write_rows(path, _told(rows, len(questions), tell), schema)
+        with _bar(f"writing {path.name}") as bar:
+            write_rows(path, _counted(rows, len(questions), bar.update), schema)
         files.append(path)
     return files
 
@@ -314,19 +312,13 @@ def _write_stats(path: Path, found: list[dict[str, Any]], splits: Collection[str
     write_json(path, {"splits": kept + found})
 
 
-def _told(rows: Iterator[dict[str, Any]], total: int, tell: Callable[[float], None]) -> Iterator[dict[str, Any]]:
+def _counted(rows: Iterator[dict[str, Any]], total: int, update: Callable[[float], object]) -> Iterator[dict[str, Any]]:
     for count, row in enumerate(rows, start=1):
         yield row
         if count % 1000 == 0:
-            tell(count / total)
-    tell(1.0)
+            update(count / total)
+    update(1.0)
 
 
-@contextmanager
-def _bar(label: str) -> Iterator[Callable[[float], None]]:
-    """A bar on stderr while it runs, if that is a terminal; yields a function that is told the share done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(label, total=1.0)
-        yield lambda share: progress.update(task, completed=share)
+def _bar(label: str) -> ProgressBar:
+    return ProgressBar(label, 1, "%")

@@ -49,7 +49,7 @@ CONTENTS = {
 _LIST = re.compile(r'\s*(?:\{\s*(?:"(?!data")[^"]*"\s*:\s*(?:"[^"]*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*)?\[', re.IGNORECASE)
 """A list of rows, on its own or below `data` (TriviaQA: after a few plain keys)."""
 
-Tell = Callable[[float], None]
+Update = Callable[[float], object]
 """Told the share of the file that has been read."""
 
 
@@ -95,12 +95,12 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: the file has no rows")
 
 
-def read_records(path: Path, tell: Tell = lambda share: None, leave_out: Collection[str] = ()) -> Iterator[Record]:
+def read_records(path: Path, update: Update = lambda share: None, leave_out: Collection[str] = ()) -> Iterator[Record]:
     """Every record of a jsonl, json, csv, tsv (also gzipped) or parquet file.
 
     Args:
         path: its name says the format.
-        tell: hears of progress.
+        update: called with the share that is read.
         leave_out: columns of a parquet file that nobody reads.
 
     Raises:
@@ -115,14 +115,14 @@ def read_records(path: Path, tell: Tell = lambda share: None, leave_out: Collect
         raise UserError(f"{path}: expected one of {', '.join(SUFFIXES)} (but for parquet also with .gz)")
     try:
         if found == ".parquet":
-            yield from _parquet(path, tell, leave_out)
+            yield from _parquet(path, update, leave_out)
         else:
             with _open(path) as (raw, file):
                 read = _table if found in (".csv", ".tsv") else _json if found == ".json" else _jsonl
-                yield from read(path, file, _progress(path, raw, tell))
+                yield from read(path, file, _progress(path, raw, update))
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not readable ({error})") from error
-    tell(1.0)
+    update(1.0)
 
 
 def parse_line(data: bytes, first: bool = False) -> dict[str, Any]:
@@ -165,9 +165,9 @@ def _require_utf8(path: Path, head: bytes) -> None:
         raise UserError(f"{path}:1: not UTF-8, but {encoding}; save the file as UTF-8")
 
 
-def _progress(path: Path, raw: IO[bytes], tell: Tell) -> Callable[[], None]:
+def _progress(path: Path, raw: IO[bytes], update: Update) -> Callable[[], None]:
     size = max(path.stat().st_size, 1)
-    return lambda: tell(raw.tell() / size)
+    return lambda: update(raw.tell() / size)
 
 
 def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
@@ -184,14 +184,14 @@ def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterato
         yield record
 
 
-def _parquet(path: Path, tell: Tell, leave_out: Collection[str]) -> Iterator[Record]:
+def _parquet(path: Path, update: Update, leave_out: Collection[str]) -> Iterator[Record]:
     line = 0
     try:
         for row, share in parquet_rows(path, leave_out):
             line += 1
             yield Record(line, row)
             if line % BATCH_ROWS == 0:
-                tell(share)
+                update(share)
     except ValueError as error:
         raise UserError(f"{path}: not readable as parquet ({error})") from error
 

@@ -12,19 +12,16 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
+from searchr1.progress import Advance
 from searchr1.retrieval.encode.embedding_folder import EmbeddingFolder
 from searchr1.retrieval.encode.encoder import Encoder
 from searchr1.retrieval.index.corpus import Corpus
-
-Progress = Callable[[int], None]
-"""Told of the rows that were finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +52,7 @@ class EncoderFlags:
         )
 
 
-def embed_parts(folder: EmbeddingFolder, corpus: Corpus, encoder: Encoder, parts: list[int], progress: Progress) -> None:
+def embed_parts(folder: EmbeddingFolder, corpus: Corpus, encoder: Encoder, parts: list[int], advance: Advance) -> None:
     """Encode and write parts, one after the other: memory holds one.
 
     Raises:
@@ -70,11 +67,11 @@ def embed_parts(folder: EmbeddingFolder, corpus: Corpus, encoder: Encoder, parts
         except torch.OutOfMemoryError as error:
             raise UserError("--batch_size: too much for the GPU's memory; give a smaller one, and it goes on") from error
         folder.write(part, vectors)
-        progress(len(rows))
+        advance(len(rows))
 
 
 def embed_by_processes(
-    folder: EmbeddingFolder, corpus: Corpus, flags: EncoderFlags, devices: list[str], progress: Progress
+    folder: EmbeddingFolder, corpus: Corpus, flags: EncoderFlags, devices: list[str], advance: Advance
 ) -> None:
     """Fill in all missing parts, one process per device; each takes every n-th part.
 
@@ -101,7 +98,7 @@ def embed_by_processes(
                 process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        _follow(processes, news, progress)
+        _follow(processes, news, advance)
     finally:
         for process in processes:
             if process.pid is not None:
@@ -135,7 +132,7 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _follow(processes: list[Any], news: Any, progress: Progress) -> None:
+def _follow(processes: list[Any], news: Any, advance: Advance) -> None:
     while True:
         running = any(process.is_alive() for process in processes)
         try:
@@ -143,7 +140,7 @@ def _follow(processes: list[Any], news: Any, progress: Progress) -> None:
                 found = news.get(timeout=0.2 if running else 0.01)
                 if isinstance(found, str):
                     raise UserError(found)
-                progress(found)
+                advance(found)
         except queue.Empty:
             pass
         dead = [process for process in processes if process.exitcode not in (None, 0)]

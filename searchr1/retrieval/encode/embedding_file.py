@@ -11,7 +11,7 @@ import numpy.typing as npt
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_file
 from searchr1.files.checksums import damaged
-from searchr1.retrieval.encode.embed import Progress
+from searchr1.progress import Advance
 from searchr1.retrieval.encode.embedding_folder import DTYPES, EmbeddingFolder
 from searchr1.retrieval.encode.encoder import Encoder
 from searchr1.retrieval.index.corpus import Corpus
@@ -90,7 +90,7 @@ def refuse_changed(path: Path) -> None:
             raise UserError(f"--embedding_path {damage.path}: {damage.problem}; copy it again, or leave the flag out")
 
 
-def copy_parts(folder: EmbeddingFolder, vectors_RD: npt.NDArray[np.float32], parts: list[int], progress: Progress) -> None:
+def copy_parts(folder: EmbeddingFolder, vectors_RD: npt.NDArray[np.float32], parts: list[int], advance: Advance) -> None:
     """Write parts of a build from embeddings that are there already.
 
     Raises:
@@ -99,4 +99,4 @@ def copy_parts(folder: EmbeddingFolder, vectors_RD: npt.NDArray[np.float32], par
     for part in parts:
         rows = folder.rows_of(part)
         folder.write(part, vectors_RD[rows.start : rows.stop])
-        progress(len(rows))
+        advance(len(rows))

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.progress import Advance
 from searchr1.retrieval.index.bm25_files import (
     DATA_FILE,
     INDICES_FILE,
@@ -57,10 +58,10 @@ def build_bm25(
     corpus: Corpus,
     out: Path,
     stemmer: str | None = None,
-    progress: Callable[[int], None] = lambda _: None,
+    advance: Advance = lambda _: None,
     tokenizer: str | None = None,
 ) -> None:
-    """Write a BM25 index of the corpus into the folder `out`; `progress` gets the number of passages of every block read.
+    """Write a BM25 index of the corpus into the folder `out`; `advance` gets the number of passages of every block read.
 
     The files get their names when all of them are finished: until then an older index stays as it is, also under a server
     that has it mapped.
@@ -74,7 +75,7 @@ def build_bm25(
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / "blocks").mkdir(parents=True)
         check_room(corpus, out, split)
-        counted = count_words(corpus, scratch / "blocks", reducer, progress, split)
+        counted = count_words(corpus, scratch / "blocks", reducer, advance, split)
         write_lists(counted, scratch)
         publish(scratch, out)
     except OSError as error:
@@ -125,9 +126,7 @@ def check_room(corpus: Corpus, out: Path, split: Split = split_as_bm25s) -> None
         )
 
 
-def count_words(
-    corpus: Corpus, folder: Path, stemmer: Any, progress: Callable[[int], None], split: Split = split_as_bm25s
-) -> Counted:
+def count_words(corpus: Corpus, folder: Path, stemmer: Any, advance: Advance, split: Split = split_as_bm25s) -> Counted:
     """First pass.
 
     Raises:
@@ -153,7 +152,7 @@ def count_words(
             frequency = grown(frequency, len(vocabulary))
             write_block(ids, lengths[first:after], first, frequency, blocks[-1])
             ids.clear()
-            progress(after - first)
+            advance(after - first)
             first = after
     if not vocabulary:
         raise UserError(f"--corpus_path {corpus.path}: has no words")

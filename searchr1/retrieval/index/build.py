@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from rich.progress import BarColumn, MofNCompleteColumn, Task, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.text import Text
 
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_file
 from searchr1.files.checksums import take
 from searchr1.files.folder_lock import folder_lock
-from searchr1.progress import progress_bar
-from searchr1.retrieval.encode.embed import EncoderFlags, Progress, embed_by_processes, embed_parts
+from searchr1.progress import ProgressBar
+from searchr1.retrieval.encode.embed import EncoderFlags, embed_by_processes, embed_parts
 from searchr1.retrieval.encode.embedding_file import copy_parts, embedding_name, open_embedding, save_embedding
 from searchr1.retrieval.encode.embedding_folder import EmbeddingFolder, EmbeddingPlan
 from searchr1.retrieval.encode.encoder import Encoder
@@ -88,8 +82,8 @@ def build_lexical(options: BuildOptions, corpus: Corpus) -> None:
     remove_files(options.save_dir)
     tokenizer = tokenizer_for(corpus, options.tokenizer)
     print(f"tokenizer: {tokenizer}", flush=True)
-    with passages_bar("reading", len(corpus)) as report:
-        build_bm25(corpus, options.save_dir, options.stemmer, report, tokenizer)
+    with ProgressBar("reading", len(corpus), "passages") as bar:
+        build_bm25(corpus, options.save_dir, options.stemmer, bar.advance, tokenizer)
     made = Manifest("bm25", len(corpus), corpus.fingerprint(), stemmer=options.stemmer, tokenizer=tokenizer)
     finish(options.save_dir, made)
 
@@ -119,15 +113,15 @@ def build_dense(options: BuildOptions, corpus: Corpus) -> None:
     # The index takes about as much as its vectors at most; a flat one is nothing else than its vectors.
     folder.open(more_bytes=(0 if is_flat(kind) else folder.bytes) + (folder.bytes if embedding else 0))
     missing = folder.missing()
-    with passages_bar("embedding", plan.rows) as report:
-        report(plan.rows - sum(len(folder.rows_of(part)) for part in missing))
+    done = plan.rows - sum(len(folder.rows_of(part)) for part in missing)
+    with ProgressBar("embedding", plan.rows, "passages", done=done) as bar:
         if given is not None:
-            copy_parts(folder, given, missing, report)
+            copy_parts(folder, given, missing, bar.advance)
         elif len(devices) == 1:
-            embed_parts(folder, corpus, encoder, missing, report)
+            embed_parts(folder, corpus, encoder, missing, bar.advance)
         else:
             del encoder  # each process has its own
-            embed_by_processes(folder, corpus, flags, devices, report)
+            embed_by_processes(folder, corpus, flags, devices, bar.advance)
     if is_flat(kind):
         folder.write_header(flat_header(plan.rows, plan.dimension))
     else:
@@ -149,8 +143,8 @@ def finish(folder: Path, manifest: Manifest) -> None:
     """
     paths = [folder / name for name in manifest.names()]
     try:
-        with progress_bar("checksums", sum(path.stat().st_size for path in paths), BAR_BYTES) as advance:
-            sums = {path.name: take(path, advance) for path in paths}
+        with ProgressBar("checksums", sum(path.stat().st_size for path in paths), least=BAR_BYTES) as bar:
+            sums = {path.name: take(path, bar.advance) for path in paths}
         write_manifest(folder, replace(manifest, files=sums))
     except OSError as error:
         raise UserError(f"--save_dir {folder}: cannot finish ({error}); run the same command again") from error
@@ -250,8 +244,8 @@ def write_index(folder: EmbeddingFolder, file: Path, kind: FaissType, seed: int)
     import faiss
 
     vectors_RD = open_vectors(folder.vectors, folder.plan.rows, folder.plan.dimension)
-    with passages_bar(f"indexing ({kind.factory})", folder.plan.rows) as report:
-        index = build_faiss(vectors_RD, kind, seed, report)
+    with ProgressBar(f"indexing ({kind.factory})", folder.plan.rows, "passages") as bar:
+        index = build_faiss(vectors_RD, kind, seed, bar.advance)
     try:
         with atomic_file(file) as partial:
             faiss.write_index(index, str(partial))
@@ -275,25 +269,3 @@ def clear(options: BuildOptions, folder: EmbeddingFolder, files: list[Path]) -> 
             f"--save_dir {options.save_dir}: holds {in_the_way[0].name}, which is not of an unfinished build; "
             "give --overwrite to replace it, or another folder"
         )
-
-
-class RateColumn(TextColumn):
-    """Passages per second."""
-
-    def __init__(self) -> None:
-        super().__init__("")
-
-    def render(self, task: Task) -> Text:
-        """The speed of the task so far."""
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} passages/s" if speed else "")
-
-
-@contextmanager
-def passages_bar(what: str, total: int) -> Iterator[Progress]:
-    """A bar with the rate and the time left; gives the function that moves it on."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn(), TimeRemainingColumn())
-    # A part may take minutes, and the rate is taken over several.
-    with Bar(*columns, speed_estimate_period=3600) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda rows: progress.advance(task, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
+from searchr1.progress import Advance
 from searchr1.retrieval.index.faiss_files import read_faiss
 from searchr1.retrieval.index.faiss_types import POINTS_PER_LIST, FaissType
 from searchr1.retrieval.index.flat import FlatSearch, Refiner
@@ -178,12 +179,10 @@ def flat_search(index: Any) -> FlatSearch | None:
     return FlatSearch(vectors_RD)  # the caller keeps the index, and with it the memory
 
 
-def build_faiss(
-    vectors_RD: npt.NDArray[Any], kind: FaissType, seed: int = 0, progress: Callable[[int], None] = lambda _: None
-) -> Any:
+def build_faiss(vectors_RD: npt.NDArray[Any], kind: FaissType, seed: int = 0, advance: Advance = lambda _: None) -> Any:
     """Train on a sample and add all vectors, a block at a time; the same index for the same vectors and seed.
 
-    `progress` is told of every block's rows.
+    `advance` is called with every block's number of rows.
 
     Raises:
         UserError: FAISS refuses the factory string, or the vectors are too few for it.
@@ -201,7 +200,7 @@ def build_faiss(
         for start in range(0, rows, ADD_ROWS):
             block = np.asarray(vectors_RD[start : start + ADD_ROWS], dtype=np.float32)
             index.add(block)
-            progress(len(block))
+            advance(len(block))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise UserError(f"--faiss_type {kind.factory}: FAISS cannot make this index of {rows} passages: {reason}") from error

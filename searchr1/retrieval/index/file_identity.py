@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.progress import progress_bar
+from searchr1.progress import ProgressBar
 
 BLOCK_BYTES = 16 << 20
 BAR_BYTES = 256 << 20
@@ -68,8 +68,8 @@ def confirm_contents(path: Path, known: FileIdentity) -> FileIdentity | None:
 def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file."""
     digest = hashlib.sha256()
-    with path.open("rb") as file, progress_bar(f"checking {path.name}", path.stat().st_size, BAR_BYTES) as advance:
+    with path.open("rb") as file, ProgressBar(f"checking {path.name}", path.stat().st_size, least=BAR_BYTES) as bar:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-            advance(len(block))
+            bar.advance(len(block))
     return digest.hexdigest()

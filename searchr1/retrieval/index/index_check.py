@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from searchr1.files.checksums import FileSum, damaged
 from searchr1.files.lfs import is_pointer
-from searchr1.progress import progress_bar
+from searchr1.progress import ProgressBar
 from searchr1.retrieval.index.bm25_files import PARAMETERS_FILE, check_lists, open_lists
 from searchr1.retrieval.index.faiss_files import flat_shape, probe
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, refused
@@ -68,8 +68,8 @@ def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> I
             print(check_sums(folder, manifest), flush=True)
         if retriever_name == "bm25":
             size = sum(file.stat().st_size for file in files if file.is_file())
-            with progress_bar(f"checking {folder.name}", size, BAR_BYTES) as advance:
-                check_bm25(folder, manifest, advance)
+            with ProgressBar(f"checking {folder.name}", size, least=BAR_BYTES) as bar:
+                check_bm25(folder, manifest, bar.advance)
         else:
             check_faiss(folder, manifest, faiss_file(path, manifest, retriever_name))
     except DamagedIndex as error:

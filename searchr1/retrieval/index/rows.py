@@ -19,7 +19,7 @@ from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_folder
 from searchr1.files.text_rows import LineTooLong, not_utf8, other_encoding, parse_json, require_shallow, split_lines
-from searchr1.progress import progress_bar
+from searchr1.progress import ProgressBar
 from searchr1.retrieval.index.file_identity import BAR_BYTES, confirm_contents, identity_of
 from searchr1.retrieval.index.row_table import (
     COLUMNS,
@@ -209,12 +209,12 @@ def parse(line: bytes) -> Any:
 def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator[tuple[int, int, bytes]]:
     """(line number from 1, offset, line without its end) of a file; every byte goes through `update` once."""
     size = path.stat().st_size
-    with path.open("rb") as file, progress_bar(what, size, BAR_BYTES) as advance:
+    with path.open("rb") as file, ProgressBar(what, size, least=BAR_BYTES) as bar:
 
         def read(count: int) -> bytes:
             block = file.read(count)
             update(block)
-            advance(len(block))
+            bar.advance(len(block))
             return block
 
         yield from split_lines(read, block_bytes=SCAN_BYTES)

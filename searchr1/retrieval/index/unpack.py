@@ -26,7 +26,7 @@ from searchr1.files.atomic import atomic_file, partial_path
 from searchr1.files.parquet_rows import parquet_rows
 from searchr1.files.sealed import read_sealed, write_sealed
 from searchr1.files.text_rows import MAX_LINE_BYTES, LineTooLong
-from searchr1.progress import progress_bar
+from searchr1.progress import ProgressBar
 from searchr1.retrieval.index.file_identity import (
     BAR_BYTES,
     BLOCK_BYTES,
@@ -274,8 +274,8 @@ class _Packed:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[_Packed]:
-    with path.open("rb") as file, progress_bar(f"unpacking {path.name}", path.stat().st_size, BAR_BYTES) as advance:
-        yield _Packed(file, advance)
+    with path.open("rb") as file, ProgressBar(f"unpacking {path.name}", path.stat().st_size, least=BAR_BYTES) as bar:
+        yield _Packed(file, bar.advance)
 
 
 class _Again:
