@@ -13,8 +13,7 @@ from searchr1.checkpoints.hf_writer import config_folder
 from searchr1.checkpoints.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 from searchr1.checkpoints.mapping import SliceReader
 from searchr1.checkpoints.model_folder import write_model_sums
-from searchr1.checkpoints.output import new_folder
-from searchr1.checkpoints.run_settings import carry_settings
+from searchr1.checkpoints.output import Carry, new_folder
 from searchr1.checkpoints.safetensors import SafetensorsWriter, TensorSpec
 from searchr1.checkpoints.torch_dist import TorchDistFolder
 from searchr1.errors import UserError
@@ -94,7 +93,9 @@ def adapter_keys(folder: TorchDistFolder) -> list[str]:
     return keys
 
 
-def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_model: Path | None) -> list[str]:
+def write_adapter(
+    folder: TorchDistFolder, record: LoraRecord, output: Path, hf_model: Path | None, carry: Carry | None = None
+) -> list[str]:
     """Write a folder that `peft.PeftModel.from_pretrained` loads, with the tokenizer. Returns what was done.
 
     Args:
@@ -102,6 +103,7 @@ def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_
         record: the one beside it.
         output: must not exist, or be empty.
         hf_model: whose tokenizer to take, and the base model's place that the folder names; None: as in the checkpoint.
+        carry: called with the checkpoint and the new folder.
 
     Raises:
         UserError: damaged checkpoint, or an output that is in use. Nothing is left behind.
@@ -122,6 +124,6 @@ def write_adapter(folder: TorchDistFolder, record: LoraRecord, output: Path, hf_
         config.save_pretrained(str(target))
         if (tokenizer / "tokenizer_config.json").is_file():
             AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False).save_pretrained(target)
-        settings_line = carry_settings(folder.folder, target)
+        carried = [carry(folder.folder, target)] if carry is not None else []
         write_model_sums(target)
-    return [f"{len(specs)} adapter matrices of rank {record.rank} for {base} -> {output}", settings_line]
+    return [f"{len(specs)} adapter matrices of rank {record.rank} for {base} -> {output}", *carried]

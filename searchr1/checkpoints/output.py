@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_folder
+
+Carry = Callable[[Path, Path], str]
+"""Write into the new folder (the second) what belongs to the checkpoint (the first) besides weights; return a line."""
 
 
 @contextmanager

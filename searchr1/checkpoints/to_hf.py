@@ -27,8 +27,7 @@ from searchr1.checkpoints.megatron_ranks import MegatronRanks
 from searchr1.checkpoints.megatron_source import MegatronSource, is_megatron
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.model_shape import read_architecture
-from searchr1.checkpoints.output import check_unused, new_folder
-from searchr1.checkpoints.run_settings import carry_settings
+from searchr1.checkpoints.output import Carry, check_unused, new_folder
 from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
@@ -57,6 +56,7 @@ class Options:
     shard_bytes: int = SHARD_BYTES
     verify: bool = False
     verify_logits: bool = False
+    carry: Carry | None = None
 
 
 def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path, options: Options) -> list[str]:
@@ -81,14 +81,14 @@ def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path,
             sizes = {spec.name: spec.nbytes for spec in specs}
             stream_weights(specs, _counted(source.tensors(), sizes, bar.advance), folder, options.shard_bytes)
         copy_hf_files(config, folder, main_dtype(specs))
-        settings_line = carry_settings(checkpoint, folder)
+        carried = [options.carry(checkpoint, folder)] if options.carry is not None else []
         if options.verify:
             with HfReader.open(folder) as written:
                 lines.append(compare(source.pairs(written.read), sum(spec.nbytes for spec in stored), options.dtype))
         if isinstance(source, MegatronSource) and (options.verify_logits or (options.verify and total <= SMALL_BYTES)):
             lines.append(compare_logits(source, config, folder, options.dtype))
         write_model_sums(folder)
-    return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines, settings_line]
+    return [f"{len(specs)} tensors, {decimal(total)} -> {output}", *lines, *carried]
 
 
 def _counted(named: Iterable[tuple[str, Tensor]], sizes: dict[str, int], advance: Advance) -> Iterator[tuple[str, Tensor]]:
@@ -133,7 +133,7 @@ def fsdp2hf(
             return write_folder(FsdpSource(ranks, expected_shapes(config)), config, actor, output, options or Options())
     with closing(TorchDistFolder(actor)) as folder:
         if adapter and record is not None:
-            return write_adapter(folder, record, output, hf_model)
+            return write_adapter(folder, record, output, hf_model, (options or Options()).carry)
         config = config_folder(hf_model, actor)
         if record is not None:
             return _merge(folder, record, config, hf_model, output, options or Options())

@@ -8,6 +8,7 @@ from pathlib import Path
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
 from searchr1.checkpoints.hf_writer import DTYPES
 from searchr1.checkpoints.to_hf import Options, fsdp2hf, mg2hf
+from searchr1.commands.carry_settings import carry_settings
 from searchr1.errors import UserError
 
 GIB = 1 << 30
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> int:
     if args.command == "hf2mg":
         lines = hf2mg(args.hf_model, args.output, MegatronOptions(dtype, args.layers, size, args.verify, args.verify_logits))
     else:
-        options = Options(dtype, size, args.verify, getattr(args, "verify_logits", False))
+        options = Options(dtype, size, args.verify, getattr(args, "verify_logits", False), carry_settings)
         if args.command == "mg2hf":
             lines = mg2hf(args.checkpoint, args.output, args.hf_model, options)
         else:

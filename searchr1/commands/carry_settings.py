@@ -1,4 +1,4 @@
-"""Carrying searchr1.json, what a model was trained with, from a checkpoint or its run into a model folder."""
+"""Carry searchr1.json, what a model was trained with, from a checkpoint or its run into a converted model folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from searchr1.tracking.legs import read_settings
 
 
 def carry_settings(checkpoint: Path, output: Path) -> str:
-    """Write `output`/searchr1.json from the checkpoint's own, else from its run's config.yaml. Returns what was done.
+    """Write `output`/searchr1.json from the checkpoint's own, else from its run's config.yaml. Return what was done.
 
     Without either the file that was copied with the base model's tokenizer stays, if there is one.
 
@@ -24,9 +24,9 @@ def carry_settings(checkpoint: Path, output: Path) -> str:
     kept, run = checkpoint / HF_FOLDER / FILE, _run_config(checkpoint)
     try:
         if kept.is_file():
-            found, source = ModelSettings.read(kept), kept
+            settings, source = ModelSettings.read(kept), kept
         elif run is not None:
-            found, source = ModelSettings.of(_recorded(run)), run
+            settings, source = ModelSettings.of(_recorded(run)), run
         elif (output / FILE).is_file():
             return f"{FILE}: that of the base model; the checkpoint has none, and no run's config.yaml lies above it"
         else:
@@ -37,8 +37,8 @@ def carry_settings(checkpoint: Path, output: Path) -> str:
     except UserError as error:
         (output / FILE).unlink(missing_ok=True)
         return f"{FILE}: not written; ask the model with --config, or with the flags of its training ({error})"
-    found.write(output)
-    return f"{FILE}: {found.described()} (from {source})"
+    settings.write(output)
+    return f"{FILE}: {settings.described()} (from {source})"
 
 
 def _run_config(checkpoint: Path) -> Path | None:
