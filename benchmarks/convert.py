@@ -51,13 +51,13 @@ def make_model(folder: Path, shape: str) -> None:
 
     from searchr1.checkpoints.hf_writer import SHARD_BYTES, stream_weights
     from searchr1.checkpoints.mapping import hugging_face_shapes
-    from searchr1.checkpoints.model_shape import read_architecture
+    from searchr1.checkpoints.model_shape import read_megatron_shape
     from searchr1.checkpoints.safetensors import TensorSpec
 
     folder.mkdir()
     config = AutoConfig.for_model("qwen2", dtype="bfloat16", **SHAPES[shape])
     config.save_pretrained(folder)
-    shapes = hugging_face_shapes(read_architecture(folder)[0])
+    shapes = hugging_face_shapes(read_megatron_shape(folder)[0])
     specs = [TensorSpec(name, size, torch.bfloat16) for name, size in shapes.items()]
     # Random numbers are slow to make: one block of them, of a prime length, begun somewhere else for every tensor.
     block = torch.randn(7_919_117, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
@@ -86,11 +86,11 @@ def child(step: str, source: Path, target: Path, shape: str, verify: bool) -> No
     """One step; prints a line of JSON."""
     if step != "copy":
         from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
-        from searchr1.checkpoints.model_shape import read_architecture
+        from searchr1.checkpoints.model_shape import read_megatron_shape
         from searchr1.checkpoints.to_hf import Options, mg2hf
 
         if step != "make":
-            read_architecture(source / "hf" if step == "mg2hf" else source)  # imports what reading a configuration needs
+            read_megatron_shape(source / "hf" if step == "mg2hf" else source)  # imports what reading a configuration needs
     imports = _peak_mib()
     start, cpu = time.perf_counter(), _cpu_seconds()
     if step == "make":

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from searchr1.checkpoints.mapping import entries
 from searchr1.checkpoints.megatron_source import MegatronSource
-from searchr1.checkpoints.model_shape import Architecture, read_architecture, rotary_frequencies
+from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape, rotary_frequencies
 from searchr1.checkpoints.safetensors import bytes_of, pieces
 from searchr1.errors import UserError
 from searchr1.progress import ProgressBar
@@ -69,8 +69,8 @@ def compare_logits(source: MegatronSource, config: Path, folder: Path, dtype: to
     """
     from transformers import AutoModelForCausalLM
 
-    arch, settings = read_architecture(config)
-    ids_T = (torch.arange(PROBE_TOKENS) * 7919 + 1) % arch.vocab
+    arch, settings = read_megatron_shape(config)
+    ids_T = (torch.arange(PROBE_TOKENS) * 7919 + 1) % arch.vocab_size
     with torch.inference_mode():
         expected = megatron_logits(source, arch, rotary_frequencies(settings), ids_T, dtype)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
@@ -88,7 +88,7 @@ def compare_logits(source: MegatronSource, config: Path, folder: Path, dtype: to
 
 
 def megatron_logits(
-    source: MegatronSource, arch: Architecture, frequencies: Tensor, ids_T: Tensor, dtype: torch.dtype | None = None
+    source: MegatronSource, arch: ModelShape, frequencies: Tensor, ids_T: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
     """[T, V] logits in fp32, computed from tensors in Megatron's layout as Megatron's modules use them.
 
@@ -101,7 +101,7 @@ def megatron_logits(
         return (found if dtype is None else found.to(dtype)).float()
 
     def norm(hidden: Tensor, name: str) -> Tensor:
-        return F.rms_norm(hidden, hidden.shape[-1:], weight(name), arch.norm_eps)
+        return F.rms_norm(hidden, hidden.shape[-1:], weight(name), arch.rms_norm_eps)
 
     angles = torch.outer(torch.arange(len(ids_T)).float(), frequencies.float())
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
@@ -111,13 +111,15 @@ def megatron_logits(
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
     hidden = weight("embedding.word_embeddings.weight")[ids_T]
-    for layer in range(arch.layers):
+    for layer in range(arch.num_hidden_layers):
         prefix = f"decoder.layers.{layer}."
         normed = norm(hidden, prefix + "self_attention.linear_qkv.layer_norm_weight")
         bias = weight(prefix + "self_attention.linear_qkv.bias") if arch.qkv_bias else None
         fused = F.linear(normed, weight(prefix + "self_attention.linear_qkv.weight"), bias)
         # Per key-value head: its queries, its key, its value.
-        fused_TGHD = fused.view(len(ids_T), arch.kv_heads, arch.heads // arch.kv_heads + 2, arch.head_dim)
+        fused_TGHD = fused.view(
+            len(ids_T), arch.num_key_value_heads, arch.num_attention_heads // arch.num_key_value_heads + 2, arch.head_dim
+        )
         query, key, value = fused_TGHD[:, :, :-2].flatten(1, 2), fused_TGHD[:, :, -2], fused_TGHD[:, :, -1]
         if arch.qk_norm:
             query = norm(query, prefix + "self_attention.q_layernorm.weight")

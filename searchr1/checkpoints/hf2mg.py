@@ -19,7 +19,7 @@ from searchr1.checkpoints.hf_writer import copy_hf_files
 from searchr1.checkpoints.mapping import Entry, entries
 from searchr1.checkpoints.megatron_source import MegatronSource
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
-from searchr1.checkpoints.model_shape import Architecture, read_architecture
+from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape
 from searchr1.checkpoints.output import check_unused, new_folder
 from searchr1.checkpoints.safetensors import pieces
 from searchr1.checkpoints.step_folder import HF_FOLDER
@@ -66,7 +66,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
         raise UserError(f"--hf-model {hf_model}: has no config.json; give a local model folder")
     verify_weights(hf_model)
     check_model_folder(hf_model)
-    arch, _ = read_architecture(hf_model)
+    arch, _ = read_megatron_shape(hf_model)
     with HfReader.open(hf_model) as reader:
         reader.check(arch)
         total = sum(_nbytes(entry, reader, options.dtype) for entry in entries(arch))
@@ -79,7 +79,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
     return [f"{len(entries(arch))} tensors, {decimal(total)} -> {output}", *lines]
 
 
-def _write(reader: HfReader, arch: Architecture, folder: Path, options: MegatronOptions, total: int) -> None:
+def _write(reader: HfReader, arch: ModelShape, folder: Path, options: MegatronOptions, total: int) -> None:
     with closing(TorchDistWriter(folder, options.file_bytes)) as writer, ProgressBar("converting", total) as bar:
         for entry in entries(arch):
             tensor = _cast(entry.read(reader.read, 0, 1), options.dtype, entry.name)
@@ -87,25 +87,25 @@ def _write(reader: HfReader, arch: Architecture, folder: Path, options: Megatron
             if layer is None or options.layers == "separate":
                 writer.add(entry.name, tensor)
             else:
-                writer.add_layer(layer.group(1) + layer.group(3), tensor, int(layer.group(2)), arch.layers)
+                writer.add_layer(layer.group(1) + layer.group(3), tensor, int(layer.group(2)), arch.num_hidden_layers)
             bar.advance(tensor.nbytes)
             del tensor
         _write_extra_states(writer, arch, options.layers)
         writer.finish()
 
 
-def _write_extra_states(writer: TorchDistWriter, arch: Architecture, layers: str) -> None:
+def _write_extra_states(writer: TorchDistWriter, arch: ModelShape, layers: str) -> None:
     modules = _STATEFUL + (_STATEFUL_NORMS if arch.qk_norm else ())
     for module in modules:
-        for layer in range(arch.layers):
+        for layer in range(arch.num_hidden_layers):
             if layers == "separate":
                 writer.add_empty_object(f"decoder.layers.{layer}.{module}")
             else:
-                writer.add_empty_object(f"decoder.layers.{module}", layer, arch.layers)
+                writer.add_empty_object(f"decoder.layers.{module}", layer, arch.num_hidden_layers)
     writer.add_empty_object("decoder.final_layernorm")
 
 
-def _verify(reader: HfReader, arch: Architecture, folder: Path, options: MegatronOptions, total: int) -> list[str]:
+def _verify(reader: HfReader, arch: ModelShape, folder: Path, options: MegatronOptions, total: int) -> list[str]:
     if not (options.verify or options.verify_logits):
         return []
     lines = []

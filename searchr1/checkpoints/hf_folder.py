@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from searchr1.checkpoints.mapping import VALUE_HEAD, SliceReader, hugging_face_shapes
-from searchr1.checkpoints.model_shape import Architecture
+from searchr1.checkpoints.model_shape import ModelShape
 from searchr1.checkpoints.safetensors import SafetensorsReader
 from searchr1.errors import UserError
 
@@ -58,7 +58,7 @@ class HuggingFaceFolder:
         """Part of a tensor along one dimension; only that part is read."""
         return self._files[name].read(name, dim, start, stop)
 
-    def check(self, arch: Architecture) -> None:
+    def check(self, arch: ModelShape) -> None:
         """Compare names, shapes and a second copy of a tied output layer with what the architecture has; of a critic's, the
         decoder alone.
 

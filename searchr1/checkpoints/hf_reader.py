@@ -11,7 +11,7 @@ from torch import Tensor
 
 from searchr1.checkpoints.hf_folder import check_shapes, weight_files
 from searchr1.checkpoints.mapping import hugging_face_shapes
-from searchr1.checkpoints.model_shape import Architecture
+from searchr1.checkpoints.model_shape import ModelShape
 from searchr1.checkpoints.safetensors import SafetensorsReader, TensorSpec
 
 
@@ -38,7 +38,7 @@ class HfReader:
                 stack.callback(files[-1].close)
             yield cls(folder, files)
 
-    def check(self, arch: Architecture) -> None:
+    def check(self, arch: ModelShape) -> None:
         """Compare names and shapes with what the architecture has; a second copy of a tied output layer must equal it.
 
         Raises:

@@ -16,13 +16,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from searchr1.checkpoints.model_shape import Architecture
+from searchr1.checkpoints.model_shape import ModelShape
 
 Kind = Literal["copy", "vocab", "columns", "qkv", "gate_up"]
 """How a tensor is cut over T tensor-parallel ranks.
 
     copy      not at all
-    vocab     by rows, after padding to `Architecture.padded_vocab`
+    vocab     by rows, after padding to `ModelShape.padded_vocab`
     columns   by columns
     qkv       rows in groups: the queries of one key-value head, its key, its value; a rank has whole groups
     gate_up   by rows of either source; a rank has its gate rows, then its up rows
@@ -102,7 +102,7 @@ class Entry:
     kind: Kind
     shapes: tuple[tuple[int, ...], ...]
     """Of the sources."""
-    arch: Architecture
+    arch: ModelShape
 
     @property
     def global_shape(self) -> tuple[int, ...]:
@@ -130,7 +130,7 @@ class Entry:
             return read(self.sources[0], 1, rank * part, (rank + 1) * part)
         if self.kind == "vocab":
             part = self.arch.padded_vocab // tensor_parallel
-            start, stop = (min(n * part, self.arch.vocab) for n in (rank, rank + 1))
+            start, stop = (min(n * part, self.arch.vocab_size) for n in (rank, rank + 1))
             found = read(self.sources[0], 0, start, stop)
             if len(found) == part:
                 return found
@@ -140,7 +140,7 @@ class Entry:
             part = shape[0] // tensor_parallel
             parts.append(read(source, 0, rank * part, (rank + 1) * part))
         if self.kind == "qkv":
-            groups = self.arch.kv_heads // tensor_parallel
+            groups = self.arch.num_key_value_heads // tensor_parallel
             grouped = [part.unflatten(0, (groups, -1)) for part in parts]
             return torch.cat(grouped, 1).flatten(0, 1)
         return torch.cat(parts)
@@ -151,10 +151,10 @@ class Entry:
             yield self.sources[0], parts[0] if self.kind == "copy" or len(parts) == 1 else torch.cat(list(parts), 1)
         elif self.kind == "vocab":
             whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-            yield self.sources[0], whole[: self.arch.vocab]
+            yield self.sources[0], whole[: self.arch.vocab_size]
         elif self.kind == "qkv":
             d = self.arch.head_dim
-            queries = self.arch.heads // self.arch.kv_heads * d
+            queries = self.arch.num_attention_heads // self.arch.num_key_value_heads * d
             grouped = [part.unflatten(0, (-1, queries + 2 * d)) for part in parts]
             borders = ((0, queries), (queries, queries + d), (queries + d, queries + 2 * d))
             for source, (start, stop) in zip(self.sources, borders, strict=True):
@@ -165,7 +165,7 @@ class Entry:
                 yield source, torch.cat([half[number] for half in halves])
 
 
-def entries(arch: Architecture) -> list[Entry]:
+def entries(arch: ModelShape) -> list[Entry]:
     """Every Megatron tensor of a model, layer by layer, in the order of the model."""
     no_output = arch.tied or arch.value_head
     table = [rule for rule in TABLES[arch.family] if not (no_output and rule.megatron == "output_layer.weight")]
@@ -174,36 +174,30 @@ def entries(arch: Architecture) -> list[Entry]:
     inner = [rule for rule in table if "{}" in rule.megatron]
     last = [rule for rule in table if rule not in first and rule not in inner]
     found = [_entry(rule, None, arch) for rule in first]
-    found += [_entry(rule, layer, arch) for layer in range(arch.layers) for rule in inner]
+    found += [_entry(rule, layer, arch) for layer in range(arch.num_hidden_layers) for rule in inner]
     return found + [_entry(rule, None, arch) for rule in last]
 
 
-def hugging_face_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+def hugging_face_shapes(arch: ModelShape) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that a Hugging Face folder of this model has, a tied output layer left out."""
     return {name: shape for entry in entries(arch) for name, shape in zip(entry.sources, entry.shapes, strict=True)}
 
 
-def _entry(rule: Rule, layer: int | None, arch: Architecture) -> Entry:
+def _entry(rule: Rule, layer: int | None, arch: ModelShape) -> Entry:
     sources = tuple(source.format(layer) for source in rule.sources)
     shapes = tuple(_source_shape(source, arch) for source in sources)
     return Entry(rule.megatron.format(layer), sources, rule.kind, shapes, arch)
 
 
-def _source_shape(source: str, arch: Architecture) -> tuple[int, ...]:
+def _source_shape(source: str, arch: ModelShape) -> tuple[int, ...]:
     module, _, parameter = source.rpartition(".")
-    queries, keys = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    embedding = (arch.vocab_size, arch.hidden_size)
     rows, columns = {
-        "embed_tokens": (arch.vocab, arch.hidden),
-        "lm_head": (arch.vocab, arch.hidden),
-        "value_head": (1, arch.hidden),
-        "q_proj": (queries, arch.hidden),
-        "k_proj": (keys, arch.hidden),
-        "v_proj": (keys, arch.hidden),
-        "o_proj": (arch.hidden, queries),
-        "gate_proj": (arch.ffn, arch.hidden),
-        "up_proj": (arch.ffn, arch.hidden),
-        "down_proj": (arch.hidden, arch.ffn),
+        **arch.projections,
+        "embed_tokens": embedding,
+        "lm_head": embedding,
+        "value_head": (1, arch.hidden_size),
         "q_norm": (arch.head_dim, 0),
         "k_norm": (arch.head_dim, 0),
-    }.get(module.rpartition(".")[2], (arch.hidden, 0))
+    }.get(module.rpartition(".")[2], (arch.hidden_size, 0))
     return (rows, columns) if columns and parameter == "weight" else (rows,)

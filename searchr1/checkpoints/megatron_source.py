@@ -13,7 +13,7 @@ from torch import Tensor
 
 from searchr1.checkpoints.hf_folder import check_names
 from searchr1.checkpoints.mapping import Entry, SliceReader, entries
-from searchr1.checkpoints.model_shape import Architecture, read_architecture
+from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape
 from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
@@ -44,7 +44,7 @@ def is_megatron(folder: TensorFolder) -> bool:
 class MegatronSource:
     """The tensors of `mapping.entries`, whole, out of a Megatron checkpoint."""
 
-    def __init__(self, folder: TensorFolder, arch: Architecture) -> None:
+    def __init__(self, folder: TensorFolder, arch: ModelShape) -> None:
         """Find every tensor.
 
         Raises:
@@ -62,7 +62,7 @@ class MegatronSource:
     def _check(self, where: Path) -> None:
         found = {name: self._shape(name) for name in self._places}
         expected = {entry.name: entry.global_shape for entry in self.entries}
-        vocab, padded = self._arch.vocab, self._arch.padded_vocab
+        vocab, padded = self._arch.vocab_size, self._arch.padded_vocab
         for entry in self.entries:
             if entry.kind == "vocab" and entry.name in found:
                 rows, *rest = found[entry.name]
@@ -83,7 +83,7 @@ class MegatronSource:
         """A whole tensor, of a vocabulary the rows that the model has; `check` as in `TorchDistFolder.read`."""
         parts = [self.folder.read(place.key, place.layer, check) for place in self._places[entry.name]]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return whole[: self._arch.vocab] if entry.kind == "vocab" else whole
+        return whole[: self._arch.vocab_size] if entry.kind == "vocab" else whole
 
     def specs(self) -> list[TensorSpec]:
         """What the Hugging Face folder will have, in the checkpoint's precision."""
@@ -112,7 +112,7 @@ def check_megatron_checkpoint(folder: Path, config_folder: str) -> None:
     Raises:
         UserError: missing, unexpected or misshapen tensors, by name; a damaged checkpoint.
     """
-    arch, _ = read_architecture(config_folder)
+    arch, _ = read_megatron_shape(config_folder)
     with closing(TorchDistFolder(folder)) as checkpoint:
         MegatronSource(checkpoint, arch)
 

@@ -1,8 +1,10 @@
-"""What a Hugging Face `config.json` says about a decoder, in the terms that Megatron-Core needs."""
+"""The shape of a decoder: ONE parser of Hugging Face's `config.json`, sizes of its tensors. No torch at import."""
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,36 +15,90 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VOCAB_MULTIPLE = 128
-"""The embedding is padded to a multiple of this, so that its size does not depend on the layout."""
+"""Megatron's embedding is padded to a multiple of this, so that its size does not depend on the layout."""
 
 FAMILIES = ("qwen2", "qwen3", "llama")
-"""`model_type` of config.json: Qwen2 and Qwen2.5, Qwen3 (dense), Llama 3.x. Their tables are in mapping.py."""
+"""`model_type` of config.json: Qwen2 and Qwen2.5, Qwen3 (dense), Llama 3.x. Their names in Megatron are in mapping.py."""
+_COUNTS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """A dense decoder with grouped-query attention, SwiGLU and rotary positions."""
+class ModelShape:
+    """A dense decoder with grouped-query attention, SwiGLU, RMSNorm and rotary positions; names are those of config.json."""
 
     family: str
     """One of `FAMILIES`."""
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    ffn: int
-    vocab: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
     """As in config.json; Megatron's embedding has `padded_vocab` rows."""
     tied: bool
     """The output layer is the embedding."""
-    norm_eps: float
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
     value_head: bool = False
     """A critic: one number a token instead of the output layer."""
+    not_in_megatron: tuple[str, ...] = ()
+    """Settings that change what a model computes and that Megatron's modules do not have."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], where: str) -> ModelShape:
+        """Read the contents of a config.json, with transformers' defaults for what is left out.
+
+        Args:
+            values: of the file, or of a transformers configuration (`to_dict`).
+            where: names the file in messages.
+
+        Raises:
+            UserError: a family, or tensors of one, that are not known here, or sizes that are none.
+        """
+        family = values.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(
+                where,
+                f"model_type {family!r} has no Megatron mapping and no memory formula (there are: "
+                f"{', '.join(FAMILIES)}); set training_backend: fsdp, which trains any causal language model of transformers",
+            )
+        biases = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
+        if family == "qwen2":  # its biases are fixed, the key means nothing
+            biases = [key for key in biases if key != "attention_bias"]
+        if biases:
+            raise UserError(
+                where,
+                f"{', '.join(biases)} is not supported with training_backend: megatron, and has no memory formula; use fsdp",
+            )
+        wrong = [key for key in _COUNTS if type(values.get(key)) is not int or values[key] < 1]
+        if wrong:
+            raise UserError(where, f"{', '.join(wrong)}: missing, or no whole number above 0")
+        heads = values["num_attention_heads"]
+        groups = values.get("num_key_value_heads", None if family == "llama" else 32)
+        activation = values.get("hidden_act", "silu")
+        absent = {
+            "use_sliding_window": values.get("use_sliding_window"),
+            f"hidden_act={activation}": activation != "silu",
+            "attention_dropout": values.get("attention_dropout"),
+        }
+        return cls(
+            family=family,
+            hidden_size=values["hidden_size"],
+            intermediate_size=values["intermediate_size"],
+            num_hidden_layers=values["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=groups or heads,
+            vocab_size=values["vocab_size"],
+            tied=bool(values.get("tie_word_embeddings", False)),
+            head_dim=values.get("head_dim") or (128 if family == "qwen3" else values["hidden_size"] // heads),
+            rms_norm_eps=values.get("rms_norm_eps", 1e-6),
+            not_in_megatron=tuple(name for name, is_set in absent.items() if is_set),
+        )
 
     @property
     def padded_vocab(self) -> int:
-        """`vocab` rounded up to a multiple of `VOCAB_MULTIPLE`."""
-        return math.ceil(self.vocab / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        """`vocab_size` rounded up to a multiple of `VOCAB_MULTIPLE`."""
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
     @property
     def qkv_bias(self) -> bool:
@@ -54,44 +110,71 @@ class Architecture:
         """Qwen3 normalises queries and keys, each head on its own."""
         return self.family == "qwen3"
 
-    @classmethod
-    def of(cls, config: Any) -> Architecture:
-        """From a transformers configuration.
+    @property
+    def query_size(self) -> int:
+        """Width of all queries of a token."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Width of all keys (or values) of a token."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def projections(self) -> dict[str, tuple[int, int]]:
+        """Weights of one layer's linear modules, by Hugging Face's names."""
+        h, f, q, k = self.hidden_size, self.intermediate_size, self.query_size, self.key_size
+        attention = {"q_proj": (q, h), "k_proj": (k, h), "v_proj": (k, h), "o_proj": (h, q)}
+        return attention | {"gate_proj": (f, h), "up_proj": (f, h), "down_proj": (h, f)}
+
+    @property
+    def layer_tensors(self) -> list[tuple[tuple[int, ...], bool]]:
+        """One layer's parameters: shape, and whether tensor parallelism cuts it."""
+        biases = [self.query_size, self.key_size, self.key_size] if self.qkv_bias else []
+        norms = [self.head_dim, self.head_dim] if self.qk_norm else []
+        whole = [*norms, self.hidden_size, self.hidden_size]
+        cut = [*self.projections.values(), *((size,) for size in biases)]
+        return [*((shape, True) for shape in cut), *(((size,), False) for size in whole)]
+
+    @property
+    def embedding(self) -> int:
+        """Parameters of the embedding; as many again in an output layer that is not tied."""
+        return self.vocab_size * self.hidden_size
+
+    @property
+    def root_tensors(self) -> list[tuple[int, ...]]:
+        """Shapes outside the layers: embedding, final norm, output layer or value head."""
+        head: list[tuple[int, ...]] = [(1, self.hidden_size)] if self.value_head else []
+        embeddings = 1 if self.tied or self.value_head else 2
+        return [*[(self.vocab_size, self.hidden_size)] * embeddings, (self.hidden_size,), *head]
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer."""
+        return sum(math.prod(shape) for shape, _ in self.layer_tensors)
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, as transformers counts them."""
+        return self.num_hidden_layers * self.layer_parameters + sum(math.prod(shape) for shape in self.root_tensors)
+
+    def adapters(self, rank: int, targets: tuple[str, ...]) -> list[tuple[int, ...]]:
+        """Return the shapes of one layer's LoRA matrices, A then B of each target; other modules have none here."""
+        sizes = [self.projections[target] for target in targets if target in self.projections]
+        return [shape for rows, columns in sizes for shape in ((rank, columns), (rows, rank))]
+
+    def check_megatron(self) -> None:
+        """Reject a model that Megatron's modules would compute otherwise than transformers.
 
         Raises:
-            UserError: a family, or a feature of one, that the Megatron backend does not have.
+            UserError: names the settings of config.json.
         """
-        family = config.model_type
-        if family not in FAMILIES:
-            raise UserError(
-                f"model_type {family!r} has no Megatron mapping (there are: {', '.join(FAMILIES)}); set "
-                "training_backend: fsdp, which trains any causal language model of transformers"
-            )
-        refused = {
-            "attention_bias": family != "qwen2" and getattr(config, "attention_bias", False),
-            "mlp_bias": getattr(config, "mlp_bias", False),
-            "use_sliding_window": getattr(config, "use_sliding_window", False),
-            f"hidden_act={config.hidden_act}": config.hidden_act != "silu",
-            "attention_dropout": bool(getattr(config, "attention_dropout", 0.0)),
-        }
-        found = [name for name, is_set in refused.items() if is_set]
-        if found:
-            raise UserError("config.json", f"{', '.join(found)} is not supported with training_backend: megatron; use fsdp")
-        return cls(
-            family=family,
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-            ffn=config.intermediate_size,
-            vocab=config.vocab_size,
-            tied=config.tie_word_embeddings,
-            norm_eps=config.rms_norm_eps,
-        )
+        if self.not_in_megatron:
+            names = ", ".join(self.not_in_megatron)
+            raise UserError("config.json", f"{names} is not supported with training_backend: megatron; use fsdp")
 
     def check_layout(self, tensor_parallel: int, pipeline_parallel: int, section: str = "actor") -> None:
-        """Refuse a layout that the model cannot be cut into.
+        """Reject a layout that the model cannot be cut into.
 
         Args:
             tensor_parallel: ranks that share each layer.
@@ -102,8 +185,8 @@ class Architecture:
             UserError: names the key and the numbers.
         """
         for name, size in (
-            ("num_key_value_heads", self.kv_heads),
-            ("intermediate_size", self.ffn),
+            ("num_key_value_heads", self.num_key_value_heads),
+            ("intermediate_size", self.intermediate_size),
             ("the padded vocabulary", self.padded_vocab),
         ):
             if size % tensor_parallel:
@@ -111,30 +194,60 @@ class Architecture:
                     f"{section}.model.tensor_model_parallel_size",
                     f"{tensor_parallel} does not divide {name} = {size} of the model",
                 )
-        if self.layers % pipeline_parallel:
+        if self.num_hidden_layers % pipeline_parallel:
             raise UserError(
                 f"{section}.model.pipeline_model_parallel_size",
-                f"{pipeline_parallel} does not divide num_hidden_layers = {self.layers} of the model",
+                f"{pipeline_parallel} does not divide num_hidden_layers = {self.num_hidden_layers} of the model",
             )
 
 
-def read_architecture(folder: str | Path) -> tuple[Architecture, Any]:
-    """The architecture and the transformers configuration of a model folder or hub name.
+def read_shape(path: Path) -> ModelShape:
+    """Read a config.json, or the one of a folder, without transformers.
 
     Raises:
-        UserError: there is no readable config.json, or it is of a model that has no mapping.
+        UserError: no such file, or a model that is not known here.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(file, f"cannot be read ({error.strerror}); give --model-config config.json or --shape") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(file, f"is no JSON: {error}") from error
+    return ModelShape.of(values if isinstance(values, dict) else {}, str(file))
+
+
+def read_hf_config(source: str | Path) -> Any:
+    """Return the transformers configuration of a model folder or hub name.
+
+    Raises:
+        UserError: there is no readable config.json.
     """
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(folder, f"no usable config.json ({str(error).splitlines()[0]})") from error
-    return Architecture.of(config), config
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(source, f"no usable config.json ({str(error).splitlines()[0]})") from error
+
+
+def read_megatron_shape(source: str | Path) -> tuple[ModelShape, Any]:
+    """Return the shape and the transformers configuration of a model that Megatron can build.
+
+    Args:
+        source: a folder or hub name.
+
+    Raises:
+        UserError: there is no readable config.json, or Megatron cannot build its model.
+    """
+    config = read_hf_config(source)
+    shape = ModelShape.of(config.to_dict(), f"{source}/config.json")
+    shape.check_megatron()
+    return shape, config
 
 
 def rotary_frequencies(config: Any) -> Tensor:
-    """[head_dim / 2] inverse frequencies of a transformers configuration, scaled as it says (Llama 3.x).
+    """Return the inverse frequencies [head_dim / 2] of a transformers configuration, scaled as it says (Llama 3.x).
 
     Raises:
         UserError: a scaling that also changes the attention's scale (YaRN, LongRoPE), which Megatron's modules do not.

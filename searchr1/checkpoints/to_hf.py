@@ -26,10 +26,11 @@ from searchr1.checkpoints.mapping import SliceReader
 from searchr1.checkpoints.megatron_ranks import MegatronRanks
 from searchr1.checkpoints.megatron_source import MegatronSource, is_megatron
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
-from searchr1.checkpoints.model_shape import read_architecture
+from searchr1.checkpoints.model_shape import read_hf_config, read_megatron_shape
 from searchr1.checkpoints.output import Carry, check_unused, new_folder
 from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
+from searchr1.checkpoints.weight_check import ExpectedWeights
 from searchr1.errors import UserError
 from searchr1.progress import Advance, ProgressBar
 
@@ -205,16 +206,11 @@ def expected_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
     Raises:
         UserError: config.json is not usable.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    config = read_hf_config(model_folder)
     try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(model_folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{model_folder}: no usable config.json ({str(error).splitlines()[0]})") from error
-    model.tie_weights()
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        return ExpectedWeights.of(config).shapes
+    except UserError as error:
+        raise UserError(f"{model_folder}/{error}") from error
 
 
 def mg2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options: Options | None = None) -> list[str]:
@@ -240,7 +236,7 @@ def mg2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options:
         if located.kind == "distributed":
             folder = stack.enter_context(closing(TorchDistFolder(located.folder)))
         config = config_folder(hf_model, located.folder)
-        arch, _ = read_architecture(config)
+        arch, _ = read_megatron_shape(config)
         if located.kind == "megatron_ranks":
             folder = stack.enter_context(closing(MegatronRanks(located.folder, arch.tied)))
         return write_folder(MegatronSource(folder, arch), config, located.folder, output, options or Options())

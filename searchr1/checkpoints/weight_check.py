@@ -30,6 +30,7 @@ from searchr1.checkpoints.hf_folder import (
     weight_files,
 )
 from searchr1.checkpoints.model_folder import ADAPTER, check_files
+from searchr1.checkpoints.model_shape import read_hf_config
 from searchr1.checkpoints.safetensors import SafetensorsReader
 from searchr1.checkpoints.torch_files import load_weights
 from searchr1.errors import UserError
@@ -240,8 +241,6 @@ def load_pretrained(kind: Any, path: str, *, decoder_only: bool = False, **setti
 
 
 def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
     if not (folder / "config.json").is_file():
         if (folder / ADAPTER).is_file():
             raise UserError(
@@ -249,10 +248,7 @@ def _config(folder: Path) -> Any:
                 "merge_and_unload, or searchr1 convert fsdp2hf of the checkpoint) and give that folder"
             )
         raise UserError(f"{folder}: has no config.json; give a model folder")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
+    return read_hf_config(folder)
 
 
 def has_weights(folder: Path) -> bool:

@@ -14,7 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from searchr1.checkpoints.parameter_counts import SHAPES, ModelShape, guess_shape, read_shape, shape_named
+from searchr1.checkpoints.model_shape import ModelShape, read_shape
+from searchr1.checkpoints.parameter_counts import SHAPES, guess_shape, shape_named
 from searchr1.config.layout import is_evaluation
 from searchr1.config.load import load_for_command
 from searchr1.config.recipes import config_help

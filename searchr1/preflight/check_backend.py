@@ -41,9 +41,11 @@ def _layout(config: Config, trainer: TrainerConfig) -> Iterator[Problem]:
         device = Device.detect(config.cluster.device)
         layout = trainer.layout(len(group_ranks(config, section, device)))
         if trainer.backend == "megatron" and (Path(trainer.model_path) / "config.json").is_file():
-            from searchr1.checkpoints.model_shape import read_architecture
+            from searchr1.checkpoints.model_shape import read_megatron_shape
 
-            read_architecture(trainer.model_path)[0].check_layout(layout.tensor_parallel, layout.pipeline_parallel, section)
+            read_megatron_shape(trainer.model_path)[0].check_layout(
+                layout.tensor_parallel, layout.pipeline_parallel, section
+            )
     except UserError as error:
         known = error.key.startswith((f"{section}.", "cluster."))
         yield Problem.of(error) if known else Problem(f"{section}.training_backend", str(error))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from searchr1.checkpoints.parameter_counts import ModelShape, padded_vocab
+from searchr1.checkpoints.model_shape import ModelShape
 from searchr1.config.layout import group_ranks, group_slots
 from searchr1.config.schema import Config
 from searchr1.config.schema_model import ActorConfig
@@ -110,7 +110,7 @@ class Layout:
             ("num_attention_heads", model.num_attention_heads),
             ("num_key_value_heads", model.num_key_value_heads),
             ("intermediate_size", model.intermediate_size),
-            ("the padded vocabulary", padded_vocab(model)),
+            ("the padded vocabulary", model.padded_vocab),
         ):
             if size % self.tp:
                 raise UserError(tp_key, f"{self.tp} does not divide {name} = {size} of the model")

@@ -6,9 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
+from searchr1.checkpoints.model_shape import ModelShape
 from searchr1.checkpoints.parameter_counts import (
-    ModelShape,
-    padded_vocab,
     shard_adapters,
     shard_parameters,
     stage_parameters,
@@ -162,7 +161,7 @@ def train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
     kept, again = kept_activations(model, layout, stage)
     vocab, policy = model.vocab_size, ceil(tokens * layout.policy_share)
     if layout.backend == "megatron":
-        vocab = padded_vocab(model) // layout.tp
+        vocab = model.padded_vocab // layout.tp
     logits = 2 * c * policy * vocab + layout.loss_bytes if last and not model.value_head else 0
     norm = 4 + c if layout.backend == "fsdp" else c
     end = (tokens * norm + policy * c) * model.hidden_size if last else 0
@@ -193,7 +192,7 @@ def train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
 def forward_bytes(model: ModelShape, layout: Layout, tokens: int, policy: int) -> int:
     """What a forward pass without gradients needs for a moment: one layer's tensors at a time, then the logits."""
     c, root = layout.compute_bytes, sum(map(prod, model.root_tensors))
-    vocab = model.vocab_size if layout.backend == "fsdp" else padded_vocab(model) // layout.tp
+    vocab = model.vocab_size if layout.backend == "fsdp" else model.padded_vocab // layout.tp
     gathered = c * (3 * model.layer_parameters + root) if layout.backend == "fsdp" else 0
     return gathered + max(round(layer_activation(model, layout) * tokens), c * policy * vocab + layout.loss_bytes)
 

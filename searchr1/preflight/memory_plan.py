@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from searchr1.checkpoints.parameter_counts import SHAPES, ModelShape, stage_parameters
+from searchr1.checkpoints.model_shape import ModelShape
+from searchr1.checkpoints.parameter_counts import SHAPES, stage_parameters
 from searchr1.config.layout import group_ranks
 from searchr1.config.schema import Config
 from searchr1.device import Device

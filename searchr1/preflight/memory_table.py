@@ -7,7 +7,8 @@ from dataclasses import replace
 from itertools import product
 from math import log2
 
-from searchr1.checkpoints.parameter_counts import SHAPES, ModelShape
+from searchr1.checkpoints.model_shape import ModelShape
+from searchr1.checkpoints.parameter_counts import SHAPES
 from searchr1.errors import UserError
 from searchr1.preflight.memory_layout import Layout
 from searchr1.preflight.memory_plan import GIB, PHASES, MemoryPlan, plan_memory

@@ -15,7 +15,6 @@ from searchr1.agent.settings import AgentSettings, Generation
 from searchr1.chat.async_chat import AsyncChat
 from searchr1.chat.infer import collect
 from searchr1.chat.load import build_tools, load_tokenizer, prompt_settings
-from searchr1.chat.session import Session
 from searchr1.commands.carry_settings import carry_settings
 from searchr1.config.load import load_config, save_config
 from searchr1.data.load import load_data

@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.checkpoints.model_shape import ModelShape, read_shape
 from searchr1.checkpoints.parameter_counts import (
-    ModelShape,
     guess_shape,
-    padded_vocab,
-    read_shape,
     shard_adapters,
     shard_parameters,
     stage_parameters,
@@ -44,7 +42,7 @@ from searchr1.preflight.memory_table import layouts_table
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/searchr1/config/qwen2.5-3b-tool-1node.yaml"
 CPU = Device.detect("cpu")
-TINY = ModelShape(64, 96, 3, 4, 2, 2048, tied=True, head_dim=16, qkv_bias=True)
+TINY = ModelShape("qwen2", 64, 96, 3, 4, 2, 2048, tied=True, head_dim=16)
 
 
 def hf_config(shape: ModelShape):
@@ -53,7 +51,7 @@ def hf_config(shape: ModelShape):
     kind = Qwen2Config if shape.qkv_bias else Qwen3Config if shape.qk_norm else LlamaConfig
     names = (
         "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "vocab_size", "head_dim",
+        "vocab_size", "head_dim", "rms_norm_eps",
     )  # fmt: skip
     return kind(**{name: getattr(shape, name) for name in names}, tie_word_embeddings=shape.tied)
 
@@ -89,7 +87,7 @@ def test_parameters_are_what_transformers_builds(name, tmp_path):
     for tp in (1, 2):
         whole = ("norm.weight", "layernorm.weight")
         cut = sum(p.numel() // (1 if key.endswith(whole) else tp) for key, p in parameters.items() if ".layers." in key)
-        table = padded_vocab(shape) // tp * shape.hidden_size
+        table = shape.padded_vocab // tp * shape.hidden_size
         assert stage_parameters(shape, tp, 1, 0) == cut + table * (1 if shape.tied else 2) + shape.hidden_size
         # Two stages hold the same layers, and a table each also when it is tied.
         stages = [stage_parameters(shape, tp, 2, stage) for stage in (0, 1)]
@@ -113,8 +111,8 @@ def test_what_the_loss_works_on():
 
 
 def test_vocabulary_is_padded():
-    assert padded_vocab(SHAPES["qwen2.5-3b"]) == 151936
-    assert padded_vocab(replace(TINY, vocab_size=2049)) == 2176
+    assert SHAPES["qwen2.5-3b"].padded_vocab == 151936
+    assert replace(TINY, vocab_size=2049).padded_vocab == 2176
 
 
 # Against PyTorch: a small model on the CPU with the FSDP backend, alone.
@@ -179,7 +177,7 @@ def local_bytes(tensors):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", [TINY, replace(TINY, tied=False, qkv_bias=False, qk_norm=True)], ids=["qwen2", "qwen3"])
+@pytest.mark.parametrize("shape", [TINY, replace(TINY, tied=False, family="qwen3")], ids=["qwen2", "qwen3"])
 def test_fsdp_state_is_exact(process_group, shape, precision):
     actor = Actor(shape, precision)
     actor.step(batch_of())
@@ -273,7 +271,7 @@ def test_kept_activations_with_gradient_checkpointing(name):
 def test_peak_of_a_training_step(process_group, checkpointing):
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    shape = ModelShape(128, 512, 4, 4, 2, 4096, tied=True, head_dim=32, qkv_bias=True)
+    shape = ModelShape("qwen2", 128, 512, 4, 4, 2, 4096, tied=True, head_dim=32)
     actor, batch = Actor(shape, "fp32", checkpointing), batch_of(32, 4, 124)
     actor.step(batch)
     tracker = MemTracker()
@@ -301,7 +299,7 @@ torch.set_num_threads(1)
 from searchr1.learner.megatron.backend import MegatronBackend
 from searchr1.learner.trainer_config import TrainerConfig
 from searchr1.preflight.memory_layout import layout_of
-from searchr1.checkpoints.parameter_counts import read_shape
+from searchr1.checkpoints.model_shape import read_shape
 from searchr1.config.schema import Config
 from searchr1.device import Device
 sys.path.insert(0, sys.argv[2])
@@ -366,12 +364,12 @@ def megatron(world, *jobs):
     return results
 
 
-SMALL = ModelShape(128, 512, 4, 8, 2, 512, tied=True, head_dim=32, qkv_bias=True)
+SMALL = ModelShape("qwen2", 128, 512, 4, 8, 2, 512, tied=True, head_dim=32)
 
 
 @pytest.mark.slow
 def test_megatron_on_one_rank(tmp_path):
-    shapes = {"qwen2": SMALL, "qwen3": replace(SMALL, tied=False, qkv_bias=False, qk_norm=True)}
+    shapes = {"qwen2": SMALL, "qwen3": replace(SMALL, tied=False, family="qwen3")}
     jobs = []
     for name, shape in shapes.items():
         for layers in (2, 4):

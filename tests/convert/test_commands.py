@@ -20,6 +20,7 @@ from searchr1.checkpoints.hf_reader import HfReader
 from searchr1.checkpoints.to_hf import Options, mg2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
+from searchr1.commands.carry_settings import carry_settings
 from searchr1.config.load import load_config, save_config
 from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError
@@ -63,12 +64,12 @@ def test_what_a_model_was_trained_with_goes_both_ways(folders, tmp_path, capsys)
     found = ModelSettings.of_model(str(tmp_path / "hf"))
     assert found.values == ModelSettings.of(load_config(recipe)).values
     hf2mg(tmp_path / "hf", tmp_path / "mg")
-    lines = mg2hf(tmp_path / "mg", tmp_path / "again")
+    lines = mg2hf(tmp_path / "mg", tmp_path / "again", options=Options(carry=carry_settings))
     assert "searchr1.json: template demo" in lines[-1]
     assert (tmp_path / "again/searchr1.json").read_bytes() == (tmp_path / "hf/searchr1.json").read_bytes()
     # A base model's own settings are not those of a checkpoint that has some.
     (tmp_path / "hf/searchr1.json").write_text('{"format": 1}')
-    mg2hf(tmp_path / "mg", tmp_path / "third", tmp_path / "hf")
+    mg2hf(tmp_path / "mg", tmp_path / "third", tmp_path / "hf", Options(carry=carry_settings))
     assert (tmp_path / "third/searchr1.json").read_bytes() == (tmp_path / "again/searchr1.json").read_bytes()
 
 

@@ -16,13 +16,13 @@ def architectures(draw):
     kv_heads = tensor_parallel * draw(st.integers(1, 3))
     return tensor_parallel, architecture(
         draw(st.sampled_from(FAMILIES)),
-        layers=draw(st.integers(1, 2)),
-        hidden=draw(st.integers(1, 9)),
-        heads=kv_heads * draw(st.integers(1, 3)),
-        kv_heads=kv_heads,
+        num_hidden_layers=draw(st.integers(1, 2)),
+        hidden_size=draw(st.integers(1, 9)),
+        num_attention_heads=kv_heads * draw(st.integers(1, 3)),
+        num_key_value_heads=kv_heads,
         head_dim=2 * draw(st.integers(1, 3)),
-        ffn=tensor_parallel * draw(st.integers(1, 5)),
-        vocab=draw(st.integers(1, 400)),
+        intermediate_size=tensor_parallel * draw(st.integers(1, 5)),
+        vocab_size=draw(st.integers(1, 400)),
         tied=draw(st.booleans()),
     )
 

@@ -12,7 +12,7 @@ from support.models import make_model
 
 from searchr1.checkpoints.hf_folder import INDEX, SINGLE, HuggingFaceFolder
 from searchr1.checkpoints.mapping import TABLES, checkpoint_name, entries, hugging_face_shapes
-from searchr1.checkpoints.model_shape import Architecture, read_architecture, rotary_frequencies
+from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape, rotary_frequencies
 from searchr1.errors import UserError
 
 
@@ -30,7 +30,7 @@ def folder(source, tmp_path):
 
 def check(folder: Path) -> None:
     with HuggingFaceFolder.open(folder) as weights:
-        weights.check(read_architecture(folder)[0])
+        weights.check(read_megatron_shape(folder)[0])
 
 
 def change(folder: Path, **tensors: torch.Tensor | None) -> None:
@@ -87,7 +87,7 @@ def test_files_that_are_damaged_or_missing_are_named(folder):
 
 def test_a_rank_reads_only_its_part(source):
     """Of every tensor that is shared out, a rank of two reads half the elements."""
-    arch, _ = read_architecture(source)
+    arch, _ = read_megatron_shape(source)
     with HuggingFaceFolder.open(source) as weights:
         for entry in entries(arch):
             elements = 0
@@ -108,7 +108,7 @@ def test_a_rank_reads_only_its_part(source):
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_table_has_every_tensor_of_transformers(family, tied, tmp_path):
     make_model(family, tied, tmp_path)
-    arch, _ = read_architecture(tmp_path)
+    arch, _ = read_megatron_shape(tmp_path)
     stored = {name: tuple(tensor.shape) for name, tensor in load_file(tmp_path / SINGLE).items()}
     assert hugging_face_shapes(arch) == stored
 
@@ -135,11 +135,11 @@ def test_models_that_megatron_would_compute_wrongly_are_refused(folder, change, 
     config.pop("rope_parameters", None)
     (folder / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=message):
-        rotary_frequencies(read_architecture(folder)[1])
+        rotary_frequencies(read_megatron_shape(folder)[1])
 
 
 def test_layouts_that_do_not_fit_are_refused():
-    arch = Architecture("qwen2", 36, 2048, 16, 2, 128, 11008, 151936, True, 1e-6)
+    arch = ModelShape("qwen2", 2048, 11008, 36, 16, 2, 151936, True)
     arch.check_layout(2, 4)
     for sizes, message in (((4, 1), "num_key_value_heads = 2"), ((1, 5), "num_hidden_layers = 36")):
         with pytest.raises(UserError, match=message):

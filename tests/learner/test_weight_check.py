@@ -15,7 +15,7 @@ from support.models import VOCAB, make_model
 
 from searchr1.checkpoints.hf2mg import hf2mg
 from searchr1.checkpoints.hf_folder import HuggingFaceFolder
-from searchr1.checkpoints.model_shape import read_architecture
+from searchr1.checkpoints.model_shape import read_megatron_shape
 from searchr1.checkpoints.weight_check import check_model_folder, load_pretrained
 from searchr1.config.load import ConfigError
 from searchr1.config.schema import Config
@@ -270,7 +270,7 @@ def read_by_fsdp(folder: Path, tmp_path: Path) -> None:
 
 def read_by_megatron(folder: Path, tmp_path: Path) -> None:
     with HuggingFaceFolder.open(folder) as weights:
-        weights.check(read_architecture(folder)[0])
+        weights.check(read_megatron_shape(folder)[0])
 
 
 def read_by_engine(folder: Path, tmp_path: Path) -> None:

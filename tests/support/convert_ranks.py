@@ -47,12 +47,12 @@ def main(rank: int, port: int, folder: Path) -> None:
 def one(folder: Path, name: str, layout, saved: str, loaded: str) -> list[str]:
     from megatron.core import dist_checkpointing
 
-    from searchr1.checkpoints.model_shape import read_architecture
+    from searchr1.checkpoints.model_shape import read_megatron_shape
     from searchr1.config.schema_model import ActorModelConfig
     from searchr1.device import Device
     from searchr1.learner.megatron.model import build_model, first_layer_of_stage, load_hugging_face, local_parameters
 
-    arch, config = read_architecture(folder / "hf")
+    arch, config = read_megatron_shape(folder / "hf")
     settings = ActorModelConfig(precision="bf16" if folder.name.endswith("bf16") else "fp32")
     model = build_model(arch, config, layout, settings, Device.detect("cpu"), 4096)
     parameters = local_parameters(model, arch, first_layer_of_stage(arch, layout))

@@ -50,7 +50,7 @@ def load(how: str, folder: str, world: int) -> Any:
         from searchr1.learner.model import shard_model
 
         return shard_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), device)
-    from searchr1.checkpoints.model_shape import read_architecture
+    from searchr1.checkpoints.model_shape import read_megatron_shape
     from searchr1.config.layout import Layout
     from searchr1.config.schema import Config
     from searchr1.learner.megatron import model as parts
@@ -59,7 +59,7 @@ def load(how: str, folder: str, world: int) -> Any:
     settings = Config().actor.model
     settings.precision = "fp32"
     layout = Layout(world, tensor_parallel=world, pipeline_parallel=1)
-    arch, hf_config = read_architecture(folder)
+    arch, hf_config = read_megatron_shape(folder)
     start_megatron(layout, 0)
     model = parts.build_model(arch, hf_config, layout, settings, device, 4096)
     parts.load_hugging_face(parts.local_parameters(model, arch, 0), folder, arch)

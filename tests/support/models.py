@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from searchr1.checkpoints.model_shape import Architecture
+from searchr1.checkpoints.model_shape import ModelShape
 
 VOCAB = 300
 FAMILIES = ("qwen2", "qwen3", "llama")
@@ -19,12 +19,12 @@ def model_name(family: str, tied: bool, dtype: str) -> str:
     return f"{family}-{'tied' if tied else 'untied'}-{dtype}"
 
 
-def architecture(family: str, **changes: Any) -> Architecture:
+def architecture(family: str, **changes: Any) -> ModelShape:
     settings = {
-        "family": family, "layers": 2, "hidden": 16, "heads": 4, "kv_heads": 2, "head_dim": 4, "ffn": 24, "vocab": 50,
-        "tied": False, "norm_eps": 1e-6,
+        "family": family, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 50, "tied": False, "head_dim": 4,
     }  # fmt: skip
-    return Architecture(**settings | changes)
+    return ModelShape(**settings | changes)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -17,7 +17,7 @@ from searchr1.algorithms.entropy import TokenLogprobs
 from searchr1.algorithms.sums import Sums
 from searchr1.checkpoints.mapping import hugging_face_shapes
 from searchr1.checkpoints.megatron_source import check_megatron_checkpoint
-from searchr1.checkpoints.model_shape import read_architecture
+from searchr1.checkpoints.model_shape import read_megatron_shape
 from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.device import Device
 from searchr1.learner.backend import PolicyLoss, T, ValueLoss
@@ -46,7 +46,7 @@ class MegatronTraining:
         self.device = device.torch_device()
         self._trainer = trainer
         self.layout = trainer.layout(dist.get_world_size())
-        arch, hf_config = read_architecture(trainer.model_path)
+        arch, hf_config = read_megatron_shape(trainer.model_path)
         arch.check_layout(self.layout.tensor_parallel, self.layout.pipeline_parallel, trainer.section)
         self.arch = replace(arch, value_head=self.has_value_head)
         self._parallel = Parallel(self.layout, trainer.seed, self.device)
@@ -258,7 +258,7 @@ class MegatronBackend(MegatronTraining):
         first = self._parallel.tensor_group.rank() * logits_PV.shape[1]
         # What is above the vocabulary is padding: no token.
         return vocab_parallel_logprobs(
-            logits_PV[:, : max(0, self.arch.vocab - first)],
+            logits_PV[:, : max(0, self.arch.vocab_size - first)],
             batch.input_ids_T[batch.policy_positions_P],
             first,
             self._parallel.tensor_group,

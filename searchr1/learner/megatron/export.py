@@ -9,13 +9,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from searchr1.checkpoints.mapping import Entry, entries
-from searchr1.checkpoints.model_shape import Architecture
+from searchr1.checkpoints.model_shape import ModelShape
 from searchr1.config.layout import Layout
 from searchr1.learner.megatron.model import LocalParameter
 
 
 def gather_hugging_face(
-    parameters: list[LocalParameter], arch: Architecture, layout: Layout, device: torch.device
+    parameters: list[LocalParameter], arch: ModelShape, layout: Layout, device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield full tensors on rank 0, empty shells on the others, which must run along. A tied output layer is left out.
 
@@ -28,7 +28,7 @@ def gather_hugging_face(
     group = parallel_state.get_tensor_model_parallel_group()
     stage = parallel_state.get_pipeline_model_parallel_rank()
     mine = {item.entry.name: item.parameter for item in parameters}
-    layers_per_stage = arch.layers // layout.pipeline_parallel
+    layers_per_stage = arch.num_hidden_layers // layout.pipeline_parallel
     dtype = parameters[0].parameter.dtype
     for entry in entries(arch):
         owner = _stage_of(entry.name, layers_per_stage, layout.pipeline_parallel)

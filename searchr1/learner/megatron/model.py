@@ -11,7 +11,7 @@ import torch
 
 from searchr1.checkpoints.hf_folder import HuggingFaceFolder
 from searchr1.checkpoints.mapping import VALUE_HEAD, Entry, checkpoint_name, entries
-from searchr1.checkpoints.model_shape import Architecture, rotary_frequencies
+from searchr1.checkpoints.model_shape import ModelShape, rotary_frequencies
 from searchr1.config.layout import Layout
 from searchr1.config.schema_model import ActorModelConfig
 from searchr1.device import Device
@@ -19,20 +19,20 @@ from searchr1.device import Device
 PARAMETER_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelConfig, device: Device) -> Any:
+def transformer_config(arch: ModelShape, layout: Layout, settings: ActorModelConfig, device: Device) -> Any:
     """Return Megatron's configuration of one rank's model."""
     from megatron.core.transformer import TransformerConfig
 
     dtype = PARAMETER_DTYPES[settings.precision]
     on_gpu = device.is_cuda
     return TransformerConfig(
-        num_layers=arch.layers,
-        hidden_size=arch.hidden,
-        num_attention_heads=arch.heads,
-        num_query_groups=arch.kv_heads,
+        num_layers=arch.num_hidden_layers,
+        hidden_size=arch.hidden_size,
+        num_attention_heads=arch.num_attention_heads,
+        num_query_groups=arch.num_key_value_heads,
         kv_channels=arch.head_dim,
-        ffn_hidden_size=arch.ffn,
-        layernorm_epsilon=arch.norm_eps,
+        ffn_hidden_size=arch.intermediate_size,
+        layernorm_epsilon=arch.rms_norm_eps,
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -70,7 +70,7 @@ def transformer_config(arch: Architecture, layout: Layout, settings: ActorModelC
 
 
 def build_model(
-    arch: Architecture, hf_config: Any, layout: Layout, settings: ActorModelConfig, device: Device, max_tokens: int
+    arch: ModelShape, hf_config: Any, layout: Layout, settings: ActorModelConfig, device: Device, max_tokens: int
 ) -> Any:
     """Return one rank's part of the model, its weights not yet set."""
     from megatron.core import parallel_state
@@ -80,7 +80,7 @@ def build_model(
     config = transformer_config(arch, layout, settings, device)
     model = (ValueModel if arch.value_head else PolicyModel)(
         config=config,
-        transformer_layer_spec=layer_spec(config, arch.layers // layout.pipeline_parallel),
+        transformer_layer_spec=layer_spec(config, arch.num_hidden_layers // layout.pipeline_parallel),
         vocab_size=arch.padded_vocab,
         max_sequence_length=max_tokens,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -102,7 +102,7 @@ class LocalParameter:
     parameter: torch.nn.Parameter
 
 
-def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[LocalParameter]:
+def local_parameters(model: Any, arch: ModelShape, first_layer: int) -> list[LocalParameter]:
     """Return every parameter of this rank, once; an output layer tied to another stage's embedding stands for that.
 
     Raises:
@@ -128,7 +128,7 @@ def local_parameters(model: Any, arch: Architecture, first_layer: int) -> list[L
     return local
 
 
-def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch: Architecture) -> None:
+def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch: ModelShape) -> None:
     """Fill this rank's parameters from safetensors, reading only what they need; a value head stays as it is.
 
     Raises:
@@ -154,9 +154,9 @@ def _global_name(name: str, first_layer: int) -> str:
     return ".".join(parts)
 
 
-def first_layer_of_stage(arch: Architecture, layout: Layout) -> int:
+def first_layer_of_stage(arch: ModelShape, layout: Layout) -> int:
     """Return how many layers the stages before this rank's have."""
     from megatron.core import parallel_state
 
     stage: int = parallel_state.get_pipeline_model_parallel_rank()
-    return stage * (arch.layers // layout.pipeline_parallel)
+    return stage * (arch.num_hidden_layers // layout.pipeline_parallel)
