@@ -60,7 +60,7 @@ class ModelShape:
             raise UserError(
                 where,
                 f"model_type {family!r} has no Megatron mapping and no memory formula (there are: "
-                f"{', '.join(FAMILIES)}); set training_backend: fsdp, which trains any causal language model of transformers",
+                f"{', '.join(FAMILIES)}); use training_backend: fsdp, for any causal language model of transformers",
             )
         biases = [key for key in ("attention_bias", "mlp_bias") if values.get(key)]
         if family == "qwen2":  # its biases are fixed, the key means nothing

@@ -165,12 +165,12 @@ def _require_utf8(path: Path, head: bytes) -> None:
         raise UserError(f"{path}:1: not UTF-8, but {encoding}; save the file as UTF-8")
 
 
-def _progress(path: Path, raw: IO[bytes], update: Update) -> Callable[[], None]:
+def _progress(path: Path, raw: IO[bytes], update: Update) -> Callable[[], object]:
     size = max(path.stat().st_size, 1)
     return lambda: update(raw.tell() / size)
 
 
-def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
+def _jsonl(path: Path, file: IO[bytes], progress: Callable[[], object]) -> Iterator[Record]:
     # Bytes, and the text of one line at a time: so that a line that is not UTF-8 can be named.
     for line, data in _lines(path, file):
         if line % BATCH_ROWS == 0:
@@ -196,7 +196,7 @@ def _parquet(path: Path, update: Update, leave_out: Collection[str]) -> Iterator
         raise UserError(f"{path}: not readable as parquet ({error})") from error
 
 
-def _table(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
+def _table(path: Path, file: IO[bytes], progress: Callable[[], object]) -> Iterator[Record]:
     """Rows below a line of column names; the first line shows what stands between columns."""
     csv.field_size_limit(MAX_LINE_BYTES)
     lines = _TextLines(path, file)
@@ -275,7 +275,7 @@ def _read_whole(path: Path, file: IO[bytes]) -> bytes:
     return data
 
 
-def _json(path: Path, file: IO[bytes], progress: Callable[[], None]) -> Iterator[Record]:
+def _json(path: Path, file: IO[bytes], progress: Callable[[], object]) -> Iterator[Record]:
     """A list of rows, decoded one at a time; files that hold jsonl under this name are read as such."""
     data = _read_whole(path, file)
     try:
