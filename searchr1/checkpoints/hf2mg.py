@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from searchr1.checkpoints.compare import SMALL_BYTES, compare, compare_logits
-from searchr1.checkpoints.hf_reader import HfReader
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.hf_writer import copy_hf_files
 from searchr1.checkpoints.mapping import Entry, entries
 from searchr1.checkpoints.megatron_source import MegatronSource
@@ -67,7 +67,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
     verify_weights(hf_model)
     check_model_folder(hf_model)
     arch, _ = read_megatron_shape(hf_model)
-    with HfReader.open(hf_model) as reader:
+    with StoredWeights.open(hf_model, pickles=False) as reader:
         reader.check(arch)
         total = sum(_nbytes(entry, reader, options.dtype) for entry in entries(arch))
         with new_folder(output, total) as folder:
@@ -79,7 +79,7 @@ def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) 
     return [f"{len(entries(arch))} tensors, {decimal(total)} -> {output}", *lines]
 
 
-def _write(reader: HfReader, arch: ModelShape, folder: Path, options: MegatronOptions, total: int) -> None:
+def _write(reader: StoredWeights, arch: ModelShape, folder: Path, options: MegatronOptions, total: int) -> None:
     with closing(TorchDistWriter(folder, options.file_bytes)) as writer, ProgressBar("converting", total) as bar:
         for entry in entries(arch):
             tensor = _cast(entry.read(reader.read, 0, 1), options.dtype, entry.name)
@@ -105,7 +105,7 @@ def _write_extra_states(writer: TorchDistWriter, arch: ModelShape, layers: str) 
     writer.add_empty_object("decoder.final_layernorm")
 
 
-def _verify(reader: HfReader, arch: ModelShape, folder: Path, options: MegatronOptions, total: int) -> list[str]:
+def _verify(reader: StoredWeights, arch: ModelShape, folder: Path, options: MegatronOptions, total: int) -> list[str]:
     if not (options.verify or options.verify_logits):
         return []
     lines = []
@@ -118,7 +118,7 @@ def _verify(reader: HfReader, arch: ModelShape, folder: Path, options: MegatronO
     return lines
 
 
-def _pairs(reader: HfReader, source: MegatronSource) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _pairs(reader: StoredWeights, source: MegatronSource) -> Iterator[tuple[str, Tensor, Tensor]]:
     for entry in source.entries:
         for name, tensor in entry.to_hugging_face([source.read(entry, check=True)]):
             yield name, reader.tensor(name), tensor
@@ -130,5 +130,5 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None, name: str) -> Tensor:
     return torch.cat(list(pieces(tensor, dtype, name))).view(tensor.shape)
 
 
-def _nbytes(entry: Entry, reader: HfReader, dtype: torch.dtype | None) -> int:
+def _nbytes(entry: Entry, reader: StoredWeights, dtype: torch.dtype | None) -> int:
     return torch.Size(entry.global_shape).numel() * (dtype or reader.specs[entry.sources[0]].dtype).itemsize

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from searchr1.checkpoints.mapping import VALUE_HEAD, SliceReader, hugging_face_shapes
-from searchr1.checkpoints.model_shape import ModelShape
-from searchr1.checkpoints.safetensors import SafetensorsReader
+from searchr1.checkpoints.mapping import SliceReader
 from searchr1.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -23,53 +18,6 @@ HEADS = ("score.", "v_head.", "value_head.", "classifier.", "summary.")
 _QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx", ".weight_scale", ".weight_scale_inv", ".SCB", ".absmax")
 _NAMED = 3
 _COMPARED_ELEMENTS = 16 << 20
-
-
-class HuggingFaceFolder:
-    """Open files and where each tensor is. Use `open`.
-
-    Plain reads: the pages of a memory map would count as this process's memory, all of the model's in the end.
-    """
-
-    def __init__(self, folder: Path, files: list[SafetensorsReader]) -> None:
-        self.folder = folder
-        self._files = {tensor: file for file in files for tensor in file.specs}
-
-    @classmethod
-    @contextmanager
-    def open(cls, source: str | Path) -> Iterator[HuggingFaceFolder]:
-        """Open a folder, or the snapshot of a hub name.
-
-        Raises:
-            UserError: no safetensors there, a file is missing, or one is cut short.
-        """
-        folder = local_folder(source)
-        names = weight_files(folder)
-        with ExitStack() as stack:
-            files = []
-            for name in names:
-                if not (folder / name).exists():
-                    raise UserError(f"{folder / name} is missing; {INDEX} names it")
-                files.append(SafetensorsReader(folder / name))
-                stack.callback(files[-1].close)
-            yield cls(folder, files)
-
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Part of a tensor along one dimension; only that part is read."""
-        return self._files[name].read(name, dim, start, stop)
-
-    def check(self, arch: ModelShape) -> None:
-        """Compare names, shapes and a second copy of a tied output layer with what the architecture has; of a critic's, the
-        decoder alone.
-
-        Raises:
-            UserError: missing, unexpected or misshapen tensors, by name; two different output layers.
-        """
-        shapes = {name: file.specs[name].shape for name, file in self._files.items()}
-        expected = {name: shape for name, shape in hugging_face_shapes(arch).items() if name != VALUE_HEAD}
-        allowed = (OUTPUT_LAYER, *HEADS) if arch.value_head else ()
-        tied = arch.tied and not arch.value_head
-        check_shapes(shapes, expected, str(self.folder), tied=tied, read=self.read, allowed=allowed)
 
 
 def check_shapes(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from searchr1.checkpoints.hf_reader import HfReader
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.hf_writer import config_folder
 from searchr1.checkpoints.lora import LoraRecord, base_name, is_adapter, merge, peft_name, peft_settings
 from searchr1.checkpoints.mapping import SliceReader
@@ -29,7 +29,7 @@ class LoraSource:
         self,
         folder: TorchDistFolder,
         record: LoraRecord,
-        base: HfReader,
+        base: StoredWeights,
         expected: dict[str, tuple[int, ...]],
         dtype: torch.dtype | None,
     ) -> None:

@@ -35,15 +35,15 @@ def check_model(folder: Path, advance: Advance) -> Iterator[Damage]:
             yield from check_torch_file(path, advance)
         return
     from searchr1.checkpoints.hf_folder import INDEX, read_index
+    from searchr1.checkpoints.hf_reader import StoredWeights
     from searchr1.checkpoints.safetensors import SafetensorsReader
-    from searchr1.checkpoints.weight_check import StoredWeights
 
     try:
         if (folder / "adapter_config.json").is_file():
             SafetensorsReader(folder / "adapter_model.safetensors").close()
         else:
             with StoredWeights.open(folder) as stored:
-                unnamed = sorted(stored.shapes.keys() - read_index(folder / INDEX)) if (folder / INDEX).is_file() else []
+                unnamed = sorted(stored.specs.keys() - read_index(folder / INDEX)) if (folder / INDEX).is_file() else []
             if unnamed:
                 yield Damage(folder / INDEX, f"does not name {unnamed[0]}, which is in a file ({len(unnamed)} such tensors)")
     except UserError as error:

@@ -16,7 +16,7 @@ from torch import Tensor
 from searchr1.checkpoints.compare import SMALL_BYTES, compare, compare_logits
 from searchr1.checkpoints.fsdp_ranks import FsdpRanks
 from searchr1.checkpoints.hf_folder import OUTPUT_LAYER, check_shapes
-from searchr1.checkpoints.hf_reader import HfReader, main_dtype
+from searchr1.checkpoints.hf_reader import StoredWeights, main_dtype
 from searchr1.checkpoints.hf_writer import SHARD_BYTES, config_folder, copy_hf_files, stream_weights
 from searchr1.checkpoints.locate import locate
 from searchr1.checkpoints.lora import LoraRecord, check_base, weight_folder
@@ -84,7 +84,7 @@ def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path,
         copy_hf_files(config, folder, main_dtype(specs))
         carried = [options.carry(checkpoint, folder)] if options.carry is not None else []
         if options.verify:
-            with HfReader.open(folder) as written:
+            with StoredWeights.open(folder, pickles=False) as written:
                 lines.append(compare(source.pairs(written.read), sum(spec.nbytes for spec in stored), options.dtype))
         if isinstance(source, MegatronSource) and (options.verify_logits or (options.verify and total <= SMALL_BYTES)):
             lines.append(compare_logits(source, config, folder, options.dtype))
@@ -147,7 +147,7 @@ def _merge(
     base = str(hf_model) if hf_model else record.base_model
     check_base(record, base, "--hf-model")
     verify_weights(weight_folder(base))
-    with HfReader.open(weight_folder(base)) as reader:
+    with StoredWeights.open(weight_folder(base), pickles=False) as reader:
         source = LoraSource(folder, record, reader, expected_shapes(config), options.dtype)
         return write_folder(source, config, folder.folder, output, options)
 

@@ -10,81 +10,25 @@ import json
 import logging
 import pickle
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from searchr1.checkpoints.hf_folder import (
     HEADS,
-    INDEX,
     OUTPUT_LAYER,
-    SINGLE,
     check_shapes,
-    read_index,
     refuse_misfits,
-    weight_files,
 )
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.model_folder import ADAPTER, check_files
 from searchr1.checkpoints.model_shape import read_hf_config
-from searchr1.checkpoints.safetensors import SafetensorsReader
-from searchr1.checkpoints.torch_files import load_weights
 from searchr1.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-PICKLED, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-
-
-class StoredWeights:
-    """Names, shapes and precisions of a folder's tensors, and slices of them. Use `open`."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, torch.dtype]) -> None:
-        self.shapes, self.dtypes = shapes, dtypes
-        self._files: dict[str, SafetensorsReader] = {}
-        self._tensors: dict[str, Tensor] = {}
-
-    @classmethod
-    @contextmanager
-    def open(cls, folder: Path) -> Iterator[StoredWeights]:
-        """Read the headers of the safetensors files, or of `pytorch_model.bin` where there are none.
-
-        Raises:
-            UserError: no weights; a file is missing, cut short, unsafe or holds another's tensor, by name.
-        """
-        found = cls({}, {})
-        if not _has_safetensors(folder) and _has_pickles(folder):
-            found._tensors = _read_pickles(folder)
-            found.shapes = {name: tuple(tensor.shape) for name, tensor in found._tensors.items()}
-            found.dtypes = {name: tensor.dtype for name, tensor in found._tensors.items()}
-            yield found
-            return
-        with ExitStack() as stack:
-            for file in weight_files(folder):
-                try:
-                    reader = SafetensorsReader(folder / file)
-                except UserError as error:
-                    hint = f"; {INDEX} names it" if not (folder / file).exists() else ""
-                    raise UserError(f"{error}{hint}") from error
-                stack.callback(reader.close)
-                for name, spec in reader.specs.items():
-                    if name in found.shapes:
-                        other = found._files[name].path.name
-                        raise UserError(f"{folder}: {name} is in both {other} and {file}; get the folder again")
-                    found.shapes[name], found.dtypes[name], found._files[name] = spec.shape, spec.dtype, reader
-            if (folder / INDEX).is_file():
-                _check_index(folder, {name: reader.path.name for name, reader in found._files.items()})
-            yield found
-
-    def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Part of a tensor along one dimension."""
-        if name in self._tensors:
-            return self._tensors[name].narrow(dim, start, stop - start)
-        return self._files[name].read(name, dim, start, stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +145,8 @@ def _check_by_loading(folder: Path) -> None:
 
 
 def _check_precisions(stored: StoredWeights, expected: ExpectedWeights, folder: Path) -> None:
-    for name, dtype in stored.dtypes.items():
+    for name, spec in stored.specs.items():
+        dtype = spec.dtype
         if name in expected.floating and (not dtype.is_floating_point or dtype.itemsize == 1):
             kind = str(dtype).removeprefix("torch.")
             raise UserError(f"{folder}: {name} is stored as {kind}: the weights are quantized; use the unquantized model")
@@ -249,46 +194,6 @@ def _config(folder: Path) -> Any:
             )
         raise UserError(f"{folder}: has no config.json; give a model folder")
     return read_hf_config(folder)
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether there are weights in a format that is read."""
-    return _has_safetensors(folder) or _has_pickles(folder)
-
-
-def _has_safetensors(folder: Path) -> bool:
-    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
-
-
-def _has_pickles(folder: Path) -> bool:
-    return (folder / PICKLED).is_file() or (folder / PICKLED_INDEX).is_file()
-
-
-def _read_pickles(folder: Path) -> dict[str, Tensor]:
-    """The tensors of `pytorch_model.bin` files, mapped into memory; nothing in them is run."""
-    files = [PICKLED]
-    if (folder / PICKLED_INDEX).is_file():
-        files = sorted(set(read_index(folder / PICKLED_INDEX).values()))
-    found: dict[str, Tensor] = {}
-    for file in files:
-        path = folder / file
-        if not path.is_file():
-            raise UserError(f"{path} is missing; {PICKLED_INDEX} names it")
-        part = load_weights(path)
-        for name in part:
-            if name in found:
-                raise UserError(f"{folder}: {name} is in two files; get the folder again")
-        found |= part
-    return found
-
-
-def _check_index(folder: Path, places: dict[str, str]) -> None:
-    wrong = [name for name, file in read_index(folder / INDEX).items() if places.get(name) != file]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(
-            f"{folder / INDEX} does not fit its files: {', '.join(wrong[:3])}{more} not where it says; get the folder again"
-        )
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> None:

@@ -20,11 +20,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
 from searchr1.checkpoints.hf_folder import local_folder
+from searchr1.checkpoints.hf_reader import StoredWeights, has_weights
 from searchr1.checkpoints.lora import base_name
 from searchr1.checkpoints.weight_check import (
-    StoredWeights,
     check_model_folder,
-    has_weights,
     load_pretrained,
     renames_tensors,
 )
@@ -138,7 +137,7 @@ def _read_rows(tensor: Tensor, stored: StoredWeights, name: str) -> None:
         first = offset[0]
     if local.ndim == 0:
         local = local.reshape(1)
-    row_bytes = math.prod(local.shape[1:]) * stored.dtypes[name].itemsize
+    row_bytes = math.prod(local.shape[1:]) * stored.specs[name].dtype.itemsize
     step = max(1, PIECE_BYTES // max(1, row_bytes))
     for start in range(0, len(local), step):
         rows = local[start : start + step]

@@ -21,10 +21,11 @@ def check_models(config: Config, for_training: bool, needs_weights: bool = True)
         for_training: look at what trains too.
         needs_weights: a folder without any is a problem; otherwise, to look at a YAML, its config.json will do.
     """
+    from searchr1.checkpoints.hf_reader import has_weights
     from searchr1.checkpoints.manifest import verify_source
     from searchr1.checkpoints.megatron_source import check_megatron_checkpoint
     from searchr1.checkpoints.model_folder import verify_weights
-    from searchr1.checkpoints.weight_check import check_model_folder, has_weights
+    from searchr1.checkpoints.weight_check import check_model_folder
 
     actor = config.actor.model
     folders: list[tuple[str, str | None, bool, bool]] = [

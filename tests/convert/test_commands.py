@@ -16,7 +16,7 @@ from support.models import FAMILIES, assert_same_tensors, make_model, tensors_of
 from searchr1.checkpoints import compare as verify
 from searchr1.checkpoints import to_hf
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
-from searchr1.checkpoints.hf_reader import HfReader
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.to_hf import Options, mg2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
@@ -143,7 +143,7 @@ def test_fsdp2hf_through_the_command(folders, tmp_path, capsys):
     checkpoint = tmp_path / "global_step_1/actor"
     checkpoint.mkdir(parents=True)
     writer = TorchDistWriter(checkpoint)
-    with HfReader.open(folders / "hf") as reader:
+    with StoredWeights.open(folders / "hf") as reader:
         for name in reader.specs:
             writer.add(f"model.{name}", reader.tensor(name))
         writer.add("model.lm_head.weight", reader.tensor("model.embed_tokens.weight"))  # tied: a second name

@@ -17,7 +17,7 @@ from support.models import assert_same_tensors, make_model
 from searchr1.checkpoints import output
 from searchr1.checkpoints import safetensors as safetensors_file
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
-from searchr1.checkpoints.hf_reader import HfReader
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.manifest import verify_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
 from searchr1.checkpoints.step_folder import new_checkpoint
@@ -227,7 +227,7 @@ def test_the_other_kind_of_checkpoint_is_told_apart(root, actor, tmp_path):
     fsdp = tmp_path / "fsdp"
     fsdp.mkdir()
     writer = TorchDistWriter(fsdp)
-    with HfReader.open(root / "hf") as reader:
+    with StoredWeights.open(root / "hf") as reader:
         for name in reader.specs:
             writer.add(f"model.{name}", reader.tensor(name))
     writer.finish()

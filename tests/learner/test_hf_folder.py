@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model
 
-from searchr1.checkpoints.hf_folder import INDEX, SINGLE, HuggingFaceFolder
+from searchr1.checkpoints.hf_folder import INDEX, SINGLE
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.mapping import TABLES, checkpoint_name, entries, hugging_face_shapes
 from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape, rotary_frequencies
 from searchr1.errors import UserError
@@ -29,7 +30,7 @@ def folder(source, tmp_path):
 
 
 def check(folder: Path) -> None:
-    with HuggingFaceFolder.open(folder) as weights:
+    with StoredWeights.open(folder, pickles=False) as weights:
         weights.check(read_megatron_shape(folder)[0])
 
 
@@ -88,7 +89,7 @@ def test_files_that_are_damaged_or_missing_are_named(folder):
 def test_a_rank_reads_only_its_part(source):
     """Of every tensor that is shared out, a rank of two reads half the elements."""
     arch, _ = read_megatron_shape(source)
-    with HuggingFaceFolder.open(source) as weights:
+    with StoredWeights.open(source, pickles=False) as weights:
         for entry in entries(arch):
             elements = 0
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.models import VOCAB, make_model
 
 from searchr1.checkpoints.hf2mg import hf2mg
-from searchr1.checkpoints.hf_folder import HuggingFaceFolder
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.model_shape import read_megatron_shape
 from searchr1.checkpoints.weight_check import check_model_folder, load_pretrained
 from searchr1.config.load import ConfigError
@@ -269,7 +269,7 @@ def read_by_fsdp(folder: Path, tmp_path: Path) -> None:
 
 
 def read_by_megatron(folder: Path, tmp_path: Path) -> None:
-    with HuggingFaceFolder.open(folder) as weights:
+    with StoredWeights.open(folder, pickles=False) as weights:
         weights.check(read_megatron_shape(folder)[0])
 
 

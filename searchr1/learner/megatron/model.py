@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from searchr1.checkpoints.hf_folder import HuggingFaceFolder
+from searchr1.checkpoints.hf_folder import local_folder
+from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.mapping import VALUE_HEAD, Entry, checkpoint_name, entries
 from searchr1.checkpoints.model_shape import ModelShape, rotary_frequencies
 from searchr1.config.layout import Layout
@@ -139,7 +140,7 @@ def load_hugging_face(parameters: list[LocalParameter], folder: str | Path, arch
     rank = parallel_state.get_tensor_model_parallel_rank()
     size = parallel_state.get_tensor_model_parallel_world_size()
     with ExitStack() as stack, torch.no_grad():
-        weights = stack.enter_context(HuggingFaceFolder.open(folder))
+        weights = stack.enter_context(StoredWeights.open(local_folder(folder), pickles=False))
         weights.check(arch)
         for item in parameters:
             if item.entry.name == VALUE_HEAD:
