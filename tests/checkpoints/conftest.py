@@ -1,4 +1,4 @@
-"""What the tests of `searchr1 convert` share."""
+"""What the tests of conversions share."""
 
 from __future__ import annotations
 
