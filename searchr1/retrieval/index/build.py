@@ -15,7 +15,7 @@ from searchr1.retrieval.encode.embed import EncoderFlags, embed_by_processes, em
 from searchr1.retrieval.encode.embedding_file import copy_parts, embedding_name, open_embedding, save_embedding
 from searchr1.retrieval.encode.embedding_folder import EmbeddingFolder, EmbeddingPlan
 from searchr1.retrieval.encode.encoder import Encoder
-from searchr1.retrieval.encode.model_files import weights_hash
+from searchr1.checkpoints.weight_hash import hash_encoder
 from searchr1.retrieval.index.bm25_build import build_bm25, tokenizer_for
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.index.dense import build_faiss
@@ -200,7 +200,7 @@ def plan_of(options: BuildOptions, corpus: Corpus, encoder: Encoder, kind: Faiss
         corpus=corpus.fingerprint(),
         rows=len(corpus),
         encoder=encoder.name,
-        weights=weights_hash(encoder.path),
+        weights=hash_encoder(encoder.path),
         pooling=encoder.pooling,
         max_length=encoder.max_length,
         encoder_dtype=encoder.dtype,

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
+from searchr1.checkpoints.weight_hash import hash_encoder
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, FileSum
 from searchr1.files.sealed import read_json, unseal, write_sealed
-from searchr1.retrieval.encode.model_files import weights_hash
 from searchr1.retrieval.index.corpus import Corpus
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def check_encoder(manifest: Manifest, encoder: Encoder, folder: Path) -> None:
     """
     if encoder.reads == "passage":
         raise UserError(f"--retriever_model {encoder.path}: encodes passages; a server needs the encoder of questions")
-    if manifest.encoder != "dpr" and manifest.weights and manifest.weights != weights_hash(encoder.path):
+    if manifest.encoder != "dpr" and manifest.weights and manifest.weights != hash_encoder(encoder.path):
         raise UserError(
             f"--index_path {folder}: was built with other weights ({manifest.model}) than --retriever_model {encoder.path} "
             "has; give that encoder, or build the index again"
