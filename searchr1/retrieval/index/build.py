@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from searchr1.checkpoints.weight_hash import hash_encoder
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_file
 from searchr1.files.checksums import take
@@ -15,7 +16,6 @@ from searchr1.retrieval.encode.embed import EncoderFlags, embed_by_processes, em
 from searchr1.retrieval.encode.embedding_file import copy_parts, embedding_name, open_embedding, save_embedding
 from searchr1.retrieval.encode.embedding_folder import EmbeddingFolder, EmbeddingPlan
 from searchr1.retrieval.encode.encoder import Encoder
-from searchr1.checkpoints.weight_hash import hash_encoder
 from searchr1.retrieval.index.bm25_build import build_bm25, tokenizer_for
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.index.dense import build_faiss
