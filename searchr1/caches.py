@@ -39,7 +39,7 @@ def beside_or_cached(file: Path, name: str) -> list[Path]:
 
 
 def is_private(folder: Path) -> bool:
-    """Whether nobody but this user, and root, can put files into a folder or put another one in its place."""
+    """Return whether nobody but this user, and root, can put files into a folder or put another one in its place."""
     trusted = {0, os.geteuid()}
     try:
         path = folder.resolve(strict=True)
@@ -54,7 +54,7 @@ def is_private(folder: Path) -> bool:
 
 
 def others_may_write(found: os.stat_result) -> bool:
-    """Whether a folder's mode lets other users write to it; a group with nobody else in it is no other user."""
+    """Return whether a folder's mode lets other users write to it; a group with nobody else in it is no other user."""
     if found.st_mode & stat.S_IWOTH:
         return True
     return bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)
@@ -113,7 +113,7 @@ MOVED_BY = {".cache": "XDG_CACHE_HOME", ".config": "XDG_CONFIG_HOME", ".local": 
 
 
 def provide_caches() -> None:
-    """Set what libraries read for this process and its children, where the home cannot be used; say so on standard error.
+    """Set what libraries read for this process and its children, where the home cannot be used; report it on standard error.
 
     What the user has set stays. A folder in a home that can only be read stays where it is: its models can be used.
     """
@@ -139,7 +139,7 @@ def provide_caches() -> None:
 
 
 def _home() -> Path | None:
-    """The home folder, if there is one."""
+    """Return the home folder, if there is one."""
     try:
         home = Path.home()
     except RuntimeError:

@@ -1,4 +1,4 @@
-"""The one place that knows CPU from GPU.
+"""The one place where CPU and GPU differ.
 
 Everything else asks a `Device` and never tests for CUDA itself. Importing this module imports neither torch nor vLLM.
 """
@@ -80,7 +80,7 @@ class Device:
 
     @property
     def has_bf16(self) -> bool:
-        """False on GPUs before Ampere, where vLLM refuses bf16."""
+        """False on GPUs before Ampere, where vLLM rejects bf16."""
         if not self.is_cuda:
             return True
         import torch
@@ -88,17 +88,17 @@ class Device:
         return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
 
     def computes_in(self, precision: str) -> bool:
-        """Whether a CPU has instructions for a precision (`fp32`, `bf16` or `fp16`), or is not known to lack them."""
+        """Return whether a CPU has instructions for a precision (`fp32`, `bf16` or `fp16`), or is not known to lack them."""
         flags = cpu_flags()
         return self.is_cuda or not flags or precision not in _CPU_FLAGS or bool(flags & _CPU_FLAGS[precision])
 
     @property
     def workers_for_all(self) -> int:
-        """How many workers the placement "all" means: one per GPU, or a single one on a CPU (they share its cores)."""
+        """Return how many workers the placement "all" means: one per GPU, or one on a CPU (workers share its cores)."""
         return self.slots if self.is_cuda else 1
 
     def torch_device(self) -> torch.device:
-        """The torch device of this process: the CPU, or the GPU at LOCAL_RANK (0 without one) of those that it sees.
+        """Return the torch device of this process: the CPU, or the GPU at LOCAL_RANK (0 without one) of those that it sees.
 
         RLinf shows each worker its own GPUs and sets LOCAL_RANK to 0; torchrun shows every process all of them.
         """
@@ -135,15 +135,15 @@ class Device:
 
     @property
     def collective_backend(self) -> str:
-        """The torch.distributed backend."""
+        """Return the torch.distributed backend."""
         return "nccl" if self.is_cuda else "gloo"
 
     def driver_env(self) -> dict[str, str]:
-        """Environment variables that all workers inherit from the driver, because torch reads them when it is imported."""
+        """Return environment variables that workers inherit from the driver, because torch reads them at import."""
         return {} if self.is_cuda else {"OMP_WAIT_POLICY": "PASSIVE", "TORCHDYNAMO_DISABLE": "1"}
 
     def worker_env(self, role: Role, workers: int = 1) -> dict[str, str]:
-        """Environment variables of a worker, to be set before its process imports torch or vLLM.
+        """Return environment variables of a worker, to be set before its process imports torch or vLLM.
 
         Args:
             role: the worker's group.
@@ -179,7 +179,7 @@ class Device:
         return env
 
     def threads_for(self, role: Role, workers: int = 1) -> int:
-        """OpenMP threads of one worker of this group.
+        """Return the OpenMP threads of one worker of this group.
 
         The groups take turns, so each gets all cores; the rollout leaves one to its event loop and the search server.
         """
@@ -187,7 +187,7 @@ class Device:
         return max(1, share - 1) if role == "rollout" else share
 
     def engine_kwargs(self, kv_cache_bytes: int | None, enforce_eager: bool, sleep_mode: bool) -> dict[str, Any]:
-        """The vLLM engine arguments that differ between devices.
+        """Return the vLLM engine arguments that differ between devices.
 
         Args:
             kv_cache_bytes: size of the KV cache; None: 1 GiB on a CPU, what `gpu_memory_utilization` leaves on a GPU.
@@ -208,7 +208,7 @@ class Device:
 
     @property
     def chunked_prefill(self) -> bool:
-        """Whether a prompt may be prefilled in parts.
+        """Return whether a prompt may be prefilled in parts.
 
         Not on a CPU: vLLM takes a seeded draw back by moving the generator's offset, which CPU generators do not have,
         so a seeded request whose prompt is split kills the engine.
@@ -216,21 +216,21 @@ class Device:
         return self.is_cuda
 
     def synchronize(self) -> None:
-        """Waits for queued work on the device."""
+        """Wait for queued work on the device."""
         if self.is_cuda:
             import torch
 
             torch.cuda.synchronize()
 
     def empty_cache(self) -> None:
-        """Hands memory that torch has freed but kept back to the device, for another process to use."""
+        """Return memory that torch has freed but kept to the device, for another process to use."""
         if self.is_cuda:
             import torch
 
             torch.cuda.empty_cache()
 
     def memory(self) -> MemoryStats:
-        """Memory of this process: allocated by torch on a GPU, resident on a CPU."""
+        """Return the memory of this process: allocated by torch on a GPU, resident on a CPU."""
         if self.is_cuda:
             import torch
 
@@ -243,7 +243,7 @@ class Device:
 
 
 def usable_cores() -> int:
-    """CPU cores this process may use: its affinity mask, cut by a container's quota."""
+    """Return the CPU cores that this process may use: its affinity mask, cut by a container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
@@ -255,7 +255,7 @@ def usable_cores() -> int:
 
 
 def usable_memory() -> int:
-    """Bytes of host memory this process may use: the machine's, cut by a container's limit."""
+    """Return the bytes of host memory that this process may use: the machine's, cut by a container's limit."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
@@ -266,7 +266,7 @@ def usable_memory() -> int:
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets of the first CPU; empty where the system does not list them."""
+    """Return the instruction sets of the first CPU; empty where the system does not list them."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")

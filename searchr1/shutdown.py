@@ -38,7 +38,7 @@ class Stopped(KeyboardInterrupt):
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 130, 143, 129."""
+        """128 plus the signal's number, as shells report it: 130, 143, 129."""
         return 128 + self.signum
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ def ended_at_once(action: Callable[[], object]) -> Iterator[None]:
 
 
 def is_stopping() -> bool:
-    """Whether a signal has asked for a stop."""
+    """Return whether a signal has asked for a stop."""
     return _stopping_since is not None
 
 

@@ -60,7 +60,7 @@ def leave_ascii() -> None:
 
 
 def _null_stream(number: int) -> io.TextIOWrapper:
-    """A stream without content at a descriptor that was closed: the next file opened would get its number, and other
+    """Return a stream without content at a descriptor that was closed: the next file opened would get its number, and other
     libraries would write into it."""
     try:
         os.fstat(number)
@@ -75,7 +75,7 @@ def _null_stream(number: int) -> io.TextIOWrapper:
 
 
 def output_is_broken() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    """Return whether standard output or standard error is a pipe that nobody reads any more."""
     watch = select.poll()
     for number in (1, 2):
         watch.register(number, 0)

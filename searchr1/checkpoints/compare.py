@@ -25,7 +25,7 @@ _TOLERANCE = 1e-3
 
 
 def compare(pairs: Iterable[tuple[str, Tensor, Tensor]], total_bytes: int, dtype: torch.dtype | None) -> str:
-    """Compare (name, source, written) bit by bit, the source first brought to `dtype`. Returns what was compared.
+    """Compare (name, source, written) bit by bit, the source first brought to `dtype`. Return what was compared.
 
     Raises:
         UserError: a tensor differs.
@@ -44,7 +44,7 @@ def compare(pairs: Iterable[tuple[str, Tensor, Tensor]], total_bytes: int, dtype
 
 
 def same_bits(source: Tensor, written: Tensor, dtype: torch.dtype | None, name: str) -> bool:
-    """Whether `written` is `source` in precision `dtype` (None: the source's own), signs of zeros and NaNs included."""
+    """Return whether `written` is `source` in precision `dtype` (None: the source's), with the signs of zeros and NaNs."""
     flat = written.contiguous().reshape(-1)
     start = 0
     for piece in pieces(source, dtype or source.dtype, name):
@@ -90,7 +90,7 @@ def compare_logits(source: MegatronSource, config: Path, folder: Path, dtype: to
 def megatron_logits(
     source: MegatronSource, arch: ModelShape, frequencies: Tensor, ids_T: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """[T, V] logits in fp32, computed from tensors in Megatron's layout as Megatron's modules use them.
+    """Return logits [T, V] in fp32, computed from tensors in Megatron's layout as Megatron's modules use them.
 
     Uses none of mapping.py's rearrangements, so that an error in those shows.
     """

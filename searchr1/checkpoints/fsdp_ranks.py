@@ -53,16 +53,16 @@ class FsdpRanks:
             )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Return the shape of a whole tensor."""
         return tuple(self.tensors[name][0].shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
+        """Return the precision of a tensor."""
         found: torch.dtype = self.tensors[name][0].dtype
         return found
 
     def read(self, name: str, layer: int | None = None, check: bool = False) -> Tensor:
-        """A whole tensor; copies of a hybrid-sharded one after the first are not read.
+        """Return a whole tensor; copies of a hybrid-sharded one after the first are not read.
 
         Args:
             name: its key.
@@ -96,12 +96,12 @@ class FsdpRanks:
         return torch.cat(found, dims[0])
 
     def close(self) -> None:
-        """Let the files go."""
+        """Unmap the files."""
         self.tensors = {}
 
 
 def _rank_files(folder: Path) -> list[Path]:
-    """Of every rank, in order."""
+    """Return every rank's file, in order."""
     found = {(int(m.group(1)), int(m.group(2))): path for path in folder.iterdir() if (m := _RANK.fullmatch(path.name))}
     sizes = sorted({world for world, _ in found})
     if len(sizes) > 1:

@@ -38,10 +38,10 @@ _STATEFUL_NORMS = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 @dataclass(frozen=True, slots=True)
 class MegatronOptions:
-    """Of a conversion into a Megatron checkpoint."""
+    """Options of a conversion into a Megatron checkpoint."""
 
     dtype: torch.dtype | None = None
-    """Of the output; None keeps the folder's."""
+    """Precision of the output; None keeps the folder's."""
     layers: Literal["stacked", "separate"] = "stacked"
     """Megatron's default: one tensor for all layers. `separate` is what `non_homogeneous_layers` loads."""
     file_bytes: int = FILE_BYTES
@@ -50,7 +50,7 @@ class MegatronOptions:
 
 
 def hf2mg(hf_model: Path, output: Path, options: MegatronOptions | None = None) -> list[str]:
-    """Write `output`. Returns what was done, line by line.
+    """Write `output`. Return what was done, line by line.
 
     Args:
         hf_model: a local folder with config.json and safetensors files.

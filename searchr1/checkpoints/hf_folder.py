@@ -1,4 +1,4 @@
-"""The safetensors files of a Hugging Face folder, of which every rank reads only its slices."""
+"""A Hugging Face folder of weights: its files, its index, and whether its tensors are those of a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_shapes(
     read: SliceReader,
     allowed: tuple[str, ...] = (),
 ) -> None:
-    """Refuse weights that do not fit; a second copy of a tied output layer must equal the embedding.
+    """Reject weights that do not fit; a second copy of a tied output layer must equal the embedding.
 
     Args:
         found: names and shapes that are stored.
@@ -60,7 +60,7 @@ def check_shapes(
 
 
 def check_names(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]], where: str) -> None:
-    """Refuse what does not fit the architecture.
+    """Reject what does not fit the architecture.
 
     Raises:
         UserError: missing, unexpected or misshapen tensors, by name, with the likely cause.
@@ -79,7 +79,7 @@ def refuse_misfits(
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],
     where: str,
 ) -> None:
-    """Say which tensors do not fit and what is the likely cause; return if there are none.
+    """Reject tensors that do not fit, with the likely cause.
 
     Args:
         missing: names that the model has and the files have not.
@@ -109,7 +109,7 @@ def _first(texts: list[str]) -> str:
 def _likely_cause(
     missing: list[str], unexpected: list[str], misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> str:
-    """What probably happened and what to do about it."""
+    """Return what probably happened and what to do about it."""
     if any("lora_" in name or ".base_layer." in name for name in unexpected):
         return "These are LoRA adapters or a model that still carries them; merge them into the base model and save that"
     if any(name.endswith(_QUANTIZED) for name in unexpected):
@@ -142,7 +142,7 @@ def _likely_cause(
 
 
 def _extra_prefix(plain: list[str], longer: list[str]) -> str | None:
-    """What stands before the names of `plain` in most of `longer`; None if nothing does."""
+    """Return what stands before the names of `plain` in most of `longer`; None if nothing does."""
     known = set(plain)
     counts: dict[str, int] = {}
     for name in longer:
@@ -157,7 +157,7 @@ def _extra_prefix(plain: list[str], longer: list[str]) -> str | None:
 
 
 def local_folder(source: str | Path) -> Path:
-    """A folder as it is, or the snapshot of a hub name, downloaded if need be.
+    """Return a folder as it is, or the snapshot of a hub name, downloaded if need be.
 
     Raises:
         UserError: neither.
@@ -175,7 +175,7 @@ def local_folder(source: str | Path) -> Path:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Names of the safetensors files of a model folder.
+    """Return the names of the safetensors files of a model folder.
 
     Raises:
         UserError: there are none or more than belong together, or the index is damaged.
@@ -200,7 +200,7 @@ def weight_files(folder: Path) -> list[str]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """Tensor -> file of an index.
+    """Return the file of every tensor that an index lists.
 
     Raises:
         UserError: it is damaged, or names a file outside of the folder.

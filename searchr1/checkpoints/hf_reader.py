@@ -112,7 +112,7 @@ def main_dtype(specs: list[TensorSpec]) -> torch.dtype:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether there are weights in a format that is read."""
+    """Return whether there are weights in a format that is read."""
     return _has_safetensors(folder) or _has_pickles(folder)
 
 
@@ -125,7 +125,7 @@ def _has_pickles(folder: Path) -> bool:
 
 
 def _read_pickles(folder: Path) -> dict[str, Tensor]:
-    """The tensors of `pytorch_model.bin` files, mapped into memory; nothing in them is run."""
+    """Return the tensors of `pytorch_model.bin` files, mapped into memory; nothing in them is run."""
     files = [PICKLED]
     if (folder / PICKLED_INDEX).is_file():
         files = sorted(set(read_index(folder / PICKLED_INDEX).values()))
@@ -147,5 +147,6 @@ def _check_index(folder: Path, places: dict[str, str]) -> None:
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UserError(
-            f"{folder / INDEX} does not fit its files: {', '.join(wrong[:3])}{more} not where it says; get the folder again"
+            f"{folder / INDEX} does not fit its files: {', '.join(wrong[:3])}{more} not where it lists them; get the folder "
+            "again"
         )

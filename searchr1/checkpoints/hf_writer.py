@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def plan_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    """Consecutive tensors in files of at most `shard_bytes`; a larger tensor has a file of its own."""
+    """Return consecutive tensors in files of at most `shard_bytes`; a larger tensor has a file of its own."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -97,7 +97,7 @@ def _write_index(folder: Path, weight_map: dict[str, str], specs: Sequence[Tenso
 
 
 def copy_hf_files(source: Path, output: Path, dtype: torch.dtype | None) -> None:
-    """Configuration, generation configuration, tokenizer and chat template; the configuration tells the precision.
+    """Copy configuration, generation configuration, tokenizer and chat template; write the precision into the configuration.
 
     Raises:
         UserError: config.json is damaged.
@@ -118,7 +118,7 @@ def copy_hf_files(source: Path, output: Path, dtype: torch.dtype | None) -> None
 
 
 def config_folder(given: Path | None, checkpoint: Path) -> Path:
-    """Where the configuration and tokenizer come from: the folder given, else the checkpoint's own.
+    """Return where the configuration and tokenizer come from: the folder given, else the checkpoint's own.
 
     Raises:
         UserError: it has no config.json, or a file that no library should open.

@@ -31,7 +31,7 @@ class Located:
     """A checkpoint."""
 
     folder: Path
-    """That has the files."""
+    """The folder of the files."""
     kind: Kind
 
 
@@ -39,7 +39,7 @@ def locate(given: Path) -> Located:
     """Follow what trainers write beside their checkpoints down to the files.
 
     Raises:
-        UserError: there is no checkpoint, an unfinished one, or several; says what is there.
+        UserError: there is no checkpoint, an unfinished one, or several; the message lists what is there.
     """
     if not given.exists():
         raise UserError(f"--checkpoint {given}: does not exist")

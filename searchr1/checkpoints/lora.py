@@ -23,12 +23,12 @@ _MARKS = (".lora_A.", ".lora_B.")
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an A or a B."""
+    """Return whether a parameter of this name is an A or a B."""
     return any(mark in name for mark in _MARKS)
 
 
 def base_name(name: str) -> str:
-    """The Hugging Face name of a base model's parameter, or of the weight that an adapter's A or B changes."""
+    """Return the Hugging Face name of a base model's parameter, or of the weight that an adapter's A or B changes."""
     for mark in _MARKS:
         if mark in name:
             return name.partition(mark)[0] + ".weight"
@@ -36,7 +36,7 @@ def base_name(name: str) -> str:
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """W + scale * B A, a new fp32 tensor [out, in].
+    """Return W + scale * B A, a new fp32 tensor [out, in].
 
     Args:
         weight: W [out, in], of any precision.
@@ -48,12 +48,12 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 def peft_name(name: str) -> str:
-    """What an A or a B is called in the files that peft writes."""
+    """Return the name of an A or a B in the files that peft writes."""
     return "base_model.model." + name.replace(f".{ADAPTER_NAME}.weight", ".weight")
 
 
 def peft_settings(rank: int, alpha: float, target_modules: list[str]) -> dict[str, Any]:
-    """The same adapters in peft's words."""
+    """Return the settings of the adapters under peft's names."""
     return {"r": rank, "lora_alpha": alpha, "target_modules": list(target_modules), "lora_dropout": 0.0, "bias": "none"}
 
 
@@ -64,19 +64,19 @@ class LoraRecord:
     base_model: str
     """Folder or hub name of the base model."""
     base_sha256: str
-    """Of its weights, see `hash_base_model`."""
+    """The hash of its weights, see `hash_base_model`."""
     rank: int
     alpha: float
     target_modules: list[str]
 
     @classmethod
     def of(cls, base_model: str, config: LoraConfig) -> LoraRecord:
-        """Of a run's base model and adapters; reads the base model's files once per process."""
+        """Describe a run's base model and adapters; read the base model's files once per process."""
         return cls(base_model, hash_base_model(base_model), config.rank, config.alpha, sorted(config.target_modules))
 
     @classmethod
     def read(cls, folder: Path) -> LoraRecord | None:
-        """Of a checkpoint's `actor` folder; None if it holds a whole model.
+        """Read the record of a checkpoint's `actor` folder; None if it holds a whole model.
 
         Raises:
             UserError: the record is damaged.
@@ -90,7 +90,7 @@ class LoraRecord:
             raise UserError(f"{path} is damaged ({error}); use another checkpoint") from error
 
     def write(self, folder: Path) -> None:
-        """Beside the adapters."""
+        """Write the record beside the adapters."""
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
@@ -101,7 +101,7 @@ class LoraRecord:
 
 
 def check_base(record: LoraRecord, base_model: str, key: str) -> None:
-    """Refuse another base model than the adapters were trained on.
+    """Reject another base model than the adapters were trained on.
 
     Args:
         record: of the adapters.

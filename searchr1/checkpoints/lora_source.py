@@ -56,17 +56,17 @@ class LoraSource:
                 )
 
     def specs(self) -> list[TensorSpec]:
-        """What the folder will have, in the base model's precision unless another is asked for."""
+        """Return what the folder will have, in the base model's precision unless another is asked for."""
         stored = [self._base.specs[name] for name in self._names]
         return [TensorSpec(spec.name, spec.shape, self._dtype or spec.dtype) for spec in stored]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors, in the order of `specs`; merged in fp32 and rounded once."""
+        """Yield the tensors, in the order of `specs`; merged in fp32 and rounded once."""
         for name in self._names:
             yield name, self._tensor(name, check=False)
 
     def pairs(self, read: SliceReader) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, from here, from a Hugging Face folder)."""
+        """Yield (name, from here, from a Hugging Face folder)."""
         for name in self._names:
             source = self._tensor(name, check=True)
             yield name, source, read(name, 0, 0, len(source))
@@ -82,7 +82,7 @@ class LoraSource:
 
 
 def adapter_keys(folder: TorchDistFolder) -> list[str]:
-    """The checkpoint's names of all A and B, without their moments.
+    """Return the checkpoint's names of all A and B, without their moments.
 
     Raises:
         UserError: there are none.
@@ -96,7 +96,7 @@ def adapter_keys(folder: TorchDistFolder) -> list[str]:
 def write_adapter(
     folder: TorchDistFolder, record: LoraRecord, output: Path, hf_model: Path | None, carry: Carry | None = None
 ) -> list[str]:
-    """Write a folder that `peft.PeftModel.from_pretrained` loads, with the tokenizer. Returns what was done.
+    """Write a folder that `peft.PeftModel.from_pretrained` loads, with the tokenizer. Return what was done.
 
     Args:
         folder: the checkpoint.

@@ -1,7 +1,7 @@
 """Checkpoints of a run, and whether their bytes are still those that were written.
 
 `manifest.json` names every file of a checkpoint with its size and checksum. It is written last: a folder with one is
-complete. Releases before wrote `sizes.json`, which tells a file that was cut short from a whole one and no more.
+complete. Releases before wrote `sizes.json`, by which a file that was cut short is noticed, and no other damage.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Contents:
 
     files: dict[str, FileSum]
     has_sums: bool
-    """Whether changed bytes can be noticed."""
+    """Return whether changed bytes can be noticed."""
 
 
 def checkpoint_steps(root: Path) -> list[int]:
@@ -56,7 +56,7 @@ def checkpoint_steps(root: Path) -> list[int]:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether a folder is a checkpoint that was written to its end."""
+    """Return whether a folder is a checkpoint that was written to its end."""
     return (folder / MANIFEST).is_file() or (folder / SIZES).is_file()
 
 
@@ -83,7 +83,7 @@ def write_manifest(folder: Path, step: int, known: Mapping[str, FileSum]) -> Non
         known: sums that have been taken already; the others are taken now.
 
     Raises:
-        OSError: a file cannot be read, is not what its sum says, or the manifest cannot be written.
+        OSError: a file cannot be read, does not fit its sum, or the manifest cannot be written.
     """
     names = list(files_below(folder))
     for name, found in known.items():
@@ -115,7 +115,7 @@ def rank_sums(folder: Path) -> dict[str, FileSum]:
 
 
 def read_contents(folder: Path) -> Contents:
-    """Return what a checkpoint's manifest says.
+    """Return the contents of a checkpoint's manifest.
 
     Raises:
         UserError: it has none, or a damaged one.
@@ -236,7 +236,7 @@ def _below(contents: Contents, below: str) -> dict[str, FileSum]:
 
 def _advice(folder: Path, below: str, use: str) -> str:
     match = _FINAL.fullmatch(folder.name)
-    if match is None:  # it was renamed or moved: nobody knows which are older
+    if match is None:  # it was renamed or moved: which are older is not known
         return "; get it from a copy, or use another one"
     older = [step for step in checkpoint_steps(folder.parent) if step < int(match.group(1))]
     for step in reversed(older):

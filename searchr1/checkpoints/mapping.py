@@ -84,7 +84,7 @@ _LOCAL_NAMES = (
 
 
 def checkpoint_name(parameter: str) -> str:
-    """The name in this table of a module's parameter, with Transformer Engine or without."""
+    """Return the name in this table of a module's parameter, with Transformer Engine or without."""
     for local, stored in _LOCAL_NAMES:
         if parameter.endswith(local):
             return parameter.removesuffix(local) + stored
@@ -96,21 +96,21 @@ class Entry:
     """One Megatron tensor of a model and where it comes from."""
 
     name: str
-    """In Megatron, the layer counted over the whole model."""
+    """The name in Megatron, with the layer counted over the whole model."""
     sources: tuple[str, ...]
-    """In Hugging Face."""
+    """The names in Hugging Face's folder."""
     kind: Kind
     shapes: tuple[tuple[int, ...], ...]
-    """Of the sources."""
+    """The shapes of the sources."""
     arch: ModelShape
 
     @property
     def global_shape(self) -> tuple[int, ...]:
-        """Of all ranks' parts together, with the vocabulary padded."""
+        """The shape of all ranks' parts together, with the vocabulary padded."""
         return self.local_shape(1)
 
     def local_shape(self, tensor_parallel: int) -> tuple[int, ...]:
-        """Of one rank's part."""
+        """Return the shape of one rank's part."""
         rows = sum(shape[0] for shape in self.shapes)
         rest = self.shapes[0][1:]
         if self.kind == "vocab":
@@ -122,7 +122,7 @@ class Entry:
         return (rows // tensor_parallel, *rest)
 
     def read(self, read: SliceReader, rank: int, tensor_parallel: int) -> Tensor:
-        """One rank's part, reading no more of the sources than that."""
+        """Return one rank's part, reading no more of the sources than that."""
         if self.kind == "copy":
             return read(self.sources[0], 0, 0, self.shapes[0][0])
         if self.kind == "columns":
@@ -146,7 +146,7 @@ class Entry:
         return torch.cat(parts)
 
     def to_hugging_face(self, parts: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The sources again, from the parts of all T ranks in order (or from the whole tensor: one part)."""
+        """Yield the sources again, from the parts of all T ranks in order (or from the whole tensor: one part)."""
         if self.kind in ("copy", "columns"):
             yield self.sources[0], parts[0] if self.kind == "copy" or len(parts) == 1 else torch.cat(list(parts), 1)
         elif self.kind == "vocab":
@@ -166,7 +166,7 @@ class Entry:
 
 
 def entries(arch: ModelShape) -> list[Entry]:
-    """Every Megatron tensor of a model, layer by layer, in the order of the model."""
+    """Return every Megatron tensor of a model, layer by layer, in the order of the model."""
     no_output = arch.tied or arch.value_head
     table = [rule for rule in TABLES[arch.family] if not (no_output and rule.megatron == "output_layer.weight")]
     table += [Rule(VALUE_HEAD, (VALUE_HEAD,), "copy")] if arch.value_head else []
@@ -179,7 +179,7 @@ def entries(arch: ModelShape) -> list[Entry]:
 
 
 def hugging_face_shapes(arch: ModelShape) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a Hugging Face folder of this model has, a tied output layer left out."""
+    """Return names and shapes of the tensors that a Hugging Face folder of this model has, a tied output layer left out."""
     return {name: shape for entry in entries(arch) for name, shape in zip(entry.sources, entry.shapes, strict=True)}
 
 

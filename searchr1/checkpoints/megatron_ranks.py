@@ -78,7 +78,7 @@ class MegatronRanks:
         return layers
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Return the shape of a whole tensor."""
         shapes = [tuple(part.shape) for part in self.tensors[name]]
         kind = _kind(name)
         if kind == "copy" or not shapes[0]:
@@ -87,11 +87,11 @@ class MegatronRanks:
         return (*shapes[0][:dim], sum(shape[dim] for shape in shapes), *shapes[0][dim + 1 :])
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
+        """Return the precision of a tensor."""
         return self.tensors[name][0].dtype
 
     def read(self, name: str, layer: int | None = None, check: bool = False) -> Tensor:
-        """A whole tensor, as one tensor-parallel rank would hold it.
+        """Return a whole tensor, as one tensor-parallel rank would hold it.
 
         Args:
             name: its key.
@@ -122,13 +122,13 @@ class MegatronRanks:
 
 
 def _kind(name: str) -> Kind:
-    """How the table cuts a tensor; what it does not know is refused later, by name."""
+    """Return how the table cuts a tensor; a name that it lacks is rejected later."""
     layer = _LAYER.fullmatch(name)
     return _KINDS.get(f"{layer.group(1)}{{}}{layer.group(3)}" if layer else name, "copy")
 
 
 def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
-    """(tensor rank, pipeline rank) -> file, none left out."""
+    """Return every rank's file by (tensor rank, pipeline rank)."""
     found: dict[tuple[int, int], Path] = {}
     for path in sorted(folder.glob("mp_rank_*")):
         name = _RANK.fullmatch(path.name)
@@ -150,7 +150,7 @@ def _rank_files(folder: Path) -> dict[tuple[int, int], Path]:
 
 
 def _chunks(state: dict[str, Any], path: Path) -> list[dict[str, Tensor]]:
-    """The model chunks of one rank's file, without wrappers' prefixes and the fp8 state."""
+    """Return the model chunks of one rank's file, without wrappers' prefixes and the fp8 state."""
     version = state.get("checkpoint_version")
     if isinstance(version, (int, float)) and version < 2:
         raise UserError(

@@ -30,14 +30,14 @@ _HALVES = ("_w", "_v")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor of one layer is: a key, and an index into a stacked tensor."""
+    """The place of one layer's tensor: a key, and an index into a stacked tensor."""
 
     key: str
     layer: int | None
 
 
 def is_megatron(folder: TensorFolder) -> bool:
-    """Whether the keys are Megatron's."""
+    """Return whether the keys are Megatron's."""
     return any(name.removeprefix(_PREFIX).startswith((_LAYERS, "embedding.")) for name in folder.tensors)
 
 
@@ -80,13 +80,13 @@ class MegatronSource:
         return (rows * len(places), *rest)
 
     def read(self, entry: Entry, check: bool = False) -> Tensor:
-        """A whole tensor, of a vocabulary the rows that the model has; `check` as in `TorchDistFolder.read`."""
+        """Return a whole tensor, of a vocabulary the rows that the model has; `check` as in `TorchDistFolder.read`."""
         parts = [self.folder.read(place.key, place.layer, check) for place in self._places[entry.name]]
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return whole[: self._arch.vocab_size] if entry.kind == "vocab" else whole
 
     def specs(self) -> list[TensorSpec]:
-        """What the Hugging Face folder will have, in the checkpoint's precision."""
+        """Return what the Hugging Face folder will have, in the checkpoint's precision."""
         return [
             TensorSpec(name, shape, self.folder.dtype(self._places[entry.name][0].key))
             for entry in self.entries
@@ -94,12 +94,12 @@ class MegatronSource:
         ]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Hugging Face's tensors, in the order of `specs`."""
+        """Yield Hugging Face's tensors, in the order of `specs`."""
         for entry in self.entries:
             yield from entry.to_hugging_face([self.read(entry)])
 
     def pairs(self, read: SliceReader) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, a tensor from here, the same one put together from a Hugging Face folder), both in Megatron's layout."""
+        """Yield (name, a tensor from here, the same one from a Hugging Face folder), both in Megatron's layout."""
         for entry in self.entries:
             again = entry.read(read, 0, 1)
             source = self.read(entry, check=True)
@@ -122,7 +122,7 @@ def _is_fsdp(folder: TensorFolder) -> bool:
 
 
 def _find_places(folder: TensorFolder) -> dict[str, list[Place]]:
-    """Table name -> places; stacked tensors are told apart layer by layer, the optimizer's are left out."""
+    """Return the places of each name in the table: stacked tensors layer by layer, without the optimizer's."""
     found: dict[str, list[Place]] = {}
     for key in folder.tensors:
         if "optimizer." in key or "_extra_state" in key:

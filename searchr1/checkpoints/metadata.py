@@ -75,7 +75,7 @@ def read_metadata(folder: Path) -> metadata.Metadata:
 
 
 def reason(error: BaseException) -> str:
-    """Return what an error says, in one short line."""
+    """Return an error's text as one short line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200]
 
@@ -117,7 +117,7 @@ def _size(items: Any) -> torch.Size:
 
 
 def _enum_member(owner: Any, name: Any) -> Any:
-    """How early releases of Python 3.11 pickle a member of an enumeration: getattr of its class. It does no more here."""
+    """Return a member of an enumeration, which early releases of Python 3.11 pickle as a getattr of its class."""
     if owner is not StandIn or type(name) is not str:
         raise pickle.UnpicklingError("calls getattr, which has no place in a checkpoint's metadata")
     return StandIn()

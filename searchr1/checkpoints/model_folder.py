@@ -22,7 +22,7 @@ _BELOW = 2
 
 
 def check_files(source: str | Path) -> None:
-    """Refuse a local folder with files that no library should open; a hub name is no folder yet.
+    """Reject a local folder with files that no library should open; a hub name is no folder yet.
 
     Raises:
         UserError: a Git LFS pointer, a damaged or hostile file, by name, or a model with adapters beside it.
@@ -96,7 +96,7 @@ def read_model_sums(folder: Path, weights_only: bool = False) -> dict[str, FileS
     """Return the sums that lie in a model folder; None if there are none.
 
     Raises:
-        ValueError: they are damaged; says how, as a predicate.
+        ValueError: they are damaged; the message is a predicate ("has 3 bytes instead of 5").
         OSError: they cannot be read.
     """
     if not (folder / MODEL_SUMS).is_file():

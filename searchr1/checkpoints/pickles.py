@@ -129,11 +129,11 @@ class Reader(_Unpickler):
                 self.count(self._tuples[id(item)][1])
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse; a format that has such references overrides this."""
+        """Reject references to what is stored elsewhere; a format that has some overrides this."""
         raise pickle.UnpicklingError("refers to something outside of it")
 
     def _weigh(self) -> None:
-        """Note how much hashing of the newest tuple would go through."""
+        """Count how much the hash of the newest tuple would visit."""
         found = self.stack[-1]
         weight, depth = 1 + len(found), 1
         for item in found:
@@ -279,20 +279,20 @@ class FilePart(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Move."""
+        """Move to where the next read starts."""
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
         return self._position
 
     def tell(self) -> int:
-        """Where the next read starts."""
+        """Return where the next read starts."""
         return self._position
 
     def readinto(self, buffer: Any) -> int:

@@ -45,7 +45,7 @@ _PIECE_BYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What a header says about one tensor."""
+    """The entry of one tensor in a header."""
 
     name: str
     shape: tuple[int, ...]
@@ -53,12 +53,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """In the file."""
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def bytes_of(tensor: Tensor) -> Tensor:
-    """[bytes] uint8, the memory of a contiguous tensor, not a copy of it."""
+    """Return the memory of a contiguous tensor as uint8 [bytes], not a copy of it."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -87,7 +87,7 @@ class SafetensorsWriter:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, in the precision that its spec says.
+        """Write one tensor, in the precision of its spec.
 
         Raises:
             UserError: a finite value does not fit the precision.
@@ -110,7 +110,7 @@ class SafetensorsWriter:
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype, name: str) -> Iterator[Tensor]:
-    """A tensor's elements in order, a few megabytes at a time, in another precision.
+    """Yield a tensor's elements in order, a few megabytes at a time, in another precision.
 
     Raises:
         UserError: a finite value does not fit the precision (only fp16 is so narrow).
@@ -144,7 +144,7 @@ class SafetensorsReader:
         self._file = path.open("rb", buffering=0)
 
     def read(self, name: str, dim: int, start: int, stop: int) -> Tensor:
-        """Part of a tensor along a dimension; rows are read alone, for columns all rows are, a few megabytes at a time.
+        """Return part of a tensor along a dimension; rows are read alone, for columns all are, a few megabytes at a time.
 
         Raises:
             UserError: the file ended early.

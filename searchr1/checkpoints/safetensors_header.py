@@ -26,12 +26,12 @@ _MAX_DIMS = 64
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a header says about one tensor."""
+    """The entry of one tensor in a header."""
 
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """In the file."""
+    """Offset of the first byte in the file."""
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -86,7 +86,7 @@ def check_torch_file(path: Path, advance: Advance) -> Iterator[Damage]:
 
 
 def named(folder: Path, error: UserError) -> Damage:
-    """Return what an error says about a folder as the damage of the file that it names."""
+    """Return an error about a folder as the damage of the file that it names."""
     text = str(error)
     path, _, problem = text.partition(" ")
     if path.startswith(str(folder)) and problem:

@@ -39,21 +39,21 @@ class HfSource(Protocol):
     """A training checkpoint."""
 
     def specs(self) -> list[TensorSpec]:
-        """What the folder will have, in the checkpoint's precision."""
+        """Return what the folder will have, in the checkpoint's precision."""
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The same tensors, in the same order."""
+        """Yield the same tensors, in the same order."""
 
     def pairs(self, read: SliceReader) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, from the checkpoint, from the folder written), for all tensors."""
+        """Yield (name, from the checkpoint, from the folder written), for all tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of a conversion into a Hugging Face folder."""
+    """Options of a conversion into a Hugging Face folder."""
 
     dtype: torch.dtype | None = None
-    """Of the output; None keeps the checkpoint's."""
+    """Precision of the output; None keeps the checkpoint's."""
     shard_bytes: int = SHARD_BYTES
     verify: bool = False
     verify_logits: bool = False
@@ -61,7 +61,7 @@ class Options:
 
 
 def write_folder(source: HfSource, config: Path, checkpoint: Path, output: Path, options: Options) -> list[str]:
-    """Write `output` and compare it. Returns what to tell the user, line by line.
+    """Write `output` and compare it. Return what was done, line by line.
 
     Args:
         source: where the tensors come from.
@@ -106,7 +106,7 @@ _PREFIXES = ("fsdp_checkpoint.model.", "model.")
 def fsdp2hf(
     checkpoint: Path, output: Path, hf_model: Path | None = None, options: Options | None = None, *, adapter: bool = False
 ) -> list[str]:
-    """Write `output`. Returns what was done, line by line. A LoRA checkpoint is merged into its base model.
+    """Write `output`. Return what was done, line by line. A LoRA checkpoint is merged into its base model.
 
     Args:
         checkpoint: what a trainer saved: `…/global_step_N` or its `actor`, of this project, verl or RLinf.
@@ -184,24 +184,24 @@ class FsdpSource:
         self._names = list(found)
 
     def specs(self) -> list[TensorSpec]:
-        """What the Hugging Face folder will have, in the checkpoint's precision."""
+        """Return what the Hugging Face folder will have, in the checkpoint's precision."""
         keys = [(name, self._prefix + name) for name in self._names]
         return [TensorSpec(name, self._folder.shape(key), self._folder.dtype(key)) for name, key in keys]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors, in the order of `specs`."""
+        """Yield the tensors, in the order of `specs`."""
         for name in self._names:
             yield name, self._folder.read(self._prefix + name)
 
     def pairs(self, read: SliceReader) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """(name, from here, from a Hugging Face folder)."""
+        """Yield (name, from here, from a Hugging Face folder)."""
         for name in self._names:
             source = self._folder.read(self._prefix + name, check=True)
             yield name, source, read(name, 0, 0, len(source))
 
 
 def expected_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the architecture's parameters; a tied output layer is left out.
+    """Return names and shapes of the model that config.json describes; a tied output layer is left out.
 
     Raises:
         UserError: config.json is not usable.
@@ -214,7 +214,7 @@ def expected_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def mg2hf(checkpoint: Path, output: Path, hf_model: Path | None = None, options: Options | None = None) -> list[str]:
-    """Write `output`. Returns what was done, line by line.
+    """Write `output`. Return what was done, line by line.
 
     Args:
         checkpoint: what a trainer saved: `…/global_step_N` or its `actor`, a folder with

@@ -49,13 +49,13 @@ class TensorFolder(Protocol):
         """Their keys."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Return the shape of a whole tensor."""
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
+        """Return the precision of a tensor."""
 
     def read(self, name: str, layer: int | None = None, check: bool = False) -> Tensor:
-        """A whole tensor, or one layer of a stacked one; `check` compares checksums too."""
+        """Return a whole tensor, or one layer of a stacked one; `check` compares checksums too."""
 
     def close(self) -> None:
         """Let the files go."""
@@ -79,15 +79,15 @@ class TorchDistFolder:
         self._open: tuple[str, IO[bytes]] | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a whole tensor."""
+        """Return the shape of a whole tensor."""
         return tuple(self.tensors[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
+        """Return the precision of a tensor."""
         return self.tensors[name].properties.dtype
 
     def read(self, name: str, layer: int | None = None, check: bool = False) -> Tensor:
-        """A whole tensor, or the part of a stacked one at an index of its first dimension (which is then left out).
+        """Return a whole tensor, or the part of a stacked one at an index of its first dimension (which is then left out).
 
         Args:
             name: its key.

@@ -29,7 +29,7 @@ from searchr1.errors import UserError
 from searchr1.files.lfs import refuse_pointer
 
 _MAX_PICKLE = 32 << 20
-"""Of the part that describes the tensors: thousands of them need a megabyte."""
+"""The most bytes of the part that describes the tensors: thousands of them need a megabyte."""
 _MAX_PARTS = 200_000
 _MAX_DIMS = 64
 _ARCHIVE = b"PK\x03\x04"
@@ -147,7 +147,7 @@ def _standing_in(inert: set[str]) -> Iterator[None]:
 
 
 def _name_of(known: Any) -> str:
-    """The name that a pickle gives to something that `torch.load` may make."""
+    """Return the name that a pickle gives to something that `torch.load` may make."""
     return str(known[1]) if isinstance(known, tuple) else f"{known.__module__}.{known.__qualname__}"
 
 
@@ -237,7 +237,7 @@ def _archive(file: IO[bytes], length: int) -> tuple[dict[str, int], bytes]:
 
 
 def refuse_packed(archive: zipfile.ZipFile) -> None:
-    """Refuse an archive whose parts take more room when they are read.
+    """Reject an archive whose parts take more room when they are read.
 
     Raises:
         ValueError: there is one.
@@ -363,7 +363,7 @@ class _TensorReader(Reader):
 
 
 class _OldReader(_TensorReader):
-    """Of the format before PyTorch 1.6, in which the tensors' bytes follow."""
+    """The archive of the format before PyTorch 1.6, in which the tensors' bytes follow."""
 
     def __init__(self, source: io.BytesIO, length: int) -> None:
         super().__init__(source, lambda key: None)
@@ -388,7 +388,7 @@ def _text(value: Any) -> str:
 
 
 def _counts(items: Any = ()) -> tuple[int, ...]:
-    """What must be non-negative numbers, not too many. (No tuple of the pickle's own, so it is of a class of its own.)"""
+    """Return what must be non-negative numbers, not too many; of a class that no pickle can make."""
     if type(items) not in (list, tuple, torch.Size) or len(items) > _MAX_DIMS:
         raise pickle.UnpicklingError("has a shape that is none")
     if not all(type(item) is int and 0 <= item < 1 << 62 for item in items):
@@ -418,7 +418,7 @@ def _reason(error: BaseException) -> str:
 
 @contextmanager
 def _no_mesh_warnings() -> Iterator[None]:
-    """Sharded tensors are put together by hand here, so the process groups that they come from are not missed."""
+    """Silence warnings about process groups: sharded tensors are put together by hand here."""
     mesh = logging.getLogger("torch.distributed.device_mesh")
     level = mesh.level
     mesh.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""Whether the weights of a model folder are those that its config.json describes: from headers, before anything starts.
+"""A check that a model folder's weights are those that its config.json describes: from headers, before anything starts.
 
 One reading for every command. It is as strict as the strictest of FSDP (transformers), Megatron and the engine: what one of
-them would leave random, rename or tie in its own way is refused for all.
+them would leave random, rename or tie in its own way is rejected for all.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class ExpectedWeights:
     """What config.json describes."""
 
     shapes: dict[str, tuple[int, ...]]
-    """Of every stored tensor; a tied output layer is left out."""
+    """Shapes of every stored tensor; a tied output layer is left out."""
     floating: set[str]
     """Names of those that are real numbers."""
     tied: bool
     ignored: tuple[str, ...]
-    """Patterns of names that the architecture knows and does without."""
+    """Patterns of names that the architecture does without."""
     renamed: bool
     """transformers renames or fuses tensors of this family while it reads them, so names alone say nothing."""
 
     @classmethod
     def of(cls, config: Any) -> ExpectedWeights:
-        """From a transformers configuration; no memory is taken.
+        """Describe a transformers configuration; no memory is taken.
 
         Raises:
             UserError: it is of no causal language model.
@@ -72,19 +72,19 @@ class ExpectedWeights:
 
 
 def renames_tensors(model: Any) -> bool:
-    """Whether transformers renames or fuses this model's tensors while it reads them, as it does for mixtures of experts."""
+    """Return whether transformers renames or fuses this model's tensors while it reads them (mixtures of experts)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     return bool(get_model_conversion_mapping(model, add_legacy=False))
 
 
 def check_model_folder(source: str | Path, *, decoder_only: bool = False, trained: bool = True) -> None:
-    """Refuse a local model folder whose weights do not fit its config.json; a hub name is checked when it is loaded.
+    """Reject a local model folder whose weights do not fit its config.json; a hub name is checked when it is loaded.
 
     Args:
         source: a folder or a hub name.
         decoder_only: for a critic, whose head is new: the folder's own head may be missing, and is not used.
-        trained: False for a model that only the engine runs, which may be quantized or of a family it alone knows.
+        trained: False for a model that only the engine runs, which may be quantized or of a family that it alone has.
 
     Raises:
         UserError: names what is missing, unexpected, misshapen, quantized, damaged or ambiguous, and the likely cause.
@@ -153,7 +153,7 @@ def _check_precisions(stored: StoredWeights, expected: ExpectedWeights, folder: 
 
 
 def load_pretrained(kind: Any, path: str, *, decoder_only: bool = False, **settings: Any) -> Any:
-    """A transformers model of which every tensor came from the files.
+    """Return a transformers model of which every tensor came from the files.
 
     Args:
         kind: the transformers class that reads it.
@@ -197,7 +197,7 @@ def _config(folder: Path) -> Any:
 
 
 def _check_tokenizer(folder: Path, vocab_size: int) -> None:
-    """Tokens beyond the embedding; ordinary ones would stop the first prompt that has one, added ones may never be used."""
+    """Reject tokens beyond the embedding, which would stop the first prompt that has one; warn of added ones."""
     try:
         tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
         vocabulary = tokenizer["model"]["vocab"]

@@ -15,7 +15,7 @@ GIB = 1 << 30
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run `searchr1 convert`."""
     args = _parser().parse_args(argv)
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.shard_gib <= 0:

@@ -38,24 +38,24 @@ class Check:
     by: str
     """What its bytes are compared with."""
     total_bytes: int
-    """That are read; for the progress bar."""
+    """How many bytes are read; for the progress bar."""
     run: Callable[[Advance], Iterator[Damage]]
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What came of it."""
+    """A check and the damage that it found."""
 
     check: Check
     damaged: list[Damage]
 
     def line(self) -> str:
-        """Return it in words."""
+        """Return the result as a line of text."""
         state = f"{len(self.damaged)} damaged" if self.damaged else "intact"
         return f"{self.check.path}: {state} ({self.check.kind}, {decimal(self.check.total_bytes)}, by {self.check.by})"
 
     def row(self) -> dict[str, object]:
-        """Return it for machines."""
+        """Return the result as a JSON object."""
         return {
             "path": str(self.check.path),
             "kind": self.check.kind,
@@ -143,7 +143,7 @@ def _weights(folder: Path) -> list[Check]:
 
 
 def _with_sums(folder: Path, kind: str, by: str, check: Callable[[Path, Advance], Iterator[Damage]]) -> Check:
-    """By the sums in the folder where it has them; else as far as the files themselves allow."""
+    """Return a check by the sums in the folder where it has them; else as far as the files themselves allow."""
     if (folder / MODEL_SUMS).is_file():
         try:
             total = sum(known.bytes for known in (read_model_sums(folder) or {}).values())

@@ -18,7 +18,7 @@ from searchr1.files.sealed import read_json, unseal, write_sealed
 
 BLOCK_BYTES = 4 << 20
 THREADS = 8
-"""At most; reading and XXH3 let other threads run, and network disks are faster when asked for several files."""
+"""The most threads; reading and XXH3 let other threads run, and network disks are faster when asked for several files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Damage:
 
     path: Path
     problem: str
-    """What is wrong, as a predicate: "is missing", "has 10 bytes instead of 12"."""
+    """The problem, as a predicate: "is missing", "has 10 bytes instead of 12"."""
 
     def __str__(self) -> str:
         return f"{self.path} {self.problem}"
@@ -164,7 +164,7 @@ class SumsFile:
     """The contents of such a file."""
 
     files: dict[str, FileSum]
-    """By path, relative to the folder."""
+    """Sums by path, relative to the folder."""
     fields: dict[str, Any]
     """What the writer added."""
 
@@ -182,7 +182,7 @@ def read_sums(path: Path) -> SumsFile:
     """Read the file and compare it with its own sum.
 
     Raises:
-        ValueError: it is damaged; says how, as a predicate. LaterFormat, which is one, if it is not.
+        ValueError: it is damaged; the message is a predicate. LaterFormat, which is one, if a later release wrote it.
         OSError: it cannot be read.
     """
     content = read_json(path)

@@ -41,14 +41,14 @@ WRITING_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """Who has a folder, as its lock says."""
+    """The process that has a folder, as its lock describes it."""
 
     command: str
     host: str
     process: int
     since: str
     boot: str
-    """Of the machine: tells machines of one name apart, and one before and after it was started anew."""
+    """The machine's boot: another one on a machine of the same name, and after a restart."""
     pid_namespace: int
     process_started: int
     nonce: str
@@ -139,7 +139,7 @@ class FolderLock:
         )
 
     def release(self) -> None:
-        """Give the folder back as it was: without the lock, of its old age, and not at all if it was made for the lock."""
+        """Release the folder as it was: without the lock, of its old age, and not at all if it was made for the lock."""
         if os.getpid() != self._owner.process:
             return  # a fork of the owner
         self._stop.set()
@@ -198,7 +198,7 @@ class FolderLock:
 
 @contextmanager
 def folder_lock(folder: Path, key: str, command: str) -> Iterator[FolderLock]:
-    """Have a folder for this process alone for as long as the block runs.
+    """Lock a folder for this process for as long as the block runs.
 
     Args:
         folder: need not exist.
@@ -216,12 +216,12 @@ def folder_lock(folder: Path, key: str, command: str) -> Iterator[FolderLock]:
 
 
 def is_lock(name: str) -> bool:
-    """Whether a file of this name is a lock's."""
+    """Return whether a file of this name is a lock's."""
     return name == NAME or name.startswith(f"{NAME}.")
 
 
 def _in_use(link: _Link, folder: Path) -> str | None:
-    """What to say about a lock whose owner lives; None if it is dead."""
+    """Return the message about a lock whose owner lives; None if it is dead."""
     owner = link.owner
     if owner is not None and owner.boot == _boot() != "" and owner.pid_namespace == _pid_namespace():
         alive = _started(owner.process) == owner.process_started
@@ -237,7 +237,7 @@ def _in_use(link: _Link, folder: Path) -> str | None:
 
 
 def _chain(folder: Path) -> list[_Link]:
-    """The locks from the first to the one that counts; empty if nobody has the folder."""
+    """Return the locks from the first to the one that counts; empty if nobody has the folder."""
     links: list[_Link] = []
     path = folder / NAME
     while all(path != link.path for link in links) and (link := _read(path)) is not None:
@@ -247,7 +247,7 @@ def _chain(folder: Path) -> list[_Link]:
 
 
 def _read(path: Path) -> _Link | None:
-    """A lock file, or None; waits a moment for the content of one that is being written."""
+    """Return a lock file, or None; wait a moment for the content of one that is being written."""
     for wait in (0.0, 0.01, 0.05, WRITING_S):
         time.sleep(wait)
         try:
@@ -292,7 +292,7 @@ def _modified(folder: Path) -> int | None:
 
 
 def _file_system_now(folder: Path) -> float:
-    """The time by the clock that stamps files in this folder; another node's may be minutes away from ours."""
+    """Return the time by the clock that stamps files in this folder; another node's may be minutes away from ours."""
     probe = folder / f"{NAME}.clock-{secrets.token_hex(8)}"
     try:
         probe.touch(exist_ok=False)
@@ -319,7 +319,7 @@ def _pid_namespace() -> int:
 
 
 def _started(process: int) -> int | None:
-    """When a process of this machine started, in clock ticks after boot; None if it is not there or has ended."""
+    """Return when a process of this machine started, in clock ticks after boot; None if it is not there or has ended."""
     try:
         state, *rest = Path(f"/proc/{process}/stat").read_bytes().rpartition(b")")[2].split()
     except (OSError, ValueError):

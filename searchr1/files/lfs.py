@@ -23,7 +23,7 @@ def is_pointer(path: Path) -> bool:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Return if a file is itself.
+    """Reject a Git LFS pointer.
 
     Raises:
         UserError: it is a pointer.

@@ -47,7 +47,7 @@ def parquet_rows(path: Path, leave_out: Collection[str] = ()) -> Iterator[tuple[
         place = f" after row {count}" if count else ""
         raise ValueError(f"damaged, or no parquet{place}: {str(error).partition(chr(10))[0]}") from error
     if wanted and count != total:
-        raise ValueError(f"damaged: has {count} rows, and says {total}")
+        raise ValueError(f"damaged: has {count} rows, and {total} in its footer")
 
 
 def _rows_of(batch: Any) -> Iterator[dict[str, Any]]:
@@ -66,7 +66,7 @@ def _rows_of(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _check_footer(metadata: Any, names: list[str]) -> None:
-    """Check that what a file says of itself agrees: nothing but this shows that its end is damaged.
+    """Check that the parts of a file's own description agree: nothing but this shows that its end is damaged.
 
     Statistics are not looked at: pyarrow ends the process on damaged ones.
 

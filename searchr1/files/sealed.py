@@ -14,7 +14,7 @@ from searchr1.files.atomic import write_text
 
 SEAL = "xxh3"
 MAX_BYTES = 64 << 20
-"""No such file is larger; a stranger's is refused before it is read."""
+"""No such file is larger; a larger one from elsewhere is rejected before it is read."""
 
 
 def seal(values: Mapping[str, Any]) -> str:
@@ -41,7 +41,7 @@ def read_sealed(path: Path, unsealed_formats: tuple[int, ...] = ()) -> dict[str,
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged; says how, as a predicate.
+        ValueError: it is damaged; the message is a predicate ("is damaged (…)").
     """
     values = read_json(path)
     if not isinstance(values, dict):
@@ -55,7 +55,7 @@ def unseal(values: dict[str, Any]) -> None:
     """Take the checksum out of values that were read, and compare it with theirs.
 
     Raises:
-        ValueError: it is missing or another one; says so, as a predicate.
+        ValueError: it is missing or another one; the message is a predicate.
     """
     known = values.pop(SEAL, None)
     try:
@@ -71,7 +71,7 @@ def read_json(path: Path, most_bytes: int = MAX_BYTES) -> Any:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is damaged, or nothing to be read at once; says how, as a predicate.
+        ValueError: it is damaged, or too large to be read at once; the message is a predicate.
     """
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):

@@ -21,7 +21,7 @@ RAY_BYTES = SOCKET_BYTES - len("/ray/session_2026-01-02_03-04-05_678901_1234567/
 VLLM_BYTES = SOCKET_BYTES - len("/01234567-89ab-cdef-0123-456789abcdef")
 VARIABLES = ("TMPDIR", "RAY_TMPDIR", "VLLM_RPC_BASE_PATH")
 SHORT = ("/tmp", "/var/tmp", "/dev/shm")
-"""Where the shorter path may begin; $XDG_RUNTIME_DIR comes last, as it goes when the user logs out."""
+"""Folders in which the shorter path may begin; $XDG_RUNTIME_DIR comes last, as it goes when the user logs out."""
 
 
 def shorten_temp_folder(most_bytes: int) -> None:
@@ -51,7 +51,7 @@ def shorten_temp_folder(most_bytes: int) -> None:
 
 
 def _link(variable: str, folder: str, most_bytes: int) -> str:
-    """A short path of a folder, for as long as this process runs; only this user can pass through it."""
+    """Return a short path of a folder, for as long as this process runs; only this user can pass through it."""
     places = short_places()
     for place in places:
         try:
@@ -74,7 +74,7 @@ def _link(variable: str, folder: str, most_bytes: int) -> str:
 
 
 def short_places() -> Sequence[str]:
-    """Folders that may hold the shorter path, best first."""
+    """Return folders that may hold the shorter path, best first."""
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return (*SHORT, runtime) if runtime else SHORT
 

@@ -68,7 +68,7 @@ def decode(data: bytes, first: bool = False) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError) -> str:
-    """Say that bytes are not UTF-8, and what to do."""
+    """Return the message that bytes are not UTF-8, with the fix."""
     return (
         f"not UTF-8 ({error.reason}, byte 0x{error.object[error.start]:02x}); it may be Latin-1 or another encoding: save "
         "the file as UTF-8"
@@ -101,7 +101,7 @@ def parse_json(text: str) -> Any:
 
 
 def json_problem(error: ValueError | RecursionError) -> str:
-    """Say what a reader of JSON complains of, without the line, which it counts from where it began."""
+    """Return what a reader of JSON complains of, without the line, which it counts from where it began."""
     if isinstance(error, RecursionError) or str(error) == TOO_DEEP:
         return TOO_DEEP
     if isinstance(error, json.JSONDecodeError):
@@ -125,7 +125,7 @@ def require_shallow(value: Any, brackets: int) -> Any:
 
 
 def whole_text(text: str) -> str:
-    """`text` with U+FFFD in place of every half of a surrogate pair; halves that belong together become their character."""
+    """Return `text` with U+FFFD in place of every half of a surrogate pair; two halves of one character become it."""
     if text.isascii():
         return text
     try:

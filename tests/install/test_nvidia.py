@@ -91,7 +91,7 @@ def test_an_environment_that_was_installed_for_the_cpu_keeps_working(monkeypatch
         (None, "550.54", None, "is a build for CPUs; install the GPU build"),
         ("13.0", "550.54", None, "550.54 is too old for the CUDA 13 wheels; install 580 or newer"),
         ("12.8", "550.54", None, "torch says: broken; check nvidia-smi"),
-        ("13.0", "580.65.06", "9", "CUDA_VISIBLE_DEVICES='9' names no GPU that torch knows"),
+        ("13.0", "580.65.06", "9", "CUDA_VISIBLE_DEVICES='9' names no GPU that torch sees"),
         ("13.0", "580.65.06", None, "torch says: broken; check nvidia-smi and that the driver is 580 or newer"),
     ],
 )

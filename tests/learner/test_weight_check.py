@@ -179,7 +179,7 @@ def test_damaged_missing_and_contradicting_files_are_named(make):
     gone = sharded(lambda places, folder: (folder / second).unlink())
     refused(rf"{second} is missing; model.safetensors.index.json names it", check_model_folder, gone)
     swapped = sharded(lambda places, folder: places.update({NORM: first if places[NORM] == second else second}))
-    refused("index.json does not fit its files: model.norm.weight not where it says", check_model_folder, swapped)
+    refused("index.json does not fit its files: model.norm.weight not where it lists them", check_model_folder, swapped)
 
     def twice(places: dict[str, str], folder: Path) -> None:
         for file in (first, second):
