@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
+from searchr1.agent.trajectory import Trajectory
 from searchr1.evaluation.published import in_order
 from searchr1.evaluation.rollouts import ScoredRollout
+from searchr1.tracking.trajectory_log import trajectory_row
 
 Array = npt.NDArray[np.float64]
 
@@ -193,11 +195,38 @@ def facts_of(rollouts: Sequence[ScoredRollout]) -> dict[str, float]:
     }
 
 
-def flat_metrics(summary: Summary) -> dict[str, float]:
-    """Return `val/<name>` over all questions, `val/<set>/<name>` per set, and `val/macro/<score>`, the sets' mean."""
-    metrics = {}
-    for prefix, one_set in [("val", summary.overall), *((f"val/{one.name}", one) for one in summary.sets)]:
-        metrics[f"{prefix}/questions"] = float(one_set.questions)
-        metrics |= {f"{prefix}/{name}": value.mean for name, value in one_set.scores.items()}
-        metrics |= {f"{prefix}/{name}": value for name, value in one_set.facts.items()}
-    return metrics | {f"val/macro/{name}": value.mean for name, value in summary.macro.items()}
+def flat_metrics(summary: Summary, names: Collection[str] | None = None) -> dict[str, float]:
+    """Return `val/<name>` over all questions, `val/<set>/<name>` per set, and `val/macro/<score>`, the sets' mean.
+
+    Args:
+        summary: of one method.
+        names: all of them if None.
+    """
+    metrics: dict[str, float] = {}
+    for prefix, part in [("val", summary.overall), *((f"val/{one.name}", one) for one in summary.sets)]:
+        scores = {name: value.mean for name, value in part.scores.items()}
+        values = {"questions": float(part.questions)} | scores | part.facts
+        metrics |= {f"{prefix}/{name}": value for name, value in values.items() if names is None or name in names}
+    macro = summary.macro if names is None else {"exact_match": summary.macro["exact_match"]}
+    return metrics | {f"val/macro/{name}": value.mean for name, value in macro.items()}
+
+
+VALIDATION_METRICS = (
+    "questions", "exact_match", "f1", "reward", "searches", "response_length", "invalid_rate", "untagged", "untagged_turns",
+    "truncated", "tool_failure_rate",
+)  # fmt: skip
+"""The names that a training run logs, besides `val/macro/exact_match`."""
+
+
+def validation_metrics(trajectories: Sequence[Trajectory], untagged: str = "reject") -> dict[str, float]:
+    """Return a training run's `val/<name>` and `val/<data source>/<name>`; a source keeps the name that its rows give it.
+
+    Args:
+        trajectories: one of each question.
+        untagged: how they were scored.
+    """
+    rollouts = [
+        replace(ScoredRollout.from_row(trajectory_row(t), question, untagged), source=t.sample.data_source)
+        for question, t in enumerate(trajectories)
+    ]
+    return flat_metrics(summarise(rollouts), VALIDATION_METRICS)

@@ -7,7 +7,7 @@ from searchr1.cluster.collect import collect_batch
 from searchr1.cluster.launch import EvaluationCluster
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
-from searchr1.tracking.metrics import eval_metrics
+from searchr1.evaluation.summary import validation_metrics
 from searchr1.tracking.run_log import RunLog
 
 
@@ -18,6 +18,6 @@ def validate(cluster: EvaluationCluster, samples: list[Sample], config: Config, 
     for number, questions in enumerate(eval_batches(samples, batch_size)):
         batch = collect_batch(cluster, questions, step=step, mode="eval", group_size=1, seed=config.runner.seed + number)
         trajectories.extend(batch.trajectories)
-    metrics = eval_metrics(trajectories)
+    metrics = validation_metrics(trajectories, config.evaluation.untagged)
     log.evaluation(step, trajectories, metrics)
     return metrics

@@ -1,4 +1,4 @@
-"""Metrics of a step's or an evaluation's trajectories. Pure functions."""
+"""Metrics of a step's trajectories, and the table of an evaluation's. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from searchr1.agent.trajectory import Trajectory
-from searchr1.rewards.answers import has_tag
 
 STEP_METRICS = {
     "reward/mean": "mean reward of a trajectory, `reward.reward_scale` included",
@@ -69,37 +68,6 @@ def step_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
     for part in sorted({name for t in trajectories for name in t.reward_parts} - {"reward"}):
         metrics[f"reward/{part}"] = _mean([t.reward_parts.get(part, 0.0) for t in trajectories])
     return metrics
-
-
-def eval_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Return `val/<name>` over all rows, `val/<data source>/<name>` per source, and `val/macro/exact_match`, their mean."""
-    sources = defaultdict(list)
-    for t in trajectories:
-        sources[t.sample.data_source].append(t)
-    metrics = _eval_of(trajectories, "val")
-    for source in sorted(sources):
-        metrics |= _eval_of(sources[source], f"val/{source}")
-    metrics["val/macro/exact_match"] = _mean([metrics[f"val/{source}/exact_match"] for source in sources])
-    return metrics
-
-
-def _eval_of(trajectories: Sequence[Trajectory], prefix: str) -> dict[str, float]:
-    turns = sum(len(t.turns) for t in trajectories)
-    untagged = [[not has_tag(turn.policy_text) for turn in t.turns] for t in trajectories]
-    calls = sum(t.tool_calls for t in trajectories)
-    return {
-        f"{prefix}/questions": float(len(trajectories)),
-        f"{prefix}/exact_match": _mean([t.reward_parts.get("exact_match", 0.0) for t in trajectories]),
-        f"{prefix}/f1": _mean([t.reward_parts.get("f1", 0.0) for t in trajectories]),
-        f"{prefix}/reward": _mean([t.reward for t in trajectories]),
-        f"{prefix}/searches": _mean([t.searches for t in trajectories]),
-        f"{prefix}/response_length": _mean([t.response_length for t in trajectories]),
-        f"{prefix}/invalid_rate": sum(t.invalid_actions for t in trajectories) / max(turns, 1),
-        f"{prefix}/untagged": _mean([all(of_turns) for of_turns in untagged]),
-        f"{prefix}/untagged_turns": sum(map(sum, untagged)) / max(turns, 1),
-        f"{prefix}/truncated": _mean([t.stop == "length" for t in trajectories]),
-        f"{prefix}/tool_failure_rate": sum(t.tool_failures for t in trajectories) / max(calls, 1),
-    }
 
 
 def data_sources(metrics: Mapping[str, object]) -> list[str]:

@@ -6,8 +6,7 @@ import pytest
 
 from searchr1.evaluation.published import LABELS, canonical, in_order
 from searchr1.evaluation.rollouts import ScoredRollout
-from searchr1.evaluation.summary import flat_metrics, summarise
-from searchr1.tracking.metrics import eval_metrics
+from searchr1.evaluation.summary import flat_metrics, summarise, validation_metrics
 from searchr1.tracking.trajectory_log import trajectory_row
 
 
@@ -122,5 +121,5 @@ def test_facts(make_trajectory):
 def test_flat_metrics_hold_what_a_training_runs_evaluation_logs(make_trajectory):
     rows = [make_trajectory(i, source=source, right=i % 2 == 0) for i, source in enumerate(["nq", "nq", "one_hop"])]
     flat = flat_metrics(summarise([scored(row) for row in rows]))
-    logged = eval_metrics(rows)
+    logged = validation_metrics(rows)
     assert {name: flat[name] for name in logged} == logged

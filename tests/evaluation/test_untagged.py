@@ -19,12 +19,12 @@ from searchr1.evaluation.manifest import manifest
 from searchr1.evaluation.methods import METHODS, agent_settings
 from searchr1.evaluation.page import page
 from searchr1.evaluation.results import Results, method_result
+from searchr1.evaluation.summary import validation_metrics
 from searchr1.evaluation.tables import markdown
 from searchr1.preflight.check import require_valid
 from searchr1.rewards.answers import answer_of, scored_text
 from searchr1.rewards.registry import Reward
 from searchr1.rewards.scorer import Scorer
-from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import trajectory_row
 
 
@@ -171,7 +171,7 @@ def test_training_never_pays_for_a_text_without_tags(make_trajectory, monkeypatc
 
 
 def test_a_training_runs_evaluation_logs_the_share(rollouts):
-    metrics = eval_metrics(rollouts)
+    metrics = validation_metrics(rollouts)
     assert metrics["val/untagged"] == metrics["val/nq/untagged"] == 0.5
     assert metrics["val/untagged_turns"] == pytest.approx(2 / 6)
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from searchr1.agent.trajectory import Turn
-from searchr1.tracking.metrics import STEP_METRICS, data_sources, eval_metrics, eval_table, step_metrics
+from searchr1.evaluation.summary import validation_metrics
+from searchr1.tracking.metrics import STEP_METRICS, data_sources, eval_table, step_metrics
 
 
 def test_a_step_counted_by_hand(make_trajectory):
@@ -71,7 +72,7 @@ def test_no_tool_calls_and_no_turns_are_no_trouble(make_trajectory):
 def test_an_evaluation_is_reported_per_source_and_in_all(make_trajectory):
     rows = [make_trajectory(i, source="nq", right=i < 1) for i in range(4)]
     rows += [make_trajectory(i, source="org/two", right=True) for i in range(2)]
-    found = eval_metrics(rows)
+    found = validation_metrics(rows)
     assert found["val/questions"] == 6
     assert found["val/exact_match"] == 0.5
     assert found["val/nq/questions"] == 4
@@ -84,7 +85,7 @@ def test_an_evaluation_is_reported_per_source_and_in_all(make_trajectory):
 
 def test_the_table_has_a_row_per_source_and_one_for_all(make_trajectory):
     rows = [make_trajectory(0, source="a_very_long_name_of_a_source", right=False), make_trajectory(1, source="nq")]
-    head, *body = eval_table(eval_metrics(rows)).splitlines()
+    head, *body = eval_table(validation_metrics(rows)).splitlines()
     assert head.split()[:2] == ["questions", "exact_match"]
     assert [line.split()[:3] for line in body] == [
         ["a_very_long_name_of_a_source", "1", "0.000"],

@@ -15,10 +15,11 @@ from searchr1.agent.trajectory import Sample, Turn
 from searchr1.cli import main as searchr1
 from searchr1.commands.report import main
 from searchr1.errors import UserError
+from searchr1.evaluation.summary import validation_metrics
 from searchr1.report.page import REPORT, report_page
 from searchr1.report.run_files import COLUMNS
 from searchr1.tracking.loggers import JsonlLogger
-from searchr1.tracking.metrics import eval_metrics, step_metrics
+from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 from searchr1.ui.page import escape
 
@@ -92,7 +93,7 @@ def run(tmp_path: Path, make_trajectory: Any) -> Path:
         rows = [make_trajectory(i, source=("one_hop", "two_hop")[i % 2], right=i < 5 * step) for i in range(30)]
         if step in (0, 4):
             write_trajectories(eval_file(folder, step), rows)
-            log.log(step, eval_metrics(rows))
+            log.log(step, validation_metrics(rows))
         if step:
             rows = [make_trajectory(i, rollout_id) for i in range(6) for rollout_id in range(5)]
             write_trajectories(train_file(folder, step), rows)
@@ -200,7 +201,7 @@ def test_hostile_text_cannot_leave_its_place(run, make_trajectory):
     write_trajectories(eval_file(run, 0), [make_trajectory(sample=bad.sample, right=False)])
     write_trajectories(eval_file(run, 4), [bad])
     with (run / "metrics.jsonl").open("a") as file:
-        metrics = eval_metrics([make_trajectory(source=HOSTILE)])
+        metrics = validation_metrics([make_trajectory(source=HOSTILE)])
         file.write(json.dumps({"step": 5, HOSTILE: 1.0, **metrics}) + "\n")
     clean, text = Reader(page(run.parent / "my run")), page(run.rename(run.parent / "<img src=x onerror=alert(1)>"))
     seen = Reader(text)
@@ -238,7 +239,7 @@ def test_an_evaluation_alone_with_and_without_metrics(tmp_path, make_trajectory)
     assert again.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
     write_trajectories(eval_file(tmp_path, 0), rows)
     log = JsonlLogger(tmp_path / "metrics.jsonl", 0)
-    log.log(0, eval_metrics(rows))
+    log.log(0, validation_metrics(rows))
     seen = Reader(page(tmp_path))
     assert seen.overview()["summaries"][0]["headline"] == "100% of 3 questions are answered exactly right."
     assert len(seen.rows()) == 3
@@ -257,7 +258,7 @@ def test_runs_are_compared(run, tmp_path, make_trajectory):
     other = tmp_path / "deep" / "my run"
     (other / "trajectories").mkdir(parents=True)
     write_trajectories(eval_file(other, 2), [make_trajectory(0)])
-    JsonlLogger(other / "metrics.jsonl", 0).log(2, eval_metrics([make_trajectory(0)]))
+    JsonlLogger(other / "metrics.jsonl", 0).log(2, validation_metrics([make_trajectory(0)]))
     seen = Reader(page(run, other))
     overview = seen.overview()
     assert overview["compares"]

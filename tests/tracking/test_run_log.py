@@ -5,8 +5,9 @@ import re
 import pytest
 
 from searchr1.config.schema import Config
+from searchr1.evaluation.summary import validation_metrics
 from searchr1.tracking.loggers import read_metrics
-from searchr1.tracking.metrics import eval_metrics, step_metrics
+from searchr1.tracking.metrics import step_metrics
 from searchr1.tracking.run_log import RunLog
 from searchr1.tracking.trajectory_log import logged_steps
 
@@ -43,7 +44,7 @@ def test_a_step_is_one_plain_line_when_nobody_looks(tmp_path, capsys, config, ma
 def test_everything_is_recorded(tmp_path, capsys, config, make_trajectory):
     rows = [make_trajectory(i, source=source, right=i == 0) for i in range(2) for source in ("one_hop", "[bold]two[/]")]
     with RunLog(tmp_path, config, first_step=0, total_steps=2) as log:
-        log.evaluation(0, rows, eval_metrics(rows))
+        log.evaluation(0, rows, validation_metrics(rows))
         log.step(1, rows, step_metrics(rows))
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [0, 1]
     assert logged_steps(tmp_path, "step_") == [1]

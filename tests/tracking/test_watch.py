@@ -11,9 +11,9 @@ import pytest
 
 from searchr1.commands.watch import main
 from searchr1.errors import UserError
+from searchr1.evaluation.summary import validation_metrics
 from searchr1.report.watch import WatchedRuns, WatchServer
 from searchr1.tracking.loggers import JsonlLogger
-from searchr1.tracking.metrics import eval_metrics
 from searchr1.tracking.trajectory_log import eval_file, remove_later, train_file, write_trajectories
 
 
@@ -26,7 +26,7 @@ def run(tmp_path, make_trajectory):
     for step in (0, 4):
         rows = [make_trajectory(i, right=i < step) for i in range(6)]
         write_trajectories(eval_file(folder, step), rows)
-        log.log(step, eval_metrics(rows))
+        log.log(step, validation_metrics(rows))
     write_trajectories(train_file(folder, 1), [make_trajectory(0, rollout_id) for rollout_id in range(3)])
     return folder
 
