@@ -16,7 +16,7 @@ def make_trajectory() -> Callable[..., Trajectory]:
     def make(index: int = 0, rollout_id: int = 0, source: str = "one_hop", right: bool = True, **fields: Any) -> Trajectory:
         turns = [
             Turn("<search>who</search>", "search", 4, ["who"], "<information>Ann</information>", 3, 0.5),
-            Turn("<answer> Ann </answer>", "answer", 3),
+            Turn(f"<answer> {'Ann' if right else 'Bob'} </answer>", "answer", 3),
         ]
         defaults: dict[str, Any] = {
             "sample": Sample(f"{source}/{index}", index, [1, 2], "Who?", ["Ann"], source),
