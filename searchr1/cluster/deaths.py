@@ -23,7 +23,7 @@ LOOK_SECONDS = 0.5
 STOPPED_AFTER_SECONDS = 5.0
 REPEAT_SECONDS = 60.0
 NOTICE_SECONDS = 3.0
-"""After Ray says that an actor has gone, until its process must have been seen to be gone."""
+"""After Ray reports that an actor has gone, until its process must have been seen to be gone."""
 LAST_LINES = 15
 _LINE_LENGTH = 300
 _TAIL_BYTES = 64 << 10
@@ -67,7 +67,7 @@ class Watcher:
             self._thread.join()
 
     def death(self, within_s: float) -> WorkerDied | None:
-        """What has died; waits for it as long as `within_s`."""
+        """Return what has died; wait for it as long as `within_s`."""
         self._noticed.wait(within_s)
         return self._death
 
@@ -130,7 +130,7 @@ class Watcher:
 
 
 def death_by_ray(message: str, logs: Path) -> WorkerDied:
-    """What Ray says about an actor that has gone, as our sentence.
+    """Put into our own sentence what Ray reports about an actor that has gone.
 
     Args:
         message: of Ray's exception.
@@ -139,14 +139,14 @@ def death_by_ray(message: str, logs: Path) -> WorkerDied:
     how = _CHOSEN if "running low on memory" in message else how_ended(None)
     name, pid, address = (re.search(rf"^\s*{key}: (\S+)$", message, re.MULTILINE) for key in ("name", "pid", "ip"))
     if name is None or pid is None or address is None:
-        return WorkerDied(f"a worker process {how}; Ray says: {' '.join(message.split())[:_LINE_LENGTH]}")
+        return WorkerDied(f"a worker process {how}; Ray reports: {' '.join(message.split())[:_LINE_LENGTH]}")
     group, _, rank = name[1].rpartition(":")
     called = _called(group, rank)
     return WorkerDied(f"{called} (process {pid[1]} on {address[1]}) {how}", last_words(logs, called, int(pid[1])))
 
 
 def name_of(pid: int, parent: str | None) -> str:
-    """What a user calls a process without which the run cannot go on; "" for others.
+    """Return what a user calls a process without which the run cannot go on; "" for others.
 
     Args:
         pid: of the process.
@@ -167,10 +167,10 @@ def name_of(pid: int, parent: str | None) -> str:
 
 
 def _worker(pid: int) -> str:
-    found = environment(pid)
-    if WORKER_MARK not in found:
+    variables = environment(pid)
+    if WORKER_MARK not in variables:
         return ""
-    return _called(found.get(WORKER_GROUP, "?"), found.get(WORKER_RANK, "?"))
+    return _called(variables.get(WORKER_GROUP, "?"), variables.get(WORKER_RANK, "?"))
 
 
 def _called(group: str, rank: str) -> str:
@@ -178,10 +178,10 @@ def _called(group: str, rank: str) -> str:
 
 
 def how_ended(status: int | None) -> str:
-    """A process's end in words.
+    """Return a process's end in words.
 
     Args:
-        status: as `waitpid` gives it; None if only its parent knows.
+        status: as `waitpid` gives it; None if only its parent can ask.
     """
     if status is None:
         return "has died (killed from outside, out of memory, or crashed)"
@@ -195,7 +195,7 @@ def how_ended(status: int | None) -> str:
 
 
 def last_words(logs: Path, name: str, pid: int) -> str:
-    """The last lines that a process has written, under a line that names their file; "" if it has written nothing."""
+    """Return the last lines that a process has written, under a line that names their file."""
     server = next((server for server, text in _SERVERS.items() if text == name), "")
     stem = server or f"worker-*-{pid}"
     for path in (*logs.glob(f"{stem}.err"), *logs.glob(f"{stem}.out")):
@@ -206,13 +206,13 @@ def last_words(logs: Path, name: str, pid: int) -> str:
 
 
 def was_chosen_by_ray(logs: Path, pid: int) -> bool:
-    """Whether Ray's watch over memory has killed a process, as its raylet's log says."""
+    """Return whether Ray's memory monitor has killed a process, according to its raylet's log."""
     chosen = re.compile(rf"^Selected to kill:.*\bpid={pid}\b")
     return any(chosen.search(line) for line in _last_part(logs / "raylet.out").splitlines())
 
 
 def tail(path: Path, only: re.Pattern[str] | None = None) -> list[str]:
-    """The last lines of a log that are not empty (and begin as `only` says), cut to a readable length."""
+    """Return the last lines of a log that are not empty (and match `only`), cut to a readable length."""
     lines = [_CONTROL.sub("", line).rstrip()[:_LINE_LENGTH] for line in re.split(r"[\r\n]", _last_part(path))]
     wanted = [line for line in lines if line and not line.startswith(LOG_MARKS) and (only is None or only.match(line))]
     return wanted[-LAST_LINES:]
@@ -228,9 +228,9 @@ def _last_part(path: Path) -> str:
 
 
 def oom_kills() -> int:
-    """How often the kernel has killed a process of this machine for want of memory."""
+    """Return how often the kernel has killed a process of this machine for want of memory."""
     try:
-        found = re.search(r"^oom_kill (\d+)$", (PROC / "vmstat").read_text(encoding="utf-8"), re.MULTILINE)
+        count = re.search(r"^oom_kill (\d+)$", (PROC / "vmstat").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return 0
-    return int(found[1]) if found else 0
+    return int(count[1]) if count else 0

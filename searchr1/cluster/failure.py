@@ -1,7 +1,7 @@
 """Exceptions of workers as values.
 
 RLinf ends the driver with a signal when a worker raises. Here a worker's method returns its failure instead, so that the
-runner can save what it has, stop the other groups and tell the user one clear message.
+driver can save what it has, stop the other worker groups and print one clear message.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What went wrong in a worker."""
+    """A failure of a worker, as a value."""
 
     message: str
     traceback: str
     by_user: bool
-    """True for a `UserError`: the message says it all."""
+    """True for a `UserError`: the message is complete without a traceback."""
 
     @classmethod
     def of(cls, error: BaseException) -> Failure:
-        """From the exception being handled."""
+        """Return the exception being handled as a value."""
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         return cls(text, traceback.format_exc(), isinstance(error, UserError))
 
@@ -55,7 +55,7 @@ def reported(method: Callable[P, Awaitable[T]]) -> Callable[P, Awaitable[T | Fai
 
 
 def unwrap(results: list[Any], group: str) -> list[Any]:
-    """The results of all ranks.
+    """Return the results of all ranks.
 
     Raises:
         UserError: a rank met a user's mistake.

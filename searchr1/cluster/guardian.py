@@ -28,7 +28,7 @@ _DISMISSED = b"q"
 
 
 class Guardian:
-    """The driver's side."""
+    """The driver's handle of the guardian process."""
 
     def __init__(self, run_id: str, weight_folders: Sequence[Path]) -> None:
         """Start it.
@@ -49,7 +49,7 @@ class Guardian:
 
     @property
     def pid(self) -> int:
-        """Of the guardian."""
+        """The guardian's process id."""
         return self._process.pid
 
     def dismiss(self) -> None:

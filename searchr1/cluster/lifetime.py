@@ -90,7 +90,7 @@ class Lifetime:
             end_all(Family(self._run_id), patience_s=0.0, grace_s=0.0)
 
     def explain(self, error: BaseException | None) -> Exception | None:
-        """The death behind an error, as one sentence; None if no process has died.
+        """Return the death behind an error, as one sentence; None if no process has died.
 
         Ray, and processes that were connected with the one that died, may notice before the watcher does.
         """
@@ -115,7 +115,7 @@ class Lifetime:
 
 @contextmanager
 def lifetime(num_nodes: int, weight_folders: Sequence[Path]) -> Iterator[Lifetime]:
-    """The lifetime of a run's processes; all of them have ended after the block.
+    """Keep track of a run's processes in the block; all of them have ended after it.
 
     Args:
         num_nodes: of the cluster.

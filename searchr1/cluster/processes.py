@@ -33,7 +33,7 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class Stat:
-    """What /proc/PID/stat says."""
+    """The content of /proc/PID/stat."""
 
     state: str
     """R, S, D, T (stopped), t (by a debugger), Z (ended, not waited for), X."""
@@ -44,12 +44,12 @@ class Stat:
 
     @property
     def ended(self) -> bool:
-        """Whether nothing runs any more."""
+        """Whether nothing of it runs any more."""
         return self.state in "ZXx"
 
 
 def stat_of(pid: int) -> Stat | None:
-    """The state of a process; None if there is none of this number."""
+    """Return the state of a process; None if there is none of this number."""
     try:
         text = (PROC / str(pid) / "stat").read_bytes()
     except OSError:
@@ -60,19 +60,19 @@ def stat_of(pid: int) -> Stat | None:
 
 
 def identify(pid: int) -> Process | None:
-    """The process that has this number now; None if there is none."""
+    """Return the process that has this number now; None if there is none."""
     stat = stat_of(pid)
     return Process(pid, stat.start) if stat is not None else None
 
 
 def is_running(process: Process) -> bool:
-    """Whether it is there and has not ended."""
+    """Return whether a process is there and has not ended."""
     stat = stat_of(process.pid)
     return stat is not None and stat.start == process.start and not stat.ended
 
 
 def title(pid: int) -> str:
-    """The command line, as ps shows it; "" if it is gone."""
+    """Return a process's command line, as ps shows it; "" if it is gone."""
     try:
         return (PROC / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
     except OSError:
@@ -80,7 +80,7 @@ def title(pid: int) -> str:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """What the process was started with; {} if it is gone, another user's, or has written over it."""
+    """Return the environment that a process was started with; {} if it is gone, another user's, or has written over it."""
     try:
         text = (PROC / str(pid) / "environ").read_bytes().decode(errors="replace")
     except OSError:

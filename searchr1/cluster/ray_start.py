@@ -51,13 +51,13 @@ except BaseException as error:
 
 
 def is_own(num_nodes: int) -> bool:
-    """Whether a run starts a Ray of its own."""
+    """Return whether a run starts a Ray of its own."""
     return num_nodes == 1 and os.environ.get("RAY_ADDRESS", "").strip() in ("", "local")
 
 
 @contextmanager
 def own_ray(num_nodes: int) -> Iterator[None]:
-    """A Ray of our own on a single node, and the user's (`ray start`, RAY_ADDRESS) for more.
+    """Use a Ray of our own on a single node, and the user's (`ray start`, RAY_ADDRESS) for more.
 
     RLinf joins whatever Ray it finds on the machine; two runs would then share one cluster and end together.
 
@@ -98,7 +98,7 @@ def own_ray(num_nodes: int) -> Iterator[None]:
 
 
 def cluster_address(num_nodes: int) -> str | None:
-    """HOST:PORT of the cluster to join; None if one of our own is wanted.
+    """Return HOST:PORT of the cluster to join; None if one of our own is wanted.
 
     Raises:
         UserError: RAY_ADDRESS is not such an address, or there is no cluster.
@@ -111,7 +111,7 @@ def cluster_address(num_nodes: int) -> str | None:
     if "://" in given:
         raise UserError(
             f"RAY_ADDRESS: {given} is an address for clients, through which no worker groups can be started; give the "
-            "cluster's own HOST:PORT (its port is 6379 unless ray start was told otherwise)"
+            "cluster's own HOST:PORT (its port is 6379 unless ray start got another)"
         )
     if given not in ("", "auto") and not is_host_and_port(given):
         raise UserError(f"RAY_ADDRESS: {given} is no address; give HOST:PORT, or unset it")
@@ -150,9 +150,9 @@ def require_cluster(address: str) -> None:
         ) from None
     if tried.returncode:
         errors = tried.stderr.decode("utf-8", "replace")
-        said = tried.stdout.decode("utf-8", "replace").strip() or errors.strip()[-LONGEST_REASON:] or "no reason is given"
-        hint = " (RAY_AUTH_MODE=token sends this user's token)" if "InvalidAuthToken" in errors + said else ""
-        raise UserError(_cannot_join(address, said) + hint)
+        reason = tried.stdout.decode("utf-8", "replace").strip() or errors.strip()[-LONGEST_REASON:] or "no reason is given"
+        hint = " (RAY_AUTH_MODE=token sends this user's token)" if "InvalidAuthToken" in errors + reason else ""
+        raise UserError(_cannot_join(address, reason) + hint)
 
 
 def _cannot_join(address: str, reason: str) -> str:
@@ -205,7 +205,7 @@ def _children() -> set[psutil.Process]:
 
 
 def _end(before: set[psutil.Process]) -> None:
-    """End what an attempt has left: its processes, and what this process knows of them."""
+    """End what an attempt has left: its processes, and Ray's state in this process."""
     import ray
 
     ray.shutdown()

@@ -81,7 +81,7 @@ def evaluate_in(lock: FolderLock, config: Config) -> tuple[Results, Path]:
 
 
 def kept(tasks: list[Task], folder: Path, overwrite: bool) -> str:
-    """What an evaluation that stops leaves, in a sentence."""
+    """Return a sentence about what an evaluation that stops leaves."""
     if overwrite and not tasks[0].ledger.begun:
         return f"nothing in {folder} was changed"
     done, total = sum(len(task.ledger.finished) for task in tasks), sum(len(task.samples) for task in tasks)
@@ -180,9 +180,9 @@ def log_results(config: Config, tasks: list[Task], results: Results) -> None:
 
 
 def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[str, str]:
-    """What a reader of the tables should know."""
+    """Return what a reader of the tables needs, by name."""
     search, agent = config.tools.search, config.agentloop
-    found = {
+    settings = {
         "model": config.rollout.model.model_path,
         "precision": config.rollout.model.precision,
         "questions": f"{questions.described} of {', '.join(config.data.val_data_paths)}",
@@ -194,7 +194,7 @@ def _settings(config: Config, tasks: list[Task], questions: Questions) -> dict[s
         "passages": "none (dummy_mode)" if search.dummy_mode else f"top {search.topk} of {search.server_addr}",
     }
     if config.evaluation.untagged == "text":
-        found["answers without a tag"] = "the text of the last turn (evaluation.untagged: text)"
+        settings["answers without a tag"] = "the text of the last turn (evaluation.untagged: text)"
     if "judge" in config.reward.weights:
-        found["judge"] = f"{config.reward.judge.model} at {config.reward.judge.base_url}"
-    return found
+        settings["judge"] = f"{config.reward.judge.model} at {config.reward.judge.base_url}"
+    return settings

@@ -1,4 +1,4 @@
-"""What an evaluation asks of the retrieval server itself: is it there, and passages for RAG."""
+"""An evaluation's own calls of the retrieval server: is it there, and passages for RAG."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CALLS_AT_ONCE = 8
 
 
 def require_server(config: Config) -> None:
-    """Search once, so that a server that is down or slow is told before a model is loaded.
+    """Search once, so that a server that is down or slow is reported before a model is loaded.
 
     Raises:
         UserError: it does not answer.
@@ -26,7 +26,7 @@ def require_server(config: Config) -> None:
 
 
 def watch_servers(config: Config, searched: bool = True) -> OutageWatch:
-    """Say while the block runs that a retrieval server does not answer; there is none to watch without searches.
+    """Report while the block runs that a retrieval server does not answer; there is none to watch without searches.
 
     A loop of one's own need not search: it misses a server only after that has answered once.
     """
@@ -38,10 +38,10 @@ def watch_servers(config: Config, searched: bool = True) -> OutageWatch:
 def retrieve_passages(
     config: Config, style: InformationStyle, questions: Sequence[str], progress: Callable[[int], None]
 ) -> list[str]:
-    """The passages for each question, rendered as the search tool shows them, without its tags.
+    """Return the passages for each question, rendered as the search tool shows them, without its tags.
 
     Args:
-        config: its `tools.search` says where, and how many passages.
+        config: with the server's address and the number of passages in `tools.search`.
         style: how documents are shown.
         questions: the queries.
         progress: called with the number of questions that got theirs.
@@ -49,12 +49,12 @@ def retrieve_passages(
     Raises:
         UserError: the server does not answer.
     """
-    found = asyncio.run(_search(config.tools.search, questions, progress))
-    return [render_body([documents], style, config.agentloop.no_results_message) for documents in found]
+    results = asyncio.run(_search(config.tools.search, questions, progress))
+    return [render_body([documents], style, config.agentloop.no_results_message) for documents in results]
 
 
 async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Callable[[int], None]) -> list[list[Document]]:
-    """A client of its own for the whole list: `QUERIES_PER_CALL` queries a call, `CALLS_AT_ONCE` calls at once."""
+    """Search with one client for the whole list: `QUERIES_PER_CALL` queries a call, `CALLS_AT_ONCE` calls at once."""
     client = SearchClient.from_config(search)
     slots = asyncio.Semaphore(CALLS_AT_ONCE)
     results: list[list[Document]] = [[] for _ in queries]
@@ -63,8 +63,8 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
         part = queries[start : start + QUERIES_PER_CALL]
         async with slots:
             answers = await client.search(part)
-        for place, found in enumerate(answers, start=start):
-            results[place] = [as_document(document) for document in found]
+        for place, documents in enumerate(answers, start=start):
+            results[place] = [as_document(document) for document in documents]
         progress(len(part))
 
     try:

@@ -86,7 +86,7 @@ def follow_model(config: Config, given: Set[str]) -> None:
 
 
 def _has_prompts_only(data: DataConfig) -> bool:
-    """Whether the first row has a prompt, but no question that a template could be filled with."""
+    """Return whether the first row has a prompt, but no question that a template could be filled with."""
     if not data.val_data_paths or path_problem(data.val_data_paths[0]) is not None:  # reported by the checks
         return False
     row = _first_row(data)
@@ -94,7 +94,7 @@ def _has_prompts_only(data: DataConfig) -> bool:
 
 
 def load_questions(config: Config) -> Questions:
-    """The questions, with the search loop's prompts if it is among the methods.
+    """Return the questions, with the search loop's prompts if it is among the methods.
 
     Raises:
         UserError: a file or a row cannot be used.
@@ -116,7 +116,7 @@ def load_questions(config: Config) -> Questions:
 
 
 def _has_chat_prompts(data: DataConfig) -> bool:
-    """Whether the first row's prompt is chat messages, or was rendered from them."""
+    """Return whether the first row's prompt is chat messages, or was rendered from them."""
     prompt = read_prompt(_first_row(data).get(data.prompt_key), data.prompt_key)
     return isinstance(prompt, list) or (isinstance(prompt, str) and is_rendered(prompt))
 
@@ -144,7 +144,7 @@ def evaluation_path(config: Config) -> Path:
 
 
 def begin(config: Config, folder: Path, tasks: Sequence[Task]) -> None:
-    """Start to write, once nothing refuses the evaluation any more: earlier answers go if `runner.overwrite`.
+    """Start to write, once nothing rejects the evaluation any more: earlier answers go if `runner.overwrite`.
 
     Raises:
         UserError: the folder cannot be written.
@@ -161,7 +161,7 @@ def begin(config: Config, folder: Path, tasks: Sequence[Task]) -> None:
 
 
 def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]:
-    """A task per method, each with what was finished before; nothing is written.
+    """Return a task per method, each with what was finished before; nothing is written.
 
     Raises:
         UserError: a folder holds answers of something else, prompts do not fit.
@@ -186,7 +186,7 @@ def open_tasks(config: Config, folder: Path, questions: Questions) -> list[Task]
 
 
 def add_passages(config: Config, task: Task, questions: Questions) -> list[Sample]:
-    """The pending questions with passages in their prompts, cut to `agentloop.max_tool_response_length` tokens each.
+    """Return the pending questions with passages in their prompts, cut to `agentloop.max_tool_response_length` tokens each.
 
     Raises:
         UserError: the server does not answer, prompts do not fit.
@@ -202,13 +202,13 @@ def add_passages(config: Config, task: Task, questions: Questions) -> list[Sampl
 
 
 def judged(config: Config) -> bool:
-    """Whether a judge is asked."""
+    """Return whether a judge is asked."""
     reward = config.reward
     return config.evaluation.judge or "judge" in (reward.weights or {reward.reward_type})
 
 
 def with_judge(config: Config) -> Config:
-    """The configuration whose reward also tells the judge's verdict, if one is asked for."""
+    """Return the configuration whose reward also holds the judge's verdict, if one is asked for."""
     if not judged(config):
         return config
     weights = dict(config.reward.weights) or {config.reward.reward_type: 1.0}
@@ -218,7 +218,7 @@ def with_judge(config: Config) -> Config:
 def _with_prompts(
     config: Config, method: Method, questions: Questions, samples: Sequence[Sample], passages: list[str] | None
 ) -> list[Sample]:
-    """The samples with a method's own prompts."""
+    """Return the samples with a method's own prompts."""
     texts = []
     for number, sample in enumerate(samples):
         shown = passages[number] if passages is not None else None

@@ -1,4 +1,4 @@
-"""Is the run still healthy? Limits on a step's metrics (`runner.health`): a warning first, then a stop."""
+"""Health rules: limits on a step's metrics (`runner.health`), with a warning first, then a stop."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ REWARD_STEPS = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Watch:
+class HealthRule:
     """One limit.
 
     Attributes:
         key: its name in `HealthConfig`; it ends with `_min` or `_max`.
         measured: what the number is, for people; begins with the metric's name.
-        measure: the number from the healthy steps before and this one; None if nothing can be said yet.
+        measure: the number from the healthy steps before and this one; None if there are too few steps yet.
         helps: what usually does.
         once_kept: whether it counts only from the first step on that kept it. A model that never did is not collapsing;
             it has not learned yet.
@@ -46,17 +46,17 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """A limit that a step broke."""
+class Violation:
+    """A rule that a step broke."""
 
-    watch: Watch
+    rule: HealthRule
     value: float
     limit: float
 
     def __str__(self) -> str:
-        side = "below" if self.watch.key.endswith("_min") else "above"
+        side = "below" if self.rule.key.endswith("_min") else "above"
         value = f"{self.value:.4g}, {side}" if math.isfinite(self.value) else "no finite number;"
-        return f"{self.watch.measured} is {value} runner.health.{self.watch.key}={self.limit:g}; helps: {self.watch.helps}"
+        return f"{self.rule.measured} is {value} runner.health.{self.rule.key}={self.limit:g}; helps: {self.rule.helps}"
 
 
 def _latest(metric: str) -> Callable[[Sequence[Row], Row, HealthConfig], float | None]:
@@ -64,14 +64,14 @@ def _latest(metric: str) -> Callable[[Sequence[Row], Row, HealthConfig], float |
 
 
 def _to_median(metric: str) -> Callable[[Sequence[Row], Row, HealthConfig], float | None]:
-    """The number divided by its running median; None without enough steps to take one over."""
+    """Return a measure: the number divided by its running median; None without enough steps to take one over."""
 
     def measure(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
         value = _value(row, metric)
         if value is None or math.isnan(value):
             return value
-        found = [_value(earlier, metric) for earlier in past[-config.window :]]
-        known = [number for number in found if number is not None and math.isfinite(number)]
+        values = [_value(earlier, metric) for earlier in past[-config.window :]]
+        known = [number for number in values if number is not None and math.isfinite(number)]
         median = statistics.median(known) if len(known) >= config.min_history else 0.0
         return value / median if median > 0 else None
 
@@ -79,7 +79,7 @@ def _to_median(metric: str) -> Callable[[Sequence[Row], Row, HealthConfig], floa
 
 
 def _grad_ratio(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
-    """Without an update there is no norm; `skipped_max` sees to that."""
+    """Return the gradient norm by its running median; without an update there is no norm (`skipped_max` covers that)."""
     return None if row.get("actor/updates") == 0 else _to_median("actor/grad_norm")(past, row, config)
 
 
@@ -89,7 +89,7 @@ def _skipped_share(past: Sequence[Row], row: Row, config: HealthConfig) -> float
 
 
 def _reward_ratio(past: Sequence[Row], row: Row, config: HealthConfig) -> float | None:
-    """Mean reward of the last `REWARD_STEPS` steps divided by the best such mean; None if that was not above 0."""
+    """Return the mean reward of the last `REWARD_STEPS` steps by the best such mean; None if that was not above 0."""
     rewards = [_value(each, "reward/mean") for each in (*past, row)]
     if rewards[-1] is None or math.isnan(rewards[-1]):
         return rewards[-1]
@@ -101,7 +101,7 @@ def _reward_ratio(past: Sequence[Row], row: Row, config: HealthConfig) -> float 
 
 
 def _value(row: Row, metric: str) -> float | None:
-    """None if it was not measured, nan if it is not finite."""
+    """Return a metric; None if it was not measured, nan if it is not finite."""
     if metric not in row:
         return None
     value = row[metric]
@@ -109,97 +109,97 @@ def _value(row: Row, metric: str) -> float | None:
 
 
 _LOWER_RATE = "a lower actor.optim.lr"
-WATCHES = (
-    Watch(
+RULES = (
+    HealthRule(
         "entropy_min", "rollout/entropy", _latest("rollout/entropy"),
         f"{_LOWER_RATE}, algorithm.entropy_bonus, a larger algorithm.clip_ratio_high",
         once_kept=True,
     ),
-    Watch(
+    HealthRule(
         "entropy_max", "rollout/entropy", _latest("rollout/entropy"),
         f"{_LOWER_RATE}, no algorithm.entropy_bonus, a larger algorithm.kl_beta",
         once_kept=True,
     ),
-    Watch(
+    HealthRule(
         "length_ratio_max", "rollout/policy_tokens divided by its running median", _to_median("rollout/policy_tokens"),
         f"{_LOWER_RATE}, algorithm.loss_agg_func=token-mean, a smaller agentloop.max_new_tokens_per_turn",
     ),
-    Watch(
+    HealthRule(
         "length_ratio_min", "rollout/policy_tokens divided by its running median", _to_median("rollout/policy_tokens"),
         f"{_LOWER_RATE}, a larger algorithm.kl_beta",
     ),
-    Watch(
+    HealthRule(
         "truncated_max", "rollout/truncated", _latest("rollout/truncated"),
         f"{_LOWER_RATE}, a larger runner.seq_length if the answers are good",
         once_kept=True,
     ),
-    Watch(
+    HealthRule(
         "invalid_max", "rollout/invalid_rate", _latest("rollout/invalid_rate"),
         f"{_LOWER_RATE}, a larger algorithm.kl_beta; look at the trajectories for what the policy writes instead",
         once_kept=True,
     ),
-    Watch(
+    HealthRule(
         "mismatch_kl_max", "mismatch/kl_k3", _latest("mismatch/kl_k3"),
         "the same precision in actor.model and rollout.model, rollout.validate_weight_first_sync=True, "
         "algorithm.recompute_logprobs=True",
     ),
-    Watch(
+    HealthRule(
         "effective_sample_size_min", "mismatch/effective_sample_size", _latest("mismatch/effective_sample_size"),
         "the same precision in actor.model and rollout.model, rollout.validate_weight_first_sync=True",
     ),
-    Watch(
+    HealthRule(
         "grad_norm_ratio_max", "actor/grad_norm divided by its running median", _grad_ratio,
         f"{_LOWER_RATE}, a smaller actor.optim.clip_grad, a larger data.rollout_batch_size",
     ),
-    Watch(
+    HealthRule(
         "skipped_max", "actor/skipped_updates as a share of the step's updates", _skipped_share,
         f"actor.model.precision=bf16 or fp32, {_LOWER_RATE}",
     ),
-    Watch(
+    HealthRule(
         "uniform_groups_max", "rollout/uniform_groups", _latest("rollout/uniform_groups"),
         "a larger algorithm.group_size, questions that are neither all solved nor all failed",
         once_kept=True,
     ),
-    Watch(
+    HealthRule(
         "reward_ratio_min", f"reward/mean over {REWARD_STEPS} steps divided by the best such mean", _reward_ratio,
         f"{_LOWER_RATE}, a larger algorithm.kl_beta",
     ),
 )  # fmt: skip
 
 
-WATCHED = (
+RULE_METRICS = (
     "rollout/entropy", "rollout/policy_tokens", "rollout/truncated", "rollout/invalid_rate", "rollout/uniform_groups",
     "mismatch/kl_k3", "mismatch/effective_sample_size", "actor/grad_norm", "reward/mean",
 )  # fmt: skip
-"""The metrics of earlier steps that `WATCHES` look at."""
+"""The metrics of earlier steps that `RULES` look at."""
 
 
-def examine(past: Sequence[Row], row: Row, config: HealthConfig) -> list[Finding]:
-    """What is wrong with a step.
+def examine(past: Sequence[Row], row: Row, config: HealthConfig) -> list[Violation]:
+    """Return the rules that a step breaks.
 
     Args:
         past: the healthy steps before it, oldest first; an unhealthy one must not become what is usual.
         row: the step.
         config: the limits; one that is None is off.
     """
-    found = []
-    for watch in WATCHES:
-        limit: float | None = getattr(config, watch.key)
-        value = watch.measure(past, row, config) if limit is not None else None
-        if limit is None or value is None or _keeps(watch, value, limit):
+    violations = []
+    for rule in RULES:
+        limit: float | None = getattr(config, rule.key)
+        value = rule.measure(past, row, config) if limit is not None else None
+        if limit is None or value is None or _keeps(rule, value, limit):
             continue
-        if math.isnan(value) or not watch.once_kept or _has_kept(watch, past, limit, config):
-            found.append(Finding(watch, value, limit))
-    return found
+        if math.isnan(value) or not rule.once_kept or _has_kept(rule, past, limit, config):
+            violations.append(Violation(rule, value, limit))
+    return violations
 
 
-def _keeps(watch: Watch, value: float, limit: float) -> bool:
-    return value >= limit if watch.key.endswith("_min") else value <= limit
+def _keeps(rule: HealthRule, value: float, limit: float) -> bool:
+    return value >= limit if rule.key.endswith("_min") else value <= limit
 
 
-def _has_kept(watch: Watch, past: Sequence[Row], limit: float, config: HealthConfig) -> bool:
-    values = (watch.measure((), row, config) for row in past)
-    return any(value is not None and _keeps(watch, value, limit) for value in values)
+def _has_kept(rule: HealthRule, past: Sequence[Row], limit: float, config: HealthConfig) -> bool:
+    values = (rule.measure((), row, config) for row in past)
+    return any(value is not None and _keeps(rule, value, limit) for value in values)
 
 
 logger = logging.getLogger(__name__)
@@ -225,7 +225,7 @@ class Health:
 
     @classmethod
     def open(cls, config: Config, folder: Path, resumed_from: Path | None, step: int) -> Health:
-        """Of a run in `folder` that goes on after `step`, from a checkpoint of its own or of another run."""
+        """Read the record of a run in `folder` that goes on after `step`, from a checkpoint of its own or of another run."""
         metrics = (resumed_from.resolve().parents[1] if resumed_from else folder) / METRICS_FILE
         rows = read_metrics(metrics) if resumed_from and metrics.is_file() else []
         return cls(config, folder / "checkpoints", [row for row in rows if row["step"] <= step and "reward/mean" in row])
@@ -236,37 +236,37 @@ class Health:
         Raises:
             UserError: it was one too many; names the checkpoint to go on from.
         """
-        findings = self._record(step, metrics)
-        for finding in findings:
-            logger.warning("step %d is unhealthy (%d in a row): %s", step, len(self._streak), finding)
+        violations = self._record(step, metrics)
+        for violation in violations:
+            logger.warning("step %d is unhealthy (%d in a row): %s", step, len(self._streak), violation)
         if len(self._streak) >= self._limits.patience and not self._limits.warn_only:
-            raise UserError(self._farewell(findings))
+            raise UserError(self._stop_message(violations))
 
     def allows_saving(self, step: int) -> bool:
-        """Whether a checkpoint that is due may be written: `runner.resume_dir=auto` must not find an unhealthy one."""
+        """Return whether a due checkpoint may be written: `runner.resume_dir=auto` must not take an unhealthy one."""
         if self._streak and not self._limits.save_unhealthy:
             logger.warning("step %d is unhealthy: its checkpoint is left out (runner.health.save_unhealthy=True)", step)
             return False
         return True
 
-    def _record(self, step: int, row: Row) -> list[Finding]:
-        findings = examine(self._past, row, self._limits)
-        if findings:
+    def _record(self, step: int, row: Row) -> list[Violation]:
+        violations = examine(self._past, row, self._limits)
+        if violations:
             self._streak.append(step)
         else:
             self._streak.clear()
-            self._past.append({name: row[name] for name in WATCHED if name in row})
-        return findings
+            self._past.append({name: row[name] for name in RULE_METRICS if name in row})
+        return violations
 
-    def _farewell(self, findings: Sequence[Finding]) -> str:
+    def _stop_message(self, violations: Sequence[Violation]) -> str:
         first, last = self._streak[0], self._streak[-1]
         return "\n".join(
             [
                 f"runner.health: stopped, because steps {first} to {last} were unhealthy:",
-                *(f"  {finding}" for finding in findings),
+                *(f"  {violation}" for violation in violations),
                 *self._put_aside(first),
                 *self._how_to_go_on(first),
-                "runner.health.warn_only=True goes on regardless; docs/guides/health.md tells what each limit means.",
+                "runner.health.warn_only=True goes on regardless; docs/guides/health.md explains each limit.",
             ]
         )
 
@@ -284,7 +284,7 @@ class Health:
     def _how_to_go_on(self, first: int) -> list[str]:
         rate = self._config.actor.optim.lr / 2
         overrides = f"actor.optim.lr={rate:g}"
-        if self._config.actor.lr_sched.max_lr is not None:  # must say the same
+        if self._config.actor.lr_sched.max_lr is not None:  # must be the same
             overrides += f" actor.lr_sched.max_lr={rate:g}"
         good = [step for step in checkpoint_steps(self._checkpoints) if step < first - 1]
         if not good:

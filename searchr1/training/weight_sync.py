@@ -18,7 +18,7 @@ class Limits:
 
     mean: float
     tail: float
-    """Of the token that a share `tail_at` of all tokens stays below."""
+    """The difference that a share `tail_at` of all tokens stays below."""
     tail_at: float = 0.99
 
 

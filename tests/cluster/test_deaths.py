@@ -195,7 +195,7 @@ def test_what_only_ray_noticed_is_the_same_sentence(tmp_path):
     assert channel.startswith("the channel between the groups (process 8506 ")
     other = str(deaths.death_by_ray("The actor is temporarily\nunavailable.", tmp_path))
     assert other.startswith("a worker process has died ")
-    assert other.endswith("; Ray says: The actor is temporarily unavailable.")
+    assert other.endswith("; Ray reports: The actor is temporarily unavailable.")
 
 
 RAY_KILLED = """1 worker(s) were killed due to the node running low on memory. Memory on the node was 2.25GB used

@@ -22,7 +22,7 @@ from searchr1.errors import UserError
 from searchr1.preflight.check import check_config
 from searchr1.tracking.loggers import read_metrics
 from searchr1.tracking.metrics import step_metrics
-from searchr1.training.health import WATCHES, Health, examine
+from searchr1.training.health import RULES, Health, examine
 
 ROOT = Path(__file__).resolve().parents[2]
 USUAL = {
@@ -55,8 +55,8 @@ BROKEN = {
 """What breaks one limit and no other. The reward's needs several steps and has a test of its own."""
 
 
-def keys(findings):
-    return {finding.watch.key for finding in findings}
+def keys(violations):
+    return {violation.rule.key for violation in violations}
 
 
 def config(**health):
@@ -78,18 +78,18 @@ def run(health, rows, first=1):
 
 def test_every_limit_has_a_watch():
     limits = {field.name for field in fields(HealthConfig) if field.name.endswith(("_min", "_max"))}
-    assert limits == {watch.key for watch in WATCHES} == {*BROKEN, "reward_ratio_min"}
+    assert limits == {rule.key for rule in RULES} == {*BROKEN, "reward_ratio_min"}
 
 
 @pytest.mark.parametrize("key", BROKEN)
-def test_a_broken_limit_is_found_alone_and_told(key):
+def test_a_broken_limit_is_reported_alone(key):
     past = [USUAL] * 8
     assert examine(past, USUAL, HealthConfig()) == []
-    [finding] = examine(past, USUAL | BROKEN[key], HealthConfig())
-    assert finding.watch.key == key
+    [violation] = examine(past, USUAL | BROKEN[key], HealthConfig())
+    assert violation.rule.key == key
     limit = getattr(HealthConfig(), key)
     metric = "actor/skipped_updates" if key == "skipped_max" else next(iter(BROKEN[key]))
-    assert re.match(rf"{metric}\b.* is [\d.e+]+, (above|below) runner\.health\.{key}={limit:g}; helps: ", str(finding))
+    assert re.match(rf"{metric}\b.* is [\d.e+]+, (above|below) runner\.health\.{key}={limit:g}; helps: ", str(violation))
     assert examine(past, USUAL | BROKEN[key], HealthConfig(**{key: None})) == []
 
 
@@ -97,9 +97,9 @@ def test_a_broken_limit_is_found_alone_and_told(key):
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 @pytest.mark.parametrize("past", [[], [USUAL] * 8])
 def test_a_number_that_is_not_finite_is_unhealthy_from_the_first_step_on(metric, value, past):
-    findings = examine(past, USUAL | {metric: value}, HealthConfig())
-    assert findings
-    assert all("no finite number" in str(finding) and metric in str(finding) for finding in findings)
+    violations = examine(past, USUAL | {metric: value}, HealthConfig())
+    assert violations
+    assert all("no finite number" in str(violation) and metric in str(violation) for violation in violations)
 
 
 def test_metrics_that_were_not_measured_are_not_missed():
@@ -130,9 +130,9 @@ def test_the_reward_is_compared_with_its_best_five_steps():
     # The last five are 0.8, 0.8, 0.0, 0.0 and the step's; their mean over 0.8 against the limit 0.4.
     past = [USUAL | {"reward/mean": reward} for reward in rewards[:-1]]
     assert examine(past, USUAL | {"reward/mean": 0.01}, HealthConfig()) == []
-    [finding] = examine([*past, USUAL | {"reward/mean": 0.0}], USUAL | {"reward/mean": 0.0}, HealthConfig())
-    assert finding.watch.key == "reward_ratio_min"
-    assert finding.value == pytest.approx(0.2)
+    [violation] = examine([*past, USUAL | {"reward/mean": 0.0}], USUAL | {"reward/mean": 0.0}, HealthConfig())
+    assert violation.rule.key == "reward_ratio_min"
+    assert violation.value == pytest.approx(0.2)
 
 
 def test_rewards_that_were_never_above_zero_have_no_best():
@@ -214,7 +214,7 @@ def checkpoints(tmp_path, *steps):
     return tmp_path / "checkpoints"
 
 
-def test_the_farewell_names_the_checkpoint_and_the_overrides(tmp_path):
+def test_the_stop_message_names_the_checkpoint_and_the_overrides(tmp_path):
     root = checkpoints(tmp_path, 2, 4, 6)
     made = config(patience=3)
     made.actor.lr_sched.max_lr = 1e-5
@@ -226,7 +226,7 @@ def test_the_farewell_names_the_checkpoint_and_the_overrides(tmp_path):
     assert checkpoint_steps(root) == [2, 4, 6]
 
 
-def test_overrides_of_the_farewell_are_a_valid_configuration(tmp_path, monkeypatch):
+def test_overrides_of_the_stop_message_are_a_valid_configuration(tmp_path, monkeypatch):
     monkeypatch.setenv("SEARCHR1_DEMO_DIR", str(tmp_path))
     path = ROOT / "examples/searchr1/config/tiny-cpu.yaml"
     made = load_config(path, ["runner.health.patience=1"])
@@ -263,7 +263,7 @@ def test_unhealthy_checkpoints_that_were_asked_for_are_not_called_good(tmp_path)
     assert f"runner.resume_dir={root / 'global_step_2'} " in message
 
 
-def test_without_a_good_checkpoint_the_farewell_says_start_again(tmp_path):
+def test_without_a_good_checkpoint_the_stop_message_says_start_again(tmp_path):
     _, message = run(Health(config(patience=1), tmp_path / "none"), [USUAL | BROKEN["mismatch_kl_max"]])
     assert "There is no checkpoint from before that" in message
     assert "runner.overwrite=True actor.optim.lr=5e-06" in message
@@ -300,7 +300,7 @@ def test_limits_that_cannot_be_meant_are_refused(key, value):
 
 
 def test_every_limit_can_be_turned_off():
-    off = {watch.key: None for watch in WATCHES}
+    off = {rule.key: None for rule in RULES}
     assert not [problem for problem in check_config(config(**off), False) if problem.key.startswith("runner.health")]
     for change in BROKEN.values():
         assert examine([USUAL] * 8, USUAL | change, HealthConfig(**off)) == []
