@@ -33,7 +33,7 @@ class Segment:
 
 
 def segments_of(row: Row, tokenizer: Any) -> list[Segment]:
-    """A row in any of the shapes.
+    """Read a row in any of the shapes.
 
     Raises:
         UserError: none of them, several of them, or nothing to train on.
@@ -76,7 +76,7 @@ def _marked_segments(row: Row, tokenizer: Any) -> list[Segment]:
 
 
 def _chat_segments(row: Row, tokenizer: Any) -> list[Segment]:
-    """The rendered conversation, cut where an assistant's message begins and ends."""
+    """Render the conversation, cut where an assistant's message begins and ends."""
     if not has_chat_template(tokenizer):
         raise UserError("the tokenizer has no chat template; use prompt and response, or segments")
     column = "messages" if row.get("messages") is not None else "conversations"
@@ -104,7 +104,7 @@ def _chat_segments(row: Row, tokenizer: Any) -> list[Segment]:
 
 
 def _weight(message: Message, name: str) -> bool:
-    """Whether an assistant's message is trained on: OpenAI's `weight` of 0 leaves it out."""
+    """Return whether an assistant's message is trained on: OpenAI's `weight` of 0 leaves it out."""
     weight = message.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
         raise UserError(f"{name}.weight: is {shown(weight)}; expected 0 or 1")
@@ -127,7 +127,7 @@ READERS: dict[str, Callable[[Row, Any], list[Segment]]] = {
 
 
 def load_rows(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> tuple[list[Trajectory], int]:
-    """Tokenized rows, and how many were left out because they are longer than `max_length`.
+    """Return tokenized rows, and how many were left out because they are longer than `max_length`.
 
     Args:
         paths: files, or data sets of the hub.
@@ -172,7 +172,7 @@ def load_rows(paths: Sequence[str | Path], tokenizer: Any, max_length: int) -> t
 
 
 def batches(rows: Sequence[Trajectory], tokens: int, seed: int) -> Iterator[list[Trajectory]]:
-    """At least `tokens` tokens each, in a new order every epoch, without end; a batch may reach into the next epoch."""
+    """Yield batches of at least `tokens` tokens, without end, each epoch in a new order; a batch may span two epochs."""
     batch: list[Trajectory] = []
     size = 0
     for epoch in itertools.count():
@@ -212,12 +212,12 @@ def rows_settings(rows: Sequence[Trajectory], tokenizer: Any, before: ModelSetti
 
 
 def _frames(tokenizer: Any, before: ModelSettings) -> list[tuple[str, bool, str, str]]:
-    """Every template, plain and as a chat message, with what stands before and after its question."""
+    """Return every template, plain and as a chat message, with what stands before and after its question."""
     own = before.values.get(TEMPLATE) if before.text is not None else None
     texts = {name: fill_template(name, _QUESTION) for name, text in TEMPLATES.items() if text and not wants_passages(name)}
     if own is not None and before.text is not None and "{passages}" not in before.text:
         texts[own] = before.text.replace("{question}", _QUESTION)
-    found = []
+    frames = []
     for chat in (False, True):
         for name, text in texts.items():
             try:
@@ -226,8 +226,8 @@ def _frames(tokenizer: Any, before: ModelSettings) -> list[tuple[str, bool, str,
                 continue
             head, mark, tail = rendered.rpartition(_QUESTION)
             if mark:
-                found.append((name, chat, head, tail))
-    return found
+                frames.append((name, chat, head, tail))
+    return frames
 
 
 def _fits(prompt: str, head: str, tail: str) -> bool:
@@ -235,7 +235,7 @@ def _fits(prompt: str, head: str, tail: str) -> bool:
 
 
 def _prompt(row: Trajectory, tokenizer: Any) -> str:
-    """What a row's model reads before it writes."""
+    """Return what the model reads of a row before it writes."""
     length = int(row.loss_mask.argmax())
     ids = [*row.sample.prompt_ids, *map(int, row.response_ids[:length])]
     return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -1,4 +1,4 @@
-"""What all tests of the actor share."""
+"""Fixtures of the learner's tests."""
 
 from __future__ import annotations
 

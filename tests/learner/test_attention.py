@@ -130,7 +130,7 @@ def test_scaling_is_passed_on() -> None:
     torch.testing.assert_close(found, expected)
 
 
-def test_a_call_without_borders_is_refused() -> None:
+def test_a_call_without_borders_is_rejected() -> None:
     with pytest.raises(UserError, match="no sequence borders"):
         make_model()(input_ids=random_ids()[None])
 
@@ -145,14 +145,14 @@ def test_a_call_without_borders_is_refused() -> None:
         ({"sliding_window": 5}, "sliding_window=5"),
     ],
 )
-def test_what_it_cannot_do_is_refused(arguments: dict[str, object], named: str) -> None:
+def test_what_it_cannot_do_is_rejected(arguments: dict[str, object], named: str) -> None:
     query, key, value = torch.randn(3, 1, 4, 6, 8).unbind()
     call: dict[str, object] = {"attention_mask": None, "packed_borders": Borders((6,)), "sliding_window": 6, **arguments}
     with pytest.raises(UserError, match=named):
         packed_attention(torch.nn.Module(), query, key, value, **call)  # type: ignore[arg-type]
 
 
-def test_borders_that_do_not_fit_are_refused() -> None:
+def test_borders_that_do_not_fit_are_rejected() -> None:
     query, key, value = torch.randn(3, 1, 4, 6, 8).unbind()
     with pytest.raises(ValueError, match="one packed row of 5 tokens"):
         packed_attention(torch.nn.Module(), query, key, value, None, packed_borders=Borders((3, 2)))

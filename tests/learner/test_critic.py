@@ -113,7 +113,7 @@ def plain_loop(model):
 
 
 def assert_equal(found, expected, steps=3):
-    """Losses, norms, values and weights to 1e-5; every rank knows the same."""
+    """Losses, norms, values and weights to 1e-5; the same on every rank."""
     metrics, weights, last_values = expected
     for rank in found:
         for ours, theirs in zip(rank["metrics"], metrics[-steps:], strict=True):

@@ -291,7 +291,7 @@ def test_stop_while_saving_leaves_the_earlier_checkpoint(model_path, tmp_path):
     assert checkpoint_steps(tmp_path) == [3]
 
 
-def test_full_disk_is_told_and_nothing_is_lost(model_path, tmp_path):
+def test_full_disk_is_reported_and_nothing_is_lost(model_path, tmp_path):
     actor = Policy.start(make_config(model_path), CPU)
     save(actor, tmp_path, 1)
     with pytest.raises(UserError, match="the disk is full"), new_checkpoint(tmp_path, 2):
@@ -314,7 +314,7 @@ def test_exported_model_gives_the_same_logits(model_path, tmp_path):
         assert torch.equal(model.get_parameter(name), tensor), name
     with pytest.raises(UserError, match="not empty"):
         fsdp2hf(checkpoint / "actor", tmp_path / "out")
-    # A config of another model: every tensor that does not fit is refused by name.
+    # A config of another model: every tensor that does not fit is rejected by name.
     other = tmp_path / "other"
     other.mkdir()
     config = json.loads((tmp_path / "out/config.json").read_text()) | {"intermediate_size": 64, "num_hidden_layers": 3}

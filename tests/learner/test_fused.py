@@ -143,7 +143,7 @@ def test_liger_is_taken_where_it_can_be_and_its_absence_is_printed(
     assert ("not fused" in printed) == (device is GPU and asked is None and not expected)
 
 
-def test_compiling_is_refused_where_it_would_do_nothing(monkeypatch):
+def test_compiling_is_rejected_where_it_would_do_nothing(monkeypatch):
     with pytest.raises(UserError, match=r"actor.fsdp.compile: needs a GPU"):
         fused.use_compile([], CPU)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")

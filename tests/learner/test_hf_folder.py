@@ -131,7 +131,7 @@ def test_names_with_and_without_transformer_engine():
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "rope_type 'yarn' is not supported"),
     ],
 )
-def test_models_that_megatron_would_compute_wrongly_are_refused(folder, change, message):
+def test_models_that_megatron_would_compute_wrongly_are_rejected(folder, change, message):
     config = json.loads((folder / "config.json").read_text())
     config.pop("rope_parameters", None)
     (folder / "config.json").write_text(json.dumps(config | change))
@@ -139,7 +139,7 @@ def test_models_that_megatron_would_compute_wrongly_are_refused(folder, change, 
         rotary_frequencies(read_megatron_shape(folder)[1])
 
 
-def test_layouts_that_do_not_fit_are_refused():
+def test_layouts_that_do_not_fit_are_rejected():
     arch = ModelShape("qwen2", 2048, 11008, 36, 16, 2, 151936, True)
     arch.check_layout(2, 4)
     for sizes, message in (((4, 1), "num_key_value_heads = 2"), ((1, 5), "num_hidden_layers = 36")):

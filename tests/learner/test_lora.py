@@ -263,7 +263,7 @@ def test_exports_equal_the_policy(tmp_path, tied):
     assert all(torch.equal(own[f"base_model.model.{name}"], tensor) for name, tensor in adapters(policy).items())
 
 
-def test_exports_that_cannot_be_are_refused(base, tmp_path):
+def test_exports_that_cannot_be_are_rejected(base, tmp_path):
     gone = shutil.copytree(base, tmp_path / "gone")
     folder = save(Policy.start(make_config(str(gone)), CPU), tmp_path / "run", 1)
     moved = gone.rename(tmp_path / "moved")
@@ -297,7 +297,7 @@ def test_two_processes_equal_one(base, tmp_path):
     assert all(torch.equal(tensor, two[0]["weights"][name]) for name, tensor in weights(policy, torch.float32).items())
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(base, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_rejected(base, tmp_path):
     policy = Policy.start(make_config(base), CPU, ranks.STEPS)
     folder = save(policy, tmp_path / "lora", 1)
     record = LoraRecord.read(folder)
@@ -371,7 +371,7 @@ def test_an_untied_output_layer_can_have_one(tmp_path):
         ({"weight_update": "adapter", "rank": 1024}, "fsdp", "actor.lora.weight_update"),
     ],
 )
-def test_settings_that_cannot_work_are_refused(base, changes, backend, key):
+def test_settings_that_cannot_work_are_rejected(base, changes, backend, key):
     config = make_config(base, **changes)
     config.actor.training_backend = backend
     assert key in [problem.key for problem in check_config(config, for_training=True)]

@@ -190,7 +190,7 @@ def test_corrected_losses_are_the_same_in_every_layout(more, oracles, recompute)
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2", "fsdp2"])
 def test_no_micro_batch_makes_the_host_wait_for_a_gpu(more, layout):
-    """Kernels are launched ahead only as long as nobody reads a result back."""
+    """Kernels are launched ahead only as long as no result is read back."""
     for rank in more[f"reads-{layout}"]:
         # Megatron compares states of the host's random generator, which are never on a GPU.
         assert [place for place in rank["host_reads"] if "megatron/core/tensor_parallel/random.py" not in place] == []
@@ -239,7 +239,7 @@ def test_ranks_take_the_sums_of_what_they_write_in_the_background(more, name, wr
 
 
 @pytest.mark.parametrize("name", ["", "-background", "-fsdp", "-fsdp-background"])
-def test_a_full_disk_is_told_without_a_traceback(more, name):
+def test_a_full_disk_is_reported_without_a_traceback(more, name):
     messages = more[f"full-disk{name}"]
     assert any("the disk is full; earlier checkpoints are untouched" in message for message in messages), messages
     assert all(len(message.splitlines()) == 1 for message in messages)
@@ -286,7 +286,7 @@ def damage(root, checkpoint, kind):
     return str(folder / "actor")
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(more, models, tmp_path):
+def test_a_damaged_checkpoint_is_rejected_by_name(more, models, tmp_path):
     jobs = []
     for kind in DAMAGES:
         model = models["qwen3" if kind == "other-model" else "qwen2", True]

@@ -53,8 +53,7 @@ def rank_main(model: str, out: Path) -> None:
         policy = Policy.start(policy_ranks.make_config(model, job), Device.detect("cpu"), policy_ranks.STEPS)
         rank = torch.distributed.get_rank()
         trajectories, advantages = random_trajectories(0)
-        replicas = policy.backend.layout.data_parallel
-        share = slice(policy.dp_rank, None, replicas)
+        share = slice(policy.dp_rank, None, policy.backend.layout.data_parallel)
         part, wanted = trajectories[share], advantages[share]
         wild = [1e38 if policy.dp_rank == 0 else 0.0] * len(part)
         before = weights(policy)

@@ -131,7 +131,7 @@ def test_what_is_packed_comes_back(shapes: list[tuple[int, int]], limit: int) ->
     assert denominators.sequences == sum(trajectory.loss_mask.any() for trajectory in trajectories)
 
 
-def test_filler_batches_belong_to_nobody() -> None:
+def test_filler_batches_have_no_trajectory() -> None:
     batches = pack([make_trajectory(0, 4, 4)], 100, at_least=3)
     fillers = [batch for batch in batches if not batch.sequences]
     assert len(batches) == 3
@@ -155,7 +155,7 @@ def test_policy_values_scatter_and_carry_gradients() -> None:
     torch.testing.assert_close(values_P.grad, 2 * values_P.detach())
 
 
-def test_inconsistent_input_is_refused() -> None:
+def test_inconsistent_input_is_rejected() -> None:
     first, second = make_trajectory(0, 3, 4), make_trajectory(1, 3, 4, with_ref=False)
     with pytest.raises(ValueError, match="1 of 2 trajectories"):
         pack([first, second], 100)

@@ -54,7 +54,7 @@ def test_going_on_with_the_same_rate_changes_nothing():
     assert advance(*resumed) == pytest.approx(advance(*whole))
 
 
-def test_a_checkpoint_of_the_other_backend_is_told(tmp_path):
+def test_a_checkpoint_of_the_other_backend_is_named(tmp_path):
     (tmp_path / "critic").mkdir()
     (tmp_path / "critic/metadata.json").write_text("{}")
     (tmp_path / "sizes.json").write_text('{"critic/metadata.json": 2}')

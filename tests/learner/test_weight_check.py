@@ -1,4 +1,4 @@
-"""Model folders whose files do not fit their config.json: refused by name, by every reader alike."""
+"""Model folders whose files do not fit their config.json: rejected by name, by every reader alike."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
 def make(models: dict[bool, Path], tmp_path: Path) -> Callable[..., Path]:
     """A copy of the tied or untied model with other tensors or another configuration."""
 
-    def changed(tied: bool, change: Callable[[Weights], Weights] = lambda found: found, **config: object) -> Path:
+    def changed(tied: bool, change: Callable[[Weights], Weights] = lambda weights: weights, **config: object) -> Path:
         folder = tmp_path / f"model-{len(list(tmp_path.iterdir()))}"
         shutil.copytree(models[tied], folder)
         weights = change(load_file(folder / "model.safetensors"))
@@ -56,14 +56,14 @@ def without(name: str) -> Callable[[Weights], Weights]:
 
 
 def put(name: str, tensor: torch.Tensor) -> Callable[[Weights], Weights]:
-    return lambda found: found | {name: tensor}
+    return lambda weights: weights | {name: tensor}
 
 
 def renamed(change: Callable[[str], str]) -> Callable[[Weights], Weights]:
     return lambda found: {change(name): tensor for name, tensor in found.items()}
 
 
-def refused(message: str, action: Callable[..., object], *args: object) -> None:
+def assert_rejected(message: str, action: Callable[..., object], *args: object) -> None:
     with pytest.raises(UserError, match=message):
         action(*args)
 
@@ -76,18 +76,18 @@ PREFIXES = ("_orig_mod.", "module.", "model.", "base_model.model.", "_fsdp_wrapp
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("tied", [True, False])
-def test_names_under_a_prefix_are_refused_and_the_prefix_is_named(make, tied, prefix):
+def test_names_under_a_prefix_are_rejected_and_the_prefix_is_named(make, tied, prefix):
     folder = make(tied, renamed(lambda name: prefix + name))
-    refused(
+    assert_rejected(
         rf"missing \S+.*and \d+ more; unexpected {prefix}.*The names in the files begin with {prefix}",
         check_model_folder,
         folder,
     )
 
 
-def test_names_of_a_bare_decoder_are_refused(make):
+def test_names_of_a_bare_decoder_are_rejected(make):
     folder = make(True, renamed(lambda name: name.removeprefix("model.")))
-    refused("The names in the files lack model.: the bare decoder was saved", check_model_folder, folder)
+    assert_rejected("The names in the files lack model.: the bare decoder was saved", check_model_folder, folder)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_names_of_a_bare_decoder_are_refused(make):
         (without(NORM), "missing model.norm.weight. A file was not copied"),
         (put(NORM, torch.zeros(32)), r"model.norm.weight is \(32,\) instead of \(64,\)"),
         (put(UP, torch.zeros(64, 96)), r"up_proj.weight is \(64, 96\) instead of \(96, 64\)"),
-        (lambda found: found | dict.fromkeys((EMBEDDING, HEAD), torch.zeros(320, 64)), "Set vocab_size in config.json"),
+        (lambda weights: weights | dict.fromkeys((EMBEDDING, HEAD), torch.zeros(320, 64)), "Set vocab_size in config.json"),
         (put("score.weight", torch.zeros(1, 64)), "unexpected score.weight. A reward model or critic"),
         (put("v_head.summary.weight", torch.zeros(1, 64)), "unexpected v_head.summary.weight"),
         (put(UP.replace("weight", "lora_A.default.weight"), torch.zeros(2, 64)), "These are LoRA adapters"),
@@ -107,18 +107,22 @@ def test_names_of_a_bare_decoder_are_refused(make):
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named_with_its_likely_cause(make, change, message):
-    refused(message, check_model_folder, make(False, change))
+    assert_rejected(message, check_model_folder, make(False, change))
 
 
 def test_another_architecture_is_named(make):
-    refused("missing .*q_norm.weight.*config.json and the files are of different models", check_model_folder,
+    assert_rejected("missing .*q_norm.weight.*config.json and the files are of different models", check_model_folder,
             make(True, model_type="qwen3", architectures=["Qwen3ForCausalLM"]))  # fmt: skip
-    refused("no usable config.json", check_model_folder, make(True, model_type="nonsense"))
-    refused(r"quantization_config; train the unquantized", check_model_folder, make(True, quantization_config={"bits": 8}))
+    assert_rejected("no usable config.json", check_model_folder, make(True, model_type="nonsense"))
+    assert_rejected(
+        r"quantization_config; train the unquantized", check_model_folder, make(True, quantization_config={"bits": 8})
+    )
 
 
 def test_legitimate_extras_pass(make):
-    check_model_folder(make(False, lambda found: found | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    check_model_folder(
+        make(False, lambda weights: weights | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    )
     check_model_folder("Qwen/not-a-folder")  # a hub name, which is checked when it is loaded
 
 
@@ -126,18 +130,18 @@ def test_legitimate_extras_pass(make):
 
 
 def test_tied_and_untied_variants(make):
-    copy = make(True, lambda found: found | {HEAD: found[EMBEDDING].clone()})
+    copy = make(True, lambda weights: weights | {HEAD: weights[EMBEDDING].clone()})
     check_model_folder(copy)
-    other = make(True, lambda found: found | {HEAD: found[EMBEDDING] + 1e-3})
+    other = make(True, lambda weights: weights | {HEAD: weights[EMBEDDING] + 1e-3})
     message = "tie_word_embeddings: true, but lm_head.weight differs from model.embed_tokens.weight"
-    refused(message, check_model_folder, other)
-    refused("missing model.embed_tokens.weight", check_model_folder,
-            make(True, lambda found: {HEAD: found[EMBEDDING]} | without(EMBEDDING)(found)))  # fmt: skip
-    refused("missing lm_head.weight", check_model_folder, make(True, tie_word_embeddings=False))
+    assert_rejected(message, check_model_folder, other)
+    assert_rejected("missing model.embed_tokens.weight", check_model_folder,
+            make(True, lambda weights: {HEAD: weights[EMBEDDING]} | without(EMBEDDING)(weights)))  # fmt: skip
+    assert_rejected("missing lm_head.weight", check_model_folder, make(True, tie_word_embeddings=False))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama", "gemma"])
-def test_where_the_configuration_says_nothing_the_familys_default_counts(family, tmp_path):
+def test_a_familys_default_counts_where_the_configuration_is_silent(family, tmp_path):
     """Gemma is tied by default, Qwen2 and Llama are not (transformers' configuration classes)."""
     from transformers import AutoConfig
 
@@ -152,7 +156,9 @@ def test_where_the_configuration_says_nothing_the_familys_default_counts(family,
         if tied == default:
             check_model_folder(folder)
         else:
-            refused("missing lm_head" if tied else "tie_word_embeddings: true, but lm_head", check_model_folder, folder)
+            assert_rejected(
+                "missing lm_head" if tied else "tie_word_embeddings: true, but lm_head", check_model_folder, folder
+            )
 
 
 # Files
@@ -161,7 +167,7 @@ def test_where_the_configuration_says_nothing_the_familys_default_counts(family,
 def test_damaged_missing_and_contradicting_files_are_named(make):
     folder = make(False)
     os.truncate(folder / "model.safetensors", 5000)
-    refused("model.safetensors is damaged or cut short", check_model_folder, folder)
+    assert_rejected("model.safetensors is damaged or cut short", check_model_folder, folder)
 
     def sharded(change: Callable[[dict[str, str], Path], None]) -> Path:
         folder = make(False)
@@ -177,30 +183,32 @@ def test_damaged_missing_and_contradicting_files_are_named(make):
     first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
     check_model_folder(sharded(lambda places, folder: None))
     gone = sharded(lambda places, folder: (folder / second).unlink())
-    refused(rf"{second} is missing; model.safetensors.index.json names it", check_model_folder, gone)
+    assert_rejected(rf"{second} is missing; model.safetensors.index.json names it", check_model_folder, gone)
     swapped = sharded(lambda places, folder: places.update({NORM: first if places[NORM] == second else second}))
-    refused("index.json does not fit its files: model.norm.weight not where it lists them", check_model_folder, swapped)
+    assert_rejected(
+        "index.json does not fit its files: model.norm.weight not where it lists them", check_model_folder, swapped
+    )
 
     def twice(places: dict[str, str], folder: Path) -> None:
         for file in (first, second):
             save_file(load_file(folder / file) | {"model.norm.weight": torch.ones(64)}, folder / file)
 
-    refused(f"model.norm.weight is in both {first} and {second}", check_model_folder, sharded(twice))
+    assert_rejected(f"model.norm.weight is in both {first} and {second}", check_model_folder, sharded(twice))
     outside = sharded(lambda places, folder: places.update({NORM: "../x.safetensors"}))
-    refused("names '../x.safetensors', which is outside", check_model_folder, outside)
+    assert_rejected("names '../x.safetensors', which is outside", check_model_folder, outside)
     stale = sharded(lambda places, folder: shutil.copy(folder / first, folder / "model.safetensors"))
-    refused("has both model.safetensors and model.safetensors.index.json", check_model_folder, stale)
+    assert_rejected("has both model.safetensors and model.safetensors.index.json", check_model_folder, stale)
     beside = make(False)
     shutil.copy(beside / "model.safetensors", beside / "old.safetensors")
-    refused("has old.safetensors beside model.safetensors", check_model_folder, beside)
+    assert_rejected("has old.safetensors beside model.safetensors", check_model_folder, beside)
 
 
 def test_folders_of_adapters_and_without_weights_are_named(make, tmp_path):
     folder = make(True)
     (folder / "model.safetensors").unlink()
-    refused("no model.safetensors and no model.safetensors.index.json", check_model_folder, folder)
+    assert_rejected("no model.safetensors and no model.safetensors.index.json", check_model_folder, folder)
     (folder / "config.json").rename(folder / "adapter_config.json")
-    refused("holds LoRA adapters .* merge them", check_model_folder, folder)
+    assert_rejected("holds LoRA adapters .* merge them", check_model_folder, folder)
 
 
 class Evil:
@@ -222,7 +230,7 @@ def test_pickled_weights_are_read_without_running_what_is_in_them(make, tmp_path
 
     loaded = load_pretrained(AutoModelForCausalLM, str(whole))
     assert torch.equal(loaded.get_output_embeddings().weight, weights[HEAD])
-    refused("missing lm_head.weight", check_model_folder, pickled(without(HEAD)(weights)))
+    assert_rejected("missing lm_head.weight", check_model_folder, pickled(without(HEAD)(weights)))
     tied = pickled(weights | {HEAD: weights[EMBEDDING]})
     (tied / "config.json").write_text(
         json.dumps(json.loads((tied / "config.json").read_text()) | {"tie_word_embeddings": True})
@@ -230,7 +238,7 @@ def test_pickled_weights_are_read_without_running_what_is_in_them(make, tmp_path
     check_model_folder(tied)
     monkeypatch.chdir(tmp_path)
     message = "pytorch_model.bin is damaged, cut short or holds more than tensors"
-    refused(message, check_model_folder, pickled(weights | {"x": Evil()}))
+    assert_rejected(message, check_model_folder, pickled(weights | {"x": Evil()}))
     assert not (tmp_path / "evil").exists()
 
 
@@ -238,7 +246,7 @@ def test_a_tokenizer_larger_than_the_vocabulary(make, caplog):
     folder = make(True)
     tokenizer = {"model": {"vocab": {"a": 0, "b": VOCAB}}, "added_tokens": []}
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    refused(f"has tokens up to {VOCAB}, but config.json says vocab_size={VOCAB}", check_model_folder, folder)
+    assert_rejected(f"has tokens up to {VOCAB}, but config.json says vocab_size={VOCAB}", check_model_folder, folder)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": [{"id": VOCAB, "content": "b"}]}))
     check_model_folder(folder)
     assert "1 added tokens of tokenizer.json have no embedding" in caplog.text
@@ -250,8 +258,8 @@ def test_a_tokenizer_larger_than_the_vocabulary(make, caplog):
 BROKEN = {
     "no output layer": (without(HEAD), "missing lm_head.weight"),
     "a prefix": (renamed(lambda name: "_orig_mod." + name), "begin with _orig_mod"),
-    "another shape": (lambda found: found | {NORM: torch.zeros(32)}, r"is \(32,\) instead of \(64,\)"),
-    "one more": (lambda found: found | {"model.norm.bias": torch.zeros(64)}, "unexpected model.norm.bias"),
+    "another shape": (lambda weights: weights | {NORM: torch.zeros(32)}, r"is \(32,\) instead of \(64,\)"),
+    "one more": (lambda weights: weights | {"model.norm.bias": torch.zeros(64)}, "unexpected model.norm.bias"),
 }
 
 
@@ -306,18 +314,18 @@ def named_by_a_yaml(folder: Path, tmp_path: Path) -> None:
     "read",
     [read_by_transformers, read_by_fsdp, read_by_megatron, read_by_engine, read_by_sft, read_by_converter, named_by_a_yaml],
 )
-def test_every_reader_refuses_alike(make, tmp_path, case, read, monkeypatch):
+def test_every_reader_rejects_alike(make, tmp_path, case, read, monkeypatch):
     change, message = BROKEN[case]
     if read is read_by_sft:
         from searchr1.training import sft
 
         monkeypatch.setattr(sft, "init_process_group", lambda device: None)
         monkeypatch.setattr(sft.dist, "get_rank", lambda: 0)
-    refused(message, read, make(False, change), tmp_path)
+    assert_rejected(message, read, make(False, change), tmp_path)
     assert not (tmp_path / "converted").exists()
 
 
-def test_a_megatron_checkpoint_that_has_more_than_the_model_is_refused(models, tmp_path):
+def test_a_megatron_checkpoint_that_has_more_than_the_model_is_rejected(models, tmp_path):
     """Megatron would leave an untied model's output layer out of a tied one without a word."""
     config = Config()
     config.actor.training_backend = "megatron"
@@ -330,21 +338,21 @@ def test_a_megatron_checkpoint_that_has_more_than_the_model_is_refused(models, t
         assert all("unexpected output_layer.weight" in problem.message for problem in found)
 
 
-def test_two_output_layers_are_refused_at_loading_too(make, tmp_path):
-    folder = make(True, lambda found: found | {HEAD: found[EMBEDDING] + 1})
-    refused("tie_word_embeddings: true, but lm_head.weight differs", read_by_transformers, folder, tmp_path)
+def test_two_output_layers_are_rejected_at_loading_too(make, tmp_path):
+    folder = make(True, lambda weights: weights | {HEAD: weights[EMBEDDING] + 1})
+    assert_rejected("tie_word_embeddings: true, but lm_head.weight differs", read_by_transformers, folder, tmp_path)
 
 
 def test_a_critic_takes_the_decoder_alone(make, caplog):
     """Its head is new: neither the language model's nor another's is used, and another's is mentioned."""
     check_model_folder(make(False, without(HEAD)), decoder_only=True)
-    check_model_folder(make(True, lambda found: found | {HEAD: found[EMBEDDING] + 1}), decoder_only=True)
+    check_model_folder(make(True, lambda weights: weights | {HEAD: weights[EMBEDDING] + 1}), decoder_only=True)
     assert not caplog.text
-    reward_model = make(False, lambda found: without(HEAD)(found) | {"score.weight": torch.zeros(1, 64)})
+    reward_model = make(False, lambda weights: without(HEAD)(weights) | {"score.weight": torch.zeros(1, 64)})
     check_model_folder(reward_model, decoder_only=True)
     assert "score.weight not used: the critic's head is new" in caplog.text
     folder = make(False, without(NORM))
-    refused("missing model.norm.weight", lambda: check_model_folder(folder, decoder_only=True))
+    assert_rejected("missing model.norm.weight", lambda: check_model_folder(folder, decoder_only=True))
 
     from transformers import AutoModel
 
@@ -359,4 +367,4 @@ def test_families_whose_tensors_transformers_fuses_are_checked_too(tmp_path):
     weights = load_file(folder / "model.safetensors")
     assert any("experts.0." in name for name in weights)
     save_file(without(NORM)(weights), folder / "model.safetensors", {"format": "pt"})
-    refused("missing model.norm.weight", check_model_folder, folder)
+    assert_rejected("missing model.norm.weight", check_model_folder, folder)

@@ -111,7 +111,7 @@ def run_critic(job: dict, out: Path) -> None:
     from searchr1.learner.critic import Critic
 
     critic = Critic.start(critic_config(job["model"], job), Device.detect("cpu"), None)
-    replicas = torch.distributed.get_world_size(critic.backend.data_group)
+    dp_size = torch.distributed.get_world_size(critic.backend.data_group)
     rank = torch.distributed.get_rank()
     if "load" in job:
         critic.load(Path(job["load"]))
@@ -119,7 +119,7 @@ def run_critic(job: dict, out: Path) -> None:
     for step in range(*job.get("steps", (0, 3))):
         trajectories, _ = random_trajectories(step)
         returns = critic_returns(trajectories, step)
-        share = list(range(critic.dp_rank, len(trajectories), replicas))
+        share = list(range(critic.dp_rank, len(trajectories), dp_size))
         part = [trajectories[i] for i in share]
         values = critic.values(part)
         if step == job.get("steps", (0, 3))[0]:
@@ -180,8 +180,8 @@ def run_job(job: dict, out: Path) -> None:
     policy = Policy.start(make_config(job["model"], job), Device.detect("cpu"), STEPS)
     rank, backend = torch.distributed.get_rank(), policy.backend
     layout = getattr(backend, "layout", None)
-    replicas = layout.data_parallel if layout else torch.distributed.get_world_size()
-    replica = layout.dp_rank(rank) if layout else rank
+    dp_size = layout.data_parallel if layout else torch.distributed.get_world_size()
+    dp_rank = layout.dp_rank(rank) if layout else rank
     result: dict = {"metrics": []}
     if job.get("offload"):  # on a CPU nobody would; the policy then moves everything out at each step's end
         kinds = ("weight", "grad", "optimizer")
@@ -207,7 +207,7 @@ def run_job(job: dict, out: Path) -> None:
         policy.load(Path(job["load"]))
     for step in range(*job.get("steps", (0, STEPS))):
         trajectories, advantages = random_trajectories(step)
-        share = list(range(replica, len(trajectories), replicas))
+        share = list(range(dp_rank, len(trajectories), dp_size))
         part = [trajectories[i] for i in share], [advantages[i] for i in share]
         if step == 0:
             result["logprobs"] = dict(zip(share, policy.logprobs(part[0]), strict=True))
