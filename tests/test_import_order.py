@@ -10,8 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "searchr1"
 ROOMS = (
-    "base", "algorithms", "config", "checkpoints", "retrieval", "agent", "rewards", "data", "rollout", "tracking", "learner",
-    "preflight", "cluster", "ui", "report", "evaluation", "training", "chat", "demo", "commands", "cli", "__main__",
+    "base", "algorithms", "config", "checkpoints", "ui", "retrieval", "agent", "rewards", "data", "rollout", "tracking",
+    "learner", "preflight", "cluster", "report", "evaluation", "training", "chat", "demo", "commands", "cli", "__main__",
     "searchr1",
 )  # fmt: skip
 """From low to high. A room may import itself and what stands before it; `searchr1` is the package's own face, whose names

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -22,6 +21,7 @@ from searchr1.retrieval.documents import encode_json
 from searchr1.retrieval.searcher import PageSource, SearchFailed
 from searchr1.retrieval.server.metrics import Metrics
 from searchr1.retrieval.server.service import RETRY_AFTER_S, Depth, RetrievalService
+from searchr1.ui.page import Page
 
 MAX_BODY_BYTES = 16 << 20
 OPEN_PATHS = {"/", "/health", "/ready"}
@@ -34,11 +34,7 @@ MAX_URL_CHARACTERS = 4096
 MAX_TOPK = 1000
 MAX_PASSAGES = 1 << 16
 """Queries times topk of one request."""
-PAGE_HTML = Path(__file__).with_name("page.html")
-PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'"
-)
-
+PAGE = Page("retrieval.html", ("base.css", "retrieval.css"), ("dom.js", "retrieval.js"))
 
 Query = Annotated[str, Field(max_length=MAX_QUERY_CHARACTERS)]
 TopK = Annotated[int, Field(ge=0, le=MAX_TOPK)]
@@ -221,8 +217,8 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
-        headers = {"content-security-policy": PAGE_POLICY, "x-content-type-options": "nosniff"}
-        return Response(PAGE_HTML.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+        headers = {"content-security-policy": PAGE.policy(connect=True), "x-content-type-options": "nosniff"}
+        return Response(PAGE.render({}), media_type="text/html; charset=utf-8", headers=headers)
 
     async def answer(body: bytes) -> Response:
         try:

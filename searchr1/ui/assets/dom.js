@@ -64,3 +64,9 @@ function block(kind, note) {
   node.append(head, text);
   return [node, text];
 }
+
+// The line that reports a problem.
+function problem(text) {
+  $("problem").textContent = clean(text || "");
+  $("problem").hidden = !text;
+}

@@ -1,5 +1,3 @@
-// What follows the pointer, and the line that reports a problem.
-
 // The tip that follows the pointer.
 function showTip(lines, x, y) {
   const tip = $("tip");
@@ -11,8 +9,3 @@ function showTip(lines, x, y) {
 }
 
 function hideTip() { $("tip").hidden = true; }
-
-function problem(text) {
-  $("problem").textContent = clean(text || "");
-  $("problem").hidden = !text;
-}
