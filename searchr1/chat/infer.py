@@ -16,10 +16,9 @@ from searchr1.chat.async_chat import AsyncChat
 from searchr1.chat.events import Done, Event, Failed
 from searchr1.chat.plan import Plan
 from searchr1.chat.terminal import Terminal, printable
-from searchr1.data.dataset import read_prompt
 from searchr1.data.golds import column_names
-from searchr1.data.prepare.reading import file_format, read_rows
-from searchr1.data.questions import question_column, question_of_prompt
+from searchr1.data.questions import question_of_row
+from searchr1.data.reading import file_format, read_rows
 from searchr1.errors import UserError
 
 
@@ -64,7 +63,7 @@ def _of_rows(file: Path) -> list[str]:
     questions = []
     for line, row in read_rows(file):
         try:
-            question = question_column(row) or question_of_prompt(read_prompt(row.get("prompt"), "prompt"))
+            question = question_of_row(row)
         except UserError as error:
             raise UserError(f"{file}:{line}: {error}") from error
         if not question:

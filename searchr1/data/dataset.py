@@ -9,18 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.agent.trajectory import Sample
-from searchr1.data.events import Events
 from searchr1.data.golds import column_names, is_missing, no_gold, object_in, read_golds, shown
-from searchr1.data.messages import Message, read_messages
 from searchr1.data.model_settings import template_text
 from searchr1.data.paths import TRAIN, find_files, source_names
-from searchr1.data.prepare.reading import read_rows
 from searchr1.data.prompts import has_chat_template, render_prompt, wants_passages
-from searchr1.data.questions import bare_question, question_column, question_of_prompt
+from searchr1.data.questions import bare_question, question_column, question_of_prompt, read_prompt, require_unicode
+from searchr1.data.reading import Events, read_rows
 from searchr1.errors import UserError
 from searchr1.rewards.registry import require_known
-
-__all__ = ["LoadStats", "LoadedData", "load_dataset_files", "read_prompt", "read_rows", "require_unicode"]
 
 Row = dict[str, Any]
 TOKENIZE_ROWS = 4096
@@ -68,7 +64,7 @@ def load_dataset_files(
     """Read files in RLinf's, Search-R1's, verl's, SkyRL's, FlashRAG's and the like row shapes.
 
     Args:
-        paths: files (see `prepare.reading`) or data sets of the hub (see `paths`), read one after the other.
+        paths: files (see `reading`) or data sets of the hub (see `paths`), read one after the other.
         tokenizer: of the model; its chat template renders prompts that are chat messages.
         max_prompt_length: tokens.
         prompt_key: column of the prompt: a text or chat messages.
@@ -180,24 +176,6 @@ def _sample(row: Row, line: int, file_name: str, tokenizer: Any, columns: _Colum
     return text, sample, notes
 
 
-def read_prompt(value: object, column: str) -> str | list[Message] | None:
-    """A row's prompt: a text, chat messages (also written as JSON text), or None.
-
-    Raises:
-        UserError: neither.
-    """
-    written = object_in(value)
-    if isinstance(written, list) and written and all(isinstance(item, dict) for item in written):
-        value = written
-    if isinstance(value, list):
-        return read_messages(value, column)
-    if is_missing(value) and not isinstance(value, str):
-        return None
-    if not isinstance(value, str):
-        raise UserError(f"{column}: is a {type(value).__name__}; expected a text or a list of chat messages")
-    return value
-
-
 def _text_of(row: Row, column: str) -> str | None:
     value = row.get(column)
     if is_missing(value):
@@ -241,18 +219,6 @@ def _with_own_ids(samples: list[Sample], events: Events) -> list[Sample]:
         taken.add(name)
         unique.append(sample)
     return unique
-
-
-def require_unicode(text: str) -> None:
-    """Refuse half of a surrogate pair, which no tokenizer takes.
-
-    Raises:
-        UserError: the text has one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"half of a surrogate pair at character {error.start} of {text[:40]!r}; repair it") from error
 
 
 def _tokenize(samples: list[Sample], texts: list[str], tokenizer: Any) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from searchr1.data.prepare.reading import SUFFIXES, bare_name, file_format
+from searchr1.data.reading import SUFFIXES, bare_name, file_format
 
 TRAIN, EVALUATION = ("train",), ("test", "validation")
 """The split that a hub id without one means: the first of these that the data set has."""

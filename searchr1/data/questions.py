@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from searchr1.data.golds import is_missing
+from searchr1.data.golds import is_missing, object_in
+from searchr1.data.messages import Message, read_messages
 from searchr1.errors import UserError
 
 QUESTION_KEYS = ("question", "Question", "query")
@@ -59,6 +60,45 @@ def question_of_prompt(prompt: object) -> str | None:
     asked = [message.get("content") for message in prompt if message.get("role") == "user"]
     asked = asked or [message.get("content") for message in prompt[-1:]]
     return bare_question(asked[-1]) if asked and isinstance(asked[-1], str) else None
+
+
+def read_prompt(value: object, column: str) -> str | list[Message] | None:
+    """A row's prompt: a text, chat messages (also written as JSON text), or None.
+
+    Raises:
+        UserError: neither.
+    """
+    written = object_in(value)
+    if isinstance(written, list) and written and all(isinstance(item, dict) for item in written):
+        value = written
+    if isinstance(value, list):
+        return read_messages(value, column)
+    if is_missing(value) and not isinstance(value, str):
+        return None
+    if not isinstance(value, str):
+        raise UserError(f"{column}: is a {type(value).__name__}; expected a text or a list of chat messages")
+    return value
+
+
+def question_of_row(row: dict[str, Any]) -> str | None:
+    """Return what a row of any known shape asks: its own column, else the question in its prompt; None without either.
+
+    Raises:
+        UserError: a question or a prompt of a wrong type.
+    """
+    return question_column(row) or question_of_prompt(read_prompt(row.get("prompt"), "prompt"))
+
+
+def require_unicode(text: str) -> None:
+    """Refuse half of a surrogate pair, which no tokenizer takes.
+
+    Raises:
+        UserError: the text has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"half of a surrogate pair at character {error.start} of {text[:40]!r}; repair it") from error
 
 
 def is_rendered(text: str) -> bool:

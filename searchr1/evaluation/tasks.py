@@ -14,12 +14,13 @@ from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
 from searchr1.config.load import save_config
 from searchr1.config.schema import Config, DataConfig
-from searchr1.data.dataset import TOKENIZE_ROWS, read_prompt, read_rows
+from searchr1.data.dataset import TOKENIZE_ROWS
 from searchr1.data.load import load_data, load_tokenizer
 from searchr1.data.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.data.paths import EVALUATION, find_files, path_problem
 from searchr1.data.prompts import has_chat_template, render_prompt
-from searchr1.data.questions import is_rendered, question_column
+from searchr1.data.questions import is_rendered, question_column, read_prompt
+from searchr1.data.reading import read_rows
 from searchr1.errors import UserError
 from searchr1.evaluation.ledger import Ledger
 from searchr1.evaluation.manifest import manifest

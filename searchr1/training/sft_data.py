@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.data.dataset import read_rows, require_unicode
 from searchr1.data.golds import column_names, object_in, shown
 from searchr1.data.messages import Message, read_messages, require_rendered
 from searchr1.data.model_settings import TEMPLATE, ModelSettings
 from searchr1.data.paths import TRAIN, find_files, source_names
 from searchr1.data.prompts import apply_template, fill_template, has_chat_template, render_prompt, wants_passages
+from searchr1.data.questions import require_unicode
+from searchr1.data.reading import read_rows
 from searchr1.data.templates import TEMPLATES
 from searchr1.errors import UserError
 from searchr1.learner.packing import sequence_length

@@ -100,7 +100,7 @@ async def one_set(request):
 LOAD = """
 import sys
 from searchr1.data.paths import EVALUATION, TRAIN, find_files, source_names
-from searchr1.data.dataset import read_rows
+from searchr1.data.reading import read_rows
 from searchr1.errors import UserError
 for text in sys.argv[2:]:
     try:

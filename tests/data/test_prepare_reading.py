@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from searchr1.data.prepare.reading import read_records
+from searchr1.data.reading import read_records
 from searchr1.errors import UserError
 
 ROWS = [{"id": "a", "question": "Who\nis é?"}, {"id": "b", "question": "When, or where?"}]
@@ -197,7 +197,7 @@ def test_long_lines_are_read_and_endless_ones_refused(tmp_path, monkeypatch):
 
 
 def test_a_packed_list_that_is_a_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("searchr1.data.prepare.reading.USUAL_BYTES", 1 << 20)
+    monkeypatch.setattr("searchr1.data.reading.USUAL_BYTES", 1 << 20)
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"[" + b" " * (20 << 20) + b"]"))
     with pytest.raises(UserError, match=r"x\.json\.gz: holds more than 1 MiB of JSON"):
         list(read_records(tmp_path / "x.json.gz"))
@@ -212,7 +212,7 @@ def test_a_quote_that_is_not_closed_loses_no_row_in_silence(tmp_path, monkeypatc
     assert "a quote that is not closed" in broken.problem
     (tmp_path / "x.csv").write_text('id,question\n1,"a\nb"\n2,5" disk\n3,"say ""x"""')
     assert [record.row["question"] for record in read_records(tmp_path / "x.csv")] == ["a\nb", '5" disk', 'say "x"']
-    monkeypatch.setattr("searchr1.data.prepare.reading.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("searchr1.data.reading.MAX_LINE_BYTES", 1000)
     (tmp_path / "x.csv").write_text(rows + "5,What?\n" * 1000)
     with pytest.raises(UserError, match=r"x\.csv:3: not readable .*is a quote not closed"):
         list(read_records(tmp_path / "x.csv"))

@@ -13,7 +13,7 @@ import time
 import aiohttp
 import pytest
 
-from searchr1.data.dataset import read_rows
+from searchr1.data.reading import read_rows
 from searchr1.demo.demo import COLD_START
 from searchr1.demo.processes import retrieval_server
 

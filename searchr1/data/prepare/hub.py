@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 
-from searchr1.data.prepare.reading import file_format
 from searchr1.data.prepare.sources import REPOSITORY
+from searchr1.data.reading import file_format
 from searchr1.errors import UserError
 
 ANSWER_WITHIN_S = 15

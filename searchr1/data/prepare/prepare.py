@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from searchr1.data.events import Events
 from searchr1.data.prepare.output import write_json, write_rows
 from searchr1.data.prepare.passages import search_passages
-from searchr1.data.prepare.reading import read_records, read_rows
 from searchr1.data.prepare.rows import Question, arrow_schema, check_row, make_row
 from searchr1.data.prepare.sources import Source
 from searchr1.data.prepare.stats import (
@@ -27,6 +25,7 @@ from searchr1.data.prepare.stats import (
     start_stats,
 )
 from searchr1.data.prompts import wants_passages
+from searchr1.data.reading import Events, read_records, read_rows
 from searchr1.errors import UserError
 from searchr1.progress import ProgressBar
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from searchr1.data.dataset import read_prompt, require_unicode
 from searchr1.data.golds import column_names, no_gold, object_in, read_golds
 from searchr1.data.prompts import fill_template, render_prompt, wants_passages
-from searchr1.data.questions import QUESTION_KEYS, question_column, question_of_prompt
+from searchr1.data.questions import QUESTION_KEYS, question_of_row, require_unicode
 from searchr1.errors import UserError
 
 ID_KEYS = ("id", "_id", "question_id", "QuestionId", "qid")
@@ -67,10 +66,7 @@ def check_row(row: dict[str, Any], set_name: str, index: int, default_id: str, q
 
 
 def _question(row: dict[str, Any]) -> str:
-    text = question_column(row)
-    if text is None:
-        prompt = row.get("prompt")
-        text = question_of_prompt(read_prompt(prompt, "prompt"))
+    text = question_of_row(row)
     if text is None and all(row.get(key) is None for key in QUESTION_KEYS):
         raise UserError(f"the row has no question; its columns are {column_names(row)}; give it under the key question")
     if not text:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.data.prepare.reading import SUFFIXES, is_supported
+from searchr1.data.reading import SUFFIXES, is_supported
 from searchr1.errors import UserError
 
 REPOSITORY = "RUC-NLPIR/FlashRAG_datasets"

@@ -9,6 +9,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -315,3 +316,20 @@ def _json(path: Path, file: IO[bytes], progress: Callable[[], object]) -> Iterat
         count += 1
         if count % BATCH_ROWS == 0:
             progress()
+
+
+class Events:
+    """Count what a user should see of rows that were read all the same, with the first place of each kind."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, what: str, place: str) -> None:
+        """Count one event, said of rows: `have null items among the gold answers`."""
+        self._counts[what] += 1
+        self._first.setdefault(what, place)
+
+    def sentences(self) -> list[str]:
+        """Return a sentence for each kind."""
+        return [f"{count:,} rows {what} (the first: {self._first[what]})" for what, count in self._counts.items()]
