@@ -43,11 +43,11 @@ async def run_trajectory(
     settings: AgentSettings,
     seed: int,
 ) -> Trajectory:
-    """One attempt at `sample`.
+    """Answer `sample` once.
 
     Args:
         sample: the question.
-        rollout_id: which attempt of its group this is.
+        rollout_id: which rollout of its group this is.
         engine: shared by all trajectories.
         tools: by action: "search", "access".
         tokenizer: encodes tool text.
@@ -134,22 +134,22 @@ async def run_trajectory(
 
 
 async def run_group(run: GenerateFn, group_size: int, **arguments: Any) -> list[Trajectory]:
-    """All attempts at one question at once, in the order of their ids.
+    """Answer one question `group_size` times at once. Return the trajectories in the order of their rollout ids.
 
     Args:
         run: `run_trajectory` or the user's own.
-        group_size: attempts.
+        group_size: number of rollouts.
         **arguments: those of `run_trajectory` without `rollout_id`.
 
     Raises:
-        Exception: the first failure of an attempt; the others are cancelled.
+        Exception: the first failure of a rollout; the others are cancelled.
     """
     try:
         async with asyncio.TaskGroup() as group:
-            attempts = [group.create_task(run(rollout_id=rollout_id, **arguments)) for rollout_id in range(group_size)]
+            rollouts = [group.create_task(run(rollout_id=rollout_id, **arguments)) for rollout_id in range(group_size)]
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
-    return [attempt.result() for attempt in attempts]
+    return [rollout.result() for rollout in rollouts]
 
 
 class _Response:
@@ -261,7 +261,7 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
 
 
 def _turn_seed(seed: int, sample_id: str, rollout_id: int, turn: int) -> int:
-    """A stable seed of one generation, independent of everything else."""
+    """Return a stable seed of one generation, independent of everything else."""
     digest = hashlib.blake2b(f"{seed}/{sample_id}/{rollout_id}/{turn}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

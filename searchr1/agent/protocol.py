@@ -48,7 +48,7 @@ class Action:
 
 
 def parse_action(text: str) -> Action:
-    """What the policy's turn asks for.
+    """Return what the policy's turn asks for.
 
     The first complete tag decides: an answer ends, a search or an access calls the tool with every further query of
     the same kind up to the end of the turn or up to an answer. An empty query counts as invalid. Where an opening tag is
@@ -81,7 +81,7 @@ def neutralise(text: str) -> str:
 def render_body(
     results: Sequence[Sequence[Document]], style: InformationStyle, no_results_message: str | None = None
 ) -> str:
-    """What stands between the information tags; results of several queries follow each other.
+    """Return what stands between the information tags; results of several queries follow each other.
 
     `no_results_message` stands there if nothing was found; None is the usual one.
     """
@@ -99,25 +99,25 @@ def render_body(
 
 
 def _contents(document: Document) -> str:
-    """A document in one piece, as retrieval servers send it."""
+    """Return a document in one piece, as retrieval servers send it."""
     return document.contents or (f'"{document.title}"\n{document.text}' if document.title else document.text)
 
 
 def frame(style: InformationStyle) -> tuple[str, str]:
-    """What the environment writes before and after a body."""
+    """Return what the environment writes before and after a body."""
     if style == "rlinf":
         return "\n\n<information>\n", "\n</information>\n<think>\n"
     return "\n\n<information>", "</information>\n\n"
 
 
 def render_information(results: Sequence[Sequence[Document]], style: InformationStyle) -> str:
-    """A whole tool text, tags included, without a length limit."""
+    """Return a whole tool text, tags included, without a length limit."""
     before, after = frame(style)
     return before + render_body(results, style) + after
 
 
 def truncate_ids(body_ids: list[int], limit: int, side: TruncateSide) -> list[int]:
-    """At most `limit` tokens of a body; `side` says which end is lost."""
+    """Return at most `limit` tokens of a body; `side` says which end is lost."""
     if len(body_ids) <= limit:
         return body_ids
     if limit <= 0:
@@ -133,7 +133,7 @@ def truncate_ids(body_ids: list[int], limit: int, side: TruncateSide) -> list[in
 def truncate_block(
     block_ids: list[int], before_ids: list[int], after_ids: list[int], limit: int, side: TruncateSide
 ) -> list[int]:
-    """A tool text that was tokenized as one string, with at most `limit` tokens beside those of its tags.
+    """Return a tool text that was tokenized as one string, with at most `limit` tokens beside those of its tags.
 
     Up to the cut the tokens are the block's own; a tag next to the cut is tokenized by itself.
     """
@@ -148,13 +148,13 @@ def truncate_block(
 
 
 def truncate_text(text: str, tokenizer: Any, limit: int, side: TruncateSide) -> str:
-    """A text of at most `limit` tokens; one that has no more is left as it is."""
+    """Return a text of at most `limit` tokens; one that has no more is left as it is."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     kept = truncate_ids(ids, limit, side)
     return text if len(kept) == len(ids) else str(tokenizer.decode(kept))
 
 
 def last_answer(policy_text: str) -> str | None:
-    """The text of the last complete answer tag, or None."""
+    """Return the text of the last complete answer tag, or None."""
     answers = re.findall(r"<answer>(.*?)</answer>", policy_text, re.DOTALL)
     return answers[-1].strip() if answers else None

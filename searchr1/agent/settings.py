@@ -87,7 +87,7 @@ class AgentSettings:
 
     @classmethod
     def from_config(cls, config: Config, mode: Mode) -> AgentSettings:
-        """The settings of a run's training or evaluation rollouts."""
+        """Return the settings of a run's training or evaluation rollouts."""
         algorithm, agent = config.algorithm, config.agentloop
         sampling = algorithm.sampling_params
         if mode == "eval":

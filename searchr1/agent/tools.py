@@ -42,11 +42,11 @@ class SearchBackend(Protocol):
         ...
 
     async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
-        """Passages for each query; raises SearchUnavailable."""
+        """Return passages for each query; raises SearchUnavailable."""
         ...
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
-        """The page behind each address, or None; raises SearchUnavailable."""
+        """Return the page behind each address, or None; raises SearchUnavailable."""
         ...
 
     async def aclose(self) -> None:
@@ -159,18 +159,18 @@ class DummySearchTool:
 
 
 def as_document(found: RetrievedDocument) -> Document:
-    """A passage as the agent shows it."""
+    """Return a passage as the agent shows it."""
     return Document(found.title, found.text, found.id, found.url or "", found.score, found.contents)
 
 
 def client_stats(tools: Mapping[str, Tool]) -> ClientStats:
-    """What the search client did since the start; zeros where there is none."""
+    """Return what the search client did since the start; zeros where there is none."""
     search = tools.get("search")
     return search.stats if isinstance(search, SearchTool) else ClientStats()
 
 
 def show_page(contents: str | None) -> str:
-    """A page as the policy sees it."""
+    """Return a page as the policy sees it."""
     if contents is None:
         return "No such page."
     if not contents.strip():
@@ -181,7 +181,7 @@ def show_page(contents: str | None) -> str:
 
 
 def build_tools(config: ToolsConfig, style: InformationStyle, no_results_message: str | None = None) -> dict[str, Tool]:
-    """The tools of a run by the action that calls them."""
+    """Return the tools of a run by the action that calls them."""
     search = config.search
     if search.dummy_mode:
         return {"search": DummySearchTool(style, no_results_message)}

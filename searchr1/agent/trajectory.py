@@ -1,4 +1,4 @@
-"""What a question and its answer attempt look like everywhere in the system."""
+"""A question and its trajectory, as every part of the system passes them on."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class Turn:
 
 @dataclass(slots=True)
 class Trajectory:
-    """One attempt at one question. N is the number of response tokens (policy and environment)."""
+    """One rollout of one question. N is the number of response tokens (policy and environment)."""
 
     sample: Sample
     rollout_id: int
-    """Which of the `group_size` attempts this is."""
+    """Which of the group's `group_size` rollouts this is."""
     response_ids: npt.NDArray[np.int32]
     """[N] what the policy sampled and what the environment wrote, in order."""
     loss_mask: npt.NDArray[np.bool_]

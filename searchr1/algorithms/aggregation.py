@@ -26,7 +26,7 @@ class Denominators:
 
 
 def check_aggregation(name: str) -> LossAggregation:
-    """The name itself if `algorithm.loss_agg_func` may be that.
+    """Check a name of `algorithm.loss_agg_func` and return it.
 
     Raises:
         UserError: unknown name.
@@ -72,7 +72,7 @@ def token_weights(
 
 
 def tokens_of_sequences(segment_ids_P: Tensor, sequences: int | None) -> Tensor:
-    """[S] int64, how many tokens each sequence has; `sequences` None makes S as large as the numbers need."""
+    """Count the tokens of each sequence, [S] int64; `sequences` None makes S as large as the numbers need."""
     if sequences is None:
         return torch.bincount(segment_ids_P)
     return torch.zeros(sequences, dtype=torch.int64, device=segment_ids_P.device).index_add_(

@@ -57,7 +57,7 @@ class Correction:
 def correction_weights(
     d_P: Tensor, segment_ids_P: Tensor, settings: CorrectionSettings, sequences: int | None = None
 ) -> Correction:
-    """The weights of one micro-batch's policy tokens; sequences must lie whole within it.
+    """Return the weights of one micro-batch's policy tokens; sequences must lie whole within it.
 
     Args:
         d_P: log-probability of the training model (with the weights that sampled) minus the engine's.

@@ -101,7 +101,7 @@ def _entropy(p_CV: Tensor, log_p_CV: Tensor) -> Tensor:
 
 
 def scaled(logits_CV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """A new tensor of `logits / temperature`."""
+    """Return a new tensor of `logits / temperature`."""
     if logits_CV.dtype == dtype:
         return logits_CV / temperature
     converted_CV = logits_CV.to(dtype)
@@ -109,7 +109,7 @@ def scaled(logits_CV: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
 
 
 def row_chunks(logits_MV: Tensor) -> list[slice]:
-    """Rows to work on at a time, so that a chunk has about `CHUNK_ELEMENTS` logits."""
+    """Return how many rows to work on at a time, so that a chunk has about `CHUNK_ELEMENTS` logits."""
     rows, vocabulary = logits_MV.shape
     step = max(1, CHUNK_ELEMENTS[logits_MV.device.type] // max(1, vocabulary))
     return [slice(start, start + step) for start in range(0, rows, step)]

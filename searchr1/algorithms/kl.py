@@ -55,7 +55,7 @@ KL_FUNCTIONS: dict[str, KlFunction] = {
 
 
 def kl_function(name: str) -> KlFunction:
-    """The estimator that `algorithm.kl_penalty_type` names.
+    """Return the estimator that `algorithm.kl_penalty_type` names.
 
     Raises:
         UserError: unknown name.

@@ -1,6 +1,6 @@
 """LLDS: keeps the likelihood of good actions from sliding away. https://arxiv.org/abs/2512.04220
 
-GRPO with tools tends to lower the likelihood of right and wrong attempts alike until the run collapses. This term is zero
+GRPO with tools tends to lower the likelihood of right and wrong rollouts alike until the run collapses. This term is zero
 while an action's likelihood has not fallen; once it has, it pulls up exactly the tokens that fell. With the advantage A and
 d_t = log p_old(t) - log p(t) of an action's tokens:
 
@@ -22,7 +22,7 @@ Gate = Literal["action", "response"]
 
 
 def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, action_ids_P: Tensor, actions: int) -> Tensor:
-    """[P] each policy token's part.
+    """Return [P] each policy token's part.
 
     Args:
         logprobs_P: of the policy being trained, with its graph.
@@ -40,7 +40,7 @@ def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, actio
 
 
 def action_ids(gate: Gate, segment_ids_T: Tensor, loss_mask_T: Tensor, policy_P: Tensor) -> Tensor:
-    """[P] for each policy token of a packed row: its sequence, or its unbroken run of policy tokens."""
+    """Return [P] for each policy token of a packed row: its sequence, or its unbroken run of policy tokens."""
     if gate == "response":
         return segment_ids_T[policy_P]
     before_T = torch.zeros_like(loss_mask_T)

@@ -74,7 +74,7 @@ class LossOutput:
 
 
 def policy_gradient_loss(inputs: LossInputs, config: LossConfig) -> LossOutput:
-    """The micro-batch's share of the mini-batch's loss.
+    """Return the micro-batch's share of the mini-batch's loss.
 
     loss = aggregate(policy loss) + kl_beta * aggregate(KL) - entropy_bonus * aggregate(entropy), and llds_coef *
     aggregate(LLDS), in fp32 at least. A micro-batch without policy tokens gives 0, connected to the graph so that all
@@ -162,7 +162,7 @@ def _correction(inputs: LossInputs, config: LossConfig, policy_P: Tensor, policy
 
 
 def loss_metrics(sums: Sums) -> dict[str, float]:
-    """Metrics of a mini-batch from the sums of all its micro-batches and ranks.
+    """Return metrics of a mini-batch from the sums of all its micro-batches and ranks.
 
     `loss`, `policy_loss` and `kl_loss` are as aggregated; `kl`, `entropy`, `ratio`, `approx_kl`, `approx_kl_k3`,
     `clip_fraction`, `dual_clip_fraction` and `correction_…` are means over policy tokens; `ratio_max` is the largest ratio.

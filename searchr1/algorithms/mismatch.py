@@ -14,7 +14,7 @@ USUAL_WEIGHTS = (0.5, 2.0)
 
 
 def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, policy_P: Tensor) -> Sums:
-    """Sums over the policy tokens of one micro-batch; d = train - rollout.
+    """Return sums over the policy tokens of one micro-batch; d = train - rollout.
 
     Args:
         train_logprobs_T: [T] of the trained model with the weights that the rollout used.
@@ -47,7 +47,7 @@ def mismatch_sums(train_logprobs_T: Tensor, rollout_logprobs_T: Tensor, policy_P
 
 
 def mismatch_metrics(sums: Sums) -> dict[str, float]:
-    """Metrics of a step from the sums of all micro-batches and ranks.
+    """Return metrics of a step from the sums of all micro-batches and ranks.
 
     `kl` and `kl_k3` estimate KL(rollout || train) per token; `logprob_gap`, `logprob_gap_max`,
     `probability_gap` and `probability_gap_max` are means and largest values of absolute differences;
@@ -91,7 +91,7 @@ def _correlation(totals: dict[str, float], tokens: float) -> float:
 
 
 def ratio_too_large(mean_ratio: float, limit: float | None) -> bool:
-    """Whether `algorithm.early_stop_imp_ratio` says to drop a mini-batch's update.
+    """Return whether `algorithm.early_stop_imp_ratio` says to drop a mini-batch's update.
 
     The mean importance ratio of the *whole* mini-batch is judged, so that the answer does not depend on how it was
     cut into micro-batches. A ratio that is not finite is always too large; a limit of None never stops.

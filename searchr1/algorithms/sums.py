@@ -21,7 +21,7 @@ class Sums:
     peaks: dict[str, Tensor] = field(default_factory=dict)
 
     def __add__(self, other: Sums) -> Sums:
-        """Both together; a key that only one side has is kept."""
+        """Add both; a key that only one side has is kept."""
         totals, peaks = dict(self.totals), dict(self.peaks)
         for name, value in other.totals.items():
             totals[name] = totals[name] + value if name in totals else value
@@ -31,7 +31,7 @@ class Sums:
 
 
 def on_host(values: dict[str, Tensor]) -> dict[str, float]:
-    """Totals or peaks as numbers, all in one transfer: the host waits for a GPU once."""
+    """Return totals or peaks as numbers, all in one transfer: the host waits for a GPU once."""
     return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True)) if values else {}
 
 
@@ -41,7 +41,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def peak(values: Tensor) -> Tensor:
-    """Largest of non-negative values as a detached float64 scalar; 0 if there are none."""
+    """Return the largest of non-negative values as a detached float64 scalar; 0 if there are none."""
     if values.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=values.device)
     return values.detach().max().to(torch.float64)

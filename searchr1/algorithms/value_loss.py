@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 def clipped_value_loss(values_P: Tensor, old_values_P: Tensor, returns_P: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """[P] max of (V - R)^2 and (clip(V, V_old - c, V_old + c) - R)^2, halved; and bool [P], where the second was larger.
+    """Return [P] max of (V - R)^2 and (clip(V, V_old - c, V_old + c) - R)^2, halved; and bool [P], where the second was
+    larger.
 
     A value that has moved further than `clip` from the one that the advantages came from gets no gradient for moving on.
 

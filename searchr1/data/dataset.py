@@ -132,7 +132,7 @@ class _Columns:
 
 
 def _sample(row: Row, line: int, file_name: str, tokenizer: Any, columns: _Columns) -> tuple[str, Sample, list[str]]:
-    """The prompt's text, the sample, still without token ids, and what a user should see of the row."""
+    """Return the prompt's text, the sample, still without token ids, and what a user should see of the row."""
     prompt = read_prompt(row.get(columns.prompt_key), columns.prompt_key)
     question = question_column(row)
     passages = row.get("passages") if wants_passages(columns.template) else None
@@ -186,7 +186,7 @@ def _text_of(row: Row, column: str) -> str | None:
 
 
 def _number(row: Row) -> object:
-    """What tells the row from others of its source; None if it is its line."""
+    """Return what identifies the row within its source; None if that is its line."""
     extra = object_in(row.get("extra_info"))
     for column, value in (
         ("extra_info.index", extra.get("index") if isinstance(extra, dict) else None),
@@ -201,7 +201,7 @@ def _number(row: Row) -> object:
 
 
 def _with_own_ids(samples: list[Sample], events: Events) -> list[Sample]:
-    """The samples; an id that an earlier row has gets a number of its own: `nq/7#2`."""
+    """Give a sample with the id of an earlier one a number behind it: `nq/7#2`."""
     seen: Counter[str] = Counter(sample.id for sample in samples)
     if len(seen) == len(samples):
         return samples

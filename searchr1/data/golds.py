@@ -50,7 +50,7 @@ class Golds:
     """Another column with gold answers that shares none of these."""
 
     def notes(self) -> list[str]:
-        """What a user should see, said of rows."""
+        """Return what a user should see of the rows."""
         found = []
         if self.left_out:
             found.append(f"have null, NaN or blank items among the gold answers in {self.column}; they are left out")
@@ -87,7 +87,7 @@ def read_golds(row: dict[str, Any], answer_key: str | None = None) -> Golds | No
 
 
 def no_gold(row: dict[str, Any], answer_key: str | None, advice: str) -> UserError:
-    """The error for a row without a gold answer, with the columns that it has and what to do."""
+    """Return the error for a row without a gold answer, with the columns that it has and what to do."""
     values = ", ".join(f"{column} is {shown(value)}" for column, value in _columns(row, answer_key))
     return UserError(
         f"the row has no gold answer{f' ({values})' if values else ''}; its columns are {column_names(row)}; {advice}"
@@ -95,27 +95,27 @@ def no_gold(row: dict[str, Any], answer_key: str | None, advice: str) -> UserErr
 
 
 def is_missing(value: object) -> bool:
-    """Whether a value stands for none: null, NaN, a blank text."""
+    """Return whether a value stands for none: null, NaN, a blank text."""
     return (
         value is None or (isinstance(value, float) and math.isnan(value)) or (isinstance(value, str) and not value.strip())
     )
 
 
 def shown(value: object) -> str:
-    """A value for a message."""
+    """Format a value for a message."""
     text = "null" if value is None else "NaN" if isinstance(value, float) and math.isnan(value) else repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def column_names(row: dict[str, Any]) -> str:
-    """A row's columns for a message: on one line, and not all of very many or very long ones."""
+    """Format a row's columns for a message: on one line, and not all of very many or very long ones."""
     names = [repr(str(name))[1:-1] for name in row]
     cut = [name if len(name) <= 40 else f"{name[:37]}..." for name in names[:MOST_COLUMNS]]
     return ", ".join([*cut, *([f"and {len(names) - len(cut)} more"] if len(names) > len(cut) else [])]) or "none"
 
 
 def object_in(value: object) -> object:
-    """The list or object that a text holds as JSON or as a Python literal; any other value as it is."""
+    """Parse a list or an object that a text holds as JSON or as a Python literal; return any other value as it is."""
     if not isinstance(value, str):
         return value
     found = _literal(value)
@@ -123,7 +123,7 @@ def object_in(value: object) -> object:
 
 
 def _columns(row: dict[str, Any], answer_key: str | None) -> Iterator[tuple[str, object]]:
-    """Names and values of the columns that a row has, each once."""
+    """Yield names and values of the columns that a row has, each once."""
     if answer_key is not None and answer_key in row:
         yield answer_key, row[answer_key]
     for key in TRUTH_KEYS:
@@ -145,7 +145,7 @@ def _contradicts(column: str, value: object, texts: list[str]) -> bool:
 
 
 def _texts(column: str, value: object) -> tuple[list[str], int]:
-    """The texts, and how many items of a list were missing values."""
+    """Return the texts, and how many items of a list were missing values."""
     if isinstance(value, str):
         value = _read_text(column, value)
     if isinstance(value, dict):
@@ -187,7 +187,7 @@ def _scalar(column: str, value: object) -> str:
 
 
 def _read_text(column: str, text: str) -> object:
-    """A text as it is, or the list or object that was written as this text.
+    """Return a text as it is, or the list or object that was written as this text.
 
     Raises:
         UserError: it looks like a list of texts, but cannot be read as one.
@@ -205,7 +205,7 @@ def _read_text(column: str, text: str) -> object:
 
 
 def _literal(text: str) -> object:
-    """The value of a text that is a JSON or Python list, tuple, set or object; None if it is neither."""
+    """Return the value of a text that is a JSON or Python list, tuple, set or object; None if it is neither."""
     text = text.strip()
     if len(text) < 2 or len(text) > MAX_LITERAL or _BRACKETS.get(text[0]) != text[-1]:
         return None
@@ -229,7 +229,7 @@ def _literal(text: str) -> object:
 
 
 def _strings(text: str) -> int:
-    """How many string literals Python sees."""
+    """Count the string literals that Python sees."""
     try:
         return sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))
     except (tokenize.TokenError, IndentationError):

@@ -26,7 +26,7 @@ class RunData:
 
 
 def load_tokenizer(config: Config) -> Any:
-    """The model's tokenizer.
+    """Return the model's tokenizer.
 
     Raises:
         UserError: the model's folder has none.

@@ -54,7 +54,7 @@ class PromptLoader:
         return self.steps_per_epoch * self._max_epochs
 
     def next_batch(self) -> list[Sample]:
-        """The next questions as copies, `index` numbered from 0; epochs follow each other without end."""
+        """Return the next questions as copies, `index` numbered from 0; epochs follow each other without end."""
         if self._position >= self.steps_per_epoch:
             self._epoch += 1
             self._position = 0
@@ -65,7 +65,7 @@ class PromptLoader:
         return [replace(self._samples[int(row)], index=index) for index, row in enumerate(chosen)]
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what the data looked like."""
+        """Return the position, and what the data looked like."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -100,7 +100,7 @@ class PromptLoader:
         return np.random.default_rng([self._seed % 2**64, epoch]).permutation(len(self._samples))
 
     def _data_fingerprint(self) -> str:
-        """A hash of everything that training sees of the questions."""
+        """Return a hash of everything that training sees of the questions."""
         if self._fingerprint is None:
             digest = hashlib.sha256()
             for s in self._samples:
@@ -112,6 +112,6 @@ class PromptLoader:
 
 
 def eval_batches(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Sample]]:
-    """Every question once, in order; the last batch may be smaller."""
+    """Yield every question once, in order; the last batch may be smaller."""
     for start in range(0, len(samples), batch_size):
         yield [replace(sample, index=index) for index, sample in enumerate(samples[start : start + batch_size])]

@@ -105,7 +105,7 @@ def _content(value: object, name: str) -> str:
 
 
 def _tool_calls(value: object, name: str) -> list[Message]:
-    """Calls whose arguments are an object, as templates expect them; OpenAI writes them as JSON text."""
+    """Give calls an object as their arguments, as templates expect them; OpenAI writes them as JSON text."""
     if not isinstance(value, list) or not all(isinstance(call, dict) for call in value):
         raise UserError(f"{name}: is {shown(value)}; expected a list of objects")
     calls = []

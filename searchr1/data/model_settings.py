@@ -47,7 +47,7 @@ class ModelSettings:
 
     @classmethod
     def of(cls, config: Config) -> ModelSettings:
-        """The settings of a run.
+        """Return the settings of a run.
 
         Raises:
             UserError: its template is a file that cannot be read.
@@ -80,13 +80,13 @@ class ModelSettings:
         text, own_loop = tree.pop("template_text", None), tree.pop("own_loop", None)
         problems = list(_problems(tree, text, own_loop))
         if problems:
-            told = "".join(f"\n  - {problem}" for problem in problems)
-            raise UserError(f"{path}: cannot be used; remove it, or convert the model again:{told}")
+            listed = "".join(f"\n  - {problem}" for problem in problems)
+            raise UserError(f"{path}: cannot be used; remove it, or convert the model again:{listed}")
         return cls(_completed(leaves(tree)), text, own_loop, path)
 
     @classmethod
     def of_model(cls, model_path: str) -> ModelSettings | None:
-        """The settings of a model folder, or of a hub model in the local cache; None if it has none.
+        """Return the settings of a model folder, or of a hub model in the local cache; None if it has none.
 
         Raises:
             UserError: the file cannot be used.
@@ -122,7 +122,7 @@ class ModelSettings:
                 _set(config, key, value)
 
     def differences(self, config: Config) -> Iterator[str]:
-        """Every key in which a configuration differs, with both values."""
+        """Yield every key in which a configuration differs, with both values."""
         if self.own_loop is not None and config.agentloop.generate_fn != self.own_loop:
             ours = _shown(config.agentloop.generate_fn)
             yield f"agentloop.generate_fn is {ours}; the model's is {_shown(self.own_loop)} (not run unless it is given)"
@@ -140,7 +140,7 @@ class ModelSettings:
                 yield f"{key} is {_shown(here[key])}; the model's is {_shown(value)}"
 
     def described(self) -> str:
-        """The settings that matter most, in a line."""
+        """Return the settings that matter most, in a line."""
         values = self.values
         parts = []
         if TEMPLATE in values:
@@ -161,7 +161,7 @@ class ModelSettings:
         return ", ".join(parts)
 
     def _same_template(self, config: Config) -> bool:
-        """Whether the template is the same text; what training rows carried themselves cannot be compared."""
+        """Return whether the template is the same text; what training rows carried themselves cannot be compared."""
         name, here = self.values.get(TEMPLATE), config.data.prompt_template
         if name in (None, "none"):
             return True
@@ -175,7 +175,7 @@ def warn_of_differences(settings: ModelSettings, config: Config) -> None:
 
 
 def own_template(path: Path) -> str:
-    """The template text in a file of settings.
+    """Return the template text in a file of settings.
 
     Raises:
         UserError: it cannot be used, or has none.
@@ -225,21 +225,21 @@ def _values_of(config: Config) -> dict[str, Any]:
 
 
 def _known() -> dict[str, Any]:
-    """Every key that the file may have, with its default."""
+    """Return every key that the file may have, with its default."""
     sampled = Config()
     sampled.algorithm.eval_sampling_params = SamplingParams()
     return _values_of(sampled)
 
 
 def _completed(values: dict[str, Any]) -> dict[str, Any]:
-    """The values, with the defaults of keys that whole sections lack."""
+    """Return the values, with the defaults of keys that whole sections lack."""
     whole = tuple(f"{one}." for one in WHOLE if any(key.startswith(f"{one}.") for key in values))
     found = {key: values.get(key, default) for key, default in _known().items() if key in values or key.startswith(whole)}
     return found | {key: value for key, value in values.items() if value != {}}
 
 
 def _problems(tree: dict[str, Any], text: object, own_loop: object) -> Iterator[Problem]:
-    """What is wrong with a file's keys and values."""
+    """Yield what is wrong with a file's keys and values."""
     known = _known()
     sections = {key.rsplit(".", depth)[0] for key in known for depth in range(1, key.count(".") + 1)}
     values = leaves(tree)
@@ -292,7 +292,7 @@ def _section(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> str:
-    """A value for people, without control characters and not too long."""
+    """Format a value for people, without control characters and not too long."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 200 else text[:200] + "…"
 

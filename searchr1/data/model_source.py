@@ -13,7 +13,7 @@ _CHECKPOINT = ("actor", ".metadata", "metadata.json", "runner.json")
 
 
 def looks_local(source: str) -> bool:
-    """Whether a folder is meant rather than a name on the hub, which has at most one slash."""
+    """Return whether a folder is meant rather than a name on the hub, which has at most one slash."""
     path = Path(source)
     below_folder = len(path.parts) > 1 and path.parent.is_dir()
     return source.startswith(("/", "./", "../", "~")) or source.count("/") > 1 or path.exists() or below_folder
@@ -40,7 +40,7 @@ def require_source(source: str, key: str) -> None:
 
 
 def load_tokenizer(source: str, key: str) -> Any:
-    """The tokenizer of a model.
+    """Return the tokenizer of a model.
 
     Raises:
         UserError: there is none, it cannot be read, or the hub cannot be asked.
@@ -57,7 +57,7 @@ def load_tokenizer(source: str, key: str) -> Any:
 
 
 def load_model_config(source: str, key: str) -> Any:
-    """The transformers configuration of a model.
+    """Return the transformers configuration of a model.
 
     Raises:
         UserError: there is none, it cannot be read, or the hub cannot be asked.

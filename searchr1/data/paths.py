@@ -59,7 +59,7 @@ def parse_hub_id(text: str) -> HubId | None:
 
 
 def path_problem(text: str) -> str | None:
-    """What is wrong with a path, as far as it can be known without a connection; None if nothing is."""
+    """Return what is wrong with a path, as far as it can be known without a connection; None if nothing is."""
     if parse_hub_id(text) is not None:
         return None
     path = Path(text)
@@ -73,7 +73,7 @@ def path_problem(text: str) -> str | None:
 
 
 def find_files(paths: Sequence[str | Path], splits: Sequence[str]) -> list[DataFile]:
-    """The files behind the paths, in order; those of the hub are downloaded, or taken from its cache.
+    """Return the files behind the paths, in order; those of the hub are downloaded, or taken from its cache.
 
     Args:
         paths: files, or ids of the hub.
@@ -98,7 +98,8 @@ def find_files(paths: Sequence[str | Path], splits: Sequence[str]) -> list[DataF
 
 
 def source_names(files: Sequence[DataFile]) -> list[str]:
-    """A name for each file: the file's own without suffixes; where others have the same, with as many folders before it as
+    """Return a name for each file: the file's own without suffixes; where others have the same, with as many folders
+    before it as
     it takes to tell them apart (or, in the same folder, with its suffix)."""
     alike: dict[str, set[DataFile]] = defaultdict(set)
     for file in files:

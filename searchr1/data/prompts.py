@@ -16,12 +16,12 @@ _PLACES = re.compile(r"\{(question|passages)\}")
 
 
 def wants_passages(template: str | None) -> bool:
-    """Whether the template shows passages beside the question."""
+    """Return whether the template shows passages beside the question."""
     return "{passages}" in (template_text(template) or "")
 
 
 def fill_template(template: str, question: str, passages: str | None = None) -> str:
-    """A template's text with the question in its place, and the passages in theirs; neither is searched for places.
+    """Return a template's text with the question in its place, and the passages in theirs; neither is searched for places.
 
     Args:
         template: a name in `TEMPLATES` with a text, or a `.txt` file.
@@ -48,7 +48,7 @@ def fill_template(template: str, question: str, passages: str | None = None) -> 
 def render_prompt(
     prompt: object, question: str | None, tokenizer: Any, template: str | None, chat: bool, passages: str | None = None
 ) -> str:
-    """The prompt of one row as text.
+    """Return the prompt of one row as text.
 
     A list of chat messages goes through the tokenizer's chat template; where it has none, their text alone is the prompt.
     A plain prompt is taken as it stands, or as one user message if `chat`. With a `template`, the prompt is made from the
@@ -93,7 +93,7 @@ def render_prompt(
 
 
 def has_chat_template(tokenizer: Any) -> bool:
-    """Whether the tokenizer can render chat messages."""
+    """Return whether the tokenizer can render chat messages."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
@@ -108,7 +108,7 @@ def _render_chat(messages: list[Message], tokenizer: Any) -> str:
 
 
 def apply_template(tokenizer: Any, messages: list[Message], **options: Any) -> str:
-    """Messages as the tokenizer's chat template renders them.
+    """Return messages as the tokenizer's chat template renders them.
 
     Raises:
         UserError: the template refuses them, or fails in any other way: it is a program that came with the model.

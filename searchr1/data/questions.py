@@ -34,7 +34,7 @@ _THINK = "<think>"
 
 
 def question_column(row: dict[str, Any]) -> str | None:
-    """The question in a column of its own; None if there is none.
+    """Return the question in a column of its own; None if there is none.
 
     Raises:
         UserError: one that is no text.
@@ -52,7 +52,9 @@ def question_column(row: dict[str, Any]) -> str | None:
 
 
 def question_of_prompt(prompt: object) -> str | None:
-    """The question of a prompt: a text, or chat messages, of which the user's last one asks; None if it is neither."""
+    """Return the question of a prompt: a text, or chat messages, of which the user's last one asks; None if it is
+    neither.
+    """
     if isinstance(prompt, str):
         return bare_question(prompt)
     if not isinstance(prompt, list) or not all(isinstance(message, dict) for message in prompt):
@@ -63,7 +65,7 @@ def question_of_prompt(prompt: object) -> str | None:
 
 
 def read_prompt(value: object, column: str) -> str | list[Message] | None:
-    """A row's prompt: a text, chat messages (also written as JSON text), or None.
+    """Return a row's prompt: a text, chat messages (also written as JSON text), or None.
 
     Raises:
         UserError: neither.
@@ -102,12 +104,12 @@ def require_unicode(text: str) -> None:
 
 
 def is_rendered(text: str) -> bool:
-    """Whether a text is chat messages that a chat template has rendered."""
+    """Return whether a text is chat messages that a chat template has rendered."""
     return any(start in text for start in USER_STARTS)
 
 
 def bare_question(text: str) -> str:
-    """What the last user turn of a prompt asks: the part after its last `Question:`, if it has one."""
+    """Return what the last user turn of a prompt asks: the part after its last `Question:`, if it has one."""
     start = max((place + len(mark) for mark in USER_STARTS if (place := text.rfind(mark)) >= 0), default=-1)
     if start >= 0:
         text = text[start:]
@@ -122,7 +124,7 @@ def bare_question(text: str) -> str:
 
 
 def _without_system(text: str) -> str:
-    """A user's message without Llama 2's system prompt."""
+    """Return a user's message without Llama 2's system prompt."""
     parts, place = [], 0
     while (start := text.find(_SYSTEM, place)) >= 0 and (end := text.find(_SYSTEM_END, start)) >= 0:
         parts.append(text[place:start])
@@ -131,7 +133,7 @@ def _without_system(text: str) -> str:
 
 
 def _without_cues(text: str) -> str:
-    """A text without the lines at its end that ask for the answer."""
+    """Return a text without the lines at its end that ask for the answer."""
     end = _stripped(text, len(text))
     while True:
         cue_end = _stripped(text, end - len(_THINK)) if text.endswith(_THINK, 0, end) else end
@@ -142,7 +144,7 @@ def _without_cues(text: str) -> str:
 
 
 def _stripped(text: str, end: int) -> int:
-    """Where `text[:end]` ends without blanks."""
+    """Return where `text[:end]` ends without blanks."""
     while end and text[end - 1].isspace():
         end -= 1
     return end

@@ -65,24 +65,24 @@ class Record:
 
 
 def file_format(name: str) -> str | None:
-    """The format that a file's name says, one of `SUFFIXES`; None if it says none that is read."""
+    """Return the format that a file's name says, one of `SUFFIXES`; None if it says none that is read."""
     name = name.lower().removesuffix(".gz") if not name.lower().endswith(".parquet.gz") else name
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), None)
 
 
 def is_supported(path: Path) -> bool:
-    """Whether the name says a format that can be read."""
+    """Return whether the name says a format that can be read."""
     return file_format(path.name) is not None
 
 
 def bare_name(path: Path) -> str:
-    """The file's name without its suffixes."""
+    """Return the file's name without its suffixes."""
     found = file_format(path.name)
     return path.name.removesuffix(".gz").removesuffix(found) if found else path.stem
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line (or row) numbers from 1, and rows.
+    """Yield line (or row) numbers from 1, and rows.
 
     Raises:
         UserError: missing, empty or unreadable file; a bad line, by its number.
@@ -127,7 +127,7 @@ def read_records(path: Path, update: Update = lambda share: None, leave_out: Col
 
 
 def parse_line(data: bytes, first: bool = False) -> dict[str, Any]:
-    """The object on one line of a jsonl file; `first`: a byte order mark may stand before it.
+    """Return the object on one line of a jsonl file; `first`: a byte order mark may stand before it.
 
     Raises:
         UserError: not UTF-8, not JSON, or no object.
@@ -143,7 +143,7 @@ def parse_line(data: bytes, first: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _open(path: Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """The file, and its contents unpacked."""
+    """Return the file, and its contents unpacked."""
     with path.open("rb") as raw:
         start = raw.read(32)
         raw.seek(0)
@@ -230,7 +230,7 @@ def _table(path: Path, file: IO[bytes], progress: Callable[[], object]) -> Itera
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1, and lines without their ends."""
+    """Yield line numbers from 1, and lines without their ends."""
     try:
         for line, _, data in split_lines(file.read):
             yield line, data
@@ -262,7 +262,7 @@ class _TextLines:
 
 
 def _read_whole(path: Path, file: IO[bytes]) -> bytes:
-    """All of a file that is no bomb.
+    """Read a whole file, unless it unpacks to far more than its size.
 
     Raises:
         UserError: it is too large.

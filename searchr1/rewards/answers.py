@@ -25,7 +25,7 @@ def normalise(text: str) -> str:
 
 
 def exact_match(answer: str | None, golden_answers: Sequence[str]) -> float:
-    """1 if the normalised answer equals any normalised gold answer, else 0.
+    """Return 1 if the normalised answer equals any normalised gold answer, else 0.
 
     A gold answer of which normalisation leaves nothing ("The", "?!") must be met as it is written, lower case: otherwise
     an empty answer would be right.
@@ -40,7 +40,7 @@ def _equal(answer: str, gold: str) -> bool:
 
 
 def f1(answer: str | None, golden_answers: Sequence[str]) -> float:
-    """Best token F1 over the gold answers; yes, no and noanswer count only if equal."""
+    """Return the best token F1 over the gold answers; yes, no and noanswer count only if equal."""
     if answer is None:
         return 0.0
     return max((_f1_of(normalise(answer), normalise(gold)) for gold in golden_answers), default=0.0)
@@ -58,7 +58,7 @@ def _f1_of(answer: str, gold: str) -> float:
 
 
 def substring_match(answer: str | None, golden_answers: Sequence[str]) -> float:
-    """1 if any normalised gold answer stands in the normalised answer, else 0."""
+    """Return 1 if any normalised gold answer stands in the normalised answer, else 0."""
     if answer is None:
         return 0.0
     text = normalise(answer)
@@ -66,17 +66,17 @@ def substring_match(answer: str | None, golden_answers: Sequence[str]) -> float:
 
 
 def answer_of(policy_text: str) -> str | None:
-    """The policy's last complete answer."""
+    """Return the policy's last complete answer."""
     return last_answer(policy_text)
 
 
 def has_tag(text: str) -> bool:
-    """Whether a text has a tag that an action begins or ends with, complete or not."""
+    """Return whether a text has a tag that an action begins or ends with, complete or not."""
     return _ACTION_TAG.search(text) is not None
 
 
 def scored_text(turns: Sequence[str], untagged: str) -> str:
-    """The text that an attempt is scored by: everything that the policy wrote.
+    """Return the text that a rollout is scored by: everything that the policy wrote.
 
     Args:
         turns: the policy's text of each turn.
@@ -91,6 +91,6 @@ def scored_text(turns: Sequence[str], untagged: str) -> str:
 
 
 def spam_factor(policy_text: str) -> float:
-    """A quarter for more than `MAX_ANSWER_TAGS` answer tags, opening or closing, else 1."""
+    """Return 1/4 for more than `MAX_ANSWER_TAGS` answer tags, opening or closing, else 1."""
     tags = max(policy_text.count("<answer>"), policy_text.count("</answer>"))
     return 0.25 if tags > MAX_ANSWER_TAGS else 1.0

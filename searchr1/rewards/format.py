@@ -24,7 +24,7 @@ _ANSWER = re.compile(rf"{_THOUGHT}<answer>{_NO_TAG}</answer>{_END}", re.DOTALL)
 
 
 def valid_format(turns: Sequence[Turn]) -> bool:
-    """Whether the turns are what the method asks for.
+    """Return whether the turns are what the method asks for.
 
     Every turn but the last is `<think>…</think>` and one `<search>…</search>` (or `<access>`) that the environment answered,
     the last is `<think>…</think><answer>…</answer>`: only blanks between the tags and no tag inside them, and the
@@ -41,7 +41,7 @@ def valid_format(turns: Sequence[Turn]) -> bool:
 
 
 def make(config: RewardConfig) -> RewardFn:
-    """The reward, with s = `structure_score`, f = `final_format_score`, r = `retrieval_score` (arXiv 2505.15117):
+    """Return the reward, with s = `structure_score`, f = `final_format_score`, r = `retrieval_score` (arXiv 2505.15117):
 
         right and valid        1
         right and invalid      1 - s

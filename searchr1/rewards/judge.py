@@ -34,7 +34,7 @@ _MARKUP = "<>[]|{}`"
 
 
 def make(config: RewardConfig) -> RewardFn:
-    """The judge that the configuration describes.
+    """Return the judge that the configuration describes.
 
     Raises:
         UserError: `reward.judge` says too little, or the environment lacks the key.
@@ -60,7 +60,7 @@ class Judge:
         self._asked: dict[str, asyncio.Task[float]] = {}
 
     async def __call__(self, policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-        """The verdict, in [0, 1].
+        """Return the verdict, in [0, 1].
 
         Raises:
             UserError: there was none before the deadline.
@@ -94,7 +94,7 @@ class Judge:
 
 
 def judge_problems(config: JudgeConfig) -> list[tuple[str, str]]:
-    """What keeps a judge from being asked: keys and messages. The environment's values are never told."""
+    """Return what keeps a judge from being asked: keys and messages. Values of the environment are never shown."""
     found = []
     if not config.model:
         found.append(("reward.judge.model", "is empty; give the name of the judge's model"))
@@ -108,7 +108,7 @@ def judge_problems(config: JudgeConfig) -> list[tuple[str, str]]:
 
 
 def request_body(config: JudgeConfig, question: str, golden_answers: Sequence[str], answer: str) -> dict[str, Any]:
-    """The JSON of one request. Question and answers stand in a message of their own, as JSON."""
+    """Return the JSON of one request. Question and answers stand in a message of their own, as JSON."""
     golds = ", ".join(_quoted(gold) for gold in golden_answers)
     data = f'{{"question": {_quoted(question)}, "gold_answers": [{golds}], "candidate": {_quoted(answer)}}}'
     messages = [{"role": "system", "content": config.prompt or PROMPT}, {"role": "user", "content": data}]
@@ -117,7 +117,8 @@ def request_body(config: JudgeConfig, question: str, golden_answers: Sequence[st
 
 
 def parse_verdict(reply: str) -> float:
-    """The score of a reply that is yes, no or a number in [0, 1] and nothing else, but for a reasoning model's thoughts.
+    """Return the score of a reply that is yes, no or a number in [0, 1] and nothing else, but for a reasoning model's
+    thoughts.
 
     Raises:
         ValueError: anything else.
@@ -134,6 +135,8 @@ def parse_verdict(reply: str) -> float:
 
 
 def _quoted(text: str) -> str:
-    """`text` as a JSON string without any character that a chat template's markers are made of (`<|im_end|>`, `[INST]`)."""
+    """Return `text` as a JSON string without any character that a chat template's markers are made of (`<|im_end|>`,
+    `[INST]`).
+    """
     quoted = json.dumps(text[:LONGEST_TEXT], ensure_ascii=False)
     return "".join(f"\\u{ord(letter):04x}" if letter in _MARKUP else letter for letter in quoted)

@@ -49,7 +49,7 @@ class ChatClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def ask(self, body: dict[str, Any], read: Callable[[str], T]) -> T:
-        """What `read` makes of the model's reply to `body`, the JSON of the request.
+        """Return what `read` makes of the model's reply to `body`, the JSON of the request.
 
         Failed attempts (no connection, 408, 409, 425, 429, 5xx, no JSON, `read` raising `ValueError`) are repeated with
         growing pauses, or after what `Retry-After` says, up to the deadline. Waiting for a turn does not count.
@@ -79,7 +79,7 @@ class ChatClient:
             await session.close()
 
     async def _attempt(self, body: dict[str, Any], remaining_s: float) -> str:
-        """The text of the model's reply."""
+        """Return the text of the model's reply."""
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         # A third of the time: a connection that hangs leaves room for two more.
         timeout = aiohttp.ClientTimeout(total=min(self._timeout_s / 3, max(remaining_s, 0.001)))
@@ -114,7 +114,7 @@ class ChatClient:
 
 
 def completions_url(base_url: str) -> str:
-    """The address of chat completions below `base_url`, `/v1` added where there is no path.
+    """Return the address of chat completions below `base_url`, `/v1` added where there is no path.
 
     Raises:
         UserError: no http address.
@@ -160,7 +160,7 @@ class VerdictCache:
             raise self._failed(error) from error
 
     def get(self, key: str) -> float | None:
-        """The score under a key of `verdict_key`, or None.
+        """Return the score under a key of `verdict_key`, or None.
 
         Raises:
             UserError: the file is damaged or gone.
@@ -189,6 +189,6 @@ class VerdictCache:
 
 
 def verdict_key(url: str, body: dict[str, Any]) -> str:
-    """What a verdict depends on: the address, the model and the whole prompt."""
+    """Return what a verdict depends on: the address, the model and the whole prompt."""
     text = json.dumps([url, body], sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(whole_text(text).encode()).hexdigest()

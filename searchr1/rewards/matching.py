@@ -13,18 +13,18 @@ from searchr1.rewards.answers import normalise
 
 
 def exact_match_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-    """Exact match of the last answer; a quarter of it if the policy spams answers."""
+    """Score exact match of the last answer; a quarter of it if the policy spams answers."""
     found = answers.answer_of(policy_text)
     return answers.exact_match(found, golden_answers) * answers.spam_factor(policy_text)
 
 
 def f1_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-    """Token F1 of the last answer; a quarter of it if the policy spams answers."""
+    """Score token F1 of the last answer; a quarter of it if the policy spams answers."""
     return answers.f1(answers.answer_of(policy_text), golden_answers) * answers.spam_factor(policy_text)
 
 
 def substring_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
-    """A gold answer stands in the last answer; a quarter of it if the policy spams answers."""
+    """Score whether a gold answer stands in the last answer; a quarter of it if the policy spams answers."""
     found = answers.answer_of(policy_text)
     return answers.substring_match(found, golden_answers) * answers.spam_factor(policy_text)
 
@@ -37,7 +37,7 @@ _SPACED = "0-9a-z\u00c0-\u024f\u0370-\u052f"
 
 
 def evidence_of(trajectory: Trajectory) -> list[str]:
-    """The normalised text of every answered tool call, without the environment's own words."""
+    """Return the normalised text of every answered tool call, without the environment's own words."""
     texts = []
     for turn in trajectory.turns:
         if not turn.queries or turn.tool_error is not None:
@@ -49,7 +49,7 @@ def evidence_of(trajectory: Trajectory) -> list[str]:
 
 
 def stands_in(answer: str, evidence: Iterable[str]) -> bool:
-    """Whether the normalised answer stands in a text of `evidence`, as whole words."""
+    """Return whether the normalised answer stands in a text of `evidence`, as whole words."""
     wanted = normalise(answer)
     if not wanted:
         return False
@@ -60,12 +60,12 @@ def stands_in(answer: str, evidence: Iterable[str]) -> bool:
 
 
 def any_stands_in(golden_answers: Iterable[str], evidence: Sequence[str]) -> bool:
-    """Whether any of them does."""
+    """Return whether any text of `evidence` contains a gold answer."""
     return any(stands_in(gold, evidence) for gold in golden_answers)
 
 
 def citation_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> dict[str, float]:
-    """Longest run of the last answer's words that stands in one retrieved text, over all of its words.
+    """Return the longest run of the last answer's words that stands in one retrieved text, over all of its words.
 
     1 means that the answer stands there as it is, 0 that none of it does (or that nothing was retrieved or answered). An
     answer such as "yes" can hardly be cited, and a wrong one can: this is a part for a weighted sum, no reward alone.
@@ -78,7 +78,7 @@ def citation_reward(policy_text: str, golden_answers: Sequence[str], trajectory:
 
 
 def support(answer: str | None, evidence: Sequence[str]) -> float:
-    """The share of an answer's words, in [0, 1], that normalised texts support with one run of words."""
+    """Return the share of an answer's words, in [0, 1], that normalised texts support with one run of words."""
     words = answers.normalise(answer or "").split()
     if not words:
         return 0.0

@@ -41,7 +41,7 @@ class Reward:
 
 
 def find_reward(name: str, config: RewardConfig, key: str = "reward.reward_type") -> Reward:
-    """The reward behind a known name or a dotted path (`package.module:function`); `key` is who asks.
+    """Return the reward behind a known name or a dotted path (`package.module:function`); `key` is named in errors.
 
     Raises:
         UserError: neither, or the `reward` section says too little for it.

@@ -16,7 +16,7 @@ from searchr1.rewards.registry import Reward, find_reward
 
 
 def penalties(trajectory: Trajectory, config: RewardConfig) -> dict[str, float]:
-    """The penalties that are on, 0 or negative each, by the names of their YAML sections."""
+    """Return the penalties that are on, 0 or negative each, by the names of their YAML sections."""
     found = {}
     if config.length_penalty is not None:
         found["length_penalty"] = length_penalty(trajectory, config.length_penalty)
@@ -50,7 +50,7 @@ class Scorer:
     """
 
     def __init__(self, config: RewardConfig) -> None:
-        """Find the rewards of the configuration, so that a wrong name is told before anything runs.
+        """Find the rewards of the configuration, so that a wrong name is reported before anything runs.
 
         Raises:
             UserError: a reward is not known, or its section says too little.
@@ -76,7 +76,7 @@ class Scorer:
             raise errors.exceptions[0] from None
 
     async def score(self, trajectory: Trajectory, untagged: str = "reject") -> tuple[float, dict[str, float]]:
-        """The scaled reward, penalties included, and its parts unscaled; exact match and F1 are always among them.
+        """Return the scaled reward, penalties included, and its parts unscaled; exact match and F1 are always among them.
 
         The row's own reward goes before the configured ones. Of a weighted sum, `term/<name>` is each reward's value,
         without its weight. Answers are taken from the policy's own text only: neither from the prompt, whose example
@@ -110,7 +110,7 @@ class Scorer:
             trajectory.reward, trajectory.reward_parts = await self.score(trajectory, untagged)
 
     async def _weighted(self, text: str, trajectory: Trajectory) -> dict[str, float]:
-        """The sum over `reward.weights`, what each term is, and the terms' own parts."""
+        """Return the sum over `reward.weights`, what each term is, and the terms' own parts."""
         weights: Mapping[str, float] = self._config.weights
         found = await asyncio.gather(*(self._value(name, text, trajectory) for name in weights))
         total = 0.0
@@ -122,7 +122,7 @@ class Scorer:
         return parts | {"reward": total}
 
     async def _value(self, name: str, text: str, trajectory: Trajectory) -> dict[str, float]:
-        """One reward's parts, with a key "reward"."""
+        """Return one reward's parts, with a key "reward"."""
         reward = self._reward(name, "reward_model of a row")
         arguments = text, trajectory.sample.golden_answers, trajectory
         if reward.custom and not _awaits(reward.function):
@@ -139,7 +139,7 @@ class Scorer:
 
 
 def score_trajectory(trajectory: Trajectory, default: str, scale: float) -> tuple[float, dict[str, float]]:
-    """One trajectory's reward and parts outside of a run, for trying out a reward; see `Scorer.score`."""
+    """Return one trajectory's reward and parts outside of a run, for trying out a reward; see `Scorer.score`."""
     return asyncio.run(Scorer(RewardConfig(reward_type=default, reward_scale=scale)).score(trajectory))
 
 
@@ -148,7 +148,7 @@ def _awaits(function: Any) -> bool:
 
 
 def _parts(name: str, result: Any) -> dict[str, float]:
-    """What a reward function returned, as finite numbers with a key "reward"."""
+    """Return what a reward function returned, as finite numbers with a key "reward"."""
     parts = result if isinstance(result, dict) else {"reward": result}
     try:
         numbers = {str(key): float(value) for key, value in parts.items()}

@@ -41,19 +41,19 @@ class Backend(Protocol):
         """True while a request is unfinished."""
 
     def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: OnText | None = None) -> None:
-        """Queues a generation; `on_text` is called in `step` whenever it has grown and not ended."""
+        """Queue a generation; `on_text` is called in `step` whenever it has grown and not ended."""
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
-        """Queues the scoring of given tokens."""
+        """Queue the scoring of given tokens."""
 
     def step(self) -> list[Finished]:
-        """Runs the model once; returns what ended."""
+        """Run the model once; returns what ended."""
 
     def take_ended(self) -> list[Finished]:
         """Return, once, the requests that ended in a call other than `step`, which waited for what was on the device."""
 
     def abort(self, request_ids: list[str]) -> list[Finished]:
-        """Ends requests; returns what they had."""
+        """End requests; returns what they had."""
 
     def load_weights(self, bucket: WeightManifest) -> list[str]:
         """Replace the weights between two steps and empty the caches; from the first bucket to the last nothing may run.
@@ -62,10 +62,10 @@ class Backend(Protocol):
         """
 
     def load_adapter(self, folder: str, version: int) -> None:
-        """Replaces the LoRA adapter between two steps and empties the caches."""
+        """Replace the LoRA adapter between two steps and empty the caches."""
 
     def reset_prefix_cache(self) -> None:
-        """Forgets cached prompts."""
+        """Forget cached prompts."""
 
     def sleep(self, level: int) -> None:
         """Hand memory back."""
@@ -74,7 +74,7 @@ class Backend(Protocol):
         """Take the memory of `tags` again."""
 
     def close(self) -> None:
-        """Frees everything."""
+        """Free everything."""
 
 
 @dataclass(slots=True, eq=False)

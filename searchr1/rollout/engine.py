@@ -101,7 +101,7 @@ class Engine:
 
     @classmethod
     async def start(cls, model_path: str, device: Device, settings: EngineSettings) -> Engine:
-        """Loads the model and starts the thread.
+        """Load the model and start the thread.
 
         One engine per process: vLLM keeps its parallel state in module globals. So the process's threads may be made to
         take turns more often, too.
@@ -133,7 +133,7 @@ class Engine:
         return self._stop_reason
 
     def stats(self) -> EngineStats:
-        """A copy of the counters."""
+        """Return a copy of the counters."""
         return replace(self._stats, running=len(self._requests))
 
     async def generate(
@@ -143,7 +143,7 @@ class Engine:
         timeout_s: float | None = None,
         on_text: OnText | None = None,
     ) -> Generation:
-        """Samples one continuation. `on_text` is told the text so far, in the caller's event loop, as it grows.
+        """Sample one continuation. `on_text` receives the text so far, in the caller's event loop, as it grows.
 
         The log-probabilities are those of the distribution sampled from (temperature, top-p, top-k and penalties
         applied); greedy ones are at temperature 1. Special tokens are part of the text. `weight_version` is that of the
@@ -168,7 +168,7 @@ class Engine:
         return result
 
     async def logprobs(self, sequences: list[list[int]], timeout_s: float | None = None) -> list[list[float]]:
-        """Scores given tokens at temperature 1, without the prefix cache: a probe of the weights.
+        """Score given tokens at temperature 1, without the prefix cache: a probe of the weights.
 
         Returns:
             For each sequence one value per token; 0 for the first, which has nothing before it.
@@ -214,7 +214,7 @@ class Engine:
         return slow
 
     async def reset_prefix_cache(self) -> None:
-        """Forgets cached prompts (an update does so by itself)."""
+        """Forget cached prompts (an update does so by itself)."""
         timeout_s = self._settings.update_timeout_s
         await self._call(lambda backend: backend.reset_prefix_cache(), timeout_s, "reset its cache")
 
@@ -255,7 +255,7 @@ class Engine:
         await self._call(wake, self._settings.update_timeout_s, "wake")
 
     async def abort_all(self) -> int:
-        """Ends all generations; they return what they have, with finish_reason "abort". Returns how many."""
+        """End all generations; they return what they have, with finish_reason "abort". Returns how many."""
 
         def abort(backend: Backend) -> int:
             finished = backend.abort(list(self._requests))
@@ -266,7 +266,7 @@ class Engine:
         return count
 
     async def close(self) -> None:
-        """Stops the thread and frees the engine; requests still running fail. Closing twice does no harm."""
+        """Stop the thread and free the engine; requests still running fail. Closing twice does no harm."""
         with self._wakeup:
             self._closing = True
             self._wakeup.notify()
@@ -343,7 +343,7 @@ class Engine:
                     logger.exception("closing the rollout engine failed")
 
     def _turn(self, backend: Backend) -> bool:
-        """Runs waiting commands and one step; False once closed."""
+        """Run waiting commands and one step. Return False once closed."""
         with self._wakeup:
             while not self._commands and not self._closing and not self._can_step(backend):
                 self._wakeup.wait()

@@ -73,7 +73,7 @@ class SharedBuffer:
         return self._bytes[offset:stop].view(dtype)
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor's memory is (part of) this buffer's."""
+        """Return whether the tensor's memory is (part of) this buffer's."""
         if tensor.device.type != "cpu":
             return False
         start = self._bytes.data_ptr()

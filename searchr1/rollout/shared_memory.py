@@ -73,7 +73,7 @@ class SharedFolder:
 
 
 def weight_folders(output_dir: str | Path) -> tuple[Path, Path]:
-    """Where a run may publish weights: shared memory, and a folder of its own where that has no room."""
+    """Return where a run may publish weights: shared memory, and a folder of its own where that has no room."""
     return SHARED_MEMORY, Path(output_dir) / "weights"
 
 

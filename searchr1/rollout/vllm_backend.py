@@ -26,7 +26,7 @@ class VllmBackend:
     """One in-process vLLM engine."""
 
     def __init__(self, model_path: str, device: Device, settings: EngineSettings) -> None:
-        """Loads the model.
+        """Load the model.
 
         Raises:
             UserError: the environment forbids an in-process engine, the installed vLLM is built for another device, or the
@@ -70,7 +70,7 @@ class VllmBackend:
         return self._llm.has_unfinished_requests()
 
     def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: OnText | None = None) -> None:
-        """Queues a generation; `on_text` makes `step` tell its text so far.
+        """Queue a generation; with `on_text`, `step` passes on its text so far.
 
         Raises:
             ValueError: the prompt is empty or too long, or the parameters make no sense.
@@ -89,7 +89,7 @@ class VllmBackend:
                 self._decoded_at_end.add(request_id)
 
     def add_scoring(self, request_id: str, token_ids: list[int]) -> None:
-        """Queues the scoring of given tokens; `Finished.prompt_logprobs` will hold one value per token.
+        """Queue the scoring of given tokens; `Finished.prompt_logprobs` will hold one value per token.
 
         Raises:
             ValueError: the sequence is empty or does not fit (scoring samples one more token).
@@ -191,7 +191,7 @@ class VllmBackend:
         return warnings
 
     def load_adapter(self, folder: str, version: int) -> None:
-        """Puts a LoRA adapter in the place of the one before. Running requests go on with the new one, caches recomputed.
+        """Put a LoRA adapter in the place of the one before. Running requests go on with the new one, caches recomputed.
 
         Args:
             folder: as peft writes it; it is not needed afterwards.
@@ -237,7 +237,7 @@ class VllmBackend:
             self._llm.wake_up(list(tags))
 
     def close(self) -> None:
-        """Frees the engine."""
+        """Free the engine."""
         self._llm.engine_core.shutdown()
 
     def _settle(self) -> None:

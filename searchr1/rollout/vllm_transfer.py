@@ -145,7 +145,7 @@ class WorkerExtension:
     weight_transfer_engine: Any
 
     def take_weight_warnings(self) -> list[str]:
-        """What made the last update slower than it should be in this worker."""
+        """Return what made the last update slower than it should be in this worker."""
         return list(self.weight_transfer_engine.reader.take_warnings())
 
 

@@ -69,7 +69,7 @@ class WeightManifest:
 
 
 def bucket_size(total_elements: int, dtype: torch.dtype) -> int:
-    """Bytes of a bucket: no more than the model has."""
+    """Return bytes of a bucket: no more than the model has."""
     return max(dtype.itemsize, min(DEFAULT_BUCKET_BYTES, total_elements * dtype.itemsize))
 
 
@@ -284,11 +284,11 @@ class WeightReader:
             raise ValueError(f"the weights of version {manifest.version} end within a tensor: {self._cut[0]}")
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether the tensor is (part of) a buffer, which the trainer will write again."""
+        """Return whether the tensor is (part of) a buffer, which the trainer will write again."""
         return any(buffer.holds(tensor) for buffer in self._buffers.values())
 
     def take_warnings(self) -> list[str]:
-        """What made the way slower since the last call."""
+        """Return what made the way slower since the last call."""
         warnings, self._warnings = self._warnings, []
         return warnings
 

@@ -31,7 +31,7 @@ ADVANTAGES: dict[str, AdvantageFunction] = {
 
 
 def compute_advantages(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor:
-    """[N] advantages under `algorithm.adv_type`, worked out in float64 and returned in the dtype of the rewards.
+    """Return [N] advantages under `algorithm.adv_type`, worked out in float64 and returned in the dtype of the rewards.
 
     Raises:
         UserError: unknown `adv_type`, settings that it does not support, or a user's own that returns something else.

@@ -1,4 +1,4 @@
-"""Dr. GRPO: no division by the spread, which favours questions that are too easy or too hard. https://arxiv.org/abs/2503.20783
+"""Dr. GRPO: no division by the standard deviation, which favours questions that are too easy or too hard. https://arxiv.org/abs/2503.20783
 
 Its other half, no division by a response's own length, is `algorithm.loss_agg_func: seq-mean-token-sum-norm`.
 """

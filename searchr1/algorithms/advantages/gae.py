@@ -19,7 +19,7 @@ Array = npt.NDArray[np.float64]
 
 
 def gae(rewards: Sequence[Array], values: Sequence[Array], gamma: float, lam: float) -> tuple[list[Array], list[Array]]:
-    """Advantages and returns of each trajectory's policy tokens.
+    """Return advantages and returns of each trajectory's policy tokens.
 
     Args:
         rewards: one array [P] per trajectory, one number per policy token.
@@ -43,7 +43,7 @@ def gae(rewards: Sequence[Array], values: Sequence[Array], gamma: float, lam: fl
 
 
 def whiten_tokens(advantages: Sequence[Array]) -> list[Array]:
-    """Mean 0 and variance 1 over all tokens of all trajectories; without spread all are 0."""
+    """Shift and scale to mean 0 and variance 1 over all tokens of all trajectories; equal values become 0."""
     joined = np.concatenate([*advantages, np.zeros(0)])
     if len(joined) == 0:
         return list(advantages)

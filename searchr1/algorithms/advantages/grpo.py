@@ -1,4 +1,4 @@
-"""GRPO: rewards relative to the other attempts at the same question. https://arxiv.org/abs/2402.03300"""
+"""GRPO: rewards relative to the other rollouts of the same question. https://arxiv.org/abs/2402.03300"""
 
 from __future__ import annotations
 

@@ -50,11 +50,11 @@ class Groups:
     std_N: Tensor
     """With n - 1; 0 in a group of one."""
     equal_N: Tensor
-    """bool: all rewards of the group are the same, so it says nothing about which attempt was better."""
+    """bool: all rewards of the group are the same, so it says nothing about which rollout was better."""
 
 
 def groups_of(inputs: AdvantageInputs) -> Groups:
-    """Statistics of the groups, one entry per trajectory."""
+    """Return statistics of the groups, one entry per trajectory."""
     rewards_N = inputs.rewards_N
     _, group_N = inputs.group_ids_N.unique(return_inverse=True)
     size_G = torch.bincount(group_N).to(rewards_N.dtype)
@@ -68,7 +68,7 @@ def groups_of(inputs: AdvantageInputs) -> Groups:
 
 
 def whiten(advantages_N: Tensor, policy_tokens_N: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all policy tokens (each token carries its trajectory's advantage).
+    """Shift and scale to mean 0 and variance 1 over all policy tokens (each carries its trajectory's advantage).
 
     Without spread the result is 0.
     """

@@ -9,7 +9,7 @@ from searchr1.algorithms.advantages.inputs import AdvantageInputs, AdvantageSett
 
 
 def reinforce_plus_plus(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor:
-    """Rewards whitened over all policy tokens of the step; works with one attempt per question."""
+    """Rewards whitened over all policy tokens of the step; works with one rollout per question."""
     return whiten(inputs.rewards_N, inputs.policy_tokens_N)
 
 

@@ -1,4 +1,4 @@
-"""RLOO: the baseline of an attempt is the mean reward of the others. https://arxiv.org/abs/2402.14740"""
+"""RLOO: the baseline of a rollout is the mean reward of the others. https://arxiv.org/abs/2402.14740"""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from searchr1.algorithms.advantages.inputs import AdvantageInputs, AdvantageSett
 
 
 def rloo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor:
-    """Reward - mean reward of the group's other attempts = (reward - group mean) n / (n - 1).
+    """Reward - mean reward of the group's other rollouts = (reward - group mean) n / (n - 1).
 
-    An attempt without others has no baseline, and advantage 0.
+    A rollout without others has no baseline, and advantage 0.
     """
     groups = groups_of(inputs)
     scale_N = groups.size_N / (groups.size_N - 1).clamp(min=1)

@@ -1,11 +1,11 @@
-"""Turn-level credit for multi-turn attempts (MT-GRPO). https://arxiv.org/abs/2505.11821
+"""Turn-level advantages for multi-turn rollouts (MT-GRPO). https://arxiv.org/abs/2505.11821
 
 Every turn but the last has a reward of its own, here whether what it retrieved contains a gold answer. It is compared with
-the same turn of the other attempts at the question, and added to the attempt's advantage:
+the same turn of the other rollouts at the question, and added to the rollout's advantage:
 
     A_k = A + weight * (r_k - mean of r_k in the group) / (standard deviation + 1e-6)
 
-The last turn, which answers, has A alone. An attempt that has no turn k does not count in that turn's mean, so the added
+The last turn, which answers, has A alone. A rollout that has no turn k does not count in that turn's mean, so the added
 part teaches to search better and has no effect on the decision to search at all (docs/algorithms/turn-level.md).
 """
 
@@ -22,27 +22,27 @@ from searchr1.algorithms.advantages.inputs import STD_EPS
 def turn_advantages(
     advantages_N: Tensor, turn_rewards: Sequence[Sequence[float]], group_ids_N: Tensor, weight: float
 ) -> list[list[float]]:
-    """One advantage per turn of each attempt.
+    """Return one advantage per turn of each rollout.
 
     Args:
-        advantages_N: of the attempts as wholes, from any estimator.
-        turn_rewards: of each attempt's turns; the last turn's is not read.
-        group_ids_N: attempts at one question share one.
+        advantages_N: of the rollouts as wholes, from any estimator.
+        turn_rewards: of each rollout's turns; the last turn's is not read.
+        group_ids_N: rollouts at one question share one.
         weight: of the turn's own part.
     """
     groups: dict[int, list[int]] = {}
-    for attempt, group in enumerate(group_ids_N.tolist()):
-        groups.setdefault(group, []).append(attempt)
+    for rollout, group in enumerate(group_ids_N.tolist()):
+        groups.setdefault(group, []).append(rollout)
     found = [
         [float(advantage)] * max(1, len(rewards)) for advantage, rewards in zip(advantages_N, turn_rewards, strict=True)
     ]
     for members in groups.values():
-        for turn in range(max(len(turn_rewards[attempt]) for attempt in members) - 1):
-            having = [attempt for attempt in members if turn < len(turn_rewards[attempt]) - 1]
-            rewards = torch.tensor([turn_rewards[attempt][turn] for attempt in having], dtype=torch.float64)
+        for turn in range(max(len(turn_rewards[rollout]) for rollout in members) - 1):
+            having = [rollout for rollout in members if turn < len(turn_rewards[rollout]) - 1]
+            rewards = torch.tensor([turn_rewards[rollout][turn] for rollout in having], dtype=torch.float64)
             if len(having) < 2 or bool((rewards == rewards[0]).all()):
                 continue
             relative = (rewards - rewards.mean()) / (rewards.std() + STD_EPS)
-            for attempt, value in zip(having, relative.tolist(), strict=True):
-                found[attempt][turn] += weight * value
+            for rollout, value in zip(having, relative.tolist(), strict=True):
+                found[rollout][turn] += weight * value
     return found

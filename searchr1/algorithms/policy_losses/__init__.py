@@ -18,7 +18,7 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {"actor": ppo_clip, "gspo": gspo, "cispo"
 
 
 def policy_loss(name: str) -> PolicyLoss:
-    """The loss that `algorithm.loss_type` names.
+    """Return the loss that `algorithm.loss_type` names.
 
     Raises:
         UserError: neither a known name nor the path of a function.

@@ -15,7 +15,7 @@ def ppo_clip(inputs: PolicyInputs, clip: ClipSettings) -> TokenLosses:
 
 
 def clipped_surrogate(ratio_P: torch.Tensor, advantages_P: torch.Tensor, clip: ClipSettings) -> TokenLosses:
-    """The surrogate for given ratios, token by token."""
+    """Return the surrogate for given ratios, token by token."""
     plain_P = -advantages_P * ratio_P
     limited_P = -advantages_P * ratio_P.clamp(1.0 - clip.low, 1.0 + clip.high)
     clipped_P = limited_P > plain_P

@@ -23,7 +23,8 @@ _SHARD = re.compile(r"(?P<stem>.*?)-(?P<number>\d{3,6})-of-(?P<total>\d{3,6})")
 def fetch(
     name: str, revision: str | None = None, repository: str = REPOSITORY, flag: str = "--revision", otherwise: str = ""
 ) -> tuple[Path, str]:
-    """A file of a data set, and the commit it belongs to. One that is cached is not fetched again; without a connection it
+    """Return a file of a data set, and the commit it belongs to. One that is cached is not fetched again; without a
+    connection it
     is taken as it is.
 
     Args:
@@ -68,7 +69,7 @@ def fetch(
 def fetch_data_set(
     repository: str, revision: str | None, file: str | None, split: str | None, splits: Sequence[str]
 ) -> list[tuple[str, Path]]:
-    """The files of one split of a data set, or one file: each with its name on the hub and where it is here.
+    """Return the files of one split of a data set, or one file: each with its name on the hub and where it is here.
 
     Args:
         repository: `OWNER/NAME`.
@@ -89,7 +90,7 @@ def fetch_data_set(
 
 
 def split_files(repository: str, names: Iterable[str], splits: Sequence[str], only: bool) -> list[str]:
-    """The files of a split, by their names: `train.jsonl`, `data/train-00000-of-00002.parquet`, `train/0000.parquet`.
+    """Return the files of a split, by their names: `train.jsonl`, `data/train-00000-of-00002.parquet`, `train/0000.parquet`.
 
     Args:
         repository: for messages.
@@ -121,12 +122,12 @@ def split_files(repository: str, names: Iterable[str], splits: Sequence[str], on
 
 
 def _is_split(name: str, split: str) -> bool:
-    """Whether the file's name, or a folder's, is the split's."""
+    """Return whether the file's name, or a folder's, is the split's."""
     return split in (_stem(name), *PurePosixPath(name).parent.parts)
 
 
 def _names_split(name: str, split: str) -> bool:
-    """Whether the split is a word of the file's name."""
+    """Return whether the split is a word of the file's name."""
     return split in re.split(r"[-_. ]", _stem(name))
 
 
@@ -137,7 +138,7 @@ def _stem(name: str) -> str:
 
 
 def _set_of(name: str) -> tuple[str, str, str]:
-    """Equal for the parts of one set of rows."""
+    """Return a key that is equal for the parts of one set of rows."""
     stem = _stem(name)
     return str(PurePosixPath(name).parent), "" if stem.isdigit() else stem, file_format(name) or ""
 
@@ -163,7 +164,7 @@ def _plain(name: str) -> str:
 
 
 def _files_of(repository: str, revision: str | None) -> tuple[str | None, list[str]]:
-    """The commit, and the names of all files in it; without a connection those in the cache."""
+    """Return the commit, and the names of all files in it; without a connection those in the cache."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 

@@ -23,7 +23,7 @@ TIMEOUT_S = 120.0
 def search_passages(
     questions: Sequence[str], addresses: Sequence[str], topk: int, notes: Path, update: Callable[[float], object]
 ) -> dict[str, str]:
-    """The rendered passages of each question.
+    """Return the rendered passages of each question.
 
     Args:
         questions: what is searched for, word for word.

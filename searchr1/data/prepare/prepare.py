@@ -138,7 +138,7 @@ def _read_all(sources: dict[str, list[Source]], settings: Settings, outcome: Out
 def _check_file(
     source: Source, stats: SetStats, settings: Settings, update: Callable[[float], object]
 ) -> Iterator[Question | str]:
-    """Each row as a question, or what is wrong with it."""
+    """Yield each row as a question, or what is wrong with it."""
     lines: dict[str, int] = {}
     for index, record in enumerate(read_records(source.path, update, UNREAD)):
         stats.read += 1
@@ -213,7 +213,7 @@ def _tell_overlap(overlap: Overlap, dropped: bool) -> str:
 
 
 def _compare_with_earlier_training(splits: dict[str, list[Question]], settings: Settings, outcome: Outcome) -> None:
-    """Evaluation data alone: the training file that lies beside it cannot be changed any more, but it can be told."""
+    """Warn where evaluation questions are in training files that an earlier run wrote, which are not changed any more."""
     asked = [row for path in (*_earlier_files(settings.out, ["train"]), *settings.against) for row in _rows_of(path)]
     for split, questions in splits.items():
         overlap = find_overlap(questions, asked)
@@ -245,7 +245,7 @@ def _rows_of(path: Path) -> list[tuple[str, str, str]]:
 
 
 def _draw(questions: list[Question], settings: Settings) -> list[Question]:
-    """At most `limit` of each set, and the order: the files', or one drawn from the seed."""
+    """Return at most `limit` of each set, and the order: the files', or one drawn from the seed."""
     if settings.seed is not None:
         questions = list(questions)
         random.Random(settings.seed).shuffle(questions)
@@ -261,7 +261,7 @@ def _draw(questions: list[Question], settings: Settings) -> list[Question]:
 
 
 def _passages(questions: list[Question], settings: Settings) -> dict[str, str]:
-    """What the search found, by question; empty where the rows bring their own passages or need none."""
+    """Return what the search found, by question; empty where the rows bring their own passages or need none."""
     if settings.search:
         with _bar("searching") as bar:
             return search_passages(
@@ -302,7 +302,7 @@ def _write(split: str, questions: list[Question], passages: dict[str, str], sett
 
 
 def _write_stats(path: Path, found: list[dict[str, Any]], splits: Collection[str]) -> None:
-    """Splits that an earlier run prepared in the same folder stay told."""
+    """Keep the statistics of splits that an earlier run prepared in the same folder."""
     earlier: Any = None
     with suppress(OSError, ValueError):  # none, or not ours: it is replaced
         earlier = json.loads(path.read_text(encoding="utf-8"))

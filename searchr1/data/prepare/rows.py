@@ -97,7 +97,7 @@ def make_row(
     messages: bool = False,
     tokenizer: Any = None,
 ) -> dict[str, Any]:
-    """One output row. `data.dataset` reads all three shapes.
+    """Return one output row. `data.dataset` reads all three shapes.
 
     Args:
         question: what is asked.
@@ -145,7 +145,7 @@ def _own_reward(question: Question) -> dict[str, Any]:
 
 
 def arrow_schema(shape: str, *, passages: bool = False, messages: bool = False, own_reward: bool = False) -> Any:
-    """The columns of `make_row`'s rows; fixed, so that a file's types do not hang on what its first rows hold."""
+    """Return the columns of `make_row`'s rows; fixed, so that a file's types do not hang on what its first rows hold."""
     import pyarrow as pa
 
     text, texts = pa.string(), pa.list_(pa.string())

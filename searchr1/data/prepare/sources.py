@@ -30,7 +30,7 @@ class QuestionSet:
         return next(split for split in EVALUATION_ORDER if split in self.splits)
 
     def stored_split(self, split: str) -> str | None:
-        """The stored split that a requested one means; None if there is none."""
+        """Return the stored split that a requested one means; None if there is none."""
         if split == "test":
             return self.evaluation_split
         return split if split in self.splits else None
@@ -97,7 +97,7 @@ def parse_input(text: str) -> Input:
 def find_sources(
     sets: Sequence[str] | None, splits: Sequence[str], inputs: Sequence[Input], local: Path | None, fetch: Fetch
 ) -> dict[str, list[Source]]:
-    """The files of every requested split, in the order in which their rows are written.
+    """Return the files of every requested split, in the order in which their rows are written.
 
     A file given with `--input` takes the place of a public set of the same name; the others follow the sets. Without
     `sets` and `inputs`, Search-R1's own choice for the split is taken.

@@ -20,14 +20,14 @@ EXAMPLES = 5
 
 
 def question_key(text: str) -> bytes:
-    """Equal for questions that differ only in case, punctuation, articles, blanks or the form of their characters."""
+    """Return a key that ignores case, punctuation, articles, blanks and the form of characters."""
     folded = normalise(unicodedata.normalize("NFKC", text).casefold())
     # A question of nothing but punctuation has only itself.
     return hashlib.blake2b((folded or text).encode(), digest_size=16).digest()
 
 
 def split_duplicates(questions: Iterable[Question]) -> tuple[list[Question], list[tuple[Question, Question]]]:
-    """First askings in order, and every later asking with its first."""
+    """Return questions asked for the first time, in order, and every repetition with its first."""
     first: dict[bytes, Question] = {}
     repeated = []
     for question in questions:
@@ -89,7 +89,7 @@ class SetStats:
 
 
 def start_stats(source: Source) -> SetStats:
-    """Counts of 0 for a file that is about to be read."""
+    """Start counting for a file that is about to be read."""
     return SetStats(source.set_name, source.split, source.origin, source.published_rows)
 
 
