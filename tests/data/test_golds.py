@@ -114,7 +114,7 @@ def test_what_is_left_out_or_contradicted_is_seen(tmp_path, tokenizer):
     assert left_out.endswith(f"(the first: {tmp_path}/a.jsonl:1)")
 
 
-def test_an_unknown_shape_is_told_with_its_columns(tmp_path, tokenizer):
+def test_an_unknown_shape_is_reported_with_its_columns(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", {"prompt": "Who?", "reply": "Ann"})
     with pytest.raises(UserError, match=r"a\.jsonl:1: .* its columns are prompt, reply; .* data\.answer_key"):
         load(path, tokenizer=tokenizer)

@@ -198,7 +198,7 @@ def asked(*questions):
     return [{"question": question, "answer": f"{number}"} for number, question in enumerate(questions)]
 
 
-def test_duplicates_are_told_and_left_out_on_request(tmp_path, capsys):
+def test_duplicates_are_reported_and_left_out_on_request(tmp_path, capsys):
     path = write_jsonl(tmp_path / "a.jsonl", asked("Who is it?", "When?", "who IS it", "Where?"))
     run("--input", f"a={path}", "--out", tmp_path)
     assert "1 questions are asked before, 1 of them with other gold answers (kept; --dedup" in capsys.readouterr().out
@@ -293,7 +293,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("flags", "message"), MISTAKES)
-def test_mistakes_are_told(hub, tmp_path, flags, message):
+def test_mistakes_are_reported(hub, tmp_path, flags, message):
     words = flags.format(hub=hub).split()
     with pytest.raises(UserError, match=message):
         run(*words, *([] if "--out" in words else ["--out", tmp_path]))

@@ -53,7 +53,7 @@ async def nq_alone(request):
     return web.Response(body=None if request.method == "HEAD" else NQ, headers=headers)
 
 
-def test_the_hubs_files_are_cached_and_a_missing_one_is_told(tmp_path):
+def test_the_hubs_files_are_cached_and_a_missing_one_is_reported(tmp_path):
     env = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     env |= {"HF_HOME": str(tmp_path / "snapshots/home"), "HF_HUB_DISABLE_XET": "1", "no_proxy": "*"}
 
@@ -184,7 +184,7 @@ def test_passages_are_put_into_the_prompt_and_not_searched_twice(retriever, tmp_
     assert [row["passages"] for row in plain] == [f'Doc 1(Title: "Title ‹/information>") about {q}' for q in asked[:7]]
 
 
-def test_a_server_that_does_not_answer_is_told(tmp_path, monkeypatch):
+def test_a_server_that_does_not_answer_is_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(passages, "TIMEOUT_S", 0.5)
     own = write_jsonl(tmp_path / "a.jsonl", [flashrag_row("nq", "train", 0)])
     with pytest.raises(UserError, match="Start the retrieval server"):

@@ -102,7 +102,7 @@ def test_own_reward_and_passages_come_along():
         ({"question": "\udfff", "answer": "Ann"}, "surrogate"),
     ],
 )
-def test_bad_rows_are_told(row, message):
+def test_bad_rows_are_reported(row, message):
     with pytest.raises(UserError, match=message):
         check(row)
 
@@ -118,7 +118,7 @@ values = st.recursive(
 
 
 @given(st.dictionaries(keys, values, max_size=5))
-def test_any_row_is_a_question_or_a_told_mistake(row):
+def test_any_row_is_a_question_or_a_reported_mistake(row):
     try:
         found = check(row)
     except UserError:

@@ -103,7 +103,7 @@ def test_a_template_of_the_user(tmp_path, tokenizer):
         ("Who?", None, "serachr1", "searchr1, asearcher"),
     ],
 )
-def test_what_cannot_become_a_prompt_is_told(tokenizer, prompt, question, template, message):
+def test_what_cannot_become_a_prompt_is_reported(tokenizer, prompt, question, template, message):
     with pytest.raises(UserError, match=message):
         render_prompt(prompt, question, tokenizer, template, False)
 

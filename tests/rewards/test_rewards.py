@@ -216,7 +216,7 @@ def test_custom_function_that_returns_no_number(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     "name", ["f2_score", "no_such_module:fn", "math:nothing", "math:pi", ".x.fn", "a..b", "", ":", "searchr1."]
 )
-def test_unknown_names_are_told(name: str) -> None:
+def test_unknown_names_are_reported(name: str) -> None:
     with pytest.raises(UserError, match=r"reward\.reward_type"):
         require_known(name)
 
