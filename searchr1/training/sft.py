@@ -26,6 +26,7 @@ from searchr1.data.model_settings import FILE, ModelSettings
 from searchr1.data.model_source import load_model_config, load_tokenizer
 from searchr1.device import Device
 from searchr1.errors import UserError
+from searchr1.files.atomic import sync
 from searchr1.learner.backend import AnyPolicyBackend, PolicySchedule
 from searchr1.learner.model import init_process_group
 from searchr1.learner.packing import PackedBatch, pack, plan_micro_batches, sequence_length, split_balanced
@@ -126,6 +127,7 @@ def train(config: SftConfig) -> list[float]:
         settings = rows_settings(rows, tokenizer, None if config.fresh else ModelSettings.of_model(config.start))
         settings.write(config.output)
         write_model_sums(config.output)
+        sync([*config.output.rglob("*"), config.output])
         print(f"{config.output / FILE}: {settings.described()}")
         print(f"model -> {config.output}")
     else:
