@@ -20,10 +20,10 @@ from searchr1.demo.processes import retrieval_server
 MODEL = ("--model_path", str(COLD_START), "--prompt_template", "demo", "--max_turns", "3")
 
 
-async def stream(chat, url, question, leave_after=None):
+async def stream(session, url, question, leave_after=None):
     """The events of one answer."""
     events = []
-    async with chat.post(f"{url}/ask", json={"question": question}) as answer:
+    async with session.post(f"{url}/ask", json={"question": question}) as answer:
         assert answer.status == 200, await answer.text()
         async for line in answer.content:
             if line.strip():
@@ -34,8 +34,8 @@ async def stream(chat, url, question, leave_after=None):
 
 
 async def talk(url, questions):
-    async with aiohttp.ClientAsyncChat(timeout=aiohttp.ClientTimeout(total=120)) as chat:
-        answers = await asyncio.gather(*(stream(chat, url, question) for question in questions))
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+        answers = await asyncio.gather(*(stream(session, url, question) for question in questions))
         for events in answers:
             assert events[0]["type"] == "started"
             assert events[-1]["type"] == "done"
@@ -48,16 +48,16 @@ async def talk(url, questions):
         assert sum(events[-1]["stats"]["searches"] for events in answers) > 0
         assert sum(events[-1]["answer"] is not None for events in answers) > len(answers) / 2
         url_found = next(e["results"][0][0]["url"] for events in answers for e in events if e["type"] == "found")
-        async with chat.post(f"{url}/page", json={"url": url_found}) as page:
+        async with session.post(f"{url}/page", json={"url": url_found}) as page:
             assert len((await page.json())["text"]) > 100
         # Greedy: the same question alone is answered the same.
-        again = await stream(chat, url, questions[0])
+        again = await stream(session, url, questions[0])
         assert again[-1]["answer"] == answers[0][-1]["answer"]
         # Who leaves takes their request along.
-        await stream(chat, url, questions[1], leave_after=2)
+        await stream(session, url, questions[1], leave_after=2)
         deadline = time.monotonic() + 30
         while True:
-            async with chat.get(f"{url}/health") as health:
+            async with session.get(f"{url}/health") as health:
                 if (await health.json())["running"] == 0:
                     break
             assert time.monotonic() < deadline
