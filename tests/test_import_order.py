@@ -17,7 +17,7 @@ ROOMS = (
 """From low to high. A room may import itself and what stands before it; `searchr1` is the package's own face, whose names
 lead everywhere."""
 BASE = {
-    "errors", "streams", "nvidia", "device", "shutdown", "progress", "caches", "files", "importing", "retry",
+    "errors", "exports", "streams", "nvidia", "device", "shutdown", "progress", "caches", "files", "importing", "retry",
     "http_guard",
 }  # fmt: skip
 """Modules that any room may import."""

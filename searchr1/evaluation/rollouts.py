@@ -71,7 +71,7 @@ class ScoredRollout:
             rollout_id=int(row["replica"]),
             source=canonical(row["data_source"]),
             exact_match=answers.exact_match(answer, golds),
-            f1=answers.f1(answer, golds),
+            f1=answers.f1_score(answer, golds),
             substring_match=answers.substring_match(answer, golds),
             judge=None if verdict is None else float(verdict),
             reward=float(row["reward"] or 0.0),

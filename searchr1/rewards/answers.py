@@ -39,7 +39,7 @@ def _equal(answer: str, gold: str) -> bool:
     return bool(gold.strip()) and answer.strip().lower() == gold.strip().lower()
 
 
-def f1(answer: str | None, golden_answers: Sequence[str]) -> float:
+def f1_score(answer: str | None, golden_answers: Sequence[str]) -> float:
     """Return the best token F1 over the gold answers; yes, no and noanswer count only if equal."""
     if answer is None:
         return 0.0

@@ -20,7 +20,7 @@ def exact_match_reward(policy_text: str, golden_answers: Sequence[str], trajecto
 
 def f1_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:
     """Score token F1 of the last answer; a quarter of it if the policy spams answers."""
-    return answers.f1(answers.answer_of(policy_text), golden_answers) * answers.spam_factor(policy_text)
+    return answers.f1_score(answers.answer_of(policy_text), golden_answers) * answers.spam_factor(policy_text)
 
 
 def substring_reward(policy_text: str, golden_answers: Sequence[str], trajectory: Trajectory) -> float:

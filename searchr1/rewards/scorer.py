@@ -93,7 +93,7 @@ class Scorer:
             parts = await self._value(sample.reward_name or config.reward_type, text, trajectory)
         answer = answers.answer_of(text)
         parts["exact_match"] = answers.exact_match(answer, sample.golden_answers)
-        parts["f1"] = answers.f1(answer, sample.golden_answers)
+        parts["f1"] = answers.f1_score(answer, sample.golden_answers)
         taken = penalties(trajectory, config)
         parts |= taken
         return config.reward_scale * (parts["reward"] + sum(taken.values())), parts

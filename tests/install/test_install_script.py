@@ -51,7 +51,7 @@ class Machine:
         for name in ("install.sh", "pyproject.toml", "requirements"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, self.folder / name)
-        for name in ("__init__.py", "errors.py", "nvidia.py"):
+        for name in ("__init__.py", "errors.py", "exports.py", "nvidia.py"):
             shutil.copy(ROOT / "searchr1" / name, self.folder / "searchr1" / name)
         for tool in [*TOOLS.split(), "mkdir", "cp"]:
             (self.bin / tool).symlink_to(shutil.which(tool))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.rewards.answers import exact_match, f1, normalise, substring_match
+from searchr1.rewards.answers import exact_match, f1_score, normalise, substring_match
 
 CASES = [
     # answer, gold answers, exact match, F1, substring match
@@ -67,7 +67,7 @@ CASES = [
 @pytest.mark.parametrize(("answer", "golds", "exact", "token_f1", "substring"), CASES)
 def test_tricky_answers(answer: str, golds: list[str], exact: int, token_f1: float, substring: int) -> None:
     assert exact_match(answer, golds) == exact
-    assert f1(answer, golds) == pytest.approx(token_f1)
+    assert f1_score(answer, golds) == pytest.approx(token_f1)
     assert substring_match(answer, golds) == substring
 
 
@@ -86,6 +86,6 @@ def test_squads_script_says_the_same(answer: str, gold: str) -> None:
         return  # here an empty answer must not be right; SQuAD has questions without an answer
     assert exact_match(answer, [gold]) == squad_metrics.compute_exact(gold, answer)
     if {normalise(answer), normalise(gold)} & {"yes", "no", "noanswer"}:
-        assert f1(answer, [gold]) == exact_match(answer, [gold])  # HotpotQA's rule
+        assert f1_score(answer, [gold]) == exact_match(answer, [gold])  # HotpotQA's rule
     else:
-        assert f1(answer, [gold]) == pytest.approx(squad_metrics.compute_f1(gold, answer))
+        assert f1_score(answer, [gold]) == pytest.approx(squad_metrics.compute_f1(gold, answer))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory, Turn
 from searchr1.errors import UserError
-from searchr1.rewards.answers import answer_of, exact_match, f1, normalise, spam_factor, substring_match
+from searchr1.rewards.answers import answer_of, exact_match, f1_score, normalise, spam_factor, substring_match
 from searchr1.rewards.registry import require_known
 from searchr1.rewards.scorer import score_trajectory
 
@@ -85,7 +85,7 @@ def test_exact_match(answer: str | None, golds: list[str], expected: int) -> Non
     ],
 )
 def test_f1(answer: str | None, golds: list[str], expected: float) -> None:
-    assert f1(answer, golds) == pytest.approx(expected)
+    assert f1_score(answer, golds) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def test_normalising_leaves_nothing_to_strip(text: str) -> None:
 
 @given(words, st.lists(words, max_size=4))
 def test_metrics_agree_with_each_other(answer: str, golds: list[str]) -> None:
-    assert 0 <= f1(answer, golds) <= 1 + 1e-12
+    assert 0 <= f1_score(answer, golds) <= 1 + 1e-12
     if exact_match(answer, golds) and any(normalise(gold) and normalise(gold) == normalise(answer) for gold in golds):
-        assert f1(answer, golds) == pytest.approx(1)
+        assert f1_score(answer, golds) == pytest.approx(1)
         assert substring_match(answer, golds) == 1
     assert exact_match(answer, [*golds, "zz"]) >= exact_match(answer, golds)
 
