@@ -22,8 +22,6 @@ BASE = {
 }  # fmt: skip
 """Modules that any room may import."""
 REPAIRED_SOON: dict[tuple[str, str], str] = {
-    ("searchr1.retrieval.index.bm25_files", "searchr1.retrieval.index.bm25_index"): "a cycle within the room",
-    ("searchr1.retrieval.server.load", "searchr1.retrieval.server.start"): "a cycle within the room",
 }
 """Imports upwards or in a circle that are being repaired, with how; none may be added."""
 

@@ -16,8 +16,9 @@ from searchr1.retrieval.index.tokens import TOKENIZERS
 from searchr1.retrieval.online.engines import ENGINES
 from searchr1.retrieval.server.address import bind, reachable_address, write_address
 from searchr1.retrieval.server.app import MAX_TOPK
+from searchr1.retrieval.server.options import NO_CORPUS, ServerOptions
 from searchr1.retrieval.server.processes import Worker, peak_memory_mib, serve_in_workers
-from searchr1.retrieval.server.start import NO_CORPUS, ServerOptions, check_once, serve
+from searchr1.retrieval.server.start import check_once, serve
 
 RERANK_FLAGS = ("topk_retrieval", "topk_rerank", "reranker_batch_size")
 AT_LEAST_1 = (

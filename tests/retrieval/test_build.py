@@ -24,7 +24,7 @@ from searchr1.retrieval.index import bm25_build
 from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.server.load import load_index
-from searchr1.retrieval.server.start import ServerOptions
+from searchr1.retrieval.server.options import ServerOptions
 
 
 def write_corpus(path, rows):

@@ -25,7 +25,7 @@ from searchr1.retrieval.index.manifest import BM25_FILES, DamagedIndex, open_man
 from searchr1.retrieval.index.verify import check_index as verify
 from searchr1.retrieval.index.verify import checked_by
 from searchr1.retrieval.server.load import load_index
-from searchr1.retrieval.server.start import ServerOptions
+from searchr1.retrieval.server.options import ServerOptions
 
 DATA, INDICES, INDPTR, LARGEST, PARAMETERS, VOCABULARY = BM25_FILES
 QUERIES = ["w1 w2 w3", "title w7", "w40 w41 w42 w43", "nothing", "w5 w5 w11", " ".join(f"w{n}" for n in range(1, 200))]

@@ -14,7 +14,7 @@ from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import Encoder
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.server.load import load_index
-from searchr1.retrieval.server.start import ServerOptions
+from searchr1.retrieval.server.options import ServerOptions
 
 
 def write_corpus(path, count=60):

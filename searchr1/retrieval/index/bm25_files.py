@@ -165,8 +165,6 @@ def check_lists(folder: Path, lists: PostingLists, advance: Callable[[int], obje
     Raises:
         DamagedIndex: one is not so; names the first file with such a place.
     """
-    from searchr1.retrieval.index.bm25_index import kernel
-
     compiled = kernel()
     path, largest = folder / LARGEST_FILE, largest_of(folder, lists)
     itemsize = lists.data.itemsize + lists.indices.itemsize
@@ -203,3 +201,16 @@ def ranges(indptr: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
         last = min(max(last, first + 1), words)
         yield first, last
         first = last
+
+
+def kernel() -> Any:
+    """The compiled functions.
+
+    Raises:
+        UserError: numba finds no place to keep them.
+    """
+    try:
+        from searchr1.retrieval.index import bm25_kernel
+    except RuntimeError as error:
+        raise UserError(f"{error}; set NUMBA_CACHE_DIR to a folder that can be written") from error
+    return bm25_kernel

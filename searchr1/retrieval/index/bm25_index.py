@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from searchr1.errors import UserError
-from searchr1.retrieval.index.bm25_files import LARGEST_FILE, PostingLists, check_lists, largest_of, open_lists
+from searchr1.retrieval.index.bm25_files import LARGEST_FILE, PostingLists, check_lists, kernel, largest_of, open_lists
 from searchr1.retrieval.index.manifest import DamagedIndex, refused
 from searchr1.retrieval.index.tokens import get_tokenizer, without_accents
 from searchr1.retrieval.searcher import Hits
@@ -165,19 +165,6 @@ def plain_forms(vocabulary: dict[str, int]) -> dict[str, list[int]]:
         if not word.isascii() and (plain := without_accents(word)) != word:
             found.setdefault(plain, []).append(number)
     return found
-
-
-def kernel() -> Any:
-    """The compiled functions.
-
-    Raises:
-        UserError: numba finds no place to keep them.
-    """
-    try:
-        from searchr1.retrieval.index import bm25_kernel
-    except RuntimeError as error:
-        raise UserError(f"{error}; set NUMBA_CACHE_DIR to a folder that can be written") from error
-    return bm25_kernel
 
 
 class _Workspace:

@@ -23,8 +23,8 @@ from searchr1.retrieval.searcher import Index, Searcher
 from searchr1.retrieval.server.app import Backend
 from searchr1.retrieval.server.batcher import Batcher
 from searchr1.retrieval.server.metrics import Metrics
+from searchr1.retrieval.server.options import NO_CORPUS, ServerOptions
 from searchr1.retrieval.server.service import Limits, RetrievalService
-from searchr1.retrieval.server.start import NO_CORPUS, ServerOptions
 
 CACHED_QUERIES = 100_000
 """Vectors of queries that are kept: 300 MB at 768 dimensions."""
