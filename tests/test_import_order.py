@@ -21,8 +21,7 @@ BASE = {
     "http_guard",
 }  # fmt: skip
 """Modules that any room may import."""
-REPAIRED_SOON: dict[tuple[str, str], str] = {
-}
+REPAIRED_SOON: dict[tuple[str, str], str] = {}
 """Imports upwards or in a circle that are being repaired, with how; none may be added."""
 
 Graph = Mapping[str, set[str]]

@@ -11,7 +11,7 @@ from searchr1.commands.chat_flags import parser, plan_of
 from searchr1.commands.server_flags import add_address_flags, add_host_names_flag
 from searchr1.errors import UserError
 from searchr1.retrieval.server.address import bind, reachable_address
-from searchr1.retrieval.server.processes import end_politely
+from searchr1.retrieval.server.processes import exit_on_sigterm
 
 TOKEN_VARIABLE = "SEARCHR1_CHAT_TOKEN"
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     address = reachable_address(args.host, listener.getsockname()[1])
     if not is_loopback(args.host) and not os.environ.get(TOKEN_VARIABLE):
         print(f"everybody who reaches {address} can ask; set {TOKEN_VARIABLE} to want a token", file=sys.stderr, flush=True)
-    end_politely()
+    exit_on_sigterm()
     limits = Limits(args.max_question_characters, args.max_running, args.max_waiting, args.answer_timeout_s)
     token = os.environ.get(TOKEN_VARIABLE) or None
     hosts = [args.host, *args.allow_host]

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class RetrievedDocument:
-    """A passage that a server found."""
+    """A passage of a search result."""
 
     id: str
     title: str
@@ -17,7 +17,7 @@ class RetrievedDocument:
     url: str | None = None
     score: float | None = None
     contents: str = ""
-    """Title and text as they came."""
+    """Title and text as the server sent them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Page:
 
 
 def split_contents(contents: str) -> tuple[str, str]:
-    """`"Title"\\ntext` -> (title, text); without a line break the title is empty. Quotes inside the title stay."""
+    """Split `"Title"\\ntext` into title and text; without a line break the title is empty. Quotes inside the title stay."""
     first, separator, rest = contents.partition("\n")
     if not separator:
         return "", contents.strip()
@@ -41,11 +41,11 @@ def split_contents(contents: str) -> tuple[str, str]:
 
 QUERIES_PER_TIMEOUT = 512
 PAIRS_PER_TIMEOUT = 5120
-"""Of query and passage, for a reranker."""
+"""Pairs of query and passage that a reranker has one timeout for."""
 
 
-def grown(timeout_s: float, count: int, per: int) -> float:
-    """`timeout_s` for every `per` things of a request, and for what is left over."""
+def scaled_timeout(timeout_s: float, count: int, per: int) -> float:
+    """Return `timeout_s` for every `per` items of a request, and for what is left over."""
     return timeout_s * max(-(-count // per), 1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from searchr1.retrieval.documents import Page
@@ -16,25 +16,29 @@ class Index(Protocol):
 
     @property
     def rows(self) -> int:
-        """Passages in the index."""
+        """Number of passages in the index."""
         ...
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """At most `topk` hits for each query."""
+        """Return at most `topk` hits for each query."""
         ...
 
 
 Document = dict[str, Any]
 """A passage as it travels: `{"id", "contents", "url"?}`."""
 
-Found = list[list[tuple[Document, float]]]
+SearchResults = list[list[tuple[Document, float]]]
 """For each query (passage, score), best first."""
 
 
-class SearchFailed(Exception):
-    """A search that cannot be answered now; the server says so with 503 and the message.
+BatchObserver = Callable[[int, float], None]
+"""Called after every batch with the number of its queries, or pairs, and the seconds that it took."""
 
-    `retry_after_s`: when it may be worth trying again, if that is known.
+
+class SearchFailed(Exception):
+    """A search that cannot be answered now; the server answers 503 with the message.
+
+    `retry_after_s`: when it may be worth trying again, if known.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -45,8 +49,8 @@ class SearchFailed(Exception):
 class Searcher(Protocol):
     """Queries in, passages out; called from one event loop by many requests at once."""
 
-    async def search(self, queries: Sequence[str], topk: int) -> Found:
-        """At most `topk` passages for each query.
+    async def search(self, queries: Sequence[str], topk: int) -> SearchResults:
+        """Return at most `topk` passages for each query.
 
         Raises:
             SearchFailed: no answer now; the message is for the client.
@@ -62,8 +66,8 @@ class Searcher(Protocol):
 class Reranks(Searcher, Protocol):
     """A searcher with a second stage."""
 
-    async def search_reranked(self, queries: Sequence[str], topk_retrieval: int, topk_rerank: int) -> Found:
-        """The best `topk_rerank` of `topk_retrieval` passages for each query.
+    async def search_reranked(self, queries: Sequence[str], topk_retrieval: int, topk_rerank: int) -> SearchResults:
+        """Return the best `topk_rerank` of `topk_retrieval` passages for each query.
 
         Raises:
             SearchFailed: no answer now.
@@ -75,5 +79,5 @@ class PageSource(Protocol):
     """Addresses in, pages out."""
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
-        """The page behind each address, or None."""
+        """Return the page behind each address, or None."""
         ...

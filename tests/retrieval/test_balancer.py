@@ -34,7 +34,7 @@ def test_the_least_busy_server_is_asked():
     assert sorted(first) == [0, 1, 2]
     balancer.done(1, worked=True)
     assert balancer.choose() == 1
-    balancer.given_up(2)
+    balancer.cancelled(2)
     assert balancer.choose() == 2
 
 
@@ -81,7 +81,7 @@ def test_a_call_given_up_during_the_trial_lets_another_try():
     clock.now += 1
     assert balancer.choose([1]) == 0
     assert balancer.choose() == 1
-    balancer.given_up(0)
+    balancer.cancelled(0)
     assert [balancer.choose() for _ in range(9)].count(0) == 1
 
 
@@ -92,7 +92,7 @@ def test_when_all_rest_the_one_that_is_ready_first_is_asked():
     balancer.choose([0])
     balancer.busy(1, 3)
     assert balancer.choose() == 1
-    balancer.given_up(1)
+    balancer.cancelled(1)
     clock.now += 3
     assert balancer.choose() == 1
 
@@ -122,7 +122,7 @@ def test_somebody_is_always_asked_and_counts_stay_right(servers, events):
             if event == "b":
                 balancer.busy(server, seconds)
             elif event == "g":
-                balancer.given_up(server)
+                balancer.cancelled(server)
             else:
                 balancer.done(server, worked=event == "w")
         assert [state.in_flight for state in balancer._servers] == [running.count(n) for n in range(servers)]

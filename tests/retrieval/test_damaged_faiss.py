@@ -28,7 +28,7 @@ from searchr1.retrieval.index.faiss_types import FaissType
 from searchr1.retrieval.index.flat import Refiner
 from searchr1.retrieval.index.index_check import check_index
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, open_manifest
-from searchr1.retrieval.index.manifest import refused as user_error
+from searchr1.retrieval.index.manifest import index_error as user_error
 from searchr1.retrieval.index.verify import check_index as verify
 from searchr1.retrieval.searcher import SearchFailed
 from searchr1.retrieval.server.load import load_index

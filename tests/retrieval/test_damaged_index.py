@@ -21,7 +21,7 @@ from searchr1.retrieval.index import index_check
 from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.index.index_check import check_index, files_of, state_of
-from searchr1.retrieval.index.manifest import BM25_FILES, DamagedIndex, open_manifest, refused
+from searchr1.retrieval.index.manifest import BM25_FILES, DamagedIndex, index_error, open_manifest
 from searchr1.retrieval.index.verify import check_index as verify
 from searchr1.retrieval.index.verify import checked_by
 from searchr1.retrieval.server.load import load_index
@@ -66,7 +66,7 @@ def start(folder):
     try:
         return check_index(folder, open_manifest(folder), "bm25")
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
 
 
 def test_every_flipped_bit_is_named(index):

@@ -1,4 +1,4 @@
-"""Which of several servers to ask: the least busy one that works. Pure bookkeeping, no network."""
+"""Which of several servers to ask: the least busy one whose circuit breaker is closed. Pure bookkeeping, no network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 BREAK_AFTER = 5
-"""Failures in a row after which a server is left alone."""
+"""Failures in a row that open a server's circuit breaker."""
 FIRST_REST_S = 1.0
 LONGEST_REST_S = 30.0
 
@@ -19,26 +19,26 @@ class _Server:
     failures: int = 0
     """In a row."""
     rests: int = 0
-    """In a row: each is twice as long as the one before."""
+    """Openings of the breaker in a row: each lasts twice as long as the one before."""
     until: float = 0.0
-    """It rests until then."""
+    """The breaker is open until then."""
     trying: bool = False
-    """Its rest is over, and one call finds out whether it works again."""
+    """The breaker is half-open: one call tries whether the server works again."""
 
 
 class Balancer:
     """The state of each server, by its number."""
 
     def __init__(self, servers: int, clock: Callable[[], float], rng: random.Random | None = None) -> None:
-        """`clock` gives seconds, from any start."""
+        """Start with closed circuit breakers; `clock` gives seconds, from any start."""
         self._servers = [_Server() for _ in range(servers)]
         self._clock = clock
         self._rng = rng or random.Random()
         self.rests = 0
-        """How often a server was left alone."""
+        """How often a circuit breaker was opened, or a server asked for time."""
 
     def choose(self, tried: Collection[int] = ()) -> int:
-        """The server for the next attempt; the caller reports back with `done`.
+        """Return the number of the server for the next attempt; the caller reports the outcome with `done`.
 
         Of those that neither rest nor were tried, the one with the fewest calls in flight, then with the fewest so far. If
         there is none: one that rests before one that was tried, the one whose rest ends first; somebody is always asked.
@@ -66,7 +66,7 @@ class Balancer:
         return number
 
     def done(self, number: int, worked: bool) -> None:
-        """A call has ended. Enough failures in a row, or one after a rest, make the server rest (again)."""
+        """Record the end of a call. Enough failures in a row, or one while the breaker is half-open, open it (again)."""
         server = self._servers[number]
         server.in_flight -= 1
         was_trying, server.trying = server.trying, False
@@ -81,14 +81,14 @@ class Balancer:
             server.until = self._clock() + seconds
             self.rests += 1
 
-    def given_up(self, number: int) -> None:
-        """A call was cancelled by its caller: that says nothing about the server."""
+    def cancelled(self, number: int) -> None:
+        """Record that the caller cancelled a call, which is no evidence about the server."""
         server = self._servers[number]
         server.in_flight -= 1
         server.trying = False
 
     def busy(self, number: int, seconds: float) -> None:
-        """A server asked to be left alone for so long; that is no failure. Ends the call."""
+        """Record the end of a call that the server answered with "try later"; that is no failure."""
         server = self._servers[number]
         server.in_flight -= 1
         server.trying = False

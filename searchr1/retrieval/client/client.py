@@ -17,15 +17,15 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from searchr1.errors import UserError
-from searchr1.retrieval.client.answers import read_json, read_refusal
+from searchr1.retrieval.client.answers import read_error, read_json
 from searchr1.retrieval.client.balancer import Balancer
-from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, Page, RetrievedDocument, grown, split_contents
+from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, Page, RetrievedDocument, scaled_timeout, split_contents
 from searchr1.retry import Backoff, Retries, parse_retry_after
 
 TOKEN_VARIABLE = "SEARCHR1_RETRIEVAL_TOKEN"
 BACKOFF = Backoff(0.2, 5.0, (0.0, 1.0))
 """Between the rounds in which every server had its turn."""
-TELL_EVERY_S = 10.0
+REPORT_EVERY_S = 10.0
 RETRY_STATUS = {429, 500, 502, 503, 504}
 
 if TYPE_CHECKING:  # the client works without the configuration's libraries
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class SearchUnavailable(Exception):
-    """No server answered within the deadline; the message says what the last one did."""
+    """No server answered within the deadline; the message describes what the last one did."""
 
 
 @dataclass(slots=True)
@@ -46,11 +46,11 @@ class ClientStats:
     retries: int = 0
     failures: int = 0
     rests: int = 0
-    """How often a server was left alone for a while."""
+    """How often a circuit breaker was opened."""
 
 
 def base_url(address: str) -> str:
-    """`host:port` or a URL -> a URL without a trailing slash; 0.0.0.0 is read as this machine.
+    """Return the URL of `host:port` or of a URL, without a trailing slash; 0.0.0.0 becomes this machine.
 
     Raises:
         UserError: empty, or no address.
@@ -122,11 +122,11 @@ class SearchClient:
 
     @property
     def stats(self) -> ClientStats:
-        """Counts since the start."""
+        """Return the counts since the start."""
         return replace(self._stats, rests=self._balancer.rests)
 
     async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
-        """Passages for each query, best first.
+        """Return the passages for each query, best first.
 
         Raises:
             SearchUnavailable: no usable answer within the deadline.
@@ -134,10 +134,10 @@ class SearchClient:
         if not queries:
             return []
         body = {"queries": list(queries), "topk": self._topk, "return_scores": True}
-        return await self._call("/retrieve", body, lambda found: [_document(item) for item in found], len(queries))
+        return await self._call("/retrieve", body, lambda passages: [_document(item) for item in passages], len(queries))
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
-        """The page behind each address, or None.
+        """Return the page behind each address, or None.
 
         Raises:
             SearchUnavailable: no usable answer within the deadline.
@@ -155,7 +155,7 @@ class SearchClient:
     async def _call(self, path: str, body: dict[str, Any], read: Callable[[Any], T], expected: int) -> list[T]:
         """Post to one server after the other until one gives `expected` results that `read` understands."""
         self._stats.calls += 1
-        timeout_s = grown(self._timeout_s, expected, QUERIES_PER_TIMEOUT)
+        timeout_s = scaled_timeout(self._timeout_s, expected, QUERIES_PER_TIMEOUT)
         retries = Retries(BACKOFF, self._rng, attempts=self._retries + 1, timeout_s=timeout_s, last_attempt=True)
         tried: set[int] = set()
         while True:
@@ -169,9 +169,9 @@ class SearchClient:
                     result = await self._post(self._urls[server] + path, body, expected)
                 if len(result) != expected:
                     raise ValueError(f"answered {len(result)} results for {expected}")
-                found = [read(item) for item in result]
-            except _Refused as error:
-                self._note(server, error)
+                results = [read(item) for item in result]
+            except _ErrorStatus as error:
+                self._record_status(server, error)
                 problem = f"{self._urls[server]}{path}: {error}"
                 if error.status not in RETRY_STATUS:
                     break
@@ -182,11 +182,11 @@ class SearchClient:
                 self._balancer.done(server, worked=False)
                 problem = f"{self._urls[server]}{path}: {type(error).__name__} {error}".strip()
             except BaseException:
-                self._balancer.given_up(server)
+                self._balancer.cancelled(server)
                 raise
             else:
                 self._balancer.done(server, worked=True)
-                return found
+                return results
             if (wait_s := retries.next_wait_s()) is None:
                 break
             self._stats.retries += 1
@@ -196,15 +196,15 @@ class SearchClient:
         self._stats.failures += 1
         raise SearchUnavailable(problem)
 
-    def _note(self, server: int, refusal: _Refused) -> None:
-        """What a status says about its server: the client's own mistakes say nothing, "try later" is no failure."""
-        if refusal.status in (429, 503) and refusal.retry_after_s is not None:
-            self._balancer.busy(server, refusal.retry_after_s)
+    def _record_status(self, server: int, answer: _ErrorStatus) -> None:
+        """Record what a status means for its server: not the client's own mistakes, and "try later" is no failure."""
+        if answer.status in (429, 503) and answer.retry_after_s is not None:
+            self._balancer.busy(server, answer.retry_after_s)
         else:
-            self._balancer.done(server, worked=refusal.status not in RETRY_STATUS)
+            self._balancer.done(server, worked=answer.status not in RETRY_STATUS)
 
     async def _post(self, url: str, body: dict[str, Any], asked: int) -> list[Any]:
-        """One attempt. A connection on which anything went wrong is not used again."""
+        """Make one attempt; a connection on which anything went wrong is not used again."""
         if self._session is None:
             # The deadline of the call is the only time limit.
             self._session = aiohttp.ClientSession(
@@ -214,14 +214,14 @@ class SearchClient:
             )
         async with self._session.post(url, json=body) as response:
             if response.status != 200:
-                raise _Refused(response.status, await read_refusal(response), response.headers.get("retry-after"))
+                raise _ErrorStatus(response.status, await read_error(response), response.headers.get("retry-after"))
             result = (await read_json(response, asked))["result"]
         if not isinstance(result, list):
             raise ValueError("result is no list")
         return result
 
 
-class _Refused(Exception):
+class _ErrorStatus(Exception):
     """A server answered with another status than 200."""
 
     def __init__(self, status: int, text: str, header: str | None) -> None:
@@ -235,7 +235,7 @@ def _page(item: dict[str, Any] | None) -> Page | None:
 
 
 def _document(item: dict[str, Any]) -> RetrievedDocument:
-    """From `{"document": …, "score": …}` or a bare document, as different servers answer."""
+    """Read `{"document": …, "score": …}` or a bare document: servers answer either."""
     document = item.get("document", item)
     contents = str(document.get("contents", ""))
     title, text = split_contents(contents)
@@ -250,13 +250,13 @@ def _document(item: dict[str, Any]) -> RetrievedDocument:
 
 
 def wait_until_healthy(address: str, timeout_s: float) -> None:
-    """Wait until a server can be searched: its /ready says so, or its /health where there is no /ready.
+    """Wait until a server can be searched: until its /ready, or its /health where there is no /ready, answers 200.
 
     Raises:
         UserError: it did not answer in time.
     """
     url = base_url(address)
-    started = told = time.monotonic()
+    started = reported = time.monotonic()
     while True:
         status = _status(f"{url}/ready")
         if status == 404:  # of another system
@@ -267,14 +267,14 @@ def wait_until_healthy(address: str, timeout_s: float) -> None:
         if now - started > timeout_s:
             reason = "did not answer" if status is None else f"answered {status}"
             raise UserError(f"the retrieval server at {address} {reason} within {timeout_s:.0f} s ({url}/ready)")
-        if now - told > TELL_EVERY_S:
-            told = now
+        if now - reported > REPORT_EVERY_S:
+            reported = now
             print(f"waiting for the retrieval server at {address} ({now - started:.0f} s)", file=sys.stderr, flush=True)
         time.sleep(0.1)
 
 
 def _status(url: str) -> int | None:
-    """The status of an address; None if nobody answers."""
+    """Return the status of an address; None if nobody answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(url, timeout=2.0) as answer:

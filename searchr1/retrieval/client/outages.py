@@ -1,4 +1,4 @@
-"""Say at once that a retrieval server does not answer, and when it does again.
+"""Report at once that a retrieval server does not answer, and when it does again.
 
 A client tries again for as long as a search may take, which is right for a server that is restarted, and silent. So the
 servers are asked beside it, whether they can be searched, by a thread that costs a request every few seconds.
@@ -30,7 +30,7 @@ SILENT = f"no answer within {ANSWER_WITHIN_S:.0f} s"
 
 
 class ServerState:
-    """What is known of one server, and what there is to say about it. No network."""
+    """The state of one server, and what there is to report about it. No network."""
 
     def __init__(self, name: str, consequence: str, awaited: bool = True) -> None:
         """Begin with a server that nobody has asked yet.
@@ -114,7 +114,7 @@ class OutageWatch:
         self._over.set()
 
     def metrics(self) -> dict[str, float]:
-        """How many outages began since the last call; nothing if no server is watched."""
+        """Return how many outages began since the last call; nothing if no server is watched."""
         if not self._states:
             return {}
         outages = sum(state.outages for state in self._states.values())
@@ -133,7 +133,7 @@ class OutageWatch:
 
 
 def problem_of(url: str) -> str | None:
-    """What keeps a server from being searched, as far as its /ready says; None if any server answers there at all."""
+    """Return why a server cannot be searched, by its /ready; None if any server answers there at all."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         with opener.open(f"{url}/ready", timeout=ANSWER_WITHIN_S):

@@ -36,7 +36,7 @@ class EncoderFlags:
     batch_tokens: int
 
     def load(self, device: str) -> Encoder:
-        """The encoder on a device.
+        """Return the encoder on a device.
 
         Raises:
             UserError: it cannot be loaded there.
@@ -125,7 +125,7 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """A killed parent leaves nobody behind who would write into the folder of the next start."""
+    """End with the parent, even a killed one: nobody may write into the folder of the next start."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -137,10 +137,10 @@ def _follow(processes: list[Any], news: Any, advance: Advance) -> None:
         running = any(process.is_alive() for process in processes)
         try:
             while True:
-                found = news.get(timeout=0.2 if running else 0.01)
-                if isinstance(found, str):
-                    raise UserError(found)
-                advance(found)
+                message = news.get(timeout=0.2 if running else 0.01)
+                if isinstance(message, str):
+                    raise UserError(message)
+                advance(message)
         except queue.Empty:
             pass
         dead = [process for process in processes if process.exitcode not in (None, 0)]

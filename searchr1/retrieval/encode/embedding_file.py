@@ -15,7 +15,7 @@ from searchr1.progress import Advance
 from searchr1.retrieval.encode.embedding_folder import DTYPES, EmbeddingFolder
 from searchr1.retrieval.encode.encoder import Encoder
 from searchr1.retrieval.index.corpus import Corpus
-from searchr1.retrieval.index.manifest import DamagedIndex, open_manifest, refused
+from searchr1.retrieval.index.manifest import DamagedIndex, index_error, open_manifest
 
 BLOCK_ROWS = 1 << 14
 SAMPLE = 16
@@ -23,7 +23,7 @@ SAMPLE = 16
 
 
 def embedding_name(retriever: str) -> str:
-    """Name of the file."""
+    """Return the name of the file."""
     return f"emb_{retriever}.memmap"
 
 
@@ -58,7 +58,7 @@ def open_embedding(path: Path, corpus: Corpus, encoder: Encoder) -> npt.NDArray[
             f"--embedding_path {path}: {'no such file' if size is None else f'has {size} bytes'}; {wanted} bytes are "
             f"expected ({len(corpus)} passages x {encoder.dimension} numbers of fp32)"
         )
-    refuse_changed(path)
+    reject_changed(path)
     vectors_RD = np.memmap(path, np.float32, "r", shape=(len(corpus), encoder.dimension))
     rows = np.unique(np.linspace(0, len(corpus) - 1, SAMPLE).astype(int))
     encoded = encoder.encode([text for row in rows for text in corpus.contents(row, row + 1)], "passage")
@@ -74,8 +74,8 @@ def open_embedding(path: Path, corpus: Corpus, encoder: Encoder) -> npt.NDArray[
     return vectors_RD
 
 
-def refuse_changed(path: Path) -> None:
-    """Refuse a file that has changed since --save_embedding wrote it; the manifest beside it knows.
+def reject_changed(path: Path) -> None:
+    """Reject a file that has changed since --save_embedding wrote it, by the manifest beside it.
 
     Raises:
         UserError: it has changed, or the manifest is damaged.
@@ -83,7 +83,7 @@ def refuse_changed(path: Path) -> None:
     try:
         manifest = open_manifest(path.parent)
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
     known = manifest.files.get(path.name) if manifest and manifest.files else None
     if known is not None:
         for damage in damaged(path.parent, {path.name: known}):

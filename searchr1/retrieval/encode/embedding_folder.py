@@ -1,4 +1,4 @@
-"""Where the parts of an embedding lie until all are there: `<save_dir>/embedding`, and beside it the vector file."""
+"""The folder of an embedding's parts until all are finished: `<save_dir>/embedding`, and beside it the vector file."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class EmbeddingPlan:
     file: str
     """Name of the vector file."""
     dtype: str
-    """Of its numbers: f16 or f32."""
+    """Format of its numbers: f16 or f32."""
     given: str | None = None
     """SHA-256 of the file that the vectors come from, in place of the encoder."""
     header_bytes: int = 0
-    """What is left free before the vectors."""
+    """Bytes that are left free before the vectors."""
     part_rows: int = PART_ROWS
 
 
@@ -58,7 +58,7 @@ class EmbeddingFolder:
         self.bytes = plan.header_bytes + plan.rows * self._row_bytes
 
     def started(self) -> bool:
-        """Whether there are parts of this plan or another."""
+        """Return whether there are parts of this plan or another."""
         return self._known.is_file()
 
     def open(self, more_bytes: int) -> None:
@@ -121,7 +121,7 @@ class EmbeddingFolder:
             )
 
     def missing(self) -> list[int]:
-        """Parts without a mark."""
+        """Return the parts without a mark."""
         return [part for part in range(self._parts()) if not self._mark(part).exists()]
 
     def _parts(self) -> int:
@@ -131,7 +131,7 @@ class EmbeddingFolder:
         return self._folder / f"part-{part:06d}"
 
     def rows_of(self, part: int) -> range:
-        """Rows of a part."""
+        """Return the rows of a part."""
         start = part * self.plan.part_rows
         return range(start, min(start + self.plan.part_rows, self.plan.rows))
 
@@ -156,7 +156,7 @@ class EmbeddingFolder:
         return self.plan.header_bytes + self.rows_of(part).start * self._row_bytes
 
     def write_header(self, header: bytes) -> None:
-        """Written last: a file without it is no index.
+        """Write the header, last: a file without it is no index.
 
         Raises:
             UserError: the disk is full.

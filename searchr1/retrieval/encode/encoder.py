@@ -40,13 +40,13 @@ FAMILIES: dict[str, Family | None] = {
     "bge": Family("Represent this sentence for searching relevant passages: ", "", "cls", True),
     "dpr": Family("", "", "pooler", False),
     "t5": Family("", "", "mean", True),
-    # A folder of the sentence-transformers library says itself how it is used.
+    # A folder of the sentence-transformers library defines its own prefixes and pooling.
     "sentence-transformers": None,
 }
 
 
 def family_of(name: str, pooling: str | None) -> Family | None:
-    """The family, with another pooling if one is given. None: the library of the folder decides.
+    """Return the family, with another pooling if one is given; None: the library of the folder decides.
 
     `decoder` is how Search-R1 uses T5: the decoder's state at its first step, not normalised.
 
@@ -66,7 +66,7 @@ def family_of(name: str, pooling: str | None) -> Family | None:
 
 
 class Encoder:
-    """An encoder on a processor (fp32, bf16) or a GPU (fp16 unless told otherwise). Not for several threads at once."""
+    """An encoder on a processor (fp32, bf16) or a GPU (fp16 by default). Not for several threads at once."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Encoder:
             raise UserError(f"--retriever_model {error}") from error
         self.max_length = max_length
         self.reads: Role | None = None
-        """The only thing that it was trained for; None: both."""
+        """The only role that it was trained for; None: both."""
         self._device = device
         self._batch_tokens = batch_tokens
         torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.dtype]
@@ -111,7 +111,7 @@ class Encoder:
 
     @property
     def pooling(self) -> str:
-        """How the vectors of the tokens become one; `own` if the folder says so itself."""
+        """The pooling of the token vectors; `own` if the folder defines it."""
         return self.family.pooling if self.family else "own"
 
     def _load_sentence_transformer(self, dtype: Any) -> None:
@@ -148,7 +148,7 @@ class Encoder:
         self.dimension = int(getattr(config, "projection_dim", 0) or config.hidden_size)
 
     def _kind(self, config: Any, family: Family) -> Any:
-        """The class of the model: AutoModel would take DPR's question encoder always, and load T5's decoder."""
+        """Return the class of the model: AutoModel would take DPR's question encoder always, and load T5's decoder."""
         import transformers
 
         if config.model_type == "dpr":
@@ -168,7 +168,7 @@ class Encoder:
         return transformers.AutoModel
 
     def encode(self, texts: Sequence[str], role: Role) -> Vectors:
-        """[len(texts), dimension] vectors; sorted by length inside, so that little is padded."""
+        """Return [len(texts), dimension] vectors; texts are sorted by length inside, so that little is padded."""
         vectors = np.empty((len(texts), self.dimension), dtype=np.float32)
         if not texts:
             return vectors
@@ -196,12 +196,12 @@ class Encoder:
             pooled = pool(output, inputs["attention_mask"], family.pooling)
             if family.normalise:
                 pooled = torch.nn.functional.normalize(pooled, dim=-1)
-            found: Vectors = pooled.cpu().numpy()
-            return found
+            vectors: Vectors = pooled.cpu().numpy()
+            return vectors
 
 
 def pool(output: Any, mask: Any, pooling: Pooling) -> Any:
-    """A model's output -> [texts, dimension] in fp32; `mask` is [texts, tokens], 0 for padding."""
+    """Pool a model's output to [texts, dimension] in fp32; `mask` is [texts, tokens], 0 for padding."""
     if pooling == "pooler":
         return output.pooler_output.float()
     states = output.last_hidden_state.float()
@@ -212,7 +212,7 @@ def pool(output: Any, mask: Any, pooling: Pooling) -> Any:
 
 
 def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Rows of about the same length together, at most so many tokens with their padding (or one row)."""
+    """Yield rows of about the same length together, at most so many tokens with their padding (or one row)."""
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lengths.__getitem__):
         if batch and (len(batch) + 1) * lengths[row] > tokens:
@@ -224,7 +224,7 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
 
 
 def check_device(device: str, dtype: str | None) -> str:
-    """The number format of the weights on a device; fp16 on a GPU and fp32 on a processor unless another is wanted.
+    """Return the number format of the weights on a device: `dtype`, or else fp16 on a GPU and fp32 on a processor.
 
     Raises:
         UserError: no such device, or it cannot compute in that format.
@@ -248,7 +248,7 @@ class CachedEncoder:
     """An encoder that remembers the vectors of the queries it saw last. For several threads at once."""
 
     def __init__(self, encoder: Encoder, size: int) -> None:
-        """`size`: queries that are remembered, 4 * dimension bytes each."""
+        """Remember the vectors of `size` queries, 4 * dimension bytes each."""
         self._encoder = encoder
         self._size = size
         self._vectors: OrderedDict[str, Vectors] = OrderedDict()
@@ -259,7 +259,7 @@ class CachedEncoder:
         self.misses = 0
 
     def encode(self, texts: Sequence[str], role: Role) -> Vectors:
-        """As the encoder's; passages are never remembered."""
+        """Encode as the encoder does; passages are never remembered."""
         if role == "passage":
             with self._encoding:
                 return self._encoder.encode(texts, role)

@@ -11,7 +11,7 @@ UNUSED_FILES = ["onnx/*", "openvino/*", "*.h5", "*.ot", "*.msgpack", "*.onnx"]
 
 
 def local_folder(path: str) -> str:
-    """The folder of a model, downloaded first if `path` names a repository of the Hugging Face hub.
+    """Return the folder of a model, downloaded first if `path` names a repository of the Hugging Face hub.
 
     Raises:
         UserError: neither a folder, nor cached, nor to be downloaded.

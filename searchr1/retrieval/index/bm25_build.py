@@ -86,7 +86,7 @@ def build_bm25(
 
 @dataclass(frozen=True)
 class Counted:
-    """What the first pass knows.
+    """The result of the first pass.
 
     `blocks`: a file each, in the order of the passages, with [3, postings] int32: word, passage, occurrences; sorted.
     """
@@ -127,7 +127,7 @@ def check_room(corpus: Corpus, out: Path, split: Split = split_as_bm25s) -> None
 
 
 def count_words(corpus: Corpus, folder: Path, stemmer: Any, advance: Advance, split: Split = split_as_bm25s) -> Counted:
-    """First pass.
+    """Run the first pass.
 
     Raises:
         UserError: the corpus has no words.
@@ -149,7 +149,7 @@ def count_words(corpus: Corpus, folder: Path, stemmer: Any, advance: Advance, sp
         after = row + 1
         if len(ids) >= WORDS or after - first == PASSAGES or after == len(corpus):
             blocks.append(folder / f"{first:012d}.npy")
-            frequency = grown(frequency, len(vocabulary))
+            frequency = with_room(frequency, len(vocabulary))
             write_block(ids, lengths[first:after], first, frequency, blocks[-1])
             ids.clear()
             advance(after - first)
@@ -160,7 +160,7 @@ def count_words(corpus: Corpus, folder: Path, stemmer: Any, advance: Advance, sp
 
 
 def stem(words: list[str], known: dict[str, str], stemmer: Any) -> list[str]:
-    """Stems of words; a word is reduced once, as long as it is remembered."""
+    """Return the stems of words; a word is reduced once, as long as it is remembered."""
     if len(known) > STEMS:
         known.clear()
     new = [word for word in dict.fromkeys(words) if word not in known]
@@ -168,8 +168,8 @@ def stem(words: list[str], known: dict[str, str], stemmer: Any) -> list[str]:
     return [known[word] for word in words]
 
 
-def grown(counts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """The same counts with room for at least `size`, twice as much when it has to move."""
+def with_room(counts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """Return the same counts with room for at least `size`, twice as much when the array has to move."""
     return counts if len(counts) >= size else np.concatenate([counts, np.zeros(2 * size - len(counts), dtype=np.int64)])
 
 
@@ -195,12 +195,12 @@ def write_block(
 
 
 def run_starts(words: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
-    """Places in a sorted array where another number begins."""
+    """Return the places in a sorted array where another number begins."""
     return np.flatnonzero(np.diff(words, prepend=-1))
 
 
 def write_lists(counted: Counted, folder: Path) -> None:
-    """Second pass: the files of the index."""
+    """Run the second pass, which writes the files of the index."""
     rows, frequency = len(counted.lengths), counted.frequency
     indptr = np.concatenate([[0], np.cumsum(frequency, dtype=np.int64)])
     np.save(folder / INDPTR_FILE, indptr)
@@ -230,7 +230,7 @@ def write_lists(counted: Counted, folder: Path) -> None:
 
 
 def reserve(path: Path, dtype: type[np.generic], size: int) -> np.memmap[Any, Any]:
-    """A mapped array in a new file whose space is taken at once: a mapped write to a full disk kills the process.
+    """Map an array in a new file whose space is taken at once: a mapped write to a full disk kills the process.
 
     Raises:
         OSError: the disk is full.
@@ -242,7 +242,7 @@ def reserve(path: Path, dtype: type[np.generic], size: int) -> np.memmap[Any, An
 
 
 def word_ranges(indptr: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Ranges of words with at most `POSTINGS` postings each (or one word)."""
+    """Yield ranges of words with at most `POSTINGS` postings each (or one word)."""
     first, words = 0, len(indptr) - 1
     while first < words:
         last = int(np.searchsorted(indptr, indptr[first] + POSTINGS, "right")) - 1
@@ -252,14 +252,14 @@ def word_ranges(indptr: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def postings(path: Path, first: int, last: int) -> npt.NDArray[np.int32]:
-    """[3, postings]: word, passage, occurrences of a range of words in a block."""
+    """Return [3, postings]: word, passage and occurrences of a range of words in a block."""
     block = np.load(path, mmap_mode="r")
     start, stop = np.searchsorted(block[0], [first, last])
     return np.array(block[:, start:stop])
 
 
 def take_places(words: npt.NDArray[np.int32], heads: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where each posting goes: the next free place in the list of its word; `heads` moves on.
+    """Return where each posting goes: the next free place in the list of its word; `heads` moves on.
 
     Args:
         words: [postings] sorted.
@@ -282,7 +282,7 @@ def publish(folder: Path, out: Path) -> None:
 
 
 def bm25s_version() -> str:
-    """Of the library whose format this is."""
+    """Return the version of the library whose format this is."""
     import bm25s
 
     return str(bm25s.__version__)

@@ -41,9 +41,9 @@ class PostingLists:
     indices: npt.NDArray[Any]
     indptr: npt.NDArray[Any]
     vocabulary: dict[str, int]
-    """Numbers of the words."""
+    """Word -> number."""
     rows: int
-    """Passages."""
+    """Number of passages."""
 
 
 def open_lists(folder: Path) -> PostingLists:
@@ -79,13 +79,13 @@ def open_array(path: Path, dtypes: tuple[str, ...]) -> npt.NDArray[Any]:
     try:
         with path.open("rb") as file:
             magic, length = file.read(8), int.from_bytes(file.read(2), "little")
-            found = NPY_HEADER.fullmatch(file.read(length)) if magic == b"\x93NUMPY\x01\x00" else None
+            header = NPY_HEADER.fullmatch(file.read(length)) if magic == b"\x93NUMPY\x01\x00" else None
         size = path.stat().st_size
     except OSError as error:
         raise DamagedIndex(path, f"cannot be read ({error.strerror})") from error
-    if found is None or (dtype := found["dtype"].decode()) not in dtypes:
+    if header is None or (dtype := header["dtype"].decode()) not in dtypes:
         raise DamagedIndex(path, f"is no array of {' or '.join(dtypes)} in one dimension")
-    count, wanted = int(found["size"]), 10 + length + int(found["size"]) * np.dtype(dtype).itemsize
+    count, wanted = int(header["size"]), 10 + length + int(header["size"]) * np.dtype(dtype).itemsize
     if size != wanted or count == 0:
         raise DamagedIndex(path, f"has {size} bytes instead of {wanted}" if count else "is empty")
     return np.memmap(path, dtype, "r", 10 + length, (count,))
@@ -178,9 +178,9 @@ def check_lists(folder: Path, lists: PostingLists, advance: Callable[[int], obje
         if reason == compiled.NO_SCORE:
             raise DamagedIndex(folder / DATA_FILE, f"is damaged: entry {entry} ({lists.data[entry]}) is no score of BM25")
         if largest is not None:
-            found = compiled.largest_scores(lists.data, lists.indptr[first : last + 1])
-            if (wrong := np.flatnonzero(found != largest[first:last])).size:
-                word, score = first + int(wrong[0]), found[wrong[0]]
+            actual = compiled.largest_scores(lists.data, lists.indptr[first : last + 1])
+            if (wrong := np.flatnonzero(actual != largest[first:last])).size:
+                word, score = first + int(wrong[0]), actual[wrong[0]]
                 raise DamagedIndex(path, f"is damaged: the largest score of word {word} is {score}, not {largest[word]}")
         return int(lists.indptr[last] - lists.indptr[first]) * itemsize
 
@@ -204,7 +204,7 @@ def ranges(indptr: npt.NDArray[Any]) -> Iterator[tuple[int, int]]:
 
 
 def kernel() -> Any:
-    """The compiled functions.
+    """Return the compiled functions.
 
     Raises:
         UserError: numba finds no place to keep them.

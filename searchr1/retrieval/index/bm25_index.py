@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from searchr1.errors import UserError
 from searchr1.retrieval.index.bm25_files import LARGEST_FILE, PostingLists, check_lists, kernel, largest_of, open_lists
-from searchr1.retrieval.index.manifest import DamagedIndex, refused
+from searchr1.retrieval.index.manifest import DamagedIndex, index_error
 from searchr1.retrieval.index.tokens import get_tokenizer, without_accents
 from searchr1.retrieval.searcher import Hits
 
@@ -102,7 +102,7 @@ class Bm25Index:
                 check_lists(folder, lists)
             return cls(lists, stemmer, threads, tokenizer, largest_of(folder, lists))
         except DamagedIndex as error:
-            raise refused(error) from error
+            raise index_error(error) from error
 
     @property
     def rows(self) -> int:
@@ -115,7 +115,7 @@ class Bm25Index:
         np.save(folder / LARGEST_FILE, self._largest)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """At most `topk` passages that share a word with each query; the lower row first among equal scores.
+        """Return at most `topk` passages that share a word with each query; the lower row first among equal scores.
 
         A word that a query repeats counts as often. Scores do not depend on `topk` or on the other queries.
         """
@@ -143,7 +143,7 @@ class Bm25Index:
         ]
 
     def _ids(self, query: str) -> list[int]:
-        """Numbers of the words of a query that the index knows."""
+        """Return the numbers of the words of a query that the index has."""
         words = self._tokenizer.query(query)
         if self._stemmer is not None:
             words = self._stemmer.stemWords(words)
@@ -160,11 +160,11 @@ class Bm25Index:
 
 def plain_forms(vocabulary: dict[str, int]) -> dict[str, list[int]]:
     """Map words without their accents to the numbers of the words that have them."""
-    found: dict[str, list[int]] = {}
+    numbers: dict[str, list[int]] = {}
     for word, number in vocabulary.items():
         if not word.isascii() and (plain := without_accents(word)) != word:
-            found.setdefault(plain, []).append(number)
-    return found
+            numbers.setdefault(plain, []).append(number)
+    return numbers
 
 
 class _Workspace:
@@ -176,13 +176,13 @@ class _Workspace:
 
 
 def _shares(count: int, parts: int) -> list[slice]:
-    """`count` things in `parts` slices of about the same size."""
+    """Return `count` items as `parts` slices of about the same size."""
     edges = [count * part // parts for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def stemmer_of(language: str | None) -> Any:
-    """PyStemmer's stemmer, or None.
+    """Return PyStemmer's stemmer, or None.
 
     Raises:
         UserError: unknown language.

@@ -19,12 +19,12 @@ LOOKUP_COST = 16
 SLACK = 1e-4
 """Bounds are compared with so much room, relatively, for rounding."""
 NO_PASSAGE, NOT_ASCENDING, NO_SCORE = 1, 2, 3
-"""What `check_lists` finds."""
+"""Problems that `check_lists` returns."""
 
 
 @numba.njit(cache=True, nogil=True)
 def check_lists(data, indices, indptr, rows, first, last):  # type: ignore[no-untyped-def]
-    """(entry, what is wrong with it) of the first posting of the words `first:last` that `search_words` must not see.
+    """Return (entry, problem) of the first posting of the words `first:last` that `search_words` must not see.
 
     A score of Lucene's BM25 is above 0 and below the word's idf. (-1, 0) if all is well.
     """
@@ -46,7 +46,7 @@ def check_lists(data, indices, indptr, rows, first, last):  # type: ignore[no-un
 
 @numba.njit(cache=True, nogil=True)
 def largest_scores(data, indptr):  # type: ignore[no-untyped-def]
-    """[words] float32: the most that each word adds to any passage."""
+    """Return [words] float32: the most that each word adds to any passage."""
     largest = np.zeros(len(indptr) - 1, dtype=np.float32)
     for word in range(len(largest)):
         for entry in range(indptr[word], indptr[word + 1]):
@@ -56,7 +56,7 @@ def largest_scores(data, indptr):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True, nogil=True)
 def search_words(data, indices, indptr, largest, words, first, topk, scores, touched, best_rows, best_scores, counts):  # type: ignore[no-untyped-def]
-    """The best passages of several queries, one after the other.
+    """Find the best passages of several queries, one after the other.
 
     Args:
         data, indices, indptr: posting lists: word w adds `data[e]` to passage `indices[e]` (ascending) for e in
@@ -127,7 +127,7 @@ def keep_promising(scores, touched, number, least):  # type: ignore[no-untyped-d
 
 @numba.njit(cache=True, nogil=True, inline="always")
 def lower_bound(indices, low, high, row):  # type: ignore[no-untyped-def]
-    """The first place in `indices[low:high]`, which ascends, that is not below `row`."""
+    """Return the first place in `indices[low:high]`, which ascends, that is not below `row`."""
     while low < high:
         middle = (low + high) // 2
         if indices[middle] < row:
@@ -162,7 +162,7 @@ def insert(best_rows, best_scores, found, topk, row, score):  # type: ignore[no-
 
 @numba.njit(cache=True, nogil=True)
 def kth_largest(scores, touched, number, topk, workspace):  # type: ignore[no-untyped-def]
-    """The topk-th largest of the scores of the first `number` touched rows."""
+    """Return the topk-th largest of the scores of the first `number` touched rows."""
     found = 0
     for place in range(number):
         score = scores[touched[place]]

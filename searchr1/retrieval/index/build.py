@@ -151,10 +151,10 @@ def finish(folder: Path, manifest: Manifest) -> None:
 
 
 def check_encoder(encoder: Encoder, options: BuildOptions) -> None:
-    """Refuse an encoder that is not for passages, or not for such long ones.
+    """Reject an encoder that is not for passages, or not for such long ones.
 
     Raises:
-        UserError: says which.
+        UserError: it is such an encoder.
     """
     if encoder.reads == "query":
         raise UserError(f"--retriever_model {encoder.path}: encodes questions; an index needs the encoder of passages")
@@ -166,7 +166,7 @@ def check_encoder(encoder: Encoder, options: BuildOptions) -> None:
 
 
 def check_factory(kind: FaissType, dimension: int) -> None:
-    """Before hours of embedding: does FAISS know this type?
+    """Check before hours of embedding that FAISS can make this type.
 
     Raises:
         UserError: it does not.
@@ -181,17 +181,17 @@ def check_factory(kind: FaissType, dimension: int) -> None:
 
 
 def is_flat(kind: FaissType) -> bool:
-    """Whether the index is only its vectors: then the embedding writes its file itself."""
+    """Return whether the index is only its vectors: then the embedding writes its file itself."""
     return kind.factory == "Flat"
 
 
 def index_name(options: BuildOptions) -> str:
-    """`e5_Flat.index`, as the published ones are called."""
+    """Return the name of the FAISS file, such as `e5_Flat.index`, as the published ones are called."""
     return f"{options.retriever_name}_{options.faiss_type.replace(',', '_')}.index"
 
 
 def plan_of(options: BuildOptions, corpus: Corpus, encoder: Encoder, kind: FaissType) -> EmbeddingPlan:
-    """What the vectors depend on, and how they are written.
+    """Return what the vectors depend on, and how they are written.
 
     Beside a lossy index they stay, in half the space; a lossless one is made from exactly what the encoder gave.
     """
@@ -213,7 +213,7 @@ def plan_of(options: BuildOptions, corpus: Corpus, encoder: Encoder, kind: Faiss
 
 
 def manifest_of(plan: EmbeddingPlan, model: str, kind: FaissType, file: str) -> Manifest:
-    """What was built."""
+    """Return the manifest of what was built."""
     return Manifest(
         "dense",
         plan.rows,
@@ -254,7 +254,7 @@ def write_index(folder: EmbeddingFolder, file: Path, kind: FaissType, seed: int)
 
 
 def clear(options: BuildOptions, folder: EmbeddingFolder, files: list[Path]) -> None:
-    """With --overwrite, remove what earlier builds left; `files` will be written.
+    """Remove what earlier builds left, if --overwrite asks for it; `files` will be written.
 
     Raises:
         UserError: without it, if a file is in the way that is not of this unfinished build.

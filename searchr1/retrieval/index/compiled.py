@@ -17,7 +17,7 @@ VARIABLE = "NUMBA_CACHE_DIR"
 
 
 def prepare_cache(beside: Path) -> None:
-    """Set the folder for compiled code of modules in `beside`, where numba's own choice is not to be had or not safe.
+    """Set the folder for compiled code of modules in `beside`, where numba's own choice is not available or not safe.
 
     Raises:
         UserError: there is no folder that can be written.
@@ -43,16 +43,16 @@ def prepare_cache(beside: Path) -> None:
 
 
 def _is_as_safe(beside: Path) -> bool:
-    """Whether compiled code can be kept beside the source, where nobody can write who cannot write there too."""
+    """Return whether compiled code can be kept beside the source: nobody may write there who cannot change the source."""
     kept = beside / "__pycache__"
     try:
         if not kept.exists():
             return os.access(beside, os.W_OK)
-        source, found = beside.stat(), kept.stat()
+        source, status = beside.stat(), kept.stat()
     except OSError:
         return False
-    lax = caches.others_may_write(found) and not caches.others_may_write(source)
-    return os.access(kept, os.W_OK) and not lax and found.st_uid in (0, os.geteuid(), source.st_uid)
+    lax = caches.others_may_write(status) and not caches.others_may_write(source)
+    return os.access(kept, os.W_OK) and not lax and status.st_uid in (0, os.geteuid(), source.st_uid)
 
 
 prepare_cache(Path(__file__).parent)

@@ -36,11 +36,11 @@ class Corpus:
         return len(self._rows)
 
     def __getitem__(self, row: int) -> Document:
-        """One passage. A row without an id has its number, counted from 0; one without a url has an empty one."""
-        found: Document = self._rows[row]
-        name = next((found[field] for field in ID_FIELDS if found.get(field) is not None), str(row))
-        url = found.get("url")  # RLinf's client fails without it, and Search-R1's corpus has none
-        return found | {"id": name, "contents": contents_of(found), "url": "" if url is None else url}
+        """Return one passage. A row without an id gets its number, counted from 0; one without a url gets an empty one."""
+        fields: Document = self._rows[row]
+        name = next((fields[field] for field in ID_FIELDS if fields.get(field) is not None), str(row))
+        url = fields.get("url")  # RLinf's client fails without it, and Search-R1's corpus has none
+        return fields | {"id": name, "contents": contents_of(fields), "url": "" if url is None else url}
 
     def contents(self, start: int = 0, stop: int | None = None) -> Iterator[str]:
         """Yield the text of the passages from `start` up to `stop`, in order."""
@@ -48,7 +48,7 @@ class Corpus:
             yield contents_of(self._rows[row])
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file (unpacked, if it was packed)."""
+        """Return the SHA-256 of the file (unpacked, if it was packed)."""
         return self._rows.summary.file.sha256
 
     @property
@@ -57,12 +57,12 @@ class Corpus:
         return self._rows.summary.counts.get(EMPTY, 0)
 
     def peculiarities(self) -> str:
-        """What a user should know of the rows; empty if there is nothing."""
+        """Return notes on the rows for the user; empty if there are none."""
         return "; ".join(f"{count} {what}" for what, count in self._rows.summary.counts.items())
 
 
 def contents_of(row: Any) -> str:
-    """The text of a passage, with its title in the first line where there is one.
+    """Return the text of a passage, with its title in the first line where there is one.
 
     Raises:
         ValueError: it has none.
@@ -81,7 +81,7 @@ def contents_of(row: Any) -> str:
 
 
 def is_titled(contents: str, title: str) -> bool:
-    """Whether the first line of `contents` is a title: this one, or any in quotes."""
+    """Return whether the first line of `contents` is a title: this one, or any in quotes."""
     first, separator, _ = contents.partition("\n")
     first = first.strip()
     quoted = bool(separator) and len(first) > 1 and first[0] == first[-1] == '"'
@@ -92,18 +92,18 @@ def _check(row: Any) -> Sequence[str]:
     if not isinstance(row, dict):
         raise ValueError(f"not a passage; {EXPECTED}")
     text = contents_of(row)
-    found = []
+    peculiarities = []
     if not text or text.isspace():
-        found.append(EMPTY)
+        peculiarities.append(EMPTY)
     if row.get("id") is None and all(row.get(field) is None for field in ID_FIELDS):
-        found.append(NUMBERED)
+        peculiarities.append(NUMBERED)
     if "url" in row and row["url"] is None:
-        found.append(NO_URL)
-    return found
+        peculiarities.append(NO_URL)
+    return peculiarities
 
 
 def canonical_url(url: str) -> str:
-    """One form for addresses that mean the same page.
+    """Return one form for addresses that mean the same page.
 
     `index.php/Title` is read as `index.php?title=Title`; scheme, fragment, percent-encoding, blanks for underscores and a
     slash at the end make no difference.
@@ -132,16 +132,16 @@ class Pages:
         return len(self._rows)
 
     def get(self, url: str) -> Page | None:
-        """The page, or None. Where several rows mean the same address, the one written exactly so goes first."""
-        found = [self._rows[row] for row in self._rows.with_key(_key(url))]
+        """Return the page, or None. Where several rows mean the same address, the one written exactly so goes first."""
+        pages = [self._rows[row] for row in self._rows.with_key(_key(url))]
         wanted = canonical_url(url)
-        for page in sorted(found, key=lambda page: page["url"] != url):
+        for page in sorted(pages, key=lambda page: page["url"] != url):
             if canonical_url(page["url"]) == wanted:
                 return Page(page["url"], str(page.get("contents") or ""))
         return None
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
-        """The page behind each address; read in a thread, since pages are large and on disk."""
+        """Return the page behind each address; pages are read in a thread, since they are large and on disk."""
         return await asyncio.to_thread(lambda: [self.get(url) for url in urls])
 
 
@@ -152,6 +152,6 @@ def _row_key(row: Any) -> int:
 
 
 def _key(url: str) -> int:
-    """Eight bytes of a hash of the canonical address."""
+    """Return eight bytes of a hash of the canonical address."""
     text = canonical_url(url).encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -14,7 +14,7 @@ from searchr1.progress import Advance
 from searchr1.retrieval.index.faiss_files import read_faiss
 from searchr1.retrieval.index.faiss_types import POINTS_PER_LIST, FaissType
 from searchr1.retrieval.index.flat import FlatSearch, Refiner
-from searchr1.retrieval.index.manifest import DamagedIndex, refused
+from searchr1.retrieval.index.manifest import DamagedIndex, index_error
 from searchr1.retrieval.searcher import Hits, SearchFailed
 
 ADD_ROWS = 1 << 16
@@ -27,7 +27,7 @@ class QueryEncoder(Protocol):
     dimension: int
 
     def encode(self, texts: Sequence[str], role: Any) -> npt.NDArray[np.float32]:
-        """[texts, dimension]."""
+        """Return [texts, dimension] vectors."""
         ...
 
 
@@ -52,7 +52,7 @@ class DenseIndex:
         return int(self._index.ntotal)
 
     def search(self, queries: Sequence[str], topk: int) -> list[Hits]:
-        """Nearest passages."""
+        """Return the nearest passages of each query."""
         scores, rows = self.search_vectors(self._encoder.encode(queries, "query"), topk)
         # FAISS fills up with row -1 where it finds fewer.
         return [
@@ -63,7 +63,7 @@ class DenseIndex:
     def search_vectors(
         self, queries_QD: npt.NDArray[np.float32], topk: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Scores and rows, [queries, topk]; row -1 where there are fewer.
+        """Return scores and rows, [queries, topk]; row -1 where there are fewer.
 
         A passage without a finite score is not among them, and is reported once.
 
@@ -91,17 +91,17 @@ class DenseIndex:
             return
         self._reported = True
         usable = np.isfinite(queries_QD).all(axis=1, keepdims=True)
-        found = rows[lost & usable]
-        if found.size:
-            said = f"passage {found[0]} (counted from 0) has no finite score, so it is not found: its vector is damaged"
+        lost_rows = rows[lost & usable]
+        if lost_rows.size:
+            said = f"passage {lost_rows[0]} (counted from 0) has no finite score, so it is not found: its vector is damaged"
         else:
             said = "the encoder gives no finite vector for a query, so nothing is found for it; try --dtype fp32"
-        print(f"retrieval: {said} (this is said once)", flush=True)
+        print(f"retrieval: {said} (this is reported once)", flush=True)
 
     def _candidates(
         self, queries_QD: npt.NDArray[np.float32], count: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """FAISS' search; the lists of an IVF index are chosen by our exact search, which is several times faster."""
+        """Search with FAISS; the lists of an IVF index are chosen by our exact search, which is several times faster."""
         if self._lists is None or not len(queries_QD):
             scores, rows = self._index.search(queries_QD, count)
         else:
@@ -114,7 +114,7 @@ class DenseIndex:
 
 
 def load_faiss(path: Path, dimension: int, gpu: bool = False) -> Any:
-    """A FAISS file, mapped as far as its kind can be; with `gpu`, sharded over all GPUs in fp16.
+    """Load a FAISS file, mapped as far as its kind can be; with `gpu`, sharded over all GPUs in fp16.
 
     Raises:
         UserError: damaged file, another dimension than the encoder's, or no FAISS for GPUs.
@@ -130,7 +130,7 @@ def load_faiss(path: Path, dimension: int, gpu: bool = False) -> Any:
     try:
         index = read_faiss(path, mapped=not gpu)
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
     if index.d != dimension:
         raise UserError(
             f"--index_path {path}: has vectors of {index.d} dimensions, --retriever_model gives {dimension}; "
@@ -145,7 +145,7 @@ def load_faiss(path: Path, dimension: int, gpu: bool = False) -> Any:
 
 
 def set_search_parameters(index: Any, nprobe: int | None, ef_search: int | None) -> None:
-    """How thoroughly an IVF or HNSW index is searched; what an index does not have is left out.
+    """Set how thoroughly an IVF or HNSW index is searched; None keeps what the index has.
 
     Raises:
         UserError: a parameter that this index does not have.
@@ -162,14 +162,14 @@ def set_search_parameters(index: Any, nprobe: int | None, ef_search: int | None)
 
 
 def is_ivf(index: Any) -> bool:
-    """An inverted file in main memory, by inner product."""
+    """Return whether an index is an inverted file in main memory, by inner product."""
     import faiss
 
     return isinstance(index, faiss.IndexIVF) and index.metric_type == faiss.METRIC_INNER_PRODUCT
 
 
 def flat_search(index: Any) -> FlatSearch | None:
-    """An exact search over the vectors of a flat index in main memory, in place of FAISS' own; else None."""
+    """Return an exact search over the vectors of a flat index in main memory, in place of FAISS' own; else None."""
     import faiss
 
     index = faiss.downcast_index(index)

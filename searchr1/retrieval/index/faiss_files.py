@@ -148,10 +148,10 @@ def list_problems(index: Any, folder: Path) -> Iterator[str]:
     if isinstance(lists, faiss.OnDiskInvertedLists) and Path(lists.filename).absolute().parent != folder.absolute():
         yield f"its lists are in {lists.filename}, outside of its folder"
         return
-    rows, found = int(index.ntotal), 0
+    rows, listed = int(index.ntotal), 0
     for number in range(index.nlist):
         size = int(lists.list_size(number))
-        found += size
+        listed += size
         if not size:
             continue
         ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
@@ -159,8 +159,8 @@ def list_problems(index: Any, folder: Path) -> Iterator[str]:
         if not 0 <= least <= most < rows:
             yield f"list {number} has the rows {least} to {most}, of {rows}"
             return
-    if found != rows:
-        yield f"its lists have {found} rows instead of {rows}"
+    if listed != rows:
+        yield f"its lists have {listed} rows instead of {rows}"
 
 
 def probe(path: Path) -> None:

@@ -24,13 +24,13 @@ class FaissType:
     nprobe: int | None = None
     """Lists that are searched, for IVF."""
     ef_search: int | None = None
-    """For HNSW."""
+    """Size of the candidate list, for HNSW."""
     refine_factor: int = 1
     """Candidates per passage that is asked for."""
 
 
 def faiss_type(name: str, rows: int, dimension: int) -> FaissType:
-    """The index behind a name, for so many vectors.
+    """Return the index behind a name, for so many vectors.
 
     `IVFPQ` is the one for large corpora: two dimensions in four bits, about a fourteenth of Flat's memory. See
     docs/guides/retrieval.md for what each costs and finds.
@@ -55,22 +55,22 @@ def faiss_type(name: str, rows: int, dimension: int) -> FaissType:
 
 
 def is_lossy(factory: str) -> bool:
-    """Whether the index stores something else than the vectors."""
+    """Return whether the index stores something else than the vectors."""
     return any(part.strip().startswith(LOSSY) for part in re.split("[,_]", factory))
 
 
 def lists_of(factory: str) -> int | None:
-    """The lists that a factory string asks for (`IVF4096`, `IVF64k`); None if it has none."""
-    found = re.search(r"\bIVF(\d+)([kM]?)", factory)
-    return int(found[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[found[2]] if found else None
+    """Return the number of lists that a factory string asks for (`IVF4096`, `IVF64k`); None if it asks for none."""
+    match = re.search(r"\bIVF(\d+)([kM]?)", factory)
+    return int(match[1]) * {"": 1, "k": 1 << 10, "M": 1 << 20}[match[2]] if match else None
 
 
 def list_count(rows: int) -> int:
-    """About 4 sqrt(rows), a power of two, as long as there are enough vectors to train on."""
+    """Return about 4 sqrt(rows), a power of two, as long as there are enough vectors to train on."""
     wanted = 2 ** round(math.log2(4 * math.sqrt(max(rows, 1))))
     return max(min(wanted, rows // POINTS_PER_LIST), 1)
 
 
 def probes(lists: int) -> int:
-    """A twenty-eighth of the lists, at least 8."""
+    """Return a twenty-eighth of the lists, at least 8."""
     return min(max(lists // 28, 8), lists)

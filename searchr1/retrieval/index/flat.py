@@ -25,7 +25,7 @@ class FlatSearch:
     def search(
         self, queries_QD: npt.NDArray[np.float32], topk: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Scores and rows, each [queries, min(topk, rows)]; best first, the lower row first among equal scores."""
+        """Return scores and rows, each [queries, min(topk, rows)]; best first, the lower row first among equal scores."""
         parts = [
             self._search(queries_QD[start : start + QUERIES_AT_ONCE], topk)
             for start in range(0, max(len(queries_QD), 1), QUERIES_AT_ONCE)
@@ -60,7 +60,7 @@ class FlatSearch:
 
 
 def _as_writeable(array: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The same memory without the read-only flag; it is only ever read."""
+    """Return the same memory without the read-only flag; it is only ever read."""
     interface = dict(array.__array_interface__)
     interface["data"] = (interface["data"][0], False)
 
@@ -77,7 +77,7 @@ UNUSED = 1 << 20
 
 
 def flat_header(rows: int, dimension: int) -> bytes:
-    """What stands before the vectors (fp32, row after row) in a file that `faiss.read_index` reads as IndexFlatIP."""
+    """Return the header before the vectors (fp32, row after row) of a file that `faiss.read_index` reads as IndexFlatIP."""
     return struct.pack(
         "<4siqqq?iQ", b"IxFI", dimension, rows, UNUSED, UNUSED, True, INNER_PRODUCT, rows * dimension
     )  # fmt: skip
@@ -93,7 +93,7 @@ class Refiner:
     def refine(
         self, queries_QD: npt.NDArray[np.float32], rows_QC: npt.NDArray[np.int64], topk: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]:
-        """Scores and rows of the best `topk` candidates of each query, [queries, topk]; -1 where there are fewer.
+        """Return scores and rows of the best `topk` candidates of each query, [queries, topk]; -1 where there are fewer.
 
         Best first, the lower row first among equal scores.
         """
@@ -113,7 +113,7 @@ HALVES = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 @numba.njit(cache=True, nogil=True, parallel=True, fastmath={"reassoc", "contract"})
 def score_halves(vectors_RD, rows_QC, queries_QD, halves, scores_QC):  # type: ignore[no-untyped-def]
-    """Inner products with rows of half-precision numbers, given as their bits; -inf for row -1."""
+    """Compute inner products with rows of half-precision numbers, given as their bits; -inf for row -1."""
     for query in numba.prange(len(rows_QC)):
         for place in range(rows_QC.shape[1]):
             row = rows_QC[query, place]
@@ -126,7 +126,7 @@ def score_halves(vectors_RD, rows_QC, queries_QD, halves, scores_QC):  # type: i
 
 @numba.njit(cache=True, nogil=True, parallel=True, fastmath={"reassoc", "contract"})
 def score_floats(vectors_RD, rows_QC, queries_QD, scores_QC):  # type: ignore[no-untyped-def]
-    """The same for single precision."""
+    """Compute the same for single precision."""
     for query in numba.prange(len(rows_QC)):
         for place in range(rows_QC.shape[1]):
             row = rows_QC[query, place]

@@ -1,4 +1,4 @@
-"""What a server makes sure of before it uses an index: nothing has changed, and compiled code can follow what the files say.
+"""What a server checks before it uses an index: nothing has changed, and compiled code can follow the files.
 
 Sizes of all files and checksums of the small ones are compared with the manifest; the large ones' are left to
 `searchr1 verify`. The structure is always checked, whole: see `bm25_files` and `faiss_files`.
@@ -18,7 +18,7 @@ from searchr1.files.lfs import is_pointer
 from searchr1.progress import ProgressBar
 from searchr1.retrieval.index.bm25_files import PARAMETERS_FILE, check_lists, open_lists
 from searchr1.retrieval.index.faiss_files import flat_shape, probe
-from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, refused
+from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, index_error
 
 START_BYTES = 256 << 20
 """Files whose checksums are compared at every start, the smallest first: well below a second."""
@@ -33,8 +33,8 @@ IndexState = tuple[tuple[str, int, int, int], ...]
 
 def state_of(paths: Iterable[Path]) -> IndexState:
     """Return the state of files; those that are missing are left out."""
-    found = [(path, path.stat()) for path in sorted(paths) if path.exists()]
-    return tuple((str(path), status.st_size, status.st_ino, status.st_ctime_ns) for path, status in found)
+    states = [(path, path.stat()) for path in sorted(paths) if path.exists()]
+    return tuple((str(path), status.st_size, status.st_ino, status.st_ctime_ns) for path, status in states)
 
 
 def faiss_file(path: Path, manifest: Manifest | None, retriever_name: str) -> Path:
@@ -53,7 +53,7 @@ def files_of(path: Path, manifest: Manifest | None, retriever_name: str) -> list
 
 
 def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> IndexState:
-    """Check the files of an index, say in a line what was checked, and return the state that they had.
+    """Check the files of an index, print a line on what was checked, and return the state that they had.
 
     Raises:
         UserError: one is damaged.
@@ -63,7 +63,7 @@ def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> I
     state = state_of(files)
     try:
         for file in files:
-            refuse_pointer(file)
+            reject_pointer(file)
         if manifest is not None:
             print(check_sums(folder, manifest), flush=True)
         if retriever_name == "bm25":
@@ -73,7 +73,7 @@ def check_index(path: Path, manifest: Manifest | None, retriever_name: str) -> I
         else:
             check_faiss(folder, manifest, faiss_file(path, manifest, retriever_name))
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
     return state
 
 
@@ -125,7 +125,7 @@ def check_faiss(folder: Path, manifest: Manifest | None, file: Path) -> None:
         DamagedIndex: it would end the process, or is not what the manifest says.
     """
     if not file.is_file():
-        return  # said by whoever opens it
+        return  # reported by whoever opens it
     if manifest is not None and manifest.vectors:
         check_vectors(folder / manifest.vectors, manifest.rows, manifest.dimension or 0)
     shape = flat_shape(file)
@@ -138,8 +138,8 @@ def check_faiss(folder: Path, manifest: Manifest | None, file: Path) -> None:
         raise DamagedIndex(file, f"has {shape[0]} vectors x {shape[1]}, its manifest says {wanted}")
 
 
-def refuse_pointer(path: Path) -> None:
-    """Refuse a file of Git LFS that stands for the real one.
+def reject_pointer(path: Path) -> None:
+    """Reject a file of Git LFS that stands for the real one.
 
     Raises:
         DamagedIndex: it is such a file.
@@ -162,7 +162,7 @@ def check_vectors(path: Path, rows: int, dimension: int) -> None:
 
 
 def open_vectors(path: Path, rows: int, dimension: int) -> npt.NDArray[Any]:
-    """[rows, dimension] vectors, mapped.
+    """Map [rows, dimension] vectors.
 
     Raises:
         UserError: missing, or of another size.
@@ -170,5 +170,5 @@ def open_vectors(path: Path, rows: int, dimension: int) -> npt.NDArray[Any]:
     try:
         check_vectors(path, rows, dimension)
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
     return np.memmap(path, dtype=VECTOR_DTYPES[path.suffix], mode="r", shape=(rows, dimension))

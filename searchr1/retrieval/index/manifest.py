@@ -42,7 +42,7 @@ class Manifest:
     corpus: str
     """Fingerprint of the corpus."""
     version: int = VERSION
-    """Of this format."""
+    """Version of this format."""
     stemmer: str | None = None
     tokenizer: str | None = None
     """See `searchr1.retrieval.index.tokens`."""
@@ -73,11 +73,11 @@ class Manifest:
     """Sizes and checksums by name; None in the first format."""
 
     def names(self) -> list[str]:
-        """Names of the files that the index consists of."""
+        """Return the names of the files that the index consists of."""
         return list(BM25_FILES) if self.kind == "bm25" else [name for name in self.dense_files() if name is not None]
 
     def dense_files(self) -> tuple[str | None, ...]:
-        """Names of the files of a dense index."""
+        """Return the names of the files of a dense index; None for those that it does not have."""
         return (self.file, self.vectors, self.embedding)
 
 
@@ -95,8 +95,8 @@ class DamagedIndex(ValueError):
         self.damage = Damage(path, problem)
 
 
-def refused(error: DamagedIndex) -> UserError:
-    """Return what a user reads of it."""
+def index_error(error: DamagedIndex) -> UserError:
+    """Return the message for the user."""
     return UserError(f"--index_path {error.damage.path}: {error.damage.problem}; {ADVICE}")
 
 
@@ -104,7 +104,7 @@ def open_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a folder; None if it has none.
 
     Raises:
-        DamagedIndex: it cannot be read, has changed, or says what no manifest says.
+        DamagedIndex: it cannot be read, has changed, or is no manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -114,7 +114,7 @@ def open_manifest(folder: Path) -> Manifest | None:
         version = values.get("version", 1) if isinstance(values, dict) else None
         if type(version) is int and version > VERSION:
             raise DamagedIndex(
-                path, f"has format {version}, this searchr1 knows {VERSION}; update it, or build the index again"
+                path, f"has format {version}, this searchr1 reads up to {VERSION}; update it, or build the index again"
             )
         return parse_manifest(values)
     except DamagedIndex:
@@ -124,7 +124,7 @@ def open_manifest(folder: Path) -> Manifest | None:
 
 
 def parse_manifest(values: Any) -> Manifest:
-    """Return what the JSON of a manifest says.
+    """Parse the JSON of a manifest.
 
     Raises:
         ValueError: it is none, or has changed since it was written.
@@ -183,7 +183,7 @@ def file_sum(value: Any) -> FileSum:
 
 
 def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest | None:
-    """The manifest of an index folder; None for an index published without one.
+    """Return the manifest of an index folder; None for an index published without one.
 
     Raises:
         UserError: damaged, or the index was built from another corpus or for another retriever.
@@ -191,7 +191,7 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
     try:
         manifest = open_manifest(folder)
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
     if manifest is None:
         print(f"{folder}: has no {MANIFEST}; only the number of its vectors can be compared with the corpus", flush=True)
         return None
@@ -208,7 +208,7 @@ def read_manifest(folder: Path, corpus: Corpus, retriever_name: str) -> Manifest
 
 
 def check_encoder(manifest: Manifest, encoder: Encoder, folder: Path) -> None:
-    """Refuse an encoder whose vectors do not fit those that the index holds.
+    """Reject an encoder whose vectors do not fit those that the index holds.
 
     Raises:
         UserError: other weights, another pooling, or DPR's encoder of passages in place of the one of questions.

@@ -1,6 +1,6 @@
 """The table of a file's rows: where each begins, how long it is, its checksum, and the order of their keys.
 
-A table is a cache of what the file says. One that is damaged, or not about the file, is never used, only made again.
+A table is a cache. One that is damaged, or not about the file, is never used, only made again.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What `summary.json` says of a file."""
+    """The contents of `summary.json`."""
 
     rows: int
     file: FileIdentity
     """The file that the table is of."""
     counts: dict[str, int]
-    """What is peculiar about rows, and how many are so."""
+    """Peculiarities of rows, and how many rows have each."""
     files: dict[str, FileSum]
     """The files of the table."""
     format: int = FORMAT
@@ -77,7 +77,7 @@ class Column:
             self._flush()
 
     def array(self) -> Array:
-        """All values."""
+        """Return all values."""
         self._flush()
         self._blocks = [np.concatenate(self._blocks)] if self._blocks else [np.empty(0, self._dtype)]
         return self._blocks[0]
@@ -102,7 +102,7 @@ def write_table(folder: Path, columns: dict[str, Array], file: FileIdentity, cou
 
 
 def write_summary(folder: Path, summary: Summary) -> None:
-    """Write what a table is about.
+    """Write the summary of a table.
 
     Raises:
         OSError: it cannot be written.
@@ -112,7 +112,7 @@ def write_summary(folder: Path, summary: Summary) -> None:
 
 
 def read_summary(folder: Path) -> Summary:
-    """Read what a table is about.
+    """Read the summary of a table.
 
     Raises:
         OSError: it cannot be read.
@@ -127,7 +127,7 @@ def read_summary(folder: Path) -> Summary:
         counts = {str(what): int(count) for what, count in values["counts"].items()}
         return Summary(int(values["rows"]), file, counts, files)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"says something else than a table's {SUMMARY} ({error!r})") from error
+        raise ValueError(f"is not a table's {SUMMARY} ({error!r})") from error
 
 
 def table_damage(folder: Path, advance: Callable[[int], object] | None = None) -> Iterator[Damage]:
@@ -168,12 +168,12 @@ def open_table(folder: Path, summary: Summary, size: int) -> Table:
 
 def _load(folder: Path, name: str, dtype: type, rows: int) -> Array:
     try:
-        found = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
+        column = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     except (EOFError, SyntaxError, TypeError, OverflowError) as error:  # what numpy lets through of damaged headers
         raise ValueError(f"{name}.npy is no array ({error})") from error
-    if not isinstance(found, np.ndarray) or found.dtype != dtype or found.shape != (rows,):
+    if not isinstance(column, np.ndarray) or column.dtype != dtype or column.shape != (rows,):
         raise ValueError(f"{name}.npy is not a column of {rows} numbers")
-    return found
+    return column
 
 
 def _check_places(table: Table, size: int) -> None:

@@ -57,7 +57,7 @@ class Rows:
         `kind` names the place of the row table ("passages", "pages"); `key` see `Key`.
 
         Raises:
-            UserError: missing, empty, another format, or a row that `key` refuses; names `flag` and the line.
+            UserError: missing, empty, another format, or a row that `key` rejects; names `flag` and the line.
         """
         self.path = path
         self._file = file = as_jsonl(path, flag)
@@ -69,14 +69,14 @@ class Rows:
 
     @property
     def summary(self) -> Summary:
-        """What is known of the file."""
+        """The summary of the file."""
         return self._table.summary
 
     def __len__(self) -> int:
         return self.summary.rows
 
     def __getitem__(self, row: int) -> Any:
-        """One row, parsed.
+        """Return one row, parsed.
 
         Raises:
             UserError: its bytes are not those that were read when the table was made.
@@ -100,7 +100,7 @@ class Rows:
             os.close(self._descriptor)
 
     def with_key(self, key: int) -> list[int]:
-        """Numbers of the rows that have this key, in the file's order."""
+        """Return the numbers of the rows that have this key, in the file's order."""
         keys, order = self._table.keys, self._table.order
         if keys is None or order is None:
             return []
@@ -109,7 +109,7 @@ class Rows:
         return sorted(order[first:last].tolist())
 
     def _places(self) -> list[Path]:
-        """Beside the file, or in the user's cache where that folder cannot be written."""
+        """Return the places of the table: beside the file, or in the user's cache where that folder cannot be written."""
         return caches.beside_or_cached(self._file, self._kind)
 
     def _finished_table(self, report: bool = False) -> Table | None:
@@ -168,16 +168,16 @@ class Rows:
                 if not line.strip():
                     continue
                 try:
-                    found = key(parse(line))
+                    keys_or_counts = key(parse(line))
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise UserError(f"{self._flag} {self.path}: line {number}: {_reason(error)}") from error
                 columns["starts"].add(start)
                 columns["lengths"].add(len(line))
                 columns["sums"].add(zlib.crc32(line))
-                if isinstance(found, int):
-                    keys.add(found)
+                if isinstance(keys_or_counts, int):
+                    keys.add(keys_or_counts)
                 else:
-                    counts.update(found)
+                    counts.update(keys_or_counts)
         except LineTooLong as error:
             raise UserError(f"{self._flag} {self.path}: line {error.line}: {error}") from error
         if not len(columns["starts"]):
@@ -193,7 +193,7 @@ class Rows:
 
 
 def parse(line: bytes) -> Any:
-    """One row.
+    """Parse one row.
 
     Raises:
         ValueError: no JSON.
@@ -207,7 +207,7 @@ def parse(line: bytes) -> Any:
 
 
 def _lines(path: Path, update: Callable[[bytes], object], what: str) -> Iterator[tuple[int, int, bytes]]:
-    """(line number from 1, offset, line without its end) of a file; every byte goes through `update` once."""
+    """Yield (line number from 1, offset, line without its end) of a file; every byte goes through `update` once."""
     size = path.stat().st_size
     with path.open("rb") as file, ProgressBar(what, size, least=BAR_BYTES) as bar:
 

@@ -1,7 +1,7 @@
 """Packed corpora and pages as plain jsonl: rows are then read in place, whatever the file was.
 
 What is unpacked is a stream: nothing else is written than the rows, and names inside an archive are never used as paths.
-Memory is bounded whatever an archive says of itself, and the disk is never filled to its end.
+Memory is bounded whatever an archive declares, and the disk is never filled to its end.
 """
 
 from __future__ import annotations
@@ -96,14 +96,14 @@ def _can_be_written(output: Path) -> bool:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a file is an archive, in spite of its name."""
+    """Return whether a file is an archive, in spite of its name."""
     with path.open("rb") as file:
         head = file.read(tarfile.BLOCKSIZE)
     return head.startswith(GZIP_MAGIC) or is_tar(head)
 
 
 def is_tar(head: bytes) -> bool:
-    """Whether a file that begins so is a tar archive: its first block has the right checksum."""
+    """Return whether a file that begins so is a tar archive: its first block has the right checksum."""
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
@@ -122,7 +122,7 @@ def unpack(path: Path, output: Path, flag: str) -> Path:
 
 def _unpack(path: Path, output: Path, flag: str) -> Path:
     if output.exists():
-        print(f"{output}: is not known to be the contents of {path.name}; written again", flush=True)
+        print(f"{output}: is not proved to be the contents of {path.name}; written again", flush=True)
     else:
         print(f"{path}: unpacking into {output.name}, once", flush=True)
     note = note_of(output)
@@ -139,7 +139,7 @@ def _unpack(path: Path, output: Path, flag: str) -> Path:
 
 
 def note_of(output: Path) -> Path:
-    """Where it is written what a file was unpacked from."""
+    """Return the path of the note on what a file was unpacked from."""
     return output.with_name(f"{output.name}.source.json")
 
 
@@ -154,7 +154,7 @@ def read_note(output: Path) -> tuple[FileIdentity, FileIdentity] | None:
 
 
 def write_note(output: Path, source: FileIdentity, unpacked: FileIdentity) -> None:
-    """Write down what `output` was made from.
+    """Write the note on what `output` was made from.
 
     Raises:
         OSError: it cannot be written.
@@ -164,7 +164,7 @@ def write_note(output: Path, source: FileIdentity, unpacked: FileIdentity) -> No
 
 
 def is_made_of(output: Path, path: Path) -> bool:
-    """Whether `output` holds what was unpacked from the present contents of `path`.
+    """Return whether `output` holds what was unpacked from the present contents of `path`.
 
     Raises:
         UserError: one of them cannot be read.
@@ -186,7 +186,7 @@ def is_made_of(output: Path, path: Path) -> bool:
 
 def _write(path: Path, output: Path) -> tuple[FileIdentity, str]:
     """Write the rows; return the identity of the packed file and the SHA-256 of the rows."""
-    found, read_ns = path.stat(), time.time_ns()
+    status, read_ns = path.stat(), time.time_ns()
     with output.open("wb") as file:
         rows = _Output(file, output.parent)
         if path.suffix == ".parquet":
@@ -196,7 +196,7 @@ def _write(path: Path, output: Path) -> tuple[FileIdentity, str]:
             with _opened(path) as packed:
                 _write_lines(packed, rows.write)
                 sha256 = packed.finish()
-    return identity_of(found, sha256, read_ns), rows.sha256()
+    return identity_of(status, sha256, read_ns), rows.sha256()
 
 
 class _Output:
@@ -232,12 +232,12 @@ class _Output:
         self._digest.update(block)
 
     def sha256(self) -> str:
-        """SHA-256 of what was written."""
+        """Return the SHA-256 of what was written."""
         return self._digest.hexdigest()
 
 
 def require_room(folder: Path) -> None:
-    """Refuse to fill a disk that others write to as well.
+    """Reject a write that would fill a disk that others write to as well.
 
     Raises:
         OSError: it is nearly full.
@@ -348,11 +348,11 @@ class _Header(tarfile.TarInfo):
         Raises:
             ValueError: it wants too much.
         """
-        found = super().frombuf(buf, encoding, errors)
-        notes = found.type in (*_NOTES, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-        if found.size < 0 or (notes and found.size > MAX_HEADER_BYTES):
-            raise ValueError(f"has a damaged header: {found.size} bytes of names and notes")
-        return found
+        header = super().frombuf(buf, encoding, errors)
+        notes = header.type in (*_NOTES, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if header.size < 0 or (notes and header.size > MAX_HEADER_BYTES):
+            raise ValueError(f"has a damaged header: {header.size} bytes of names and notes")
+        return header
 
 
 _NOTES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -372,5 +372,5 @@ def _write_parquet(path: Path, use: Callable[[bytes], object]) -> None:
 
 
 def _as_text(value: object) -> str:
-    """What JSON has no form for: bytes are text of columns that do not say so, the rest are times and the like."""
+    """Return text for what JSON has no form for: bytes of text columns, times and the like."""
     return value.decode() if isinstance(value, bytes) else str(value)

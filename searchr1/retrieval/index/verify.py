@@ -12,7 +12,7 @@ from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, damaged
 from searchr1.retrieval.index.file_identity import BLOCK_BYTES, FileIdentity, is_unchanged
-from searchr1.retrieval.index.index_check import check_bm25, check_faiss, refuse_pointer
+from searchr1.retrieval.index.index_check import check_bm25, check_faiss, reject_pointer
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, open_manifest
 from searchr1.retrieval.index.row_table import SUMMARY, read_summary, table_damage
 from searchr1.retrieval.index.unpack import ENDINGS, UNPACKED, note_of, read_note
@@ -56,7 +56,7 @@ def check_bare(folder: Path) -> Iterator[Damage]:
     if not files:
         yield Damage(folder, "has neither a manifest.json nor a FAISS file (*.index): it is no finished index")
     for file in files:
-        say(f"{file}: has no checksum to compare it with; only its structure is checked")
+        print_note(f"{file}: has no checksum to compare it with; only its structure is checked")
         yield from check_form(folder, None, file)
 
 
@@ -64,12 +64,12 @@ def check_contents(folder: Path, manifest: Manifest, advance: Advance | None) ->
     """Yield files that have changed since the index was built."""
     for name in manifest.names():
         try:
-            refuse_pointer(folder / name)
+            reject_pointer(folder / name)
         except DamagedIndex as error:
             yield error.damage
             return
     if manifest.files is None:
-        say(f"{folder}: was built before checksums were kept; only the structure of its files is checked")
+        print_note(f"{folder}: was built before checksums were kept; only the structure of its files is checked")
         return
     yield from damaged(folder, manifest.files, advance=advance)
 
@@ -81,9 +81,9 @@ def check_form(folder: Path, manifest: Manifest | None, file: Path) -> Iterator[
             check_bm25(folder, manifest)
             return
         if importlib.util.find_spec("faiss") is None:
-            say(f"{file}: FAISS is not installed, so its structure is not checked")
+            print_note(f"{file}: FAISS is not installed, so its structure is not checked")
             return
-        refuse_pointer(file)
+        reject_pointer(file)
         check_faiss(folder, manifest, file)
     except DamagedIndex as error:
         yield error.damage
@@ -91,13 +91,13 @@ def check_form(folder: Path, manifest: Manifest | None, file: Path) -> Iterator[
         yield Damage(folder, f"cannot be used ({error})")
 
 
-def say(line: str) -> None:
+def print_note(line: str) -> None:
     """Print a line that is not the result."""
     print(line, file=sys.stderr, flush=True)
 
 
 KINDS = ("passages", "pages")
-"""What a table may be of."""
+"""Kinds of tables."""
 
 
 def check_rows(path: Path, advance: Advance | None = None) -> Iterator[Damage]:
@@ -145,7 +145,7 @@ def _files(file: Path) -> Iterator[Path]:
 
 
 def _unpacked(path: Path) -> list[Path]:
-    """Existing files that `path` was unpacked into."""
+    """Return the existing files that `path` was unpacked into."""
     places = caches.beside_or_cached(path, UNPACKED)
     if path.name.endswith(".jsonl.gz"):
         places.insert(0, path.with_suffix(""))  # of download.py
@@ -160,16 +160,16 @@ def _tables(file: Path) -> list[Path]:
 def _changed(path: Path, known: FileIdentity, sums: dict[Path, str], advance: Advance | None) -> Iterator[Damage]:
     """Yield a file that is not what its identity says; `sums` are those of files that were read already."""
     try:
-        found = path.stat()
-        if found.st_size != known.bytes:
+        status = path.stat()
+        if status.st_size != known.bytes:
             if path not in sums:
                 sums[path] = ""
-                yield Damage(path, f"has {found.st_size} bytes instead of {known.bytes}: replaced, cut off or edited")
+                yield Damage(path, f"has {status.st_size} bytes instead of {known.bytes}: replaced, cut off or edited")
             return
         if path not in sums:
             sums[path] = _hash(path, advance)
             if sums[path] != known.sha256:
-                damaged = is_unchanged(found, known)
+                damaged = is_unchanged(status, known)
                 times = (
                     "though its times have not: it is damaged" if damaged else "and so have its times: damaged, or edited"
                 )

@@ -20,7 +20,7 @@ TRIM_EVERY = 500
 """Writes between two looks at the size."""
 MAX_VALUE_BYTES = 64 << 20
 OURS = {("table", "entries"), ("index", "entries_at"), ("index", "sqlite_autoindex_entries_1")}
-"""All that a file of ours holds: others may have triggers and views, which would run with every look at it."""
+"""All objects of a cache's database: other files may have triggers and views, which would run with every read."""
 
 
 class DiskCache:
@@ -86,11 +86,11 @@ class DiskCache:
 
     @staticmethod
     def _check_schema(database: sqlite3.Connection) -> None:
-        found = database.execute("SELECT type, name FROM sqlite_master LIMIT 100").fetchall()
-        if not found:  # new
+        tables = database.execute("SELECT type, name FROM sqlite_master LIMIT 100").fetchall()
+        if not tables:  # new
             return
         columns = [name for _, name, *_ in database.execute("PRAGMA table_info(entries)")]
-        if set(found) - OURS or columns[:4] != ["key", "value", "size", "at"]:
+        if set(tables) - OURS or columns[:4] != ["key", "value", "size", "at"]:
             raise sqlite3.DatabaseError("its tables are not those of this cache")
         if "sum" not in columns:  # of an earlier version
             try:
@@ -113,11 +113,11 @@ class DiskCache:
                 time.sleep(0.01)
 
     async def get(self, key: str) -> Any | None:
-        """The value, or None if there is none or it is too old."""
+        """Return the value, or None if there is none or it is too old."""
         return await self._do(self._get, key)
 
     async def put(self, key: str, value: Any) -> None:
-        """Remember a value. A full or locked disk is told and costs only the entry."""
+        """Remember a value. A full or locked disk is reported and costs only the entry."""
         await self._do(self._put, key, json.dumps(value))
 
     async def aclose(self) -> None:
@@ -159,7 +159,7 @@ class DiskCache:
             self._report(error)
 
     def _report(self, error: sqlite3.Error) -> None:
-        """Say what went wrong. A damaged file is replaced, anything else (a full disk, a lock) costs only the entry."""
+        """Report what went wrong. A damaged file is replaced, anything else (a full disk, a lock) costs only the entry."""
         print(f"cache of the online engine: {error}", flush=True)
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF
         if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):

@@ -15,7 +15,7 @@ GOOGLE_PAGE = 10
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One result."""
+    """One result of a search."""
 
     title: str
     url: str
@@ -24,7 +24,7 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is sent to an engine. `headers` and `params` may hold a key: they are never logged."""
+    """The HTTP request to an engine. `headers` and `params` may hold a key: they are never logged."""
 
     method: str
     url: str
@@ -38,7 +38,7 @@ Keys = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """An engine."""
+    """An online search engine."""
 
     name: str
     address: str
@@ -50,7 +50,7 @@ class Engine:
     """Parsed answer -> results; raises KeyError, TypeError or AttributeError for another shape."""
 
     def keys(self) -> dict[str, str]:
-        """The keys from the environment.
+        """Return the keys from the environment.
 
         Raises:
             UserError: one is missing.
@@ -62,19 +62,19 @@ class Engine:
 
 
 def ask_serper(address: str, query: str, topk: int, keys: Keys) -> Request:
-    """https://serper.dev"""
+    """Ask https://serper.dev."""
     return Request("POST", address, {"X-API-KEY": keys["SERPER_API_KEY"]}, json={"q": query, "num": topk})
 
 
 def read_serper(answer: Any) -> list[Hit]:
-    """The answer box first, where there is one that names its page."""
+    """Return the answer box first, where there is one that names its page."""
     box = answer.get("answerBox") or {}
     hits = [Hit(box.get("title", ""), box["link"], box.get("answer") or box.get("snippet", ""))] if box.get("link") else []
     return hits + [Hit(r.get("title", ""), r["link"], r.get("snippet", "")) for r in answer.get("organic", [])]
 
 
 def ask_serpapi(engine: str) -> Callable[[str, str, int, Keys], Request]:
-    """https://serpapi.com, in front of Google or Bing."""
+    """Return the function that asks https://serpapi.com, in front of Google or Bing."""
 
     def ask(address: str, query: str, topk: int, keys: Keys) -> Request:
         count = "num" if engine == "google" else "count"
@@ -86,31 +86,31 @@ def ask_serpapi(engine: str) -> Callable[[str, str, int, Keys], Request]:
 
 
 def read_serpapi(answer: Any) -> list[Hit]:
-    """The answer box first, where there is one that names its page. An empty search is an answer with `error`."""
+    """Return the answer box first, where there is one that names its page. An empty search is an answer with `error`."""
     box = answer.get("answer_box") or {}
     hits = [Hit(box.get("title", ""), box["link"], box.get("answer") or box.get("snippet", ""))] if box.get("link") else []
     return hits + [Hit(r.get("title", ""), r["link"], r.get("snippet", "")) for r in answer.get("organic_results", [])]
 
 
 def ask_google(address: str, query: str, topk: int, keys: Keys) -> Request:
-    """Google's Custom Search JSON API."""
+    """Ask Google's Custom Search JSON API."""
     params: dict[str, str | int] = {"q": query, "num": min(topk, GOOGLE_PAGE)}
     return Request("GET", address, params=params | {"key": keys["GOOGLE_API_KEY"], "cx": keys["GOOGLE_CSE_ID"]})
 
 
 def read_google(answer: Any) -> list[Hit]:
-    """Without results there are no `items`."""
+    """Return the items; without results there are none."""
     return [Hit(r.get("title", ""), r["link"], r.get("snippet", "")) for r in answer.get("items", [])]
 
 
 def ask_brave(address: str, query: str, topk: int, keys: Keys) -> Request:
-    """https://api-dashboard.search.brave.com"""
+    """Ask https://api-dashboard.search.brave.com."""
     headers = {"X-Subscription-Token": keys["BRAVE_API_KEY"], "Accept": "application/json"}
     return Request("GET", address, headers, params={"q": query, "count": min(topk, 20), "text_decorations": "false"})
 
 
 def read_brave(answer: Any) -> list[Hit]:
-    """Results of the web."""
+    """Return the results of the web."""
     results = (answer.get("web") or {}).get("results", [])
     return [Hit(r.get("title", ""), r["url"], r.get("description", "")) for r in results]
 

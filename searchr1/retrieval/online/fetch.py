@@ -20,10 +20,10 @@ from searchr1.retrieval.documents import Page
 
 @dataclass(frozen=True, slots=True)
 class Proxy:
-    """How requests go through a proxy."""
+    """A proxy that requests go through."""
 
     variable: str
-    """Of the environment, for messages."""
+    """Name of the environment variable, for messages."""
     url: str = field(repr=False)
     """With user and password, if it has them; aiohttp takes them out and sends them."""
 
@@ -59,11 +59,11 @@ NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class PrivateAddress(OSError):
-    """A host that must not be asked."""
+    """A host that must not be connected to."""
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address belongs to the public internet."""
+    """Return whether an IP address belongs to the public internet."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
@@ -78,15 +78,15 @@ class PublicResolver(AbstractResolver):
     """Resolves names, and IP addresses in any notation, to public addresses only."""
 
     async def resolve(self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET) -> list[ResolveResult]:
-        """Addresses to connect to.
+        """Return the addresses to connect to.
 
         Raises:
             PrivateAddress: one of them is not public.
         """
         loop = asyncio.get_running_loop()
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=socket.AF_UNSPEC)
+        addresses = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM, family=socket.AF_UNSPEC)
         results = []
-        for kind, _, protocol, _, address in found:
+        for kind, _, protocol, _, address in addresses:
             ip = str(address[0])
             if not is_public(ip):
                 raise PrivateAddress(f"{host} is not on the public internet")
@@ -96,7 +96,7 @@ class PublicResolver(AbstractResolver):
         return results
 
     async def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: there are no resources."""
 
 
 class PageFetcher:
@@ -110,7 +110,7 @@ class PageFetcher:
         concurrency: int = 64,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        """`resolver` is for tests: another one than the public internet's.
+        """Make a fetcher; tests give another `resolver` than the public internet's.
 
         Raises:
             UserError: HTTPS_PROXY names no proxy.
@@ -123,10 +123,10 @@ class PageFetcher:
         self._session: aiohttp.ClientSession | None = None
         self._proxied: aiohttp.ClientSession | None = None
         self.failures: dict[str, int] = {}
-        """Why pages were not given, counted by reason."""
+        """Pages that could not be fetched, counted by reason."""
 
     async def fetch(self, url: str) -> Page | None:
-        """The page as text; None if it cannot be had, is no text, or has none."""
+        """Return the page as text; None if it cannot be fetched, is no text, or has none."""
         try:
             async with self._free, asyncio.timeout(self._timeout_s):
                 body, charset, kind, final = await self._get(url)
@@ -144,7 +144,7 @@ class PageFetcher:
                 await session.close()
 
     async def _get(self, url: str) -> tuple[bytes, str | None, str, str]:
-        """(body, charset, type, final address)
+        """Return (body, charset, type, final address).
 
         Raises:
             ValueError: an address or an answer that is not taken.
@@ -182,9 +182,9 @@ class PageFetcher:
             self._proxied = self._open(aiohttp.TCPConnector(force_close=True))  # hosts may share an address
         target = URL(url)
         host = target.host or ""
-        found = await self._resolver.resolve(host, target.port or 443)
+        addresses = await self._resolver.resolve(host, target.port or 443)
         return await self._proxied.get(
-            target.with_host(found[0]["host"]),
+            target.with_host(addresses[0]["host"]),
             allow_redirects=False,
             proxy=proxy.url,
             server_hostname=host,
@@ -208,7 +208,7 @@ class CheckedConnector(aiohttp.TCPConnector):
 
 
 def check_address(url: str) -> None:
-    """Only plain http and https.
+    """Accept only plain http and https.
 
     Raises:
         ValueError: anything else.
@@ -221,7 +221,7 @@ def check_address(url: str) -> None:
 
 
 def extract(body: bytes, charset: str | None, kind: str) -> str:
-    """The readable text of a page."""
+    """Return the readable text of a page."""
     if kind == "text/plain":
         try:
             return body.decode(charset or "utf-8", errors="replace").strip()

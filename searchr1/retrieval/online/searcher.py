@@ -19,11 +19,11 @@ from searchr1.retrieval.index.tokens import split_passage, split_query
 from searchr1.retrieval.online.disk_cache import DiskCache
 from searchr1.retrieval.online.engines import Engine, Hit, Request
 from searchr1.retrieval.online.fetch import PageFetcher, proxy_for
-from searchr1.retrieval.searcher import Document, Found, SearchFailed
+from searchr1.retrieval.searcher import Document, SearchFailed, SearchResults
 from searchr1.retry import Backoff, Retries, parse_retry_after
 
 PASSAGE_CHARACTERS = 1200
-"""How much of a fetched page is given."""
+"""Most characters of a fetched page that are returned."""
 ATTEMPTS = 4
 BACKOFF = Backoff(0.5, 8.0, (0.5, 1.5))
 LONGEST_WORD = 60
@@ -33,7 +33,7 @@ LONGEST_WORD = 60
 class OnlineSearcher:
     """Passages from an engine: its snippets, or the part of each page that has most of the query's words.
 
-    A page that cannot be had is replaced by its snippet and counted in `fetcher.failures`.
+    A page that cannot be fetched is replaced by its snippet and counted in `fetcher.failures`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class OnlineSearcher:
         cache: DiskCache | None = None,
         fetcher: PageFetcher | None = None,
     ) -> None:
-        """`address` replaces the engine's own. A proxy is taken from the environment, see `proxy_for`.
+        """Make a searcher. `address` replaces the engine's own; a proxy is taken from the environment, see `proxy_for`.
 
         Raises:
             UserError: a key is missing in the environment, or a variable names no proxy.
@@ -64,8 +64,8 @@ class OnlineSearcher:
         self.fetcher = fetcher or PageFetcher()
         self._session: aiohttp.ClientSession | None = None
 
-    async def search(self, queries: Sequence[str], topk: int) -> Found:
-        """Results of each query; scores are 1 / rank.
+    async def search(self, queries: Sequence[str], topk: int) -> SearchResults:
+        """Return the results of each query; scores are 1 / rank.
 
         Raises:
             SearchFailed: the engine refused, failed, or was too slow.
@@ -73,7 +73,7 @@ class OnlineSearcher:
         return list(await asyncio.gather(*(self._search(query, topk) for query in queries)))
 
     async def access(self, urls: Sequence[str]) -> list[Page | None]:
-        """The text of the page behind each address."""
+        """Return the text of the page behind each address."""
         return list(await asyncio.gather(*(self._page(url) for url in urls)))
 
     async def aclose(self) -> None:
@@ -121,7 +121,7 @@ class OnlineSearcher:
             raise SearchFailed(f"{self._engine.name}: an answer of another shape ({error!r})") from error
 
     async def _ask(self, request: Request) -> Any:
-        """Send it; again after a pause where the engine says that it is busy."""
+        """Send the request; try again after a pause where the engine is busy."""
         retries = Retries(BACKOFF, self._rng, attempts=ATTEMPTS)
         while True:
             try:
@@ -135,7 +135,7 @@ class OnlineSearcher:
                 ) as answer:
                     if answer.status == 200:
                         return await read_json(answer)
-                    problem = self._refusal(answer.status, answer.headers.get("retry-after"))
+                    problem = self._error_of_status(answer.status, answer.headers.get("retry-after"))
             except ValueError as error:
                 raise SearchFailed(f"{self._engine.name}: an answer that is no JSON, or too large") from error
             except aiohttp.ClientError as error:  # its text may hold the address, and that the key
@@ -145,13 +145,13 @@ class OnlineSearcher:
             await asyncio.sleep(wait_s)
 
     def _through(self, error: aiohttp.ClientError) -> str:
-        """What a failure has to do with the proxy."""
+        """Return a note on the proxy for the message of a failure."""
         if self._proxy is None:
             return ""
         status = f", which answered {error.status}" if isinstance(error, aiohttp.ClientHttpProxyError) else ""
         return f" (through the proxy of {self._proxy.variable}{status})"
 
-    def _refusal(self, status: int, header: str | None) -> SearchFailed:
+    def _error_of_status(self, status: int, header: str | None) -> SearchFailed:
         name = self._engine.name
         if status in (401, 403):
             return SearchFailed(
@@ -180,7 +180,7 @@ class OnlineSearcher:
 
 
 def best_part(text: str, query: str) -> str:
-    """The stretch of at most `PASSAGE_CHARACTERS`, cut between words, that has most different words of the query.
+    """Return the stretch of at most `PASSAGE_CHARACTERS`, cut between words, that has most different words of the query.
 
     Stretches begin at half of that length from each other; the earliest of the best is taken.
     """

@@ -10,27 +10,27 @@ from typing import Any
 import aiohttp
 
 from searchr1.errors import UserError
-from searchr1.retrieval.client.answers import read_json, read_refusal
+from searchr1.retrieval.client.answers import read_error, read_json
 from searchr1.retrieval.client.client import base_url
-from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, encode_json, grown
-from searchr1.retrieval.searcher import Document, Found, SearchFailed
+from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, encode_json, scaled_timeout
+from searchr1.retrieval.searcher import Document, SearchFailed, SearchResults
 
 RERANK_TOKEN_VARIABLE = "SEARCHR1_RERANK_TOKEN"
 """The rerank server's bearer token; read by the server too."""
 RETRY_AFTER_S = 1.0
 SENT_CHARACTERS = 1 << 15
-"""Of a passage: as much as a model of 8192 tokens reads."""
+"""Most characters of a passage: as many as a model of 8192 tokens reads."""
 CALL_CHARACTERS = 1 << 22
-"""Of one call, about: rerank servers take no more than 16 MiB, and a character is at most 3 bytes."""
+"""Most characters of one call, about: rerank servers take no more than 16 MiB, and a character is at most 3 bytes."""
 KEPT_S = 4.0
 """Idle connections are closed before the server does so, after 5 s: a request could be lost in between."""
 
 
 class RemoteReranker:
-    """See `Reranker`. The passages given back are those that came in, not the server's."""
+    """A `Reranker` that returns the passages that it was given, not the server's copies."""
 
     def __init__(self, address: str, timeout_s: float = 30.0) -> None:
-        """`timeout_s`: of a call for 5,120 pairs, with everything; larger requests have more.
+        """Make a client; `timeout_s` is for a whole call of 5,120 pairs, larger requests have more.
 
         Raises:
             UserError: no address.
@@ -42,19 +42,19 @@ class RemoteReranker:
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
 
-    async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
-        """The best `topk` of each query's documents.
+    async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> SearchResults:
+        """Return the best `topk` of each query's documents.
 
         Raises:
             SearchFailed: the server did not answer, or not as expected.
         """
         # The server answers one call after the other, so each may take as long as all of them.
-        timeout_s = grown(self._timeout_s, sum(map(len, documents)), PAIRS_PER_TIMEOUT)
+        timeout_s = scaled_timeout(self._timeout_s, sum(map(len, documents)), PAIRS_PER_TIMEOUT)
         calls = [
             asyncio.ensure_future(self._call(queries[part], documents[part], topk, timeout_s)) for part in parts(documents)
         ]
         try:
-            return [hits for found in await asyncio.gather(*calls) for hits in found]
+            return [hits for results in await asyncio.gather(*calls) for hits in results]
         finally:
             for call in calls:
                 call.cancel()
@@ -66,7 +66,7 @@ class RemoteReranker:
 
     async def _call(
         self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int, timeout_s: float
-    ) -> Found:
+    ) -> SearchResults:
         body = {
             "queries": list(queries),
             "documents": [[{"id": i, "contents": sent(document)} for i, document in enumerate(row)] for row in documents],
@@ -78,7 +78,7 @@ class RemoteReranker:
             limit = aiohttp.ClientTimeout(total=timeout_s)
             async with self._open().post(self._url, data=encode_json(body), headers=headers, timeout=limit) as answer:
                 if answer.status != 200:
-                    reason = (await read_refusal(answer))[:200]
+                    reason = (await read_error(answer))[:200]
                     raise SearchFailed(f"{self._url} answered {answer.status}: {reason}", RETRY_AFTER_S)
                 result = (await read_json(answer))["result"]
             return [ranked(row, items, topk) for row, items in zip(documents, result, strict=True)]
@@ -96,12 +96,12 @@ class RemoteReranker:
 
 
 def sent(document: Document) -> str:
-    """The text of a passage that is sent."""
+    """Return the text of a passage that is sent."""
     return str(document.get("contents", ""))[:SENT_CHARACTERS]
 
 
 def parts(documents: Sequence[Sequence[Document]]) -> Iterator[slice]:
-    """Neighbouring queries whose passages fit into one call; a query's passages stay together."""
+    """Yield neighbouring queries whose passages fit into one call; a query's passages stay together."""
     start = characters = 0
     for query, row in enumerate(documents):
         more = sum(len(sent(document)) for document in row)
@@ -114,7 +114,7 @@ def parts(documents: Sequence[Sequence[Document]]) -> Iterator[slice]:
 
 
 def ranked(documents: Sequence[Document], items: Sequence[dict[str, Any]], topk: int) -> list[tuple[Document, float]]:
-    """A server's answer for one query -> the passages that were sent.
+    """Return the passages that were sent in the order of a server's answer for one query.
 
     Raises:
         ValueError, LookupError, TypeError: the answer is not about these passages.

@@ -17,28 +17,27 @@ from searchr1.errors import UserError
 from searchr1.files.text_rows import whole_text
 from searchr1.retrieval.documents import split_contents
 from searchr1.retrieval.encode.encoder import BATCH_TOKENS, batches, check_device
-from searchr1.retrieval.searcher import Document, Found, Searcher, SearchFailed
-from searchr1.retrieval.server.batcher import Observe
+from searchr1.retrieval.searcher import BatchObserver, Document, Searcher, SearchFailed, SearchResults
 
 Pair = tuple[str, str]
 """(query, passage)"""
 Scores = npt.NDArray[np.float32]
 
 PAIR_TOKENS = 512
-"""Of a pair, at most."""
+"""Most tokens of a pair."""
 CPU_BATCH_TOKENS = 1024
 """Tokens of one forward pass on a processor: 16384 of them leave its caches and take 1.6 times as long."""
 CHARACTERS_PER_TOKEN = 16
 """Of a text, only so many characters for each token of the model are read: web pages are long, tokenizers slow."""
 MAX_PAIRS = 256
-"""Pairs that are scored together; what is more waits for the next turn, and a request given up is done with by then."""
+"""Pairs that are scored together; what is more waits for the next turn, and a cancelled request is dropped by then."""
 MAX_PENDING = 1 << 16
-"""Pairs in the queue before requests are refused: minutes of work for a GPU."""
+"""Pairs in the queue before requests are rejected: minutes of work for a GPU."""
 RETRY_AFTER_S = 1.0
 
 
 def passage_text(document: Document) -> str:
-    """What a cross-encoder reads of a passage: the title without its quotes, a line break, the text."""
+    """Return what a cross-encoder reads of a passage: the title without its quotes, a line break, the text."""
     title, text = split_contents(str(document.get("contents", "")))
     return f"{title}\n{text}" if title else text
 
@@ -97,10 +96,10 @@ class CrossEncoder:
             raise UserError(f"--reranker_model {path}: cannot score a pair of {self.max_length} tokens: {error}") from error
 
     def score(self, pairs: Sequence[Pair]) -> Scores:
-        """[pairs] scores, higher is better; sorted by length inside, so that little is padded.
+        """Return [pairs] scores, higher is better; pairs are sorted by length inside, so that little is padded.
 
         Raises:
-            ValueError: a score is no number.
+            ValueError: a score is not a number.
         """
         scores = np.empty(len(pairs), dtype=np.float32)
         if not pairs:
@@ -115,7 +114,7 @@ class CrossEncoder:
         return scores
 
     def _readable(self, text: str) -> str:
-        """The part that matters, without halves of surrogate pairs, which tokenizers refuse."""
+        """Return the part that is read, without halves of surrogate pairs, which tokenizers reject."""
         return whole_text(text[: self.max_length * CHARACTERS_PER_TOKEN])
 
     def _forward(self, inputs: Any) -> Scores:
@@ -123,15 +122,15 @@ class CrossEncoder:
 
         with torch.inference_mode():
             logits = self._model(**inputs).logits.float()
-            found: Scores = (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).cpu().numpy()
-            return found
+            scores: Scores = (logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]).cpu().numpy()
+            return scores
 
 
 class Reranker(Protocol):
     """Puts the passages of each query in a better order."""
 
-    async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
-        """The best `topk` of each query's documents with their scores; of equal ones the earlier first.
+    async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> SearchResults:
+        """Return the best `topk` of each query's documents with their scores; of equal ones the earlier first.
 
         Raises:
             SearchFailed: no answer now.
@@ -154,11 +153,11 @@ class _Waiting:
 class LocalReranker:
     """A cross-encoder in this process. Pairs that come in while it is busy are scored together.
 
-    The model runs in one thread of its own. Large requests are scored in parts; what was given up is not scored.
+    The model runs in one thread of its own. Large requests are scored in parts; cancelled ones are not scored.
     """
 
-    def __init__(self, model: CrossEncoder, max_pending: int = MAX_PENDING, observe: Observe | None = None) -> None:
-        """`max_pending`: pairs in the queue; `observe` is told of every batch: pairs, seconds."""
+    def __init__(self, model: CrossEncoder, max_pending: int = MAX_PENDING, observe: BatchObserver | None = None) -> None:
+        """Start a thread for the model; `max_pending`: most pairs in the queue."""
         self._model = model
         self._max_pending = max_pending
         self._observe = observe
@@ -166,8 +165,8 @@ class LocalReranker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rerank")
         self._running: asyncio.Task[None] | None = None
 
-    async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> Found:
-        """See `Reranker`."""
+    async def rerank(self, queries: Sequence[str], documents: Sequence[Sequence[Document]], topk: int) -> SearchResults:
+        """Return the best `topk` of each query's documents, see `Reranker`."""
         pairs = [(query, passage_text(d)) for query, row in zip(queries, documents, strict=True) for d in row]
         scores = await self._score(pairs)
         first = np.cumsum([0, *map(len, documents)])
@@ -221,7 +220,7 @@ class LocalReranker:
                 start += len(request.pairs)
 
     def _take(self) -> list[_Waiting]:
-        """The oldest requests, up to `MAX_PAIRS`; those given up are dropped."""
+        """Take the oldest requests, up to `MAX_PAIRS`; cancelled ones are dropped."""
         waiting = [request for request in self._waiting if not request.scores.done()]
         taken = pairs = 0
         while taken < len(waiting) and pairs + len(waiting[taken].pairs) <= MAX_PAIRS:
@@ -232,7 +231,7 @@ class LocalReranker:
 
 
 def best(documents: Sequence[Document], scores: Scores, topk: int) -> list[tuple[Document, float]]:
-    """The `topk` best documents; of equal ones the earlier first."""
+    """Return the `topk` best documents; of equal ones the earlier first."""
     order = np.argsort(-scores, kind="stable")[:topk]
     return [(documents[place], float(scores[place])) for place in order]
 
@@ -245,14 +244,14 @@ class RerankingSearcher:
         self._reranker = reranker
         self._topk_retrieval = topk_retrieval
 
-    async def search(self, queries: Sequence[str], topk: int) -> Found:
-        """The best `topk` of the server's number of candidates."""
+    async def search(self, queries: Sequence[str], topk: int) -> SearchResults:
+        """Return the best `topk` of the server's number of candidates."""
         return await self.search_reranked(queries, max(self._topk_retrieval, topk), topk)
 
-    async def search_reranked(self, queries: Sequence[str], topk_retrieval: int, topk_rerank: int) -> Found:
-        """The best `topk_rerank` of `topk_retrieval` candidates."""
-        found = await self._inner.search(queries, topk_retrieval)
-        return await self._reranker.rerank(queries, [[document for document, _ in hits] for hits in found], topk_rerank)
+    async def search_reranked(self, queries: Sequence[str], topk_retrieval: int, topk_rerank: int) -> SearchResults:
+        """Return the best `topk_rerank` of `topk_retrieval` candidates."""
+        results = await self._inner.search(queries, topk_retrieval)
+        return await self._reranker.rerank(queries, [[document for document, _ in hits] for hits in results], topk_rerank)
 
     async def aclose(self) -> None:
         """Close both stages."""

@@ -13,11 +13,11 @@ from fastapi.responses import Response
 from pydantic import BaseModel, Field, model_validator
 
 from searchr1.http_guard import Guard
-from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, grown
+from searchr1.retrieval.documents import PAIRS_PER_TIMEOUT, scaled_timeout
 from searchr1.retrieval.rerank.client import RETRY_AFTER_S
 from searchr1.retrieval.rerank.reranker import LocalReranker
 from searchr1.retrieval.searcher import Document, SearchFailed
-from searchr1.retrieval.server.app import MAX_PASSAGES, REFUSALS, Query, TopK, as_json, explain, guarded
+from searchr1.retrieval.server.app import ERROR_RESPONSES, MAX_PASSAGES, Query, TopK, as_json, explain, guarded
 from searchr1.retrieval.server.metrics import Metrics
 
 
@@ -31,7 +31,7 @@ class RerankRequest(BaseModel):
 
     @model_validator(mode="after")
     def fitting(self) -> RerankRequest:
-        """One list of documents per query, each with a text."""
+        """Require one list of documents per query, each with a text."""
         if len(self.documents) != len(self.queries):
             raise ValueError(f"{len(self.queries)} queries, but {len(self.documents)} lists of documents")
         if sum(map(len, self.documents)) > MAX_PASSAGES:
@@ -41,16 +41,16 @@ class RerankRequest(BaseModel):
 
 
 def unwrapped(document: Document) -> Document:
-    """The passage of an item with or without a score.
+    """Return the passage of an item with or without a score.
 
     Raises:
         ValueError: it has no text.
     """
     inner = document.get("document")
-    found = inner if isinstance(inner, dict) else document
-    if not isinstance(found.get("contents"), str):
+    passage = inner if isinstance(inner, dict) else document
+    if not isinstance(passage.get("contents"), str):
         raise ValueError('a document has no "contents"')
-    return found
+    return passage
 
 
 class RankedDocument(BaseModel):
@@ -69,7 +69,7 @@ class RerankAnswer(BaseModel):
 def create_rerank_app(
     reranker: LocalReranker, default_topk: int, timeout_s: float, metrics: Metrics, token: str | None = None
 ) -> Guard:
-    """The application; it closes the reranker when it stops."""
+    """Make the application, which closes the reranker when it stops."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -88,23 +88,23 @@ def create_rerank_app(
         """Requests can be sent: the server does not answer before its model is loaded."""
         return {"status": "ready"}
 
-    @app.get("/metrics", responses={401: REFUSALS[401]}, response_class=Response)
+    @app.get("/metrics", responses={401: ERROR_RESPONSES[401]}, response_class=Response)
     def prometheus() -> Response:
         """Counters in Prometheus' text format; batches are counted in pairs."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @app.post("/rerank", responses=REFUSALS | {200: {"model": RerankAnswer}}, response_class=Response)
+    @app.post("/rerank", responses=ERROR_RESPONSES | {200: {"model": RerankAnswer}}, response_class=Response)
     async def rerank(request: RerankRequest) -> Response:
         """The best documents of each query, best first."""
-        patience_s = grown(timeout_s, sum(map(len, request.documents)), PAIRS_PER_TIMEOUT)
+        patience_s = scaled_timeout(timeout_s, sum(map(len, request.documents)), PAIRS_PER_TIMEOUT)
         try:
             async with asyncio.timeout(patience_s):
-                found = await reranker.rerank(request.queries, request.documents, request.rerank_topk or default_topk)
+                ranked = await reranker.rerank(request.queries, request.documents, request.rerank_topk or default_topk)
         except TimeoutError as error:
             raise SearchFailed(f"no answer within {patience_s:g} s", RETRY_AFTER_S) from error
         if request.return_scores:
-            return as_json({"result": [[{"document": d, "score": score} for d, score in row] for row in found]}, 200)
-        return as_json({"result": [[document for document, _ in row] for row in found]}, 200)
+            return as_json({"result": [[{"document": d, "score": score} for d, score in row] for row in ranked]}, 200)
+        return as_json({"result": [[document for document, _ in row] for row in ranked]}, 200)
 
     for kind in (SearchFailed, RequestValidationError):
         app.add_exception_handler(kind, lambda _, error: explain(error))

@@ -13,27 +13,27 @@ BACKLOG = 1024
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that holds the port; port 0 takes a free one.
+    """Return a socket that holds the port; port 0 takes a free one.
 
     Raises:
         UserError: the port is taken, or the host is not of this machine.
     """
-    found = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((host, port))
-        found.listen(BACKLOG)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
     except (OSError, OverflowError) as error:
-        found.close()
+        listener.close()
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"--port {port}: cannot listen on --host {host} ({reason}); give another --port or --host"
         ) from error
-    return found
+    return listener
 
 
 def reachable_address(host: str, port: int) -> str:
-    """host:port under which clients find a server that listens on `host`."""
+    """Return the host:port under which clients reach a server that listens on `host`."""
     if host in ("0.0.0.0", "::"):
         # No packet is sent: this asks which of our addresses the others see.
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -46,7 +46,7 @@ def reachable_address(host: str, port: int) -> str:
 
 
 def write_address(place: str | Path, address: str) -> None:
-    """Write down where the server is; the file appears whole.
+    """Write the address of the server; the file appears whole.
 
     `place`: the file; or a folder (it exists, or ends with a slash), for a file with the name that RLinf gives it.
     """

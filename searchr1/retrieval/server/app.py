@@ -29,7 +29,7 @@ OPEN_PATHS = {"/", "/health", "/ready"}
 MAX_URLS = 4096
 MAX_QUERY_CHARACTERS = 1 << 20
 SEARCHED_CHARACTERS = 4096
-"""A policy that rambles writes long queries: they are searched by their beginning, not refused."""
+"""A policy that rambles writes long queries: they are searched by their beginning, not rejected."""
 MAX_URL_CHARACTERS = 4096
 MAX_TOPK = 1000
 MAX_PASSAGES = 1 << 16
@@ -60,7 +60,7 @@ class RetrieveRequest(BaseModel):
         return self
 
     def texts(self) -> list[str]:
-        """What is searched for, in either form."""
+        """Return the queries, in either form."""
         return self.queries if self.queries is not None else [self.query or ""]
 
 
@@ -105,14 +105,14 @@ class AccessAnswer(BaseModel):
 
 
 class Problem(BaseModel):
-    """Why a request was refused."""
+    """Why a request was rejected."""
 
     detail: Any
 
 
 @dataclass(slots=True)
 class Backend:
-    """What a server answers from."""
+    """The searcher and the pages behind a server."""
 
     service: RetrievalService
     pages: PageSource | None
@@ -130,15 +130,15 @@ class ServerState:
     """Whether a page was asked for where there are none; printed once."""
 
 
-class Refused(Exception):
-    """A request that this server cannot take."""
+class RejectedRequest(Exception):
+    """A request that this server does not accept."""
 
     def __init__(self, status: int, detail: str) -> None:
         super().__init__(detail)
         self.status = status
 
 
-REFUSALS: dict[int | str, dict[str, Any]] = {
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in {
         400: "no JSON",
@@ -191,7 +191,7 @@ def guarded(app: ASGIApp, metrics: Metrics, token: str | None) -> Guard:
 
 
 def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -> Guard:
-    """The application; shapes as Search-R1, RLinf and ASearcher clients expect them."""
+    """Make the application; shapes as Search-R1, RLinf and ASearcher clients expect them."""
     app = FastAPI(title="searchr1 retrieval server", docs_url=None, redoc_url=None)
 
     def loaded() -> Backend:
@@ -204,13 +204,13 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
         """The process is alive."""
         return {"status": "ok" if state.backend else "loading", **(state.backend.about if state.backend else {})}
 
-    @app.get("/ready", responses={503: REFUSALS[503]})
+    @app.get("/ready", responses={503: ERROR_RESPONSES[503]})
     async def ready() -> dict[str, str]:
         """Searches can be sent."""
         loaded()
         return {"status": "ready"}
 
-    @app.get("/metrics", responses={401: REFUSALS[401]}, response_class=Response)
+    @app.get("/metrics", responses={401: ERROR_RESPONSES[401]}, response_class=Response)
     def prometheus() -> Response:
         """Counters in Prometheus' text format."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -227,25 +227,27 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
             service = loaded().service
             depth = depth_of(request, state.topk, service.reranks)
             queries = [query[:SEARCHED_CHARACTERS] for query in request.texts()]
-            found = await service.retrieve(queries, depth, request.return_scores)
-            return Response(as_msgpack(found) if packed else found, media_type=MSGPACK if packed else "application/json")
+            answer_json = await service.retrieve(queries, depth, request.return_scores)
+            return Response(
+                as_msgpack(answer_json) if packed else answer_json, media_type=MSGPACK if packed else "application/json"
+            )
         except PROBLEMS as error:
             return explain(error)
 
-    @app.post("/retrieve", responses=REFUSALS | {200: {"model": RetrieveAnswer}}, openapi_extra=RETRIEVE_BODY)
+    @app.post("/retrieve", responses=ERROR_RESPONSES | {200: {"model": RetrieveAnswer}}, openapi_extra=RETRIEVE_BODY)
     async def retrieve(request: Request) -> Response:
         """Passages for each query, best first."""
         return await answer(await request.body())
 
-    @app.post("/access", responses=REFUSALS | {200: {"model": AccessAnswer}}, response_class=Response)
+    @app.post("/access", responses=ERROR_RESPONSES | {200: {"model": AccessAnswer}}, response_class=Response)
     async def access(request: AccessRequest) -> Response:
         """The page behind each address; null where there is none."""
         pages = loaded().pages
         if pages is None and not state.pages_missed:
             state.pages_missed = True
             print(NO_PAGES, flush=True)
-        found = await pages.access(request.urls) if pages else [None] * len(request.urls)
-        result = [{"url": page.url, "contents": page.contents} if page else None for page in found]
+        accessed = await pages.access(request.urls) if pages else [None] * len(request.urls)
+        result = [{"url": page.url, "contents": page.contents} if page else None for page in accessed]
         return as_json({"result": result}, 200)
 
     for kind in PROBLEMS:
@@ -253,11 +255,11 @@ def create_app(state: ServerState, metrics: Metrics, token: str | None = None) -
     return guarded(DirectRetrieve(app, answer), metrics, token)
 
 
-PROBLEMS = (SearchFailed, Refused, ValidationError, RequestValidationError, UserError)
+PROBLEMS = (SearchFailed, RejectedRequest, ValidationError, RequestValidationError, UserError)
 
 
 def explain(error: Exception) -> Response:
-    """The answer to a request that failed."""
+    """Return the answer to a request that failed."""
     if isinstance(error, SearchFailed):
         headers = {"retry-after": str(math.ceil(error.retry_after_s))} if error.retry_after_s else {}
         return as_json({"detail": str(error)}, 503, headers)
@@ -266,27 +268,27 @@ def explain(error: Exception) -> Response:
         detail = [{"loc": problem["loc"], "msg": problem["msg"]} for problem in error.errors()[:10]]
         return as_json({"detail": detail}, 422)
     # What remains is a corpus that was changed under us.
-    return as_json({"detail": str(error)}, error.status if isinstance(error, Refused) else 500)
+    return as_json({"detail": str(error)}, error.status if isinstance(error, RejectedRequest) else 500)
 
 
 def depth_of(request: RetrieveRequest, default_topk: int, reranks: bool) -> Depth:
-    """How many passages a request wants.
+    """Return how many passages a request asks for.
 
     Raises:
-        Refused: it asks for a reranker that is not there, or for too much.
+        RejectedRequest: it asks for a reranker that is not there, or for too much.
     """
     if not reranks and (request.topk_retrieval or request.topk_rerank):
-        raise Refused(422, "topk_retrieval and topk_rerank need a server with --reranker_model or --reranker_url")
+        raise RejectedRequest(422, "topk_retrieval and topk_rerank need a server with --reranker_model or --reranker_url")
     depth = Depth(request.topk_rerank or request.topk or default_topk, request.topk_retrieval or None)
     if depth.candidates is not None and depth.candidates < depth.topk:
-        raise Refused(422, f"topk_retrieval {depth.candidates} is smaller than topk_rerank {depth.topk}")
+        raise RejectedRequest(422, f"topk_retrieval {depth.candidates} is smaller than topk_rerank {depth.topk}")
     if len(request.texts()) * max(depth.topk, depth.candidates or 0) > MAX_PASSAGES:
-        raise Refused(422, f"more than {MAX_PASSAGES} passages in one request; send fewer queries or a smaller topk")
+        raise RejectedRequest(422, f"more than {MAX_PASSAGES} passages in one request; send fewer queries or a smaller topk")
     return depth
 
 
 def is_msgpack(body: bytes) -> bool:
-    """Whether a body begins as a map of msgpack does, which no JSON can; gem's client sends such bodies."""
+    """Return whether a body begins as a map of msgpack does, which no JSON can; gem's client sends such bodies."""
     return body[:1] >= b"\x80" and (body[0] <= 0x8F or body[0] in (0xDE, 0xDF))
 
 
@@ -294,16 +296,16 @@ def read_msgpack(body: bytes) -> RetrieveRequest:
     """Read a request in msgpack.
 
     Raises:
-        Refused: it is damaged, or the library is missing.
+        RejectedRequest: it is damaged, or the library is missing.
     """
     try:
         import msgspec
     except ImportError as error:
-        raise Refused(415, "msgpack needs msgspec on the server (pip install msgspec); or send JSON") from error
+        raise RejectedRequest(415, "msgpack needs msgspec on the server (pip install msgspec); or send JSON") from error
     try:
         return RetrieveRequest.model_validate(msgspec.msgpack.decode(body))
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise Refused(422, f"no msgpack: {error}") from error
+        raise RejectedRequest(422, f"no msgpack: {error}") from error
 
 
 def as_msgpack(answer: bytes) -> bytes:
@@ -319,5 +321,5 @@ def as_msgpack(answer: bytes) -> bytes:
 
 
 def as_json(content: Any, status: int, headers: dict[str, str] | None = None) -> Response:
-    """An encoded answer."""
+    """Return an encoded answer."""
     return Response(encode_json(content), status, headers, media_type="application/json")

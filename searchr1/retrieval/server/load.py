@@ -1,4 +1,4 @@
-"""From flags to what a server answers from."""
+"""Load the index, the models and the pages of a retrieval server by its options."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def load_backend(options: ServerOptions, metrics: Metrics, checked: IndexState |
 
 
 def load_online(engine: str, options: ServerOptions, metrics: Metrics) -> Backend:
-    """An online engine; it has a cache of its own, on disk, whose entries grow old."""
+    """Prepare an online engine, which has a cache of its own, on disk, whose entries expire."""
     online = OnlineSearcher(
         ENGINES[engine],
         address=options.engine_url,
@@ -73,7 +73,7 @@ def load_online(engine: str, options: ServerOptions, metrics: Metrics) -> Backen
 
 
 def reranking(options: ServerOptions, searcher: Searcher) -> Searcher:
-    """With a second stage, if the flags ask for one."""
+    """Add a second stage, if the options ask for one."""
     if options.reranker_url:
         return RerankingSearcher(searcher, RemoteReranker(options.reranker_url, options.timeout_s), options.topk_retrieval)
     if options.reranker_model:
@@ -89,7 +89,7 @@ def reranking(options: ServerOptions, searcher: Searcher) -> Searcher:
 
 
 def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
-    """Processor threads of the libraries that search."""
+    """Set the processor threads of the libraries that search."""
     if retriever_name != "bm25" or reranks:
         import faiss
         import torch
@@ -99,7 +99,7 @@ def set_threads(retriever_name: str, reranks: bool, threads: int) -> None:
 
 
 def load_index(options: ServerOptions, corpus: Corpus, checked: IndexState | None = None) -> Index:
-    """The index that the flags describe; files that are still as they were when they were `checked` are not checked again.
+    """Load the index of the options; files that are still as they were when they were `checked` are not checked again.
 
     Raises:
         UserError: missing, damaged, or not of this corpus.
@@ -131,7 +131,7 @@ def load_index(options: ServerOptions, corpus: Corpus, checked: IndexState | Non
 
 
 def load_bm25(options: ServerOptions, folder: Path, manifest: Manifest) -> Index:
-    """A BM25 folder, mapped."""
+    """Map a BM25 folder."""
     if options.tokenizer not in (None, "auto", manifest.tokenizer):
         raise UserError(
             f"--tokenizer {options.tokenizer}: --index_path {folder} was built with "
@@ -142,7 +142,7 @@ def load_bm25(options: ServerOptions, folder: Path, manifest: Manifest) -> Index
 
 
 def load_dense(options: ServerOptions, model: str, path: Path, manifest: Manifest | None) -> Index:
-    """A FAISS file, with its vectors if it has rounded them."""
+    """Load a FAISS file, with the exact vectors if the index has rounded them."""
     folder = path if path.is_dir() else path.parent
     file = faiss_file(path, manifest, options.retriever_name)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus. With several processes they share a folder (PROMETHEUS_MULTIPROC_DIR)."""
+"""Counters of a server, for Prometheus. Several processes share a folder (PROMETHEUS_MULTIPROC_DIR)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Metrics:
         self.batch_seconds.observe(seconds)
 
     def text(self) -> bytes:
-        """In Prometheus' text format; with several processes, the sum over all of them."""
+        """Return the counters in Prometheus' text format; with several processes, their sum."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
             return generate_latest(self._registry)
         together = CollectorRegistry()

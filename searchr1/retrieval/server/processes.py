@@ -31,11 +31,11 @@ MAX_RESTARTS_A_MINUTE = 5
 
 Load = Callable[[], Backend]
 Ready = Callable[[dict[str, Any]], None]
-"""Told what was loaded."""
+"""Called with a description of what was loaded."""
 
 
 def peak_memory_mib() -> float:
-    """The most memory that this process has held."""
+    """Return the most memory that this process has held."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -56,7 +56,7 @@ class LoadingServer(uvicorn.Server):
         threading.Thread(target=self._load_all, args=(asyncio.get_running_loop(),), daemon=True).start()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Refuse new searches, finish those in flight."""
+        """Reject new searches, finish those in flight."""
         self._state.backend = None
         await super().shutdown(sockets)
         if self._backend is not None:
@@ -85,7 +85,7 @@ def serve_here(listener: socket.socket, load: Load, metrics: Any, topk: int, tok
     """
     state = ServerState(topk)
     server = LoadingServer(server_config(create_app(state, metrics, token)), state, load, ready)
-    end_politely()
+    exit_on_sigterm()
     server.run(sockets=[listener])
     if server.problem is not None:
         raise server.problem
@@ -100,12 +100,12 @@ def serve_app(app: Guard, listener: socket.socket, started: Callable[[], None] |
             if started is not None:
                 started()
 
-    end_politely()
+    exit_on_sigterm()
     Server(server_config(app)).run(sockets=[listener])
 
 
 def server_config(app: Guard) -> uvicorn.Config:
-    """How uvicorn is run."""
+    """Return the configuration of uvicorn."""
     return uvicorn.Config(
         app,
         log_level="warning",
@@ -116,29 +116,29 @@ def server_config(app: Guard) -> uvicorn.Config:
     )
 
 
-def end_politely() -> None:
-    """uvicorn raises SIGTERM again after it has stopped: make that an ordinary end, so that everything is cleaned up."""
+def exit_on_sigterm() -> None:
+    """Make SIGTERM, which uvicorn raises again after it has stopped, an ordinary exit, so that everything is cleaned up."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What a process of several runs: `run(listener, ready)` serves until a signal comes."""
+    """The work of one process of several: `run(listener, ready)` serves until a signal comes."""
 
     run: Callable[[socket.socket, Ready], None]
 
-    def __call__(self, listener: socket.socket, news: Connection) -> None:
+    def __call__(self, listener: socket.socket, messages: Connection) -> None:
         """Entry point of the process."""
-        threading.Thread(target=_follow_parent, daemon=True).start()
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         try:
-            self.run(listener, lambda about: news.send(about | {"peak_mib": round(peak_memory_mib())}))
+            self.run(listener, lambda about: messages.send(about | {"peak_mib": round(peak_memory_mib())}))
         except UserError as error:
             print(f"searchr1 retrieval-server: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
 
 
-def _follow_parent() -> None:
-    """A worker whose parent was killed stops too."""
+def _end_with_parent() -> None:
+    """Stop when the parent was killed."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -154,20 +154,20 @@ def serve_in_workers(listener: socket.socket, worker: Worker, count: int, ready:
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = shared
     stop = threading.Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGTERM, signal.SIGINT)}
-    crew = Crew(listener, worker)
+    workers = WorkerProcesses(listener, worker)
     try:
         for _ in range(count):
-            crew.start()
-        return crew.watch(count, ready, stop)
+            workers.start()
+        return workers.watch(count, ready, stop)
     finally:
-        crew.stop()
+        workers.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
         del os.environ["PROMETHEUS_MULTIPROC_DIR"]
         shutil.rmtree(shared, ignore_errors=True)
 
 
-class Crew:
+class WorkerProcesses:
     """The processes of a server."""
 
     def __init__(self, listener: socket.socket, worker: Worker) -> None:
@@ -179,22 +179,22 @@ class Crew:
         self._deaths: list[float] = []
 
     def start(self) -> None:
-        """One more process."""
-        news, theirs = self._context.Pipe(duplex=False)
+        """Start one more process."""
+        messages, theirs = self._context.Pipe(duplex=False)
         process = self._context.Process(target=self._worker, args=(self._listener, theirs))
         process.start()
         theirs.close()
-        self._members[process.sentinel] = (process, news)
+        self._members[process.sentinel] = (process, messages)
 
     def watch(self, count: int, ready: Ready, stop: threading.Event) -> int:
-        """Until `stop`, or until a worker cannot go on; returns the exit code."""
+        """Watch the processes until `stop`, or until one cannot go on; return the exit code."""
         announced = False
         while not stop.is_set():
-            pipes = [news for _, news in self._members.values() if not news.closed]
+            pipes = [messages for _, messages in self._members.values() if not messages.closed]
             for event in multiprocessing.connection.wait([*self._members, *pipes], timeout=0.5):
                 if isinstance(event, Connection):
-                    self._hear(event)
-                elif isinstance(event, int) and not stop.is_set() and (code := self._bury(event)) is not None:
+                    self._receive(event)
+                elif isinstance(event, int) and not stop.is_set() and (code := self._restart(event)) is not None:
                     return code
             if not announced and len(self._abouts) == count:
                 announced = True
@@ -202,7 +202,7 @@ class Crew:
         return 0
 
     def stop(self) -> None:
-        """End all processes: politely, then not."""
+        """End all processes: with SIGTERM, then with SIGKILL."""
         processes = [process for process, _ in self._members.values()]
         for process in processes:
             process.terminate()
@@ -213,18 +213,18 @@ class Crew:
                 process.kill()
                 process.join()
 
-    def _hear(self, news: Connection) -> None:
+    def _receive(self, messages: Connection) -> None:
         try:
-            about = news.recv()
+            about = messages.recv()
         except (EOFError, OSError):
-            news.close()
+            messages.close()
             return
-        self._abouts |= {sentinel: about for sentinel, (_, other) in self._members.items() if other is news}
+        self._abouts |= {sentinel: about for sentinel, (_, other) in self._members.items() if other is messages}
 
-    def _bury(self, sentinel: int) -> int | None:
+    def _restart(self, sentinel: int) -> int | None:
         """Start a dead worker again; or the exit code if there is no point in that."""
-        process, news = self._members.pop(sentinel)
-        news.close()
+        process, messages = self._members.pop(sentinel)
+        messages.close()
         process.join()
         mark_dead(process.pid)
         was_ready = self._abouts.pop(sentinel, None) is not None

@@ -1,4 +1,4 @@
-"""What stands between the requests and a searcher: one search per query, a cache of answers, a bounded queue, deadlines."""
+"""What is between the requests and a searcher: one search per query, a cache of answers, a bounded queue, deadlines."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, encode_json, grown
+from searchr1.retrieval.documents import QUERIES_PER_TIMEOUT, encode_json, scaled_timeout
 from searchr1.retrieval.searcher import Document, Reranks, Searcher, SearchFailed
 from searchr1.retrieval.server.metrics import Metrics
 
@@ -27,12 +27,12 @@ class Depth:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a service takes on."""
+    """Limits of a service."""
 
     max_pending: int = 4096
-    """Queries that wait or are being searched; more are refused with 503."""
+    """Queries that wait or are being searched; more are rejected with 503."""
     timeout_s: float = 30.0
-    """A request of `QUERIES_PER_TIMEOUT` queries that takes longer is refused with 503; a larger one has more time."""
+    """A request of `QUERIES_PER_TIMEOUT` queries that takes longer is rejected with 503; a larger one has more time."""
     cache_bytes: int = 256 << 20
 
 
@@ -54,11 +54,11 @@ class RetrievalService:
 
     @property
     def reranks(self) -> bool:
-        """Whether `Depth.candidates` means anything."""
+        """Whether `Depth.candidates` has an effect."""
         return self._second_stage is not None
 
     async def retrieve(self, queries: Sequence[str], depth: Depth, return_scores: bool) -> bytes:
-        """`{"result": [...]}`, encoded.
+        """Return `{"result": [...]}`, encoded.
 
         Raises:
             SearchFailed: too much is waiting, the deadline passed, or the searcher failed.
@@ -81,7 +81,7 @@ class RetrievalService:
             self._start(new, depth, return_scores)
         if futures:
             # `wait` leaves the futures alone when the deadline passes or the client goes: others may wait for them.
-            timeout_s = grown(self._limits.timeout_s, len(futures), QUERIES_PER_TIMEOUT)
+            timeout_s = scaled_timeout(self._limits.timeout_s, len(futures), QUERIES_PER_TIMEOUT)
             _, late = await asyncio.wait(futures.values(), timeout=timeout_s)
             if late:
                 raise SearchFailed(f"no answer within {timeout_s:g} s", RETRY_AFTER_S)
@@ -111,10 +111,10 @@ class RetrievalService:
         queries = [key[0] for key in new]
         try:
             if depth.candidates is not None and self._second_stage is not None:
-                found = await self._second_stage.search_reranked(queries, depth.candidates, depth.topk)
+                results = await self._second_stage.search_reranked(queries, depth.candidates, depth.topk)
             else:
-                found = await self._searcher.search(queries, depth.topk)
-            for (key, future), hits in zip(new.items(), found, strict=True):
+                results = await self._searcher.search(queries, depth.topk)
+            for (key, future), hits in zip(new.items(), results, strict=True):
                 answer = encode(hits, return_scores)
                 self._cache.put(key, answer)
                 future.set_result(answer)
@@ -143,7 +143,7 @@ class AnswerCache:
         self._answers: OrderedDict[Key, bytes] = OrderedDict()
 
     def get(self, key: Key) -> bytes | None:
-        """The answer, if it is still there."""
+        """Return the answer, if it is still there."""
         answer = self._answers.get(key)
         if answer is not None:
             self._answers.move_to_end(key)
@@ -164,6 +164,6 @@ def _size(key: Key, answer: bytes) -> int:
 
 
 def encode(hits: Sequence[tuple[Document, float]], return_scores: bool) -> bytes:
-    """The passages of one query, as JSON."""
+    """Encode the passages of one query as JSON."""
     items = [{"document": d, "score": score} for d, score in hits] if return_scores else [d for d, _ in hits]
     return encode_json(items)

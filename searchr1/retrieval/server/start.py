@@ -8,7 +8,7 @@ from functools import partial
 
 from searchr1.retrieval.client.client import TOKEN_VARIABLE
 from searchr1.retrieval.index.index_check import IndexState, check_index
-from searchr1.retrieval.index.manifest import DamagedIndex, open_manifest, refused
+from searchr1.retrieval.index.manifest import DamagedIndex, index_error, open_manifest
 from searchr1.retrieval.server.options import ServerOptions
 from searchr1.retrieval.server.processes import Ready, serve_here
 
@@ -45,7 +45,7 @@ def check_once(options: ServerOptions) -> IndexState | None:
     try:
         manifest = open_manifest(path if path.is_dir() else path.parent)
     except DamagedIndex as error:
-        raise refused(error) from error
+        raise index_error(error) from error
     built_for = (manifest.encoder or manifest.kind) if manifest else options.retriever_name
     if built_for != options.retriever_name or (manifest is None and built_for == "bm25"):
         return None
