@@ -114,7 +114,7 @@ def open_manifest(folder: Path) -> Manifest | None:
         version = values.get("version", 1) if isinstance(values, dict) else None
         if type(version) is int and version > VERSION:
             raise DamagedIndex(
-                path, f"has format {version}, this searchr1 reads up to {VERSION}; update it, or build the index again"
+                path, f"has format {version}, this searchr1 knows {VERSION}; update it, or build the index again"
             )
         return parse_manifest(values)
     except DamagedIndex:

@@ -122,7 +122,7 @@ def unpack(path: Path, output: Path, flag: str) -> Path:
 
 def _unpack(path: Path, output: Path, flag: str) -> Path:
     if output.exists():
-        print(f"{output}: is not proved to be the contents of {path.name}; written again", flush=True)
+        print(f"{output}: is not known to be the contents of {path.name}; written again", flush=True)
     else:
         print(f"{path}: unpacking into {output.name}, once", flush=True)
     note = note_of(output)
