@@ -109,13 +109,13 @@ class AgentSettings:
             force_final_turn=agent.force_final_turn,
             max_new_tokens_per_turn=agent.max_new_tokens_per_turn,
             max_tool_response_length=agent.max_tool_response_length,
-            truncate_side=agent.tool_response_truncate_side,  # type: ignore[arg-type]  # checked by config/check.py
-            information_style=agent.information_style,  # type: ignore[arg-type]
+            truncate_side=agent.tool_response_truncate_side,
+            information_style=agent.information_style,
             invalid_action_message=agent.invalid_action_message,
-            toolcall_parser=agent.toolcall_parser,  # type: ignore[arg-type]
+            toolcall_parser=agent.toolcall_parser,
             no_call_ends=agent.no_call_ends,
             end_token_ends=agent.end_token_ends,
             no_results_message=agent.no_results_message,
-            tool_text_tokens=agent.tool_text_tokens,  # type: ignore[arg-type]
+            tool_text_tokens=agent.tool_text_tokens,
             tool_timeout_s=2 * config.tools.search.timeout_s,
         )

@@ -17,24 +17,21 @@ Dropped tokens still count in the loss's denominators: a batch with many of them
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from searchr1.algorithms.aggregation import tokens_of_sequences
 from searchr1.algorithms.kl import EXPONENT_LIMIT
-
-Level = Literal["token", "sequence", "geometric"]
-Bound = Literal["truncate", "clip", "mask", "reject"]
+from searchr1.algorithms.names import CorrectionBound, CorrectionLevel
 
 
 @dataclass(frozen=True, slots=True)
 class CorrectionSettings:
     """The `algorithm.mismatch_correction` keys."""
 
-    level: Level
-    bound: Bound = "truncate"
+    level: CorrectionLevel
+    bound: CorrectionBound = "truncate"
     lower: float = 0.0
     """0 is no bound."""
     upper: float = 2.0

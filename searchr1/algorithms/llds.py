@@ -13,12 +13,10 @@ mini-batch with `recompute_logprobs`) it is zero.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Gate = Literal["action", "response"]
+from searchr1.algorithms.names import LldsGate
 
 
 def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, action_ids_P: Tensor, actions: int) -> Tensor:
@@ -39,7 +37,7 @@ def llds(logprobs_P: Tensor, old_logprobs_P: Tensor, advantages_P: Tensor, actio
     return fallen_P.clamp(min=0) * is_on_P
 
 
-def action_ids(gate: Gate, segment_ids_T: Tensor, loss_mask_T: Tensor, policy_P: Tensor) -> Tensor:
+def action_ids(gate: LldsGate, segment_ids_T: Tensor, loss_mask_T: Tensor, policy_P: Tensor) -> Tensor:
     """Return [P] for each policy token of a packed row: its sequence, or its unbroken run of policy tokens."""
     if gate == "response":
         return segment_ids_T[policy_P]

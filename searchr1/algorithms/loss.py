@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from searchr1.algorithms.aggregation import Denominators, LossAggregation, token_weights
+from searchr1.algorithms.aggregation import Denominators, token_weights
 from searchr1.algorithms.correction import Correction, CorrectionSettings, correction_weights
 from searchr1.algorithms.kl import EXPONENT_LIMIT, kl_function
-from searchr1.algorithms.llds import Gate, action_ids, llds
+from searchr1.algorithms.llds import action_ids, llds
+from searchr1.algorithms.names import LldsGate, LossAggregation
 from searchr1.algorithms.policy_losses import ClipSettings, PolicyInputs, policy_loss
 from searchr1.algorithms.sums import Sums, on_host, peak, total
 
@@ -26,7 +27,7 @@ class LossConfig:
     kl_penalty_type: str = "low_var_kl"
     entropy_bonus: float = 0.0
     llds_coef: float = 0.0
-    llds_gate: Gate = "action"
+    llds_gate: LldsGate = "action"
     correction: CorrectionSettings | None = None
     """Weights against the mismatch of engine and trainer (correction.py)."""
     ratio_is_correction: bool = False

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.config.choices import CHOICES, value_of
+from searchr1.config.choices import choice_problems
 from searchr1.config.load import load_for_command
-from searchr1.config.schema import Config
+from searchr1.config.schema import Config, DeviceSetting
 from searchr1.data.model_settings import TEMPLATE, ModelSettings, template_text, warn_of_differences
 from searchr1.data.model_source import require_source
 from searchr1.errors import UserError
@@ -31,7 +31,7 @@ class ChatOptions:
     """`config.yaml` of a run, in place of the model's `searchr1.json`."""
     overrides: Sequence[str] = ()
     """`key=value` of the configuration."""
-    device: str | None = None
+    device: DeviceSetting | None = None
     prompt_template: str | None = None
     retriever_url: Sequence[str] | None = None
     """Retrieval servers."""
@@ -122,10 +122,9 @@ def make_plan(options: ChatOptions) -> Plan:
     names_template = _set_template(config, options, settings)
     if settings is not None:
         warn_of_differences(settings, config)
-    problems = [key for key, allowed in CHOICES.items() if key.startswith(("agentloop.", "rollout.", "cluster.")) and
-                value_of(config, key) not in allowed]  # fmt: skip
-    if problems:
-        raise UserError(f"{problems[0]}: {value_of(config, problems[0])!r} is not one of {CHOICES[problems[0]]}")
+    for part in ("agentloop", "rollout", "cluster"):
+        for key, message in choice_problems(getattr(config, part), f"{part}."):
+            raise UserError(key, message)
     unread = next(check_agent(config), None)
     if unread is not None:
         raise UserError(f"{unread.key}: {unread.message}")

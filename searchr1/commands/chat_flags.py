@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from searchr1.chat.plan import ChatOptions, Plan, make_plan
-from searchr1.config.choices import CHOICES
+from searchr1.config.choices import choices_of
 
 ONLINE_KEYS = "SERPER_API_KEY, SERPAPI_API_KEY, GOOGLE_API_KEY with GOOGLE_CSE_ID, BRAVE_API_KEY"
 
@@ -22,7 +22,7 @@ def parser(command: str, description: str) -> argparse.ArgumentParser:
     model = flags.add_argument_group("model")
     model.add_argument("--model_path", "--model-path", help="Hugging Face folder (searchr1 convert makes one) or hub name")
     model.add_argument("--config", type=Path, help="config.yaml of a run, in place of the model's searchr1.json")
-    model.add_argument("--device", choices=CHOICES["cluster.device"], help="default: a GPU if there is one")
+    model.add_argument("--device", choices=choices_of("cluster.device"), help="default: a GPU if there is one")
     model.add_argument(
         "--prompt_template", "--prompt-template", help="default: the run's, else searchr1 (see data.prompt_template)"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from searchr1.config.schema import Config
-from searchr1.config.schema_model import ActorModelConfig
+from searchr1.config.schema_model import ActorModelConfig, Recomputation
 
 
 def critic_backend(config: Config) -> str:
@@ -44,7 +44,7 @@ def _on_megatron(config: Config) -> ActorModelConfig:
     shared = model if config.actor.training_backend == "megatron" else ActorModelConfig()
     tensor, pipeline = critic.model.tensor_model_parallel_size, critic.model.pipeline_model_parallel_size
     sequence = critic.model.sequence_parallel
-    granularity = "full" if _recomputes_layers(config) else None
+    granularity: Recomputation | None = "full" if _recomputes_layers(config) else None
     if critic.gradient_checkpointing is None and shared.recompute_granularity == "selective":
         granularity = "selective"
     return replace(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from searchr1.config.retired import RETIRED
 from searchr1.config.schema import Config
 
 Tree = Mapping[str, Any]
@@ -103,7 +104,7 @@ def differences(old: Tree, new: Tree) -> list[Difference]:
     stretched = _rates_follow_length(after)
     found = []
     for key in sorted({*before, *after}):
-        if key in NOT_COMPARED:
+        if key in NOT_COMPARED or key in RETIRED:
             continue
         mine, theirs = before.get(key, defaults.get(key, NOT_SET)), after.get(key, defaults.get(key, NOT_SET))
         if mine != theirs or isinstance(mine, bool) != isinstance(theirs, bool):

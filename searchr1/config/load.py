@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shlex
 import sys
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +14,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from searchr1.config.choices import dataclass_of, literal_values, not_one_of, options
 from searchr1.config.overrides import Override, quoted, read_override
 from searchr1.config.recipes import find_config, package_data
+from searchr1.config.retired import explain_retired, take_retired
 from searchr1.config.rlinf import Note, is_rlinf, translate
 from searchr1.config.rlinf_keys import KEYS, READ
-from searchr1.config.schema import ALIASES, RETIRED, Config
+from searchr1.config.schema import ALIASES, Config
 from searchr1.config.suggestions import explain_unknown
 from searchr1.config.yaml_bounds import require_bounded, require_bounded_references
 from searchr1.errors import UserError
@@ -93,8 +94,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         notes += translated
         problems += [Problem(key, message) for key, message in rejected]
     _rename_aliases(values, problems)
-    notes += _drop_retired(values)
+    taken = take_retired(values)
     config = _build(Config, values, "", problems, known)
+    for key, text, is_problem in explain_retired(taken, config):
+        if is_problem:
+            problems.append(Problem(key, text))
+        else:
+            notes.append(Note("ignored", key, text))
     if problems:
         written = {override.key: override.text for override in read}
         raise ConfigError(str(path), [_with_advice(problem, written) for problem in problems])
@@ -213,32 +219,14 @@ def _rename_aliases(values: dict[str, Any], problems: list[Problem]) -> None:
             holder[new.rpartition(".")[2]] = holder.pop(name)
 
 
-def _drop_retired(values: dict[str, Any]) -> list[Note]:
-    """Drop keys that earlier versions had, and say so where they have a value."""
-    notes = []
-    for key, reason in RETIRED.items():
-        holder: Any = values
-        *sections, name = key.split(".")
-        for section in sections:
-            holder = holder.get(section) if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and name in holder and holder.pop(name):
-            notes.append(Note("ignored", key, reason))
-    return notes
-
-
 def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
     """Every key of the schema, sections included."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield prefix + field.name
-        inner = _dataclass_of(hints[field.name])
+        inner = dataclass_of(hints[field.name])
         if inner is not None:
             yield from known_keys(inner, f"{prefix}{field.name}.")
-
-
-def _dataclass_of(hint: Any) -> type | None:
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def _build(cls: type, values: Any, prefix: str, problems: list[Problem], known: Sequence[str]) -> Any:
@@ -253,7 +241,7 @@ def _build(cls: type, values: Any, prefix: str, problems: list[Problem], known: 
         if name not in hints:
             problems += [Problem(leaf, explain_unknown(leaf, known)) for leaf in leaves({key: value})]
             continue
-        inner = _dataclass_of(hints[name])
+        inner = dataclass_of(hints[name])
         if inner is not None and not (value is None and type(None) in typing.get_args(hints[name])):
             chosen[name] = _build(inner, value, key + ".", problems, known)
         else:
@@ -271,13 +259,18 @@ def _convert(value: Any, hint: Any) -> Any:
     """`value` as `hint`; numbers are not made from booleans, text is not made from numbers."""
     if hint is Any:
         return value
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
+    if typing.get_origin(hint) is list and isinstance(value, list):
+        return [_convert(item, typing.get_args(hint)[0]) for item in value]
+    if allowed := literal_values(hint):
+        if value in allowed:
+            return value
+        raise ValueError(not_one_of(value, allowed))
+    for option in options(hint):
         try:
             return _convert_one(value, option)
         except ValueError:
             continue
-    expected = " or ".join(_describe(option) for option in options)
+    expected = " or ".join(_describe(option) for option in options(hint))
     raise ValueError(f"expects {expected}, found {value!r}")
 
 

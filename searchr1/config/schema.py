@@ -7,15 +7,16 @@ Each field has a type, a default and a line that says what it does. Every other 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from searchr1.algorithms.names import CorrectionBound, CorrectionLevel, LldsGate, LossAggregation
+from searchr1.config.registered import Registered
 from searchr1.config.schema_model import ActorConfig, CriticConfig, InferenceConfig, RolloutConfig
 from searchr1.config.schema_reward import EvaluationConfig, HealthConfig, RewardConfig
 
+DeviceSetting = Literal["auto", "cpu", "cuda"]
 ALIASES = {"agentloop.maxturn": "agentloop.max_turns"}
 """Old spellings."""
-RETIRED = {"rollout.model.model_type": "the family is read from the model's config.json"}
-"""Keys that earlier versions wrote into a run's `config.yaml`, and why nothing reads them."""
 
 
 @dataclass
@@ -27,7 +28,7 @@ class ClusterConfig:
     component_placement: dict[str, Any] = field(default_factory=lambda: {"actor,rollout,reward": "all"})
     """Group names (several with commas) -> slots: `all`, `0-3` or `0,2`. A slot is a GPU (slot 0 is the first that
     CUDA_VISIBLE_DEVICES names), or a process on a CPU."""
-    device: str = "auto"
+    device: DeviceSetting = "auto"
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
     slots: int | None = None
     """What `all` means: null takes every GPU, or one process on a CPU."""
@@ -50,7 +51,7 @@ class LoggerConfig:
 class RunnerConfig:
     """The loop."""
 
-    task_type: str | None = None
+    task_type: Literal["reasoning", "reasoning_eval"] | None = None
     """What the YAML is for: `reasoning` (training), `reasoning_eval` (evaluation), or null: an evaluation if
     `cluster.component_placement` places no actor."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
@@ -115,9 +116,9 @@ class SamplingParams:
 class MismatchCorrectionConfig:
     """Importance weights for the difference between engine and trainer: docs/algorithms/mismatch.md."""
 
-    level: str | None = None
+    level: CorrectionLevel | None = None
     """`token`, `sequence` or `geometric`; null is off (the mismatch is measured all the same)."""
-    bound: str = "truncate"
+    bound: CorrectionBound = "truncate"
     """`truncate` (at `upper`), `clip` (into the bounds), `mask` (0 outside) or `reject` (1 inside, 0 outside)."""
     lower: float = 0.0
     """Smallest weight; 0 is no bound."""
@@ -141,16 +142,16 @@ class AlgorithmConfig:
     """Old log-probabilities from the actor (True) or as sampled by the engine (False)."""
     shuffle_rollout: bool = False
     """Assign questions to mini-batches at random."""
-    loss_type: str = "actor"
+    loss_type: Annotated[str, Registered("searchr1.algorithms.policy_losses:POLICY_LOSSES", own=True)] = "actor"
     """`actor` is PPO's clipped policy gradient; `gspo`, `cispo`, `sapo`, or `package.module:function`: see
     searchr1/algorithms/policy_losses."""
-    loss_agg_func: str = "token-mean"
+    loss_agg_func: LossAggregation = "token-mean"
     """`token-mean`, `seq-mean-token-sum`, `seq-mean-token-mean` or `seq-mean-token-sum-norm` (by the longest length)."""
     kl_beta: float = 0.001
     """Weight of the KL term; 0 needs no reference model and starts no inference group."""
-    kl_in: str = "loss"
+    kl_in: Literal["loss", "reward"] = "loss"
     """`loss`, or `reward`: the trajectory's KL at the weights that sampled, times `kl_beta`, is taken from its reward."""
-    kl_penalty_type: str = "low_var_kl"
+    kl_penalty_type: Annotated[str, Registered("searchr1.algorithms.kl:KL_FUNCTIONS")] = "low_var_kl"
     """`low_var_kl` (k3), `kl` (k1), `mse` (k2) or `abs`."""
     ratio_clip_eps: float = 0.2
     """Clip range on both sides unless `clip_ratio_low` or `clip_ratio_high` says otherwise."""
@@ -166,7 +167,7 @@ class AlgorithmConfig:
     """The same for negative advantages."""
     llds_coef: float = 0.0
     """Weight of LLDS, which keeps the likelihood of good actions from falling; 0 is off, the paper has 0.1."""
-    llds_gate: str = "action"
+    llds_gate: LldsGate = "action"
     """What LLDS judges as one: `action` (a turn) or `response`."""
     mismatch_correction: MismatchCorrectionConfig = field(default_factory=MismatchCorrectionConfig)
     """See `MismatchCorrectionConfig`."""
@@ -174,7 +175,7 @@ class AlgorithmConfig:
     """Weight of the entropy bonus."""
     calculate_entropy: bool = False
     """Report the entropy even if the bonus is 0."""
-    adv_type: str = "grpo"
+    adv_type: Annotated[str, Registered("searchr1.algorithms.advantages:ADVANTAGES", more=("gae",), own=True)] = "grpo"
     """`grpo`, `grpo_dynamic`, `dr_grpo`, `rloo`, `reinforce++`, `reinforce++_baseline`, or `package.module:function`: see
     searchr1/algorithms/advantages."""
     loss_scales: list[str] = field(default_factory=list)
@@ -183,7 +184,7 @@ class AlgorithmConfig:
     """`adv_type: gae`: discount per policy token."""
     gae_lambda: float = 1.0
     """`adv_type: gae`: 1 is the whole return, less is less varied and more biased."""
-    advantage_mode: str = "trajectory"
+    advantage_mode: Literal["trajectory", "turn"] = "trajectory"
     """`trajectory`: all policy tokens of a trajectory share its advantage; `turn`: turns that search are also credited for
     what they found (searchr1/algorithms/advantages/turn.py)."""
     turn_reward_weight: float = 1.0
@@ -204,8 +205,6 @@ class AlgorithmConfig:
 class AgentLoopConfig:
     """The multi-turn loop."""
 
-    group_name: str = "AgentLoopGroup"
-    """RLinf's name; the loop runs inside the rollout group here."""
     max_turns: int = 2
     """Turns that may call a tool; a last generation without tools follows."""
     force_final_turn: bool = True
@@ -214,16 +213,16 @@ class AgentLoopConfig:
     """Tokens of one generation, at most; null is what the trajectory has left."""
     max_tool_response_length: int = 500
     """Tokens of one tool text, at most; its tags are never cut."""
-    tool_response_truncate_side: str = "right"
+    tool_response_truncate_side: Literal["right", "left", "middle"] = "right"
     """Which end is cut off: `right`, `left` or `middle`."""
-    information_style: str = "searchr1"
+    information_style: Literal["searchr1", "rlinf"] = "searchr1"
     """How documents are shown: `searchr1` (`Doc 1(Title: …)`) or `rlinf` (`[Doc 1](url):`)."""
     invalid_action_message: str = (
         "\nThat was no valid action. To search, put the query between <search> and </search>. "
         "To answer, put the answer between <answer> and </answer>.\n"
     )
     """Shown to the policy after a turn that neither calls a tool nor answers."""
-    toolcall_parser: str = "tags"
+    toolcall_parser: Literal["tags", "searchr1", "searchr1-qwen"] = "tags"
     """How calls are read: `tags` (all of one kind), `searchr1` (Search-R1's one search) or `searchr1-qwen` (RLinf's)."""
     no_call_ends: bool = False
     """A turn without a tool call ends the rollout, as in RLinf."""
@@ -231,7 +230,7 @@ class AgentLoopConfig:
     """A turn that calls nothing and ends with an end token ends the rollout; False drops the token and shows the message."""
     no_results_message: str | None = None
     """Shown where a search found nothing; null is `No search results are found.`, Search-R1 shows the empty text."""
-    tool_text_tokens: str = "parts"
+    tool_text_tokens: Literal["parts", "whole"] = "parts"
     """How a tool text is tokenized: `parts` (tags and body apart) or `whole` (as one string, as Search-R1 and RLinf)."""
     generate_fn: str | None = None
     """Dotted path of an async function in place of `searchr1.agent.loop.run_trajectory`."""

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["fp32", "bf16", "fp16"]
+TrainingBackend = Literal["fsdp", "megatron"]
+Recomputation = Literal["full", "selective"]
+LrDecay = Literal["constant", "linear", "cosine"]
 
 
 @dataclass
@@ -11,7 +17,7 @@ class RolloutModelConfig:
 
     model_path: str = ""
     """A Hugging Face folder or hub name."""
-    precision: str = "bf16"
+    precision: Precision = "bf16"
     """`fp32`, `bf16` or `fp16`: what the engine computes in."""
 
 
@@ -48,12 +54,10 @@ class RolloutConfig:
     """See `RolloutModelConfig`."""
     enforce_eager: bool = False
     """No CUDA graphs."""
-    distributed_executor_backend: str = "mp"
+    distributed_executor_backend: Literal["mp", "ray"] = "mp"
     """`mp` or `ray`, for engines of more than one GPU."""
     detokenize: bool = True
     """Needed by stop strings."""
-    rollout_backend: str = "vllm"
-    """`vllm`; a recipe that says `sglang` runs on vLLM too, with a warning."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
     """See `VllmConfig`."""
     tensor_parallel_size: int = 1
@@ -70,7 +74,7 @@ class RolloutConfig:
 class ActorModelConfig:
     """How the policy is held for training."""
 
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     """`fp32`, `bf16` or `fp16`: what the actor computes in; the optimizer keeps fp32 weights."""
     path: str | None = None
     """Model folder; null is `rollout.model.model_path`."""
@@ -82,36 +86,20 @@ class ActorModelConfig:
     """Ranks that share the layers between them (Megatron)."""
     sequence_parallel: bool = False
     """With tensor parallelism, share the layer norms' activations as well (Megatron)."""
-    recompute_granularity: str | None = None
+    recompute_granularity: Recomputation | None = None
     """Recompute activations in the backward pass: `full` layers, `selective` (attention only), or null (Megatron)."""
-    recompute_method: str | None = "uniform"
+    recompute_method: Literal["uniform", "block"] | None = "uniform"
     """`full` recompute: `uniform` keeps every so many layers' inputs, `block` recomputes the first so many layers."""
     recompute_num_layers: int | None = 1
     """`full` recompute: how many, see `recompute_method`."""
-    apply_rope_fusion: bool = False
-    """Fused rotary embedding of Transformer Engine, which is not supported yet (Megatron); read for RLinf's recipes."""
-    context_parallel_size: int = 1
-    """Ranks that share one sequence: 1 only, see `config/check.py`."""
-    seq_length: int | None = None
-    """If set, the longest trajectory that the actor may get; not less than `runner.seq_length`."""
     megatron_checkpoint: str | None = None
     """Folder of a Megatron distributed checkpoint (`torch_dist`) to take the weights from, instead of `path`'s."""
-    activation: str = "swiglu"
-    """`swiglu`; the model's config.json decides, another value is refused."""
-    normalization: str = "rmsnorm"
-    """`rmsnorm`, likewise."""
-    position_embedding_type: str = "rope"
-    """`rope`, likewise."""
-    add_bias_linear: bool = False
-    """False, likewise."""
 
 
 @dataclass
 class OptimConfig:
     """AdamW."""
 
-    optimizer: str = "adam"
-    """`adam`."""
     lr: float = 1e-6
     """Peak learning rate."""
     adam_beta1: float = 0.9
@@ -138,10 +126,6 @@ class OptimConfig:
     """fp16: updates without overflow before it is doubled."""
     hysteresis: int = 2
     """fp16: overflows before it is halved."""
-    bf16: bool | None = None
-    """RLinf's second way to say `actor.model.precision: bf16`; the two must agree."""
-    fp16: bool | None = None
-    """Likewise for fp16."""
 
 
 @dataclass
@@ -156,9 +140,7 @@ class LrSchedConfig:
     """Rate at the start of the warm-up."""
     min_lr: float = 0.0
     """Rate at the end of the decay."""
-    max_lr: float | None = None
-    """RLinf's second way to say `actor.optim.lr`; the two must agree."""
-    lr_decay_style: str = "constant"
+    lr_decay_style: LrDecay = "constant"
     """`constant`, `linear` or `cosine`."""
     lr_decay_iters: int | None = None
     """Steps of warm-up and decay together; null is the whole run."""
@@ -176,11 +158,9 @@ class LoraConfig:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     """Names of the linear layers that get adapters."""
-    dropout: float = 0.0
-    """0 only: dropped inputs would make the actor's log-probabilities differ from the engine's."""
-    base_precision: str = "fp32"
+    base_precision: Literal["fp32", "compute"] = "fp32"
     """Of the frozen weights: `fp32`, or `compute`, which holds them in `actor.model.precision`."""
-    weight_update: str = "merged"
+    weight_update: Literal["merged", "adapter"] = "merged"
     """What the rollout engine gets: `merged` weights, or the `adapter` alone, beside the base model that it keeps."""
 
 
@@ -202,8 +182,6 @@ class FsdpConfig:
 class MegatronConfig:
     """Megatron-Core."""
 
-    use_profiler: bool = False
-    """False: there is no profiler in here; attach one from outside to a process named `ActorGroup`."""
     ddp_bucket_size: int | None = None
     """Parameters whose gradients are summed over the replicas in one message; null is Megatron's choice."""
     distributed_timeout_minutes: float = 30.0
@@ -216,14 +194,10 @@ class ActorConfig:
 
     group_name: str = "ActorGroup"
     """Name of the worker group."""
-    training_backend: str = "fsdp"
+    training_backend: TrainingBackend = "fsdp"
     """`fsdp` (FSDP2: any causal language model) or `megatron` (Megatron-Core: Qwen2/2.5, Qwen3, Llama 3.x)."""
     calculate_flops: bool = False
     """Report `actor/tflops_per_rank`: the model's arithmetic, without recomputation, per second of training."""
-    mcore_gpt: bool = True
-    """Megatron-Core's model; there is no other."""
-    spec_name: str = "decoder_gpt"
-    """`decoder_gpt`."""
     offload_optimizer: bool = False
     """Between training phases, keep the optimizer's state in host memory (GPU)."""
     offload_weight: bool = False
@@ -276,7 +250,7 @@ class CriticConfig:
     """True for `algorithm.adv_type: gae`, else False."""
     group_name: str = "CriticGroup"
     """Name of the worker group."""
-    training_backend: str | None = None
+    training_backend: TrainingBackend | None = None
     """`fsdp` or `megatron`; null is the actor's."""
     model_path: str | None = None
     """The decoder to start from; null is the policy's."""

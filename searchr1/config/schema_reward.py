@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -50,7 +50,7 @@ class LengthPenaltyConfig:
     """The penalty grows from 0 over the last so many tokens before `max_length`."""
     penalty_factor: float = 1.0
     """The whole penalty."""
-    tokens: str = "response"
+    tokens: Literal["response", "policy"] = "response"
     """What is counted: `response` (retrieved text included, as the limit does) or `policy`."""
 
 
@@ -70,8 +70,6 @@ class RewardConfig:
 
     group_name: str = "RewardGroup"
     """Name of the worker group."""
-    use_reward_model: bool = False
-    """A learned reward model; not supported."""
     reward_type: str = "searchr1"
     """Name of a reward (docs/guides/rewards.md) or the dotted path of a function; without effect if `weights` is set."""
     weights: dict[str, Any] = field(default_factory=dict)
@@ -94,9 +92,9 @@ class RewardConfig:
 class EvaluationConfig:
     """`searchr1 eval`; how often and how greedily is `algorithm.group_size` and `algorithm.eval_sampling_params`."""
 
-    methods: list[str] = field(default_factory=lambda: ["search"])
+    methods: list[Literal["direct", "cot", "rag", "search"]] = field(default_factory=lambda: ["search"])
     """Any of `direct`, `cot`, `rag` (one retrieval, passages in the prompt) and `search` (the loop), on the same model."""
-    untagged: str = "reject"
+    untagged: Literal["reject", "text"] = "reject"
     """An attempt without an answer tag whose last turn has no tag at all is wrong (`reject`), or is scored by that turn's
     text (`text`), so that base models and other formats can be compared."""
     judge: bool = False

@@ -17,7 +17,6 @@ actor.optim.adam_beta2: beta2 adam_beta_2 beta_2
 actor.optim.adam_eps: eps epsilon adam_epsilon optimizer_eps
 actor.optim.weight_decay: wd l2 decay
 actor.optim.clip_grad: grad_clip max_grad_norm gradient_clipping clip_grad_norm max_norm clip_norm grad_norm
-actor.optim.optimizer: optim optimizer_name optimizer_type
 actor.lr_sched.lr_warmup_iters: warmup num_warmup_steps lr_warmup_steps warmup_iters lr_warmup
 actor.lr_sched.lr_warmup_iters, critic.warmup_steps: warmup_steps
 critic.warmup_steps: critic_warmup
@@ -34,17 +33,15 @@ actor.model.tensor_model_parallel_size, rollout.tensor_parallel_size: tp tp_size
     tensor_parallel_size tensor_model_parallel_size rollout_num_gpus_per_engine
 actor.model.pipeline_model_parallel_size, rollout.pipeline_parallel_size: pp pp_size pipeline_parallel
     pipeline_parallel_size pipeline_model_parallel_size
-actor.model.context_parallel_size: cp cp_size ulysses_sequence_parallel_size sp_size
 actor.model.gradient_checkpointing, actor.model.recompute_granularity: enable_gradient_checkpointing
     activation_checkpointing grad_checkpointing recompute use_gradient_checkpointing
 actor.offload_optimizer, actor.fsdp.cpu_offload: optimizer_offload offload optimizer_cpu_offload offload_policy
     adam_offload
 actor.offload_weight, actor.fsdp.cpu_offload: param_offload offload_params weight_offload
 actor.offload_grad: grad_offload
-actor.training_backend, rollout.rollout_backend: strategy backend train_backend trainer_backend
+actor.training_backend: strategy backend train_backend trainer_backend
 actor.lora.rank: lora_rank lora_r r
 actor.lora.alpha: lora_alpha
-actor.lora.dropout: lora_dropout
 actor.lora.target_modules: lora_target_modules target_module
 algorithm.ratio_clip_eps, critic.cliprange_value: cliprange
 critic.cliprange_value: value_clip cliprange_critic vf_clip value_clip_eps

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from searchr1.config.choices import CHOICES, value_of
 from searchr1.config.load import Problem, build_config, leaves
 from searchr1.config.schema import Config, SamplingParams
 from searchr1.data.templates import TEMPLATES, template_file
@@ -23,8 +22,8 @@ from searchr1.errors import UserError
 
 FILE = "searchr1.json"
 FORMAT = 1
-LEFT_OUT = ("group_name", "generate_fn")
-"""Keys of `agentloop` that say nothing to whoever has the model: a Ray group's name, and code."""
+LEFT_OUT = ("generate_fn",)
+"""Keys of `agentloop` that are left out: code is not passed on with a model."""
 TEMPLATE, EVAL_SAMPLING = "data.prompt_template", "algorithm.eval_sampling_params"
 WHOLE = ("agentloop", "algorithm.sampling_params", EVAL_SAMPLING)
 """Sections that are always written whole: a key that one lacks is newer than the file, and counts with its default."""
@@ -263,9 +262,6 @@ def _problems(tree: dict[str, Any], text: object, own_loop: object) -> Iterator[
             yield Problem(key, f"{value} is too small")
         elif isinstance(value, float) and not 0 <= value < math.inf:
             yield Problem(key, f"{value} must be a number from 0 on")
-    for key, allowed in CHOICES.items():
-        if key in values and value_of(config, key) not in allowed:
-            yield Problem(key, f"{value_of(config, key)!r} is not one of {', '.join(map(str, allowed))}")
     template = config.data.prompt_template
     if isinstance(text, str) and "{question}" not in text:
         yield Problem("template_text", "has no {question}")

@@ -13,12 +13,12 @@ def loss_config(algorithm: AlgorithmConfig) -> LossConfig:
     return LossConfig(
         clip=clip_settings(algorithm),
         loss_type=algorithm.loss_type,
-        aggregation=algorithm.loss_agg_func,  # type: ignore[arg-type]  # checked by preflight/check.py
+        aggregation=algorithm.loss_agg_func,
         kl_beta=algorithm.kl_beta if algorithm.kl_in == "loss" else 0.0,
         kl_penalty_type=algorithm.kl_penalty_type,
         entropy_bonus=algorithm.entropy_bonus,
         llds_coef=algorithm.llds_coef,
-        llds_gate=algorithm.llds_gate,  # type: ignore[arg-type]  # likewise
+        llds_gate=algorithm.llds_gate,
         correction=correction_settings(algorithm.mismatch_correction),
         ratio_is_correction=not algorithm.recompute_logprobs,
     )
@@ -28,7 +28,7 @@ def correction_settings(config: MismatchCorrectionConfig) -> CorrectionSettings 
     """Return what `algorithm.mismatch_correction` asks for; None if it is off."""
     if config.level is None:
         return None
-    return CorrectionSettings(config.level, config.bound, config.lower, config.upper, config.veto)  # type: ignore[arg-type]  # likewise
+    return CorrectionSettings(config.level, config.bound, config.lower, config.upper, config.veto)
 
 
 def clip_settings(algorithm: AlgorithmConfig) -> ClipSettings:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from searchr1.config.choices import CHOICES, value_of
+from searchr1.config.choices import choice_problems, own_code_keys, value_of
 from searchr1.config.layout import GROUPS, group_ranks, is_evaluation, placed_groups, visible_gpus
 from searchr1.config.load import ConfigError, Problem
 from searchr1.config.schema import Config
@@ -23,9 +23,6 @@ from searchr1.preflight.check_backend import check_backends, check_lora
 from searchr1.preflight.check_device import check_kernels, check_nodes, check_precisions, precision_warnings
 from searchr1.preflight.check_models import check_models, check_positions
 from searchr1.preflight.check_reward import check_evaluation, check_health, check_reward
-
-CODE = ("agentloop.generate_fn", "algorithm.adv_type", "algorithm.loss_type")
-"""Keys that may name a user's own function: `package.module:function`."""
 
 
 def require_valid(config: Config, for_training: bool) -> None:
@@ -44,7 +41,7 @@ def require_valid(config: Config, for_training: bool) -> None:
 def check_config(config: Config, for_training: bool) -> list[Problem]:
     """Every problem across keys and with files."""
     found = [
-        *_choices(config),
+        *(Problem(key, message) for key, message in choice_problems(config)),
         *_sizes(config),
         *check_nodes(config),
         *check_positions(config, for_training),
@@ -65,8 +62,6 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
 def warnings(config: Config, for_training: bool = True) -> list[str]:
     """What will run, but perhaps not as meant."""
     found = [*precision_warnings(config, for_training)]
-    if config.rollout.rollout_backend == "sglang":
-        found.append("rollout.rollout_backend: sglang is read as vllm")
     if for_training:
         found += _training_warnings(config)
     template = config.data.prompt_template
@@ -80,8 +75,6 @@ def warnings(config: Config, for_training: bool = True) -> list[str]:
 
 
 def _training_warnings(config: Config) -> Iterator[str]:
-    if config.actor.training_backend == "megatron" and config.actor.model.apply_rope_fusion:
-        yield "actor.model.apply_rope_fusion: not fused, because Transformer Engine is not supported yet"
     yield from algorithm_warnings(config.algorithm)
     if config.actor.lora.weight_update == "adapter" and config.actor.lora.rank == 0:
         yield "actor.lora.weight_update: adapter has no effect with actor.lora.rank: 0, which trains all weights"
@@ -97,15 +90,6 @@ def check_agent(config: Config) -> Iterator[Problem]:
     parser = config.agentloop.toolcall_parser
     if config.tools.access.enabled and parser != "tags":
         yield Problem("agentloop.toolcall_parser", f"{parser} reads no <access>; take tags, or tools.access.enabled: False")
-
-
-def _choices(config: Config) -> Iterator[Problem]:
-    for key, allowed in CHOICES.items():
-        value = value_of(config, key)
-        if value in allowed or (key in CODE and is_dotted_path(value)):
-            continue
-        own = ", nor package.module:function" if key in CODE else ""
-        yield Problem(key, f"{value!r} is not one of {', '.join(map(str, allowed))}{own}")
 
 
 def _sizes(config: Config) -> Iterator[Problem]:
@@ -217,35 +201,7 @@ def _files(config: Config, for_training: bool) -> Iterator[Problem]:
 
 
 def _actor(config: Config) -> Iterator[Problem]:
-    """Keys that can only say what is so anyway, and keys that say the same thing twice."""
     actor, model = config.actor, config.actor.model
-    only = {
-        "actor.mcore_gpt": (actor.mcore_gpt, True),
-        "actor.spec_name": (actor.spec_name, "decoder_gpt"),
-        "actor.model.activation": (model.activation, "swiglu"),
-        "actor.model.normalization": (model.normalization, "rmsnorm"),
-        "actor.model.position_embedding_type": (model.position_embedding_type, "rope"),
-        "actor.model.add_bias_linear": (model.add_bias_linear, False),
-        "actor.model.context_parallel_size": (model.context_parallel_size, 1),
-        "actor.megatron.use_profiler": (actor.megatron.use_profiler, False),
-    }
-    for key, (found, wanted) in only.items():
-        if found != wanted:
-            yield Problem(key, f"only {wanted} is supported, found {found}")
-    for section, optim, lr_sched in (
-        ("actor", actor.optim, actor.lr_sched),
-        ("critic", config.critic.optim, config.critic.lr_sched),
-    ):
-        for name in ("bf16", "fp16"):
-            said = getattr(optim, name)
-            if said is not None and said != (model.precision == name):
-                yield Problem(
-                    f"{section}.optim.{name}", f"{said} contradicts actor.model.precision: {model.precision}; leave it out"
-                )
-        if lr_sched.max_lr is not None and lr_sched.max_lr != optim.lr:
-            yield Problem(f"{section}.lr_sched.max_lr", f"{lr_sched.max_lr:g} contradicts {section}.optim.lr: {optim.lr:g}")
-    if model.seq_length is not None and model.seq_length < config.runner.seq_length:
-        yield Problem("actor.model.seq_length", f"{model.seq_length} is less than runner.seq_length")
     if model.megatron_checkpoint is not None:
         if actor.training_backend != "megatron":
             yield Problem("actor.model.megatron_checkpoint", "needs actor.training_backend: megatron")
@@ -268,7 +224,7 @@ def _response_limit(config: Config) -> int:
 
 
 def _code(config: Config) -> Iterator[Problem]:
-    for key in CODE:
+    for key in ("agentloop.generate_fn", *own_code_keys()):
         path = value_of(config, key)
         if isinstance(path, str) and is_dotted_path(path):
             try:

@@ -99,10 +99,6 @@ def check_lora(config: Config) -> Iterator[Problem]:
         )
     if not actor.lora.alpha > 0:
         yield Problem("actor.lora.alpha", f"must be more than 0, found {actor.lora.alpha:g}")
-    if actor.lora.dropout != 0:
-        yield Problem(
-            "actor.lora.dropout", "must be 0: the engine that samples drops nothing, so the probabilities would differ"
-        )
     if not actor.lora.target_modules:
         yield Problem("actor.lora.target_modules", "is empty; name linear layers, for example [q_proj, v_proj]")
     if len(set(actor.lora.target_modules)) < len(actor.lora.target_modules):

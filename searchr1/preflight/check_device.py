@@ -44,7 +44,7 @@ def check_precisions(config: Config, device: Device) -> Iterator[Problem]:
 def precision_warnings(config: Config, for_training: bool) -> Iterator[str]:
     """Name each model that computes in another precision than the YAML says, or slowly in the one that it says."""
     rollout, asked = config.rollout.model.precision, config.actor.model.precision
-    backends = {"actor": config.actor.training_backend}
+    backends: dict[str, str] = {"actor": config.actor.training_backend}
     if config.critic.use_critic_model:
         backends["critic"] = critic_backend(config)
     in_bf16 = [name for name, backend in backends.items() if backend == "fsdp"]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from searchr1.config.choices import choices_of
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
 from searchr1.config.schema_reward import HealthConfig, RewardConfig
 from searchr1.errors import UserError
-
-METHODS = ("direct", "cot", "rag", "search")
 
 
 def check_evaluation(config: Config) -> Iterator[Problem]:
@@ -18,10 +17,8 @@ def check_evaluation(config: Config) -> Iterator[Problem]:
     methods = config.evaluation.methods
     key = "evaluation.methods"
     if not methods:
-        yield Problem(key, f"is empty; name any of {', '.join(METHODS)}")
+        yield Problem(key, f"is empty; name any of {', '.join(map(str, choices_of(key)))}")
     for name in dict.fromkeys(methods):
-        if name not in METHODS:
-            yield Problem(key, f"{name!r} is not one of {', '.join(METHODS)}")
         if methods.count(name) > 1:
             yield Problem(key, f"{name} stands there twice")
     if "rag" in methods and config.tools.search.dummy_mode:
@@ -62,8 +59,6 @@ def check_health(health: HealthConfig) -> Iterator[Problem]:
 
 def check_reward(reward: RewardConfig, response_limit: int) -> Iterator[Problem]:
     """Every problem. `response_limit` is how many tokens a response may have at most."""
-    if reward.use_reward_model:
-        yield Problem("reward.use_reward_model", "reward models are not supported; use reward.reward_type")
     if reward.concurrency < 1:
         yield Problem("reward.concurrency", f"must be 1 or more, found {reward.concurrency}")
     if not math.isfinite(reward.reward_scale):
@@ -105,8 +100,6 @@ def _judge(reward: RewardConfig) -> Iterator[Problem]:
 def _penalties(reward: RewardConfig, response_limit: int) -> Iterator[Problem]:
     length, search = reward.length_penalty, reward.search_penalty
     if length is not None:
-        if length.tokens not in ("response", "policy"):
-            yield Problem("reward.length_penalty.tokens", f"{length.tokens!r} is not one of response, policy")
         if not 0 < length.max_length <= response_limit:
             yield Problem(
                 "reward.length_penalty.max_length",

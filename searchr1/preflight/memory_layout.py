@@ -206,8 +206,8 @@ def layout_of(
     group_ranks(config, "rollout", device)  # refuses engines that do not fit
     inference = group_slots(config, "inference", device)
     megatron = backend == "megatron"
-    recompute = model.recompute_granularity if megatron else "full" if model.gradient_checkpointing else None
-    recompute = recompute or "none"
+    granularity = model.recompute_granularity if megatron else "full" if model.gradient_checkpointing else None
+    recompute: str = granularity or "none"
     if recompute not in ("none", "full", "selective"):
         raise UserError("actor.model.recompute_granularity", f"{recompute!r} is not one of null, full, selective")
     reference = section == "actor" and config.algorithm.kl_beta > 0

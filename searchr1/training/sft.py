@@ -21,7 +21,15 @@ from searchr1.algorithms.sums import Sums
 from searchr1.checkpoints.hf_writer import DTYPES, write_weights
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.weight_check import check_model_folder
-from searchr1.config.schema_model import ActorModelConfig, LoraConfig, LrSchedConfig, OptimConfig
+from searchr1.config.schema_model import (
+    ActorModelConfig,
+    LoraConfig,
+    LrDecay,
+    LrSchedConfig,
+    OptimConfig,
+    Precision,
+    TrainingBackend,
+)
 from searchr1.data.model_settings import FILE, ModelSettings
 from searchr1.data.model_source import load_model_config, load_tokenizer
 from searchr1.device import Device
@@ -55,16 +63,16 @@ class SftConfig:
     max_tokens_per_mbs: int
     max_length: int | None = None
     warmup: int
-    schedule: str
+    schedule: LrDecay
     weight_decay: float
     clip_grad: float
     adam_eps: float
-    backend: str
+    backend: TrainingBackend
     tensor_parallel: int
     pipeline_parallel: int
     lora_rank: int
     lora_alpha: float
-    precision: str
+    precision: Precision
     save_dtype: str
     gradient_checkpointing: bool
     device: str

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1.algorithms.advantages import ADVANTAGES, AdvantageInputs, AdvantageSettings, compute_advantages
-from searchr1.config.choices import CHOICES
+from searchr1.config.choices import choices_of
 from searchr1.errors import UserError
 
 
@@ -105,4 +105,4 @@ def test_a_group_without_spread_teaches_nothing(name: str) -> None:
 
 
 def test_the_yaml_knows_every_advantage() -> None:
-    assert CHOICES["algorithm.adv_type"] == (*ADVANTAGES, "gae")  # which needs a critic, and so is no function of rewards
+    assert choices_of("algorithm.adv_type") == (*ADVANTAGES, "gae")  # which needs a critic, and so is no function of rewards

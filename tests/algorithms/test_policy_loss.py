@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from searchr1.algorithms.kl import KL_FUNCTIONS, kl_function
 from searchr1.algorithms.policy_losses import POLICY_LOSSES, ClipSettings, PolicyInputs, policy_loss
 from searchr1.algorithms.policy_losses.ppo_clip import ppo_clip
-from searchr1.config.choices import CHOICES
+from searchr1.config.choices import choices_of
 from searchr1.errors import UserError
 
 CLIP = ClipSettings(low=0.2, high=0.28, dual=3.0)
@@ -50,7 +50,7 @@ def test_senseless_limits_name_their_key(arguments: tuple[float, float, float | 
 
 
 def test_the_yaml_knows_every_loss() -> None:
-    assert CHOICES["algorithm.loss_type"] == tuple(POLICY_LOSSES)
+    assert choices_of("algorithm.loss_type") == tuple(POLICY_LOSSES)
 
 
 def sequences(rows: list[list[tuple[float, float]]], advantages: list[float]) -> PolicyInputs:

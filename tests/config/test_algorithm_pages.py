@@ -9,7 +9,7 @@ import pytest
 
 from searchr1.algorithms.advantages import ADVANTAGES
 from searchr1.algorithms.policy_losses import POLICY_LOSSES
-from searchr1.config.choices import CHOICES
+from searchr1.config.choices import choices_of
 from searchr1.config.load import load_config
 from searchr1.preflight.check import check_config
 
@@ -49,7 +49,7 @@ def test_every_algorithm_has_a_page_with_its_yaml():
             if name != "reinforce++_baseline":  # on the page of reinforce++
                 assert f"{key}: {name}\n" in re.sub(r" +#.*", "", shown), name
     assert "reinforce++_baseline" in shown
-    for name in (*CHOICES["algorithm.kl_penalty_type"], *CHOICES["algorithm.loss_agg_func"]):
+    for name in (*choices_of("algorithm.kl_penalty_type"), *choices_of("algorithm.loss_agg_func")):
         assert f"`{name}`" in shown, name
 
 

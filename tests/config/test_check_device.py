@@ -197,11 +197,3 @@ def test_kernels_that_cannot_run_here_are_refused(has_gpu, monkeypatch):
         assert "not installed" in found["actor.fsdp.liger"]
     else:
         assert found == dict.fromkeys(("actor.fsdp.liger", "actor.fsdp.compile"), "needs a GPU; leave the key out")
-
-
-def test_a_fused_rotation_is_said_not_to_be_there():
-    config = run_of("megatron", "fp32")
-    config.actor.model.apply_rope_fusion = True
-    assert any(
-        "apply_rope_fusion: not fused, because Transformer Engine is not supported yet" in t for t in warnings(config)
-    )

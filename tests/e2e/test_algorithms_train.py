@@ -8,7 +8,7 @@ import pytest
 from algorithms import ALGORITHMS, run_of
 from demo_runs import Surroundings, prepare, summary
 
-from searchr1.config.choices import CHOICES, value_of
+from searchr1.config.choices import choices_of, value_of
 from searchr1.config.load import load_config
 from searchr1.demo.demo import CPU_RECIPES
 from searchr1.demo.processes import retrieval_server
@@ -26,7 +26,7 @@ def test_the_table_leaves_no_advantage_and_no_loss_out():
     runs = [run_of(name, seed=0) for name in ALGORITHMS]
     configs = [load_config(CPU_RECIPES.train, [*run.budget, *run.overrides]) for run in runs]
     for key in ("algorithm.adv_type", "algorithm.loss_type", "algorithm.advantage_mode", "algorithm.kl_in"):
-        assert {value_of(config, key) for config in configs} == set(CHOICES[key])
+        assert {value_of(config, key) for config in configs} == set(choices_of(key))
 
 
 def level(name: str) -> pytest.MarkDecorator:

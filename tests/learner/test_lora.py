@@ -362,7 +362,6 @@ def test_an_untied_output_layer_can_have_one(tmp_path):
         ({}, "megatron", "actor.lora.rank"),
         ({"rank": -1}, "fsdp", "actor.lora.rank"),
         ({"alpha": 0.0}, "fsdp", "actor.lora.alpha"),
-        ({"dropout": 0.1}, "fsdp", "actor.lora.dropout"),
         ({"target_modules": []}, "fsdp", "actor.lora.target_modules"),
         ({"target_modules": ["q_proj", "q_proj"]}, "fsdp", "actor.lora.target_modules"),
         ({"base_precision": "int8"}, "fsdp", "actor.lora.base_precision"),

@@ -39,7 +39,6 @@ def test_what_is_right_passes(values):
         ({"weights": {"f1_score": "much"}}, {"weights"}),
         ({"weights": {"f1_score": True}}, {"weights"}),
         ({"weights": {"f1_score": float("nan")}}, {"weights"}),
-        ({"use_reward_model": True}, {"use_reward_model"}),
         ({"concurrency": 0}, {"concurrency"}),
         ({"reward_scale": float("inf")}, {"reward_scale"}),
         ({"reward_type": "judge"}, {"judge.base_url", "judge.model"}),

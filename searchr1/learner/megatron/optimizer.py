@@ -37,7 +37,7 @@ def build_optimizer(ddp: Any, trainer: TrainerConfig) -> Any:
     optim = trainer.optim
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer=optim.optimizer,
+            optimizer="adam",
             lr=optim.lr,
             min_lr=0.0,
             weight_decay=optim.weight_decay,
