@@ -259,8 +259,9 @@ def _convert(value: Any, hint: Any) -> Any:
     """`value` as `hint`; numbers are not made from booleans, text is not made from numbers."""
     if hint is Any:
         return value
-    if typing.get_origin(hint) is list and isinstance(value, list):
-        return [_convert(item, typing.get_args(hint)[0]) for item in value]
+    items = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None
+    if isinstance(value, list) and literal_values(items):
+        return [_convert(item, items) for item in value]
     if allowed := literal_values(hint):
         if value in allowed:
             return value
@@ -278,6 +279,8 @@ def _describe(option: Any) -> str:
     origin = typing.get_origin(option)
     if origin is list:
         return f"a list of {_describe(typing.get_args(option)[0])}"
+    if origin is typing.Literal:
+        return f"names ({', '.join(typing.get_args(option))})"
     return "a mapping" if origin is dict else _NAMES.get(option, str(option))
 
 
