@@ -17,6 +17,7 @@ from searchr1.chat.async_chat import AsyncChat
 from searchr1.chat.events import Done, Event, Failed, Passage, Stats, ToolCalled, ToolReturned
 from searchr1.chat.load import open_chat
 from searchr1.chat.plan import ChatOptions, make_plan
+from searchr1.config.schema import DeviceSetting
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ class Chat:
         access: bool = False,
         config: str | Path | None = None,
         prompt_template: str | None = None,
-        device: str | None = None,
+        device: DeviceSetting | None = None,
         topk: int | None = None,
         max_turns: int | None = None,
         temperature: float | None = None,

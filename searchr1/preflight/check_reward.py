@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from searchr1.config.choices import choices_of
+from searchr1.config.choices import choice_problems, choices_of
 from searchr1.config.load import Problem
 from searchr1.config.schema import Config
 from searchr1.config.schema_reward import HealthConfig, RewardConfig
@@ -18,6 +18,7 @@ def check_evaluation(config: Config) -> Iterator[Problem]:
     key = "evaluation.methods"
     if not methods:
         yield Problem(key, f"is empty; name any of {', '.join(map(str, choices_of(key)))}")
+    yield from (Problem(*problem) for problem in choice_problems(config.evaluation, "evaluation."))
     for name in dict.fromkeys(methods):
         if methods.count(name) > 1:
             yield Problem(key, f"{name} stands there twice")
@@ -59,6 +60,7 @@ def check_health(health: HealthConfig) -> Iterator[Problem]:
 
 def check_reward(reward: RewardConfig, response_limit: int) -> Iterator[Problem]:
     """Every problem. `response_limit` is how many tokens a response may have at most."""
+    yield from (Problem(*problem) for problem in choice_problems(reward, "reward."))
     if reward.concurrency < 1:
         yield Problem("reward.concurrency", f"must be 1 or more, found {reward.concurrency}")
     if not math.isfinite(reward.reward_scale):

@@ -36,7 +36,7 @@ def config(tmp_path):
     """A run in which nothing has its default."""
     made = Config()
     made.agentloop = AgentLoopConfig(
-        group_name="G", max_turns=7, force_final_turn=False, max_new_tokens_per_turn=33, max_tool_response_length=44,
+        max_turns=7, force_final_turn=False, max_new_tokens_per_turn=33, max_tool_response_length=44,
         tool_response_truncate_side="left", information_style="rlinf", invalid_action_message="no.",
         generate_fn="my_package.loop:run",
     )  # fmt: skip
@@ -80,7 +80,7 @@ def test_everything_that_makes_prompts_and_limits_comes_back(config, tmp_path):
 
 def test_every_key_of_the_agent_loop_is_carried_but_a_name_and_code():
     carried = {key.removeprefix("agentloop.") for key in ModelSettings.of(Config()).values if key.startswith("agentloop.")}
-    assert carried == {field.name for field in dataclasses.fields(AgentLoopConfig)} - {"group_name", "generate_fn"}
+    assert carried == {field.name for field in dataclasses.fields(AgentLoopConfig)} - {"generate_fn"}
 
 
 def test_a_key_that_is_newer_than_the_file_has_its_default(config, tmp_path):

@@ -11,12 +11,12 @@ import pytest
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample
+from searchr1.config.choices import choices_of
 from searchr1.config.load import load_config
 from searchr1.config.schema import Config, SamplingParams
 from searchr1.evaluation.manifest import billions, differences, fingerprint, manifest
 from searchr1.evaluation.methods import METHODS, agent_settings, main_method, sampling_note
 from searchr1.evaluation.tasks import judged, with_judge
-from searchr1.preflight.check_reward import METHODS as CHECKED
 from searchr1.preflight.check_reward import check_evaluation
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -34,7 +34,7 @@ def config(**sections):
 
 
 def test_the_checked_names_are_the_methods():
-    assert set(CHECKED) == set(METHODS)
+    assert set(choices_of("evaluation.methods")) == set(METHODS)
     assert main_method(["direct", "search"]) == "search"
     assert main_method(["rag", "direct"]) == "rag"
 
