@@ -284,8 +284,6 @@ class Health:
     def _how_to_go_on(self, first: int) -> list[str]:
         rate = self._config.actor.optim.lr / 2
         overrides = f"actor.optim.lr={rate:g}"
-        if self._config.actor.lr_sched.max_lr is not None:  # must be the same
-            overrides += f" actor.lr_sched.max_lr={rate:g}"
         good = [step for step in checkpoint_steps(self._checkpoints) if step < first - 1]
         if not good:
             return [
