@@ -221,9 +221,8 @@ class Group:
     def __init__(self):
         self.folders = []
 
-    def call(self, method, *arguments):
-        if method == "save":
-            (arguments[0] / "hf").mkdir(parents=True)
+    def save(self, folder, in_background):
+        (folder / "hf").mkdir(parents=True)
         return self
 
     def wait(self, _):
