@@ -60,6 +60,17 @@ def test_the_commands_page_is_current():
     assert written == load(DOCS / "cli_reference.py").page(), "run: python docs/cli_reference.py"
 
 
+def test_the_configuration_page_is_current():
+    written = (DOCS / "reference/config.md").read_text(encoding="utf-8")
+    assert written == load(DOCS / "config_reference.py").page(), "run: python docs/config_reference.py"
+
+
+def test_the_configuration_page_explains_every_key():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|\\]+) \|.*\| (.*) \|$", (DOCS / "reference/config.md").read_text("utf-8"), re.M)
+    assert len(rows) > 200
+    assert [key for key, kind, text in rows if not (kind.strip() and text.strip())] == []
+
+
 def test_the_http_page_has_every_path_of_the_servers():
     served = {("GET", "/api/" + path) for path in re.findall(r'"/api/(\w+)"', sources("**/*.py"))}
     assert served, "no paths in the watch server"
