@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 from unittest import mock
 
+import searchr1
 from searchr1.chat.events import ToolCalled
 from searchr1.chat.session import Answer, Chat
 from searchr1.training.train import train
@@ -18,7 +19,7 @@ def test_the_example_runs(monkeypatch, capsys):
     match = re.search(r"^\.\. code-block:: python\n\n((?: {3}.*\n|\n)+)", (ROOT / "README.rst").read_text(), re.M)
     assert match
     code = textwrap.dedent(match[1])
-    assert len([line for line in code.splitlines() if line.strip()]) <= 14
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
     trains = mock.create_autospec(train, return_value=Path("results/run"))
     chat = mock.create_autospec(Chat, instance=True)
     chat.__enter__.return_value = chat
@@ -26,8 +27,8 @@ def test_the_example_runs(monkeypatch, capsys):
     chat.ask.return_value = Answer("", "Ada Lovelace.", "answer", None, mock.Mock(), mock.Mock(), events)
     chats = mock.create_autospec(Chat)
     chats.load.return_value = chat
-    monkeypatch.setattr("searchr1.training.train.train", trains)
-    monkeypatch.setattr("searchr1.chat.session.Chat", chats)
+    monkeypatch.setitem(vars(searchr1), "train", trains)
+    monkeypatch.setitem(vars(searchr1), "Chat", chats)
     monkeypatch.chdir(ROOT)
 
     exec(compile(code, "README.rst", "exec"), {})
