@@ -112,8 +112,8 @@ class OldWeights:
         self._load(cluster, *self._kept[0])
 
     def validate(self, cluster: Any, samples: Any, config: Any, log: Any, step: int) -> Any:
-        """In place of `searchr1.evaluation.validation.validate`."""
-        from searchr1.evaluation.validation import validate
+        """In place of `searchr1.evaluation.evaluate.validate`."""
+        from searchr1.evaluation.evaluate import validate
 
         self._load(cluster, *self._kept[-1])
         metrics = validate(cluster, samples, config, log, step)

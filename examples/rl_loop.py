@@ -28,7 +28,7 @@ from searchr1.agent.tools import build_tools
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.algorithms.entropy import logprobs_from_logits
 from searchr1.config.load import load_config
-from searchr1.data.load import load_data, load_tokenizer
+from searchr1.data.dataset import load_data, load_tokenizer
 from searchr1.data.loader import PromptLoader
 from searchr1.demo.demo import retrieval_server
 from searchr1.demo.files import write_world

@@ -10,8 +10,7 @@ import pytest
 import xxhash
 from support.bit_flips import flipped
 
-from searchr1.files.checksums import FileSum, read_sums, write_sums
-from searchr1.files.sealed import MAX_BYTES
+from searchr1.files.checksums import MAX_BYTES, FileSum, read_sums, write_sums
 
 SUMS = {"a/b.bin": FileSum(12, "0123456789abcdef" * 2), "ü \udcff.txt": FileSum(0, "99aa06d3014798d86001c324468d497f")}
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from searchr1.agent.protocol import Document, neutralise, render_body
 from searchr1.agent.tools import show_page
-from searchr1.demo.tokenizer import train_tokenizer
+from searchr1.demo.cold_start_rows import train_tokenizer
 from searchr1.files.text_rows import whole_text
 
 

@@ -13,9 +13,9 @@ import torch
 from support.bit_flips import flipped, random_flips
 
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
+from searchr1.checkpoints.manifest import new_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
 from searchr1.checkpoints.model_folder import MODEL_SUMS, verify_weights
-from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.checkpoints.to_hf import Options, mg2hf
 from searchr1.cli import main
 from searchr1.commands import build_index as build

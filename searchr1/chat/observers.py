@@ -9,8 +9,19 @@ from typing import Any, Protocol
 
 from searchr1.agent.settings import GenerateParams, Generation
 from searchr1.agent.tools import Tool, ToolResult
-from searchr1.chat.blocks import Blocks, open_at_end
-from searchr1.chat.events import Event, InvalidAction, Passage, Read, Text, ToolCalled, ToolFailed, ToolReturned, TurnStarted
+from searchr1.chat.events import (
+    Blocks,
+    Event,
+    InvalidAction,
+    Passage,
+    Read,
+    Text,
+    ToolCalled,
+    ToolFailed,
+    ToolReturned,
+    TurnStarted,
+    open_at_end,
+)
 
 SHOWN_CHARACTERS = 20_000
 """Most characters of a passage or page in an event; the model's own limit is a number of tokens."""

@@ -14,15 +14,15 @@ from rich.filesize import decimal
 from torch import Tensor
 
 from searchr1.checkpoints.compare import SMALL_BYTES, compare, compare_logits
-from searchr1.checkpoints.hf_reader import StoredWeights
+from searchr1.checkpoints.hf_folder import StoredWeights
 from searchr1.checkpoints.hf_writer import copy_hf_files
+from searchr1.checkpoints.locate import check_unused, new_folder
+from searchr1.checkpoints.manifest import HF_FOLDER
 from searchr1.checkpoints.mapping import Entry, entries
 from searchr1.checkpoints.megatron_source import MegatronSource
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape
-from searchr1.checkpoints.output import check_unused, new_folder
 from searchr1.checkpoints.safetensors import pieces
-from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.checkpoints.torch_dist import FILE_BYTES, TorchDistFolder, TorchDistWriter
 from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.errors import UserError

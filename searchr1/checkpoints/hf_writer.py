@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from searchr1.checkpoints.hf_folder import INDEX, SINGLE
+from searchr1.checkpoints.manifest import HF_FOLDER
 from searchr1.checkpoints.model_folder import MODEL_SUMS, check_files
 from searchr1.checkpoints.safetensors import SafetensorsWriter, TensorSpec
-from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.errors import UserError
 
 SHARD_BYTES = 4 << 30

@@ -1,19 +1,20 @@
-"""Checkpoints of a run, and whether their bytes are still those that were written.
-
-`manifest.json` names every file of a checkpoint with its size and checksum. It is written last: a folder with one is
-complete. Releases before wrote `sizes.json`, by which a file that was cut short is noticed, and no other damage.
-"""
+"""Checkpoints of a run: folders that are whole or not there, and whether their bytes are those written."""
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from searchr1.checkpoints.model_folder import verify_weights
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_folder, sync
 from searchr1.files.checksums import (
     Damage,
     FileSum,
@@ -21,12 +22,12 @@ from searchr1.files.checksums import (
     damaged,
     files_below,
     inside,
+    read_json,
     read_sums,
     take,
     take_all,
     write_sums,
 )
-from searchr1.files.sealed import read_json
 from searchr1.progress import Advance, ProgressBar
 
 MANIFEST = "manifest.json"
@@ -245,3 +246,45 @@ def _advice(folder: Path, below: str, use: str) -> str:
             if _first_damage(other, _read(other), below, f"looking for an intact one: {other.name}") is None:
                 return f"; use {use}{other / below}"
     return "; no older one is intact: get it from a copy, or start again"
+
+
+HF_FOLDER = "hf"
+"""In a model's folder of a checkpoint: its configuration and tokenizer."""
+
+
+@contextmanager
+def new_checkpoint(root: Path, step: int, sums: Mapping[str, FileSum] | None = None) -> Iterator[Path]:
+    """Yield a folder to write a checkpoint of `step` into; it gets its final name when the block ends well.
+
+    Args:
+        root: the run's folder of checkpoints.
+        step: the step.
+        sums: those that the block has taken when it ends; the others are taken then.
+
+    Raises:
+        UserError: the disk is full or not writable; earlier checkpoints are untouched.
+    """
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for leftover in root.glob(".partial_step_*"):
+            shutil.rmtree(leftover)  # of a run that was killed while saving
+        name = f".partial_step_{step}_{os.getpid()}"
+        with atomic_folder(root / f"global_step_{step}", durable=True, replace=True, partial_name=name) as partial:
+            yield partial
+            known = {**(sums or {}), **rank_sums(partial)}
+            with ThreadPoolExecutor(1) as pool:  # to read the files and to wait for the disk at once
+                synced = pool.submit(sync, [*partial.rglob("*")])
+                write_manifest(partial, step, known)
+                synced.result()
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise UserError(
+            f"cannot write a checkpoint below {root}: {reason}; earlier checkpoints are untouched. Free space (or set "
+            "runner.keep_checkpoints) and go on with runner.resume_dir=auto"
+        ) from error
+
+
+def prune_checkpoints(root: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints."""
+    for step in checkpoint_steps(root)[:-keep]:
+        shutil.rmtree(root / f"global_step_{step}")

@@ -1,7 +1,9 @@
-"""What the files of a model's folder must be before a library opens them, and the checksums of what a conversion wrote."""
+"""A model's folder: what its files must be, the sums of what a conversion wrote, and hashes of weights."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,6 +14,53 @@ from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, FileSum, LaterFormat, damaged, read_sums, take_all, write_sums
 from searchr1.files.lfs import refuse_pointer
 from searchr1.progress import Advance, ProgressBar
+
+BLOCK_BYTES = 16 << 20
+
+
+@functools.cache
+def hash_base_model(source: str) -> str:
+    """Hash the names and digests of a model's safetensors files; once per process.
+
+    Args:
+        source: a folder or hub name.
+
+    Raises:
+        UserError: there is no model, or it has no such files.
+    """
+    from searchr1.checkpoints.hf_folder import local_folder  # brings torch, which a retrieval server may lack
+
+    folder = local_folder(source)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(folder, "LoRA needs the base model's weights in safetensors files, and finds none there")
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def hash_encoder(path: str) -> str:
+    """Hash an encoder's weight files: two folders with the same hash give the same vectors.
+
+    Every byte is read (about a second per GB): a sample would not see the layers that were trained on.
+
+    Raises:
+        UserError: there are none.
+    """
+    folder = Path(path)
+    files = sorted(folder.rglob("*.safetensors")) or sorted(folder.rglob("pytorch_model*.bin"))
+    if not files:
+        raise UserError(f"--retriever_model {path}", "has no weights (model.safetensors or pytorch_model.bin)")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(os.fsencode(file.relative_to(folder).as_posix()))
+        with file.open("rb") as opened:
+            while block := opened.read(BLOCK_BYTES):
+                digest.update(block)
+    return digest.hexdigest()
+
 
 ADAPTER = "adapter_config.json"
 _MAX_JSON = 64 << 20

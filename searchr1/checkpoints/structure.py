@@ -8,8 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from searchr1.errors import UserError
-from searchr1.files.checksums import Damage
-from searchr1.files.sealed import read_json
+from searchr1.files.checksums import Damage, read_json
 
 Advance = Callable[[int], object]
 _MOST_JSON = 1 << 30
@@ -34,8 +33,7 @@ def check_model(folder: Path, advance: Advance) -> Iterator[Damage]:
         for path in pickles:
             yield from check_torch_file(path, advance)
         return
-    from searchr1.checkpoints.hf_folder import INDEX, read_index
-    from searchr1.checkpoints.hf_reader import StoredWeights
+    from searchr1.checkpoints.hf_folder import INDEX, StoredWeights, read_index
     from searchr1.checkpoints.safetensors import SafetensorsReader
 
     try:

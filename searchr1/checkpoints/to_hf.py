@@ -15,19 +15,16 @@ from torch import Tensor
 
 from searchr1.checkpoints.compare import SMALL_BYTES, compare, compare_logits
 from searchr1.checkpoints.fsdp_ranks import FsdpRanks
-from searchr1.checkpoints.hf_folder import OUTPUT_LAYER, check_shapes, local_folder
-from searchr1.checkpoints.hf_reader import StoredWeights, main_dtype
+from searchr1.checkpoints.hf_folder import OUTPUT_LAYER, StoredWeights, check_shapes, local_folder, main_dtype
 from searchr1.checkpoints.hf_writer import SHARD_BYTES, config_folder, copy_hf_files, stream_weights
-from searchr1.checkpoints.locate import locate
-from searchr1.checkpoints.lora import LoraRecord, check_base
-from searchr1.checkpoints.lora_source import LoraSource, write_adapter
+from searchr1.checkpoints.locate import Carry, check_unused, locate, new_folder
+from searchr1.checkpoints.lora import LoraRecord, LoraSource, check_base, write_adapter
 from searchr1.checkpoints.manifest import verify_source
 from searchr1.checkpoints.mapping import SliceReader
 from searchr1.checkpoints.megatron_ranks import MegatronRanks
 from searchr1.checkpoints.megatron_source import MegatronSource, is_megatron
 from searchr1.checkpoints.model_folder import verify_weights, write_model_sums
 from searchr1.checkpoints.model_shape import read_hf_config, read_megatron_shape
-from searchr1.checkpoints.output import Carry, check_unused, new_folder
 from searchr1.checkpoints.safetensors import TensorSpec
 from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.checkpoints.weight_check import ExpectedWeights

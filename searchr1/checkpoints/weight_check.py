@@ -20,10 +20,10 @@ from torch import nn
 from searchr1.checkpoints.hf_folder import (
     HEADS,
     OUTPUT_LAYER,
+    StoredWeights,
     check_shapes,
     refuse_misfits,
 )
-from searchr1.checkpoints.hf_reader import StoredWeights
 from searchr1.checkpoints.model_folder import ADAPTER, check_files
 from searchr1.checkpoints.model_shape import read_hf_config
 from searchr1.errors import UserError

@@ -6,10 +6,10 @@ from contextlib import suppress
 
 from rich.console import Console
 
-from searchr1.chat.conversation import Conversation
 from searchr1.chat.load import open_chat
 from searchr1.chat.session import Chat
-from searchr1.commands.chat_flags import parser, plan_of
+from searchr1.chat.terminal import Conversation
+from searchr1.commands.flags import parser, plan_of
 
 
 def main(argv: list[str]) -> int:

@@ -7,8 +7,7 @@ import os
 
 from searchr1.config.critic import critic_backend
 from searchr1.config.layout import actor_layout, critic_layout, describe_device, group_ranks, is_evaluation
-from searchr1.config.load import ConfigError, load_config
-from searchr1.config.recipes import config_help
+from searchr1.config.load import ConfigError, config_help, load_config
 from searchr1.config.schema import Config
 from searchr1.device import Device
 from searchr1.preflight.check import check_config, warnings

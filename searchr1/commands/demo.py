@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from searchr1.cluster.guardian import guarded
+from searchr1.cluster.processes import guarded
 from searchr1.config.load import load_config
 from searchr1.demo.demo import COLD_START, NEW_WORLD_SEED, Demo, pick_recipes, run_demo
 from searchr1.preflight.check_device import require_one_node

@@ -30,12 +30,12 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--out {args.out}: not a folder")
     args.out.mkdir(parents=True, exist_ok=True)
     if args.tokenizer:
-        from searchr1.demo.tokenizer import save_tokenizer
+        from searchr1.demo.cold_start_rows import save_tokenizer
 
         save_tokenizer(args.out)
         print(f"tokenizer -> {args.out}")
     elif args.demonstrations:
-        from searchr1.demo.demonstrations import demonstrations
+        from searchr1.demo.cold_start_rows import demonstrations
         from searchr1.demo.files import write_jsonl
 
         rows = demonstrations(args.worlds, args.per_world, args.seed, args.demonstrations == "mediocre")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from searchr1.config.load import given_keys, load_for_command
-from searchr1.config.recipes import config_help
+from searchr1.config.load import config_help, given_keys, load_for_command
 from searchr1.evaluation.evaluate import evaluate
 from searchr1.evaluation.tasks import follow_model
 from searchr1.preflight.check import require_valid, warnings

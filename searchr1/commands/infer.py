@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from searchr1.chat.infer import load_and_run, read_questions
-from searchr1.commands.chat_flags import parser, plan_of
+from searchr1.commands.flags import parser, plan_of
 
 
 def main(argv: list[str]) -> int:

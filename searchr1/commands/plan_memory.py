@@ -14,19 +14,25 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from searchr1.checkpoints.model_shape import ModelShape, read_shape
-from searchr1.checkpoints.parameter_counts import SHAPES, guess_shape, shape_named
+from searchr1.checkpoints.model_shape import SHAPES, ModelShape, guess_shape, read_shape, shape_named
 from searchr1.config.layout import is_evaluation
-from searchr1.config.load import load_for_command
-from searchr1.config.recipes import config_help
+from searchr1.config.load import config_help, load_for_command
 from searchr1.config.schema import Config
 from searchr1.device import usable_memory
 from searchr1.errors import UserError
 from searchr1.preflight.check_device import require_one_node
 from searchr1.preflight.memory_host import CPU_PHASES, plan_cpu, plan_gpu_host
 from searchr1.preflight.memory_layout import Layout, layout_of
-from searchr1.preflight.memory_plan import GIB, PHASES, MemoryPlan, knobs, plan_evaluation, plan_memory, remedy
-from searchr1.preflight.memory_table import layouts_table
+from searchr1.preflight.memory_plan import (
+    GIB,
+    PHASES,
+    MemoryPlan,
+    knobs,
+    layouts_table,
+    plan_evaluation,
+    plan_memory,
+    remedy,
+)
 
 GPUS_PER_NODE = 8
 """What `all` means unless `cluster.slots` or `--gpus` says otherwise."""

@@ -7,7 +7,7 @@ import os
 import time
 from functools import partial
 
-from searchr1.commands.server_flags import add_address_flags
+from searchr1.commands.flags import add_address_flags
 from searchr1.errors import UserError
 from searchr1.retrieval.rerank.client import RERANK_TOKEN_VARIABLE
 from searchr1.retrieval.rerank.reranker import MAX_PENDING, CrossEncoder, LocalReranker

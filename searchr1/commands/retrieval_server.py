@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from searchr1.commands.server_flags import add_address_flags
+from searchr1.commands.flags import add_address_flags
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import FAMILIES
 from searchr1.retrieval.index.tokens import TOKENIZERS

@@ -7,8 +7,7 @@ import os
 import sys
 
 from searchr1.chat.server import Limits, is_loopback, serve
-from searchr1.commands.chat_flags import parser, plan_of
-from searchr1.commands.server_flags import add_address_flags, add_host_names_flag
+from searchr1.commands.flags import add_address_flags, add_host_names_flag, parser, plan_of
 from searchr1.errors import UserError
 from searchr1.retrieval.server.address import bind, reachable_address
 from searchr1.retrieval.server.processes import exit_on_sigterm

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from searchr1.config.load import load_for_command
-from searchr1.config.recipes import config_help
+from searchr1.config.load import config_help, load_for_command
 from searchr1.preflight.check import require_valid, warnings
 from searchr1.training.train import train
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from searchr1.commands.server_flags import add_address_flags, add_host_names_flag
+from searchr1.commands.flags import add_address_flags, add_host_names_flag
 from searchr1.errors import UserError
 from searchr1.report.watch import PORT, WatchedRuns, WatchServer
 

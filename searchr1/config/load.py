@@ -1,8 +1,9 @@
-"""From a YAML and overrides to a typed `Config`; every problem is reported, not only the first."""
+"""From a YAML or a recipe's name and overrides to a typed `Config`; every problem is reported, not only the first."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import shlex
 import sys
 import typing
@@ -16,7 +17,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from searchr1.config.choices import dataclass_of, literal_values, not_one_of, options
 from searchr1.config.overrides import Override, quoted, read_override
-from searchr1.config.recipes import find_config, package_data
 from searchr1.config.retired import explain_retired, take_retired
 from searchr1.config.rlinf import Note, is_rlinf, translate
 from searchr1.config.rlinf_keys import KEYS, READ
@@ -24,6 +24,48 @@ from searchr1.config.schema import ALIASES, Config
 from searchr1.config.suggestions import explain_unknown
 from searchr1.config.yaml_bounds import require_bounded, require_bounded_references
 from searchr1.errors import UserError
+
+PACKAGE = Path(__file__).resolve().parents[1]
+RECIPES = PACKAGE / "recipes"
+SUFFIXES = (".yaml", ".yml")
+
+
+def recipe_names() -> list[str]:
+    """Return the name of every recipe, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def find_config(config: str | Path) -> Path:
+    """Return the YAML that `config` means: a file, or else the recipe of that name, with or without its .yaml.
+
+    Raises:
+        UserError: neither exists, or the file's name does not end in .yaml.
+    """
+    path = Path(config)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise UserError(path, "a configuration's name ends in .yaml")
+        return path
+    if path.name != str(config):  # a path with folders, or none at all
+        raise UserError(path, "no such file; give the path of a YAML, or a recipe's name without folders")
+    names = recipe_names()
+    suffix = ".yaml" if path.suffix == ".yaml" else ""
+    name = path.name.removesuffix(suffix)
+    if name in names:
+        return RECIPES / f"{name}.yaml"
+    close = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean {close[0]}{suffix}?" if close else ""
+    raise UserError(path, f"no such file; give the path of a YAML or a recipe: {', '.join(names)}{hint}")
+
+
+def config_help(example: str) -> str:
+    """Return the help text of a command's argument that names a configuration."""
+    return f"path of a YAML, or a recipe's name, for instance {example}; an unknown name prints all recipes"
+
+
+def package_data(name: str) -> str:
+    """Return the path of a file or folder that comes with the package, given relative to it."""
+    return str(PACKAGE / name)
 
 
 def _number(value: Any) -> Any:
@@ -73,7 +115,7 @@ class ConfigError(UserError):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML (Hydra's `defaults` included), apply `key=value` overrides, and check names and types.
 
-    `path` is a file or the name of a recipe (`searchr1/config/recipes.py`).
+    `path` is a file or the name of a recipe (`searchr1/config/load.py`).
     A tree that carries RLinf's marks is read as RLinf reads it (`searchr1/config/rlinf.py`). `Config.notes` says what became
     of keys that are not ours.
 

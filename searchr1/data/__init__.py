@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING
 from searchr1.exports import export
 
 if TYPE_CHECKING:
-    from searchr1.data.load import load_data
+    from searchr1.data.dataset import load_data
     from searchr1.data.loader import PromptLoader
     from searchr1.data.prompts import render_prompt
 else:
     __getattr__, __dir__ = export(
         __name__,
         {
-            "load": ["load_data"],
+            "dataset": ["load_data"],
             "loader": ["PromptLoader"],
             "prompts": ["render_prompt"],
         },

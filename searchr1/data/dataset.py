@@ -1,7 +1,8 @@
-"""Question files -> samples. Every row is checked; a bad one is named by file, line and column."""
+"""Question files -> samples, as a run's YAML names them. Every row is checked; a bad one is named by file and line."""
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -9,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.agent.trajectory import Sample
+from searchr1.config.schema import Config
+from searchr1.data import model_source
 from searchr1.data.golds import column_names, is_missing, no_gold, object_in, read_golds, shown
 from searchr1.data.model_settings import template_text
-from searchr1.data.paths import TRAIN, find_files, source_names
+from searchr1.data.paths import EVALUATION, TRAIN, find_files, source_names
 from searchr1.data.prompts import has_chat_template, render_prompt, wants_passages
 from searchr1.data.questions import bare_question, question_column, question_of_prompt, read_prompt, require_unicode
 from searchr1.data.reading import Events, read_rows
@@ -234,3 +237,60 @@ def _tokenize(samples: list[Sample], texts: list[str], tokenizer: Any) -> None:
                     f"the prompt of {sample.id} has no tokens: {sample.question[:60]!r}; is the tokenizer the model's own?"
                 )
             sample.prompt_ids = [shared.setdefault(token, token) for token in ids]
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class RunData:
+    """Tokenized questions."""
+
+    train: list[Sample]
+    val: list[Sample]
+    val_stats: LoadStats | None = None
+    """What loading `val` left out; None if there was nothing to load."""
+
+
+def load_tokenizer(config: Config) -> Any:
+    """Return the model's tokenizer.
+
+    Raises:
+        UserError: the model's folder has none.
+    """
+    return model_source.load_tokenizer(config.rollout.model.model_path, "rollout.model.model_path")
+
+
+def load_data(config: Config, training: bool = True, prompts: bool = True) -> RunData:
+    """Read, render and tokenize the questions; an evaluation reads `data.val_data_paths` only.
+
+    Args:
+        config: of the run.
+        training: read the training questions too.
+        prompts: the rows' prompts are used, not only their questions.
+    """
+    tokenizer = load_tokenizer(config)
+    data = config.data
+    parts: dict[str, list[Sample]] = {"train": [], "val": []}
+    stats: LoadStats | None = None
+    for part, paths in (("train", data.train_data_paths), ("val", data.val_data_paths)):
+        if not paths or (part == "train" and not training):
+            continue
+        loaded = load_dataset_files(
+            paths,
+            tokenizer=tokenizer,
+            max_prompt_length=data.max_prompt_length,
+            prompt_key=data.prompt_key,
+            answer_key=data.answer_key,
+            template=data.prompt_template,
+            filter_by_length=data.filter_prompt_by_length,
+            data_size=data.data_size,
+            apply_chat_template=data.apply_chat_template,
+            splits=TRAIN if part == "train" else EVALUATION,
+            prompts=prompts,
+        )
+        for warning in loaded.warnings:
+            logger.warning("data.%s_data_paths: %s", part, warning)
+        logger.info("%s questions: %s", part, loaded.stats)
+        parts[part], stats = loaded.samples, loaded.stats
+    return RunData(parts["train"], parts["val"], stats if data.val_data_paths else None)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from searchr1.config.recipes import RECIPES, package_data
+from searchr1.config.load import RECIPES, package_data
 from searchr1.demo.processes import retrieval_server, run_command
 from searchr1.device import Device
 from searchr1.files.folder_lock import folder_lock

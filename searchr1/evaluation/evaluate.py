@@ -1,4 +1,4 @@
-"""Evaluate a model on question sets, method by method."""
+"""Evaluate a model on question sets, method by method, or within a training run."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from searchr1.agent.trajectory import Sample
-from searchr1.cluster.collect import Collection, RolloutStats
+from searchr1.agent.trajectory import Sample, Trajectory
+from searchr1.cluster.collect import Collection, RolloutStats, collect_batch
 from searchr1.cluster.launch import EvaluationCluster, evaluation_cluster
 from searchr1.config.schema import Config
+from searchr1.data.loader import eval_batches
 from searchr1.device import Device
 from searchr1.errors import UserError, WorkerDied
 from searchr1.evaluation.manifest import billions
 from searchr1.evaluation.methods import sampling_note
-from searchr1.evaluation.passages import require_server, watch_servers
 from searchr1.evaluation.result_files import write_results
 from searchr1.evaluation.results import Results, method_result
-from searchr1.evaluation.summary import flat_metrics
+from searchr1.evaluation.summary import flat_metrics, validation_metrics
 from searchr1.evaluation.tasks import (
     Questions,
     Task,
@@ -28,15 +28,36 @@ from searchr1.evaluation.tasks import (
     evaluation_path,
     load_questions,
     open_tasks,
+    require_server,
+    watch_servers,
     with_judge,
 )
 from searchr1.files.folder_lock import FolderLock, folder_lock
 from searchr1.preflight.check_backend import without_adapters
 from searchr1.shutdown import Stopped
 from searchr1.tracking.eval_progress import EvalProgress
-from searchr1.tracking.loggers import GuardedLogger, file_loggers, hosted_loggers, require_backends, start_loggers
-from searchr1.tracking.logins import require_logins
+from searchr1.tracking.loggers import (
+    GuardedLogger,
+    file_loggers,
+    hosted_loggers,
+    require_backends,
+    require_logins,
+    start_loggers,
+)
+from searchr1.tracking.run_log import RunLog
 from searchr1.tracking.run_path import NAMED_BY, run_path
+
+
+def validate(cluster: EvaluationCluster, samples: list[Sample], config: Config, log: RunLog, step: int) -> dict[str, float]:
+    """Answer every question once, greedily, and log it. Return `val/<data source>/<name>`."""
+    trajectories: list[Trajectory] = []
+    batch_size = config.data.val_rollout_batch_size or len(samples)
+    for number, questions in enumerate(eval_batches(samples, batch_size)):
+        batch = collect_batch(cluster, questions, step=step, mode="eval", group_size=1, seed=config.runner.seed + number)
+        trajectories.extend(batch.trajectories)
+    metrics = validation_metrics(trajectories, config.evaluation.untagged)
+    log.evaluation(step, trajectories, metrics)
+    return metrics
 
 
 def evaluate(config: Config) -> tuple[Results, Path]:

@@ -12,8 +12,8 @@ from searchr1.evaluation.summary import Value
 from searchr1.evaluation.tables import Table, score
 from searchr1.rewards.answers import exact_match
 from searchr1.ui import parts
-from searchr1.ui.interval_chart import Group, Interval, interval_chart
 from searchr1.ui.page import Page, escape
+from searchr1.ui.parts import Group, Interval, interval_chart
 
 RESULTS = Page("results.html", ("base.css", "blocks.css", "results.css"))
 LONGEST = 600

@@ -1,21 +1,22 @@
-"""What an evaluation has to do: per method the questions with their prompts, and which of them are finished."""
+"""What an evaluation has to do: the questions and prompts of each method, and which of them are finished."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shutil
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from searchr1.agent.protocol import truncate_text
+from searchr1.agent.protocol import Document, InformationStyle, render_body, truncate_text
 from searchr1.agent.settings import AgentSettings
+from searchr1.agent.tools import as_document
 from searchr1.agent.trajectory import Sample
 from searchr1.config.load import save_config
-from searchr1.config.schema import Config, DataConfig
-from searchr1.data.dataset import TOKENIZE_ROWS
-from searchr1.data.load import load_data, load_tokenizer
+from searchr1.config.schema import Config, DataConfig, SearchToolConfig
+from searchr1.data.dataset import TOKENIZE_ROWS, load_data, load_tokenizer
 from searchr1.data.model_settings import TEMPLATE, ModelSettings, warn_of_differences
 from searchr1.data.paths import EVALUATION, find_files, path_problem
 from searchr1.data.prompts import has_chat_template, render_prompt
@@ -25,10 +26,84 @@ from searchr1.errors import UserError
 from searchr1.evaluation.ledger import Ledger
 from searchr1.evaluation.manifest import manifest
 from searchr1.evaluation.methods import METHODS, Method, agent_settings
-from searchr1.evaluation.passages import retrieve_passages
+from searchr1.retrieval.client.client import SearchClient, SearchUnavailable, server_addresses
+from searchr1.retrieval.client.outages import OutageWatch
 from searchr1.tracking.eval_progress import EvalProgress
 from searchr1.tracking.run_path import run_path
 from searchr1.tracking.token_text import load_token_text
+
+QUERIES_PER_CALL = 32
+CALLS_AT_ONCE = 8
+
+
+def require_server(config: Config) -> None:
+    """Search once, so that a server that is down or slow is reported before a model is loaded.
+
+    Raises:
+        UserError: it does not answer.
+    """
+    asyncio.run(_search(config.tools.search, ["Who wrote the first encyclopedia?"], lambda count: None))
+
+
+def watch_servers(config: Config, searched: bool = True) -> OutageWatch:
+    """Report while the block runs that a retrieval server does not answer; there is none to watch without searches.
+
+    A loop of one's own need not search: it misses a server only after that has answered once.
+    """
+    search = config.tools.search
+    servers = server_addresses(search) if searched and not search.dummy_mode else []
+    return OutageWatch(servers, search.timeout_s, awaited=config.agentloop.generate_fn is None)
+
+
+def retrieve_passages(
+    config: Config, style: InformationStyle, questions: Sequence[str], progress: Callable[[int], None]
+) -> list[str]:
+    """Return the passages for each question, rendered as the search tool shows them, without its tags.
+
+    Args:
+        config: with the server's address and the number of passages in `tools.search`.
+        style: how documents are shown.
+        questions: the queries.
+        progress: called with the number of questions that got theirs.
+
+    Raises:
+        UserError: the server does not answer.
+    """
+    results = asyncio.run(_search(config.tools.search, questions, progress))
+    return [render_body([documents], style, config.agentloop.no_results_message) for documents in results]
+
+
+async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Callable[[int], None]) -> list[list[Document]]:
+    """Search with one client for the whole list: `QUERIES_PER_CALL` queries a call, `CALLS_AT_ONCE` calls at once."""
+    client = SearchClient.from_config(search)
+    slots = asyncio.Semaphore(CALLS_AT_ONCE)
+    results: list[list[Document]] = [[] for _ in queries]
+
+    async def one_call(start: int) -> None:
+        part = queries[start : start + QUERIES_PER_CALL]
+        async with slots:
+            answers = await client.search(part)
+        for place, documents in enumerate(answers, start=start):
+            results[place] = [as_document(document) for document in documents]
+        progress(len(part))
+
+    try:
+        with OutageWatch(server_addresses(search), search.timeout_s):
+            async with asyncio.TaskGroup() as calls:
+                for start in range(0, len(queries), QUERIES_PER_CALL):
+                    calls.create_task(one_call(start))
+    except ExceptionGroup as errors:
+        first = errors.exceptions[0]
+        if not isinstance(first, SearchUnavailable):
+            raise first from None
+        raise UserError(
+            f"tools.search.server_addr: {first}. Start the retrieval server "
+            "(examples/searchr1/launch_local_server.sh), or raise tools.search.timeout_s"
+        ) from None
+    finally:
+        await client.aclose()
+    return results
+
 
 logger = logging.getLogger(__name__)
 

@@ -21,9 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_map
 
 from searchr1.checkpoints.distributed import load_distributed
-from searchr1.checkpoints.manifest import verify_checkpoint, write_rank_sums
+from searchr1.checkpoints.manifest import HF_FOLDER, verify_checkpoint, write_rank_sums
 from searchr1.checkpoints.metadata import reason
-from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.checkpoints.torch_files import load_tensors
 from searchr1.errors import UserError
 from searchr1.learner.optimizer import resume_schedule

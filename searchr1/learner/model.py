@@ -19,14 +19,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from searchr1.algorithms.entropy import TokenLogprobs, logprobs_from_logits
-from searchr1.checkpoints.hf_folder import local_folder
-from searchr1.checkpoints.hf_reader import StoredWeights, has_weights
+from searchr1.checkpoints.hf_folder import StoredWeights, has_weights, local_folder
 from searchr1.checkpoints.lora import base_name
-from searchr1.checkpoints.weight_check import (
-    check_model_folder,
-    load_pretrained,
-    renames_tensors,
-)
+from searchr1.checkpoints.weight_check import check_model_folder, load_pretrained, renames_tensors
 from searchr1.config.schema_model import FsdpConfig, LoraConfig
 from searchr1.device import Device
 from searchr1.learner import attention

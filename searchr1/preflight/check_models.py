@@ -21,7 +21,7 @@ def check_models(config: Config, for_training: bool, needs_weights: bool = True)
         for_training: look at what trains too.
         needs_weights: a folder without any is a problem; otherwise, to look at a YAML, its config.json will do.
     """
-    from searchr1.checkpoints.hf_reader import has_weights
+    from searchr1.checkpoints.hf_folder import has_weights
     from searchr1.checkpoints.manifest import verify_source
     from searchr1.checkpoints.megatron_source import check_megatron_checkpoint
     from searchr1.checkpoints.model_folder import verify_weights

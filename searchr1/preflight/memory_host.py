@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from searchr1.checkpoints.model_shape import ModelShape
-from searchr1.checkpoints.parameter_counts import shard_adapters
+from searchr1.checkpoints.model_shape import ModelShape, shard_adapters
 from searchr1.config.layout import group_ranks
 from searchr1.config.schema import Config
 from searchr1.device import Device

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import ceil, prod
 
-from searchr1.checkpoints.model_shape import ModelShape
-from searchr1.checkpoints.parameter_counts import (
+from searchr1.checkpoints.model_shape import (
+    ModelShape,
     shard_adapters,
     shard_parameters,
     stage_parameters,

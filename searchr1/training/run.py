@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from searchr1.agent.trajectory import Sample
 from searchr1.cluster.launch import TrainingCluster, training_cluster
 from searchr1.config.schema import Config
-from searchr1.data.load import load_data
+from searchr1.data.dataset import load_data
 from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
-from searchr1.evaluation.passages import watch_servers
+from searchr1.evaluation.tasks import watch_servers
 from searchr1.files.folder_lock import FolderLock, folder_lock
 from searchr1.retrieval.client.outages import OutageWatch
-from searchr1.tracking.loggers import hosted_loggers, require_backends, start_loggers
-from searchr1.tracking.logins import require_logins
+from searchr1.tracking.loggers import hosted_loggers, require_backends, require_logins, start_loggers
 from searchr1.tracking.run_log import RunLog
 from searchr1.tracking.run_path import NAMED_BY, run_path
 from searchr1.training.health import Health

@@ -13,8 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, verify_checkpoint
-from searchr1.checkpoints.step_folder import HF_FOLDER, new_checkpoint, prune_checkpoints
+from searchr1.checkpoints.manifest import (
+    HF_FOLDER,
+    checkpoint_steps,
+    latest_checkpoint,
+    new_checkpoint,
+    prune_checkpoints,
+    verify_checkpoint,
+)
 from searchr1.cluster.launch import TrainingCluster
 from searchr1.cluster.worker_group import TrainedGroup
 from searchr1.config.difference import Difference, differences
@@ -24,8 +30,7 @@ from searchr1.data.loader import PromptLoader
 from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError, WorkerDied
 from searchr1.files.atomic import atomic_file, write_bytes
-from searchr1.files.checksums import FileSum, take_all
-from searchr1.files.sealed import read_json
+from searchr1.files.checksums import FileSum, read_json, take_all
 from searchr1.shutdown import Stopped
 from searchr1.tracking.legs import FOLDER, LATEST, leg_file, legs_of, read_settings
 from searchr1.tracking.loggers import METRICS_FILE, read_metrics

@@ -11,16 +11,27 @@ import torch
 
 from searchr1.agent.trajectory import Trajectory
 from searchr1.cluster.collect import Batch, collect_batch
+from searchr1.cluster.critic_worker import CriticGroup
 from searchr1.cluster.launch import TrainingCluster
-from searchr1.config.schema import Config
+from searchr1.config.schema import AlgorithmConfig, Config
 from searchr1.data.loader import PromptLoader
-from searchr1.evaluation.validation import validate
+from searchr1.evaluation.evaluate import validate
 from searchr1.tracking.metrics import step_metrics
-from searchr1.training.advantages import compute_advantages
-from searchr1.training.critic import update_critic
+from searchr1.training.advantages import Advantage, compute_advantages, compute_token_advantages
 from searchr1.training.dynamic_sampling import replace_uniform_groups
 from searchr1.training.run import start_run
 from searchr1.training.weight_sync import sync_weights
+
+
+def update_critic(
+    critic: CriticGroup, trajectories: Sequence[Trajectory], minibatch_ids: Sequence[int], algorithm: AlgorithmConfig
+) -> tuple[list[Advantage], dict[str, float]]:
+    """Train the critic on a step's trajectories. Return their advantages from the critic as it was, and its metrics."""
+    shares = critic.shares(trajectories)
+    values = critic.values(trajectories, shares)
+    advantages, returns = compute_token_advantages(trajectories, algorithm, values)
+    metrics = critic.train_step(returns, minibatch_ids, shares).wait()[0]
+    return list(advantages), metrics
 
 
 def train(config: Config) -> Path:

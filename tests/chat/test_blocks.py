@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from searchr1.agent.loop import END_TOKENS
 from searchr1.agent.protocol import TAGS
-from searchr1.chat.blocks import Blocks, open_at_end
+from searchr1.chat.events import Blocks, open_at_end
 
 MARKS = [*(f"<{tag}>" for tag in TAGS), *(f"</{tag}>" for tag in TAGS), *END_TOKENS]
 

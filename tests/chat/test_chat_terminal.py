@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 from support.scripted_chat import ANSWER, SEARCH, ScriptedEngine, make_chat
 
-from searchr1.chat.conversation import Conversation
 from searchr1.chat.session import Chat
+from searchr1.chat.terminal import Conversation
 
 
 def converse(monkeypatch, capsys, chat, *lines):

@@ -16,7 +16,7 @@ from searchr1.chat.load import build_tools, fit_to_model, open_search_backend, p
 from searchr1.chat.plan import RECIPE
 from searchr1.chat.search_backends import check_servers
 from searchr1.chat.terminal import printable
-from searchr1.commands.chat_flags import parser, plan_of
+from searchr1.commands.flags import parser, plan_of
 from searchr1.commands.infer import main
 from searchr1.config.load import load_config, save_config
 from searchr1.errors import UserError

@@ -15,9 +15,9 @@ from searchr1.agent.settings import AgentSettings, Generation
 from searchr1.chat.async_chat import AsyncChat
 from searchr1.chat.infer import collect
 from searchr1.chat.load import build_tools, load_tokenizer, prompt_settings
-from searchr1.commands.carry_settings import carry_settings
+from searchr1.commands.convert import carry_settings
 from searchr1.config.load import load_config, save_config
-from searchr1.data.load import load_data
+from searchr1.data.dataset import load_data
 from searchr1.data.model_settings import FILE, ModelSettings
 from searchr1.errors import UserError
 

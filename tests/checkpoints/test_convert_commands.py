@@ -16,11 +16,11 @@ from support.models import FAMILIES, assert_same_tensors, make_model, tensors_of
 from searchr1.checkpoints import compare as verify
 from searchr1.checkpoints import to_hf
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
-from searchr1.checkpoints.hf_reader import StoredWeights
+from searchr1.checkpoints.hf_folder import StoredWeights
 from searchr1.checkpoints.to_hf import Options, mg2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main
-from searchr1.commands.carry_settings import carry_settings
+from searchr1.commands.convert import carry_settings
 from searchr1.config.load import load_config, save_config
 from searchr1.data.model_settings import ModelSettings
 from searchr1.errors import UserError
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """`hf` with a tokenizer, and `mg` made from it."""
-    from searchr1.demo.tokenizer import train_tokenizer
+    from searchr1.demo.cold_start_rows import train_tokenizer
 
     root = tmp_path_factory.mktemp("commands")
     make_model("qwen2", True, root / "hf", seed=7, vocab_size=2048)

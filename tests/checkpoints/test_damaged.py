@@ -14,13 +14,12 @@ import torch
 from support.bit_flips import flipped, random_flips
 from support.models import assert_same_tensors, make_model
 
-from searchr1.checkpoints import output
+from searchr1.checkpoints import locate as output
 from searchr1.checkpoints import safetensors as safetensors_file
 from searchr1.checkpoints.hf2mg import MegatronOptions, hf2mg
-from searchr1.checkpoints.hf_reader import StoredWeights
-from searchr1.checkpoints.manifest import verify_checkpoint
+from searchr1.checkpoints.hf_folder import StoredWeights
+from searchr1.checkpoints.manifest import new_checkpoint, verify_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
-from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.checkpoints.to_hf import fsdp2hf, mg2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder, TorchDistWriter
 from searchr1.cli import main

@@ -16,8 +16,8 @@ from support.payloads import RUN, archive, saved
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorStorageMetadata
 
+from searchr1.checkpoints.manifest import new_checkpoint
 from searchr1.checkpoints.metadata import read_metadata
-from searchr1.checkpoints.step_folder import new_checkpoint
 from searchr1.errors import UserError
 from searchr1.learner.checkpoint import load_state, save_state
 

@@ -12,8 +12,8 @@ import uuid
 
 import pytest
 
-from searchr1.cluster import deaths
-from searchr1.cluster.deaths import Watcher, how_ended, tail
+from searchr1.cluster import lifetime as deaths
+from searchr1.cluster.lifetime import Watcher, how_ended, tail
 from searchr1.cluster.processes import RUN_ID, Family
 from searchr1.errors import WorkerDied
 

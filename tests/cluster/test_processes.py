@@ -11,8 +11,7 @@ import uuid
 
 import pytest
 
-from searchr1.cluster.guardian import Guardian
-from searchr1.cluster.processes import RUN_ID, Family, end_all, environment, identify, is_running, marked, stat_of
+from searchr1.cluster.processes import RUN_ID, Family, Guardian, end_all, environment, identify, is_running, marked, stat_of
 from searchr1.rollout import shared_memory as shared_folder
 
 SLEEP = "import time; time.sleep(120)"
@@ -144,7 +143,7 @@ DRIVER = (
     "import subprocess, sys, time\n"
     "from pathlib import Path\n"
     "from searchr1.rollout.shared_memory import SharedFolder\n"
-    "from searchr1.cluster.guardian import Guardian\n"
+    "from searchr1.cluster.processes import Guardian\n"
     "from searchr1.cluster.processes import marked\n"
     "run_id, folder = sys.argv[1:]\n"
     "guardian = Guardian(run_id, [Path(folder)])\n"

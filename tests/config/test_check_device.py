@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import searchr1.device
-from searchr1.commands import chat_flags as flags
+from searchr1.commands import flags
 from searchr1.commands.check_config import main as check_config_command
 from searchr1.commands.demo import main as demo_command
 from searchr1.commands.eval import main as eval_command

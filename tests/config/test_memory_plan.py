@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.checkpoints.model_shape import ModelShape, read_shape
-from searchr1.checkpoints.parameter_counts import (
+from searchr1.checkpoints.model_shape import (
+    ModelShape,
     guess_shape,
+    read_shape,
     shard_adapters,
     shard_parameters,
     stage_parameters,
@@ -34,10 +35,10 @@ from searchr1.preflight.memory_plan import (
     kept_activations,
     knobs,
     layer_activation,
+    layouts_table,
     plan_memory,
     remedy,
 )
-from searchr1.preflight.memory_table import layouts_table
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "examples/searchr1/config/qwen2.5-3b-tool-1node.yaml"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from searchr1.agent.settings import AgentSettings
 from searchr1.agent.trajectory import Sample, Trajectory
-from searchr1.commands.carry_settings import carry_settings
+from searchr1.commands.convert import carry_settings
 from searchr1.config.load import given_keys, load_config, save_config
 from searchr1.config.schema import AgentLoopConfig, Config, SamplingParams
 from searchr1.data.model_settings import FILE, ModelSettings, template_text

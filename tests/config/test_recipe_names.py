@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from searchr1.config.load import load_config
-from searchr1.config.recipes import RECIPES, find_config, recipe_names
+from searchr1.config.load import RECIPES, find_config, load_config, recipe_names
 from searchr1.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,7 +18,7 @@ from support.public_rows import flashrag_row, write_flashrag, write_jsonl
 from searchr1.cli import main as searchr1
 from searchr1.commands.prepare_data import EPILOG, _settings, main, parser
 from searchr1.data.dataset import load_dataset_files
-from searchr1.data.prepare import output
+from searchr1.data.prepare import prepare as output
 from searchr1.data.prepare.rows import ROW_SHAPES
 from searchr1.data.prepare.sources import SETS
 from searchr1.data.prompts import fill_template

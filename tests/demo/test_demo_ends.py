@@ -75,7 +75,7 @@ def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
 def test_a_killed_demo_leaves_no_process(tmp_path):
     code = (
         "import subprocess, sys, time\n"
-        "from searchr1.cluster.guardian import guarded\n"
+        "from searchr1.cluster.processes import guarded\n"
         "with guarded([]):\n"
         "    child = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
         "    print(child.pid, flush=True)\n"

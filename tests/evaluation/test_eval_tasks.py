@@ -22,8 +22,15 @@ from searchr1.config.schema import Config
 from searchr1.errors import UserError
 from searchr1.evaluation import evaluate
 from searchr1.evaluation import tasks as eval_tasks
-from searchr1.evaluation.passages import require_server, retrieve_passages
-from searchr1.evaluation.tasks import add_passages, begin, evaluation_path, load_questions, open_tasks
+from searchr1.evaluation.tasks import (
+    add_passages,
+    begin,
+    evaluation_path,
+    load_questions,
+    open_tasks,
+    require_server,
+    retrieve_passages,
+)
 from searchr1.tracking.trajectory_log import eval_file
 
 MODEL = Path(__file__).parents[2] / "examples/demo/cold_start"

@@ -16,8 +16,14 @@ import pytest
 import torch
 from support.trajectories import random_trajectories
 
-from searchr1.checkpoints.manifest import checkpoint_steps, latest_checkpoint, read_contents, verify_checkpoint
-from searchr1.checkpoints.step_folder import new_checkpoint, prune_checkpoints
+from searchr1.checkpoints.manifest import (
+    checkpoint_steps,
+    latest_checkpoint,
+    new_checkpoint,
+    prune_checkpoints,
+    read_contents,
+    verify_checkpoint,
+)
 from searchr1.checkpoints.to_hf import fsdp2hf
 from searchr1.config.schema import Config
 from searchr1.device import Device
@@ -38,7 +44,7 @@ def own_process_group():
 def model_path(tmp_path_factory):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from searchr1.demo.tokenizer import train_tokenizer
+    from searchr1.demo.cold_start_rows import train_tokenizer
 
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import make_model
 
-from searchr1.checkpoints.hf_folder import INDEX, SINGLE
-from searchr1.checkpoints.hf_reader import StoredWeights
+from searchr1.checkpoints.hf_folder import INDEX, SINGLE, StoredWeights
 from searchr1.checkpoints.mapping import TABLES, checkpoint_name, entries, hugging_face_shapes
 from searchr1.checkpoints.model_shape import ModelShape, read_megatron_shape, rotary_frequencies
 from searchr1.errors import UserError

@@ -16,10 +16,10 @@ from support.models import make_model
 from support.trajectories import random_trajectories
 
 from searchr1.checkpoints.lora import LoraRecord, base_name, is_adapter, merge
-from searchr1.checkpoints.step_folder import new_checkpoint
+from searchr1.checkpoints.manifest import new_checkpoint
+from searchr1.checkpoints.model_folder import hash_base_model
 from searchr1.checkpoints.to_hf import Options, fsdp2hf
 from searchr1.checkpoints.torch_dist import TorchDistFolder
-from searchr1.checkpoints.weight_hash import hash_base_model
 from searchr1.device import Device
 from searchr1.errors import UserError
 from searchr1.learner.lora import full_weights

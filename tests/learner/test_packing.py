@@ -10,14 +10,7 @@ from hypothesis import strategies as st
 
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.errors import UserError
-from searchr1.learner.packing import (
-    pack,
-    plan_micro_batches,
-    sequence_length,
-    split_balanced,
-    unpack_all,
-    unpack_logprobs,
-)
+from searchr1.learner.packing import pack, plan_micro_batches, sequence_length, split_balanced, unpack_all, unpack_logprobs
 from searchr1.learner.stats import count_denominators
 
 

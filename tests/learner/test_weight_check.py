@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.models import VOCAB, make_model
 
 from searchr1.checkpoints.hf2mg import hf2mg
-from searchr1.checkpoints.hf_reader import StoredWeights
+from searchr1.checkpoints.hf_folder import StoredWeights
 from searchr1.checkpoints.model_shape import read_megatron_shape
 from searchr1.checkpoints.weight_check import check_model_folder, load_pretrained
 from searchr1.config.load import ConfigError

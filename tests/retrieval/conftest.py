@@ -11,7 +11,7 @@ def encoder_path(tmp_path_factory):
     import torch
     from transformers import BertConfig, BertModel
 
-    from searchr1.demo.tokenizer import train_tokenizer
+    from searchr1.demo.cold_start_rows import train_tokenizer
 
     path = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)

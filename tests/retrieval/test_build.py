@@ -152,7 +152,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path):
     import torch
     from transformers import BertConfig, BertModel
 
-    from searchr1.demo.tokenizer import train_tokenizer
+    from searchr1.demo.cold_start_rows import train_tokenizer
 
     config = BertConfig(vocab_size=2048, hidden_size=1024, num_hidden_layers=0, num_attention_heads=1, pad_token_id=0)
     torch.manual_seed(0)

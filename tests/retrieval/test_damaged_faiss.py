@@ -18,7 +18,7 @@ from support.older_index import without_sums
 from searchr1.commands import build_index as build
 from searchr1.commands.retrieval_server import parse
 from searchr1.errors import UserError
-from searchr1.retrieval.encode.embedding_file import open_embedding
+from searchr1.retrieval.encode.embed import open_embedding
 from searchr1.retrieval.index import build as index_build
 from searchr1.retrieval.index import faiss_files
 from searchr1.retrieval.index.corpus import Corpus

@@ -16,7 +16,7 @@ from support.older_index import without_sums
 from searchr1.commands import build_index as build
 from searchr1.commands import retrieval_server as server_cli
 from searchr1.errors import UserError
-from searchr1.files.sealed import seal
+from searchr1.files.checksums import seal
 from searchr1.retrieval.index import index_check
 from searchr1.retrieval.index.bm25_index import Bm25Index
 from searchr1.retrieval.index.corpus import Corpus

@@ -15,8 +15,8 @@ import pytest
 import torch
 import transformers
 
-from searchr1.checkpoints.weight_hash import hash_encoder
-from searchr1.demo.tokenizer import train_tokenizer
+from searchr1.checkpoints.model_folder import hash_encoder
+from searchr1.demo.cold_start_rows import train_tokenizer
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import CachedEncoder, Encoder, batches
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from searchr1.checkpoints.weight_hash import hash_encoder
+from searchr1.checkpoints.model_folder import hash_encoder
 from searchr1.commands import build_index as build
 from searchr1.errors import UserError
 from searchr1.retrieval.encode.encoder import Encoder

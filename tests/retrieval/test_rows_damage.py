@@ -17,8 +17,9 @@ import pytest
 
 from searchr1 import caches
 from searchr1.errors import UserError
-from searchr1.files import sealed
-from searchr1.retrieval.index import compiled, file_identity, row_table, unpack
+from searchr1.files import checksums as sealed
+from searchr1.retrieval.index import compiled, file_identity, unpack
+from searchr1.retrieval.index import rows as row_table
 from searchr1.retrieval.index.corpus import Corpus, Pages
 from searchr1.retrieval.index.verify import bytes_of_rows, check_rows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from searchr1.commands.chat_flags import parser, plan_of
+from searchr1.commands.flags import parser, plan_of
 
 MODEL = "examples/demo/cold_start"
 

@@ -240,8 +240,7 @@ def run_job(job: dict, out: Path) -> None:
 
 def gradients(policy, trajectories, advantages) -> dict:
     """Of the first step, gathered as weights are."""
-    from searchr1.learner.megatron.export import gather_hugging_face
-    from searchr1.learner.megatron.model import LocalParameter
+    from searchr1.learner.megatron.model import LocalParameter, gather_hugging_face
 
     policy._accumulate(policy._pack(trajectories, advantages), trajectories)
     backend = policy.backend

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from searchr1.errors import UserError
-from searchr1.tracking.logins import require_logins
+from searchr1.tracking.loggers import require_logins
 
 KEY = "0" * 40
 

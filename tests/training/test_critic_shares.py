@@ -11,7 +11,7 @@ from support.trajectories import random_trajectories
 from searchr1.cluster.critic_worker import CriticGroup
 from searchr1.config.layout import critic_layout
 from searchr1.config.schema import Config
-from searchr1.training.critic import update_critic
+from searchr1.training.train import update_critic
 
 
 class FakeChannel:

@@ -9,8 +9,7 @@ import pytest
 import yaml
 
 from searchr1.agent.trajectory import Sample
-from searchr1.checkpoints.manifest import checkpoint_steps, read_contents, verify_checkpoint
-from searchr1.checkpoints.step_folder import new_checkpoint
+from searchr1.checkpoints.manifest import checkpoint_steps, new_checkpoint, read_contents, verify_checkpoint
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError

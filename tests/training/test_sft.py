@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    from searchr1.demo.tokenizer import train_tokenizer
+    from searchr1.demo.cold_start_rows import train_tokenizer
 
     return train_tokenizer()
 

@@ -10,8 +10,8 @@ import pytest
 from searchr1.commands.sft import parse
 from searchr1.data.dataset import load_dataset_files
 from searchr1.data.model_source import load_tokenizer, looks_local
+from searchr1.demo.cold_start_rows import train_tokenizer
 from searchr1.demo.demo import COLD_START
-from searchr1.demo.tokenizer import train_tokenizer
 from searchr1.errors import UserError
 from searchr1.training.sft_data import load_rows
 

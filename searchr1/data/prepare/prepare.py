@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from searchr1.data.prepare.output import write_json, write_rows
 from searchr1.data.prepare.passages import search_passages
 from searchr1.data.prepare.rows import Question, arrow_schema, check_row, make_row
 from searchr1.data.prepare.sources import Source
@@ -27,7 +26,58 @@ from searchr1.data.prepare.stats import (
 from searchr1.data.prompts import wants_passages
 from searchr1.data.reading import Events, read_records, read_rows
 from searchr1.errors import UserError
+from searchr1.files.atomic import atomic_file
 from searchr1.progress import ProgressBar
+
+BATCH_ROWS = 4096
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[Path]:
+    """Yield a path to write to, which takes the place of `path` when the block ends well.
+
+    Raises:
+        UserError: the folder cannot be written, or the disk is full.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as partial:
+            yield partial
+    except OSError as error:
+        raise UserError(f"--out {path.parent}: cannot write {path.name} ({error.strerror or error})") from error
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]], schema: Any) -> None:
+    """Write rows as JSON lines or parquet, by the suffix of `path`."""
+    with _output(path) as partial:
+        if path.suffix == ".parquet":
+            _write_parquet(partial, rows, schema)
+            return
+        with partial.open("w", encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]], schema: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetWriter(path, schema) as writer:
+        batch: list[dict[str, Any]] = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == BATCH_ROWS:
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                batch = []
+        if batch:
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write one JSON object, indented."""
+    with _output(path) as partial:
+        partial.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+
 
 SHOWN_PROBLEMS = 20
 NOTES = ".passages.partial.jsonl"

@@ -22,8 +22,13 @@ from searchr1.checkpoints.weight_check import check_model_folder
 from searchr1.device import Device
 from searchr1.learner.backend import PolicyLoss, T, ValueLoss
 from searchr1.learner.megatron.checkpoint import Trained, load_checkpoint, load_weights, save_checkpoint
-from searchr1.learner.megatron.export import gather_hugging_face
-from searchr1.learner.megatron.model import build_model, first_layer_of_stage, load_hugging_face, local_parameters
+from searchr1.learner.megatron.model import (
+    build_model,
+    first_layer_of_stage,
+    gather_hugging_face,
+    load_hugging_face,
+    local_parameters,
+)
 from searchr1.learner.megatron.optimizer import build_ddp, build_optimizer, torch_optimizers
 from searchr1.learner.megatron.parallel import Parallel
 from searchr1.learner.megatron.vocab_parallel import vocab_parallel_logprobs

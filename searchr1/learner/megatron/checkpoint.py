@@ -2,7 +2,7 @@
 
 A folder holds the model's tensors under the names of mapping.py's table, the optimizer's moments and master weights,
 `common.pt` (what is the same everywhere) and `hf/` (configuration and tokenizer, so that a conversion needs no other
-folder). `checkpoints/step_folder.py` makes it atomic.
+folder). `checkpoints/manifest.py` makes it atomic.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ import torch
 import torch.distributed as dist
 
 from searchr1.checkpoints.distributed import load_megatron
-from searchr1.checkpoints.manifest import write_rank_sums
+from searchr1.checkpoints.manifest import HF_FOLDER, write_rank_sums
 from searchr1.checkpoints.mapping import VALUE_HEAD
-from searchr1.checkpoints.step_folder import HF_FOLDER
 from searchr1.errors import UserError
 from searchr1.learner.checkpoint import save_hf_files
 from searchr1.learner.megatron.optimizer import torch_optimizers, use_fused_adam

@@ -26,15 +26,15 @@ import numpy.typing as npt
 
 from searchr1.errors import UserError
 from searchr1.progress import Advance
-from searchr1.retrieval.index.bm25_files import (
+from searchr1.retrieval.index.bm25_index import (
     DATA_FILE,
     INDICES_FILE,
     INDPTR_FILE,
     LARGEST_FILE,
     PARAMETERS_FILE,
     VOCABULARY_FILE,
+    stemmer_of,
 )
-from searchr1.retrieval.index.bm25_index import stemmer_of
 from searchr1.retrieval.index.corpus import Corpus
 from searchr1.retrieval.index.tokens import Split, choose_tokenizer, get_tokenizer, split_as_bm25s
 

@@ -6,14 +6,21 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from searchr1.checkpoints.weight_hash import hash_encoder
+from searchr1.checkpoints.model_folder import hash_encoder
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_file
 from searchr1.files.checksums import take
 from searchr1.files.folder_lock import folder_lock
 from searchr1.progress import ProgressBar
-from searchr1.retrieval.encode.embed import EncoderFlags, embed_by_processes, embed_parts
-from searchr1.retrieval.encode.embedding_file import copy_parts, embedding_name, open_embedding, save_embedding
+from searchr1.retrieval.encode.embed import (
+    EncoderFlags,
+    copy_parts,
+    embed_by_processes,
+    embed_parts,
+    embedding_name,
+    open_embedding,
+    save_embedding,
+)
 from searchr1.retrieval.encode.embedding_folder import EmbeddingFolder, EmbeddingPlan
 from searchr1.retrieval.encode.encoder import Encoder
 from searchr1.retrieval.index.bm25_build import build_bm25, tokenizer_for

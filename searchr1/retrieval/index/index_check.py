@@ -16,7 +16,7 @@ import numpy.typing as npt
 from searchr1.files.checksums import FileSum, damaged
 from searchr1.files.lfs import is_pointer
 from searchr1.progress import ProgressBar
-from searchr1.retrieval.index.bm25_files import PARAMETERS_FILE, check_lists, open_lists
+from searchr1.retrieval.index.bm25_index import PARAMETERS_FILE, check_lists, open_lists
 from searchr1.retrieval.index.faiss_files import flat_shape, probe
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, index_error
 

@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from searchr1.checkpoints.weight_hash import hash_encoder
+from searchr1.checkpoints.model_folder import hash_encoder
 from searchr1.errors import UserError
-from searchr1.files.checksums import Damage, FileSum
-from searchr1.files.sealed import read_json, unseal, write_sealed
+from searchr1.files.checksums import Damage, FileSum, read_json, unseal, write_sealed
 from searchr1.retrieval.index.corpus import Corpus
 
 if TYPE_CHECKING:

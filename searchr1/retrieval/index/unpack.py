@@ -23,8 +23,8 @@ from typing import IO, Any, Self
 from searchr1 import caches
 from searchr1.errors import UserError
 from searchr1.files.atomic import atomic_file, partial_path
+from searchr1.files.checksums import read_sealed, write_sealed
 from searchr1.files.parquet_rows import parquet_rows
-from searchr1.files.sealed import read_sealed, write_sealed
 from searchr1.files.text_rows import MAX_LINE_BYTES, LineTooLong
 from searchr1.progress import ProgressBar
 from searchr1.retrieval.index.file_identity import (

@@ -14,7 +14,7 @@ from searchr1.files.checksums import Damage, damaged
 from searchr1.retrieval.index.file_identity import BLOCK_BYTES, FileIdentity, is_unchanged
 from searchr1.retrieval.index.index_check import check_bm25, check_faiss, reject_pointer
 from searchr1.retrieval.index.manifest import DamagedIndex, Manifest, open_manifest
-from searchr1.retrieval.index.row_table import SUMMARY, read_summary, table_damage
+from searchr1.retrieval.index.rows import SUMMARY, read_summary, table_damage
 from searchr1.retrieval.index.unpack import ENDINGS, UNPACKED, note_of, read_note
 
 Advance = Callable[[int], object]
