@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from searchr1.config.load import config_help, given_keys, load_for_command
+from searchr1.config.load import config_help, load_for_command
 from searchr1.evaluation.evaluate import evaluate
-from searchr1.evaluation.tasks import follow_model
-from searchr1.preflight.check import require_valid, warnings
 
 
 def main(argv: list[str]) -> int:
@@ -26,10 +23,6 @@ def main(argv: list[str]) -> int:
     )
     args = parser.parse_args(argv)
     config = load_for_command(args.config, args.overrides)
-    follow_model(config, given_keys(config))
-    require_valid(config, for_training=False)
-    for text in warnings(config, for_training=False):
-        print(f"warning: {text}", file=sys.stderr)
     results, folder = evaluate(config)
     print(f"\n{results.text()}\n\nresults  {folder}/results.html, results.md, results.json, eval.json")
     return 0

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
 from searchr1.config.load import config_help, load_for_command
-from searchr1.preflight.check import require_valid, warnings
 from searchr1.training.train import train
 
 
@@ -17,9 +15,6 @@ def main(argv: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for instance runner.max_steps=10")
     args = parser.parse_args(argv)
     config = load_for_command(args.config, args.overrides)
-    require_valid(config, for_training=True)
-    for text in warnings(config):
-        print(f"warning: {text}", file=sys.stderr)
     folder = train(config)
     print(f"done: {folder}")
     return 0

@@ -11,6 +11,7 @@ from pathlib import Path
 from searchr1.agent.trajectory import Sample, Trajectory
 from searchr1.cluster.collect import Collection, RolloutStats, collect_batch
 from searchr1.cluster.launch import EvaluationCluster, evaluation_cluster
+from searchr1.config.load import given_keys
 from searchr1.config.schema import Config
 from searchr1.data.loader import eval_batches
 from searchr1.device import Device
@@ -26,6 +27,7 @@ from searchr1.evaluation.tasks import (
     add_passages,
     begin,
     evaluation_path,
+    follow_model,
     load_questions,
     open_tasks,
     require_server,
@@ -33,6 +35,7 @@ from searchr1.evaluation.tasks import (
     with_judge,
 )
 from searchr1.files.folder_lock import FolderLock, folder_lock
+from searchr1.preflight.check import check_before_start
 from searchr1.preflight.check_backend import without_adapters
 from searchr1.shutdown import Stopped
 from searchr1.tracking.eval_progress import EvalProgress
@@ -61,12 +64,14 @@ def validate(cluster: EvaluationCluster, samples: list[Sample], config: Config, 
 
 
 def evaluate(config: Config) -> tuple[Results, Path]:
-    """Evaluate the model that `config` names, or go on with it. Returns the results and the folder that holds them.
+    """Evaluate the model that `config` names, or go on with it. Return the results and the folder that holds them.
 
     Raises:
         UserError: something the user can put right; what was finished is kept, and the same call goes on from there.
         WorkerDied: a process of the run has died; the same holds.
     """
+    follow_model(config, given_keys(config))
+    check_before_start(config, for_training=False)
     with folder_lock(run_path(config), NAMED_BY, "searchr1 eval") as lock:
         return evaluate_in(lock, config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def require_valid(config: Config, for_training: bool) -> None:
         ]
     if problems:
         raise ConfigError("the configuration", problems)
+
+
+def check_before_start(config: Config, for_training: bool) -> None:
+    """Print warnings on stderr, and raise a `ConfigError` with every problem, if there is one."""
+    require_valid(config, for_training)
+    for text in warnings(config, for_training):
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def check_config(config: Config, for_training: bool) -> list[Problem]:

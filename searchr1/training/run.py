@@ -15,6 +15,7 @@ from searchr1.data.loader import PromptLoader
 from searchr1.device import Device
 from searchr1.evaluation.tasks import watch_servers
 from searchr1.files.folder_lock import FolderLock, folder_lock
+from searchr1.preflight.check import check_before_start
 from searchr1.retrieval.client.outages import OutageWatch
 from searchr1.tracking.loggers import hosted_loggers, require_backends, require_logins, start_loggers
 from searchr1.tracking.run_log import RunLog
@@ -54,6 +55,7 @@ def start_run(config: Config) -> Iterator[Run]:
         UserError: something that the user can put right; nothing that was saved is lost.
         WorkerDied: a process of the run has died; nothing that was saved is lost.
     """
+    check_before_start(config, for_training=True)
     with folder_lock(run_path(config), NAMED_BY, "searchr1 train") as lock:
         device = Device.detect(config.cluster.device)
         data = load_data(config)

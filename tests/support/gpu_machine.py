@@ -369,6 +369,8 @@ def build(monkeypatch, config, sizes, on_note=lambda: None):
     monkeypatch.setattr(
         scheduler.Worker, "create_group", classmethod(lambda cls, *args: Launcher(machine, cls, args)), raising=True
     )
+    # The paths of its recipes are placeholders.
+    monkeypatch.setattr("searchr1.training.run.check_before_start", lambda *_, **__: None)
     monkeypatch.setattr(launch_module, "Cluster", lambda **_: rlinf_cluster())
     monkeypatch.setattr(launch_module, "Channel", SimpleNamespace(create=lambda name: Channel(machine)))
     monkeypatch.setattr(ray, "shutdown", lambda: None)

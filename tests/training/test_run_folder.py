@@ -10,6 +10,7 @@ import yaml
 
 from searchr1.agent.trajectory import Sample
 from searchr1.checkpoints.manifest import checkpoint_steps, new_checkpoint, read_contents, verify_checkpoint
+from searchr1.config.load import ConfigError
 from searchr1.config.schema import Config
 from searchr1.data.loader import PromptLoader
 from searchr1.errors import UserError
@@ -264,6 +265,7 @@ def test_a_resume_that_is_refused_changes_nothing(tmp_path, monkeypatch, spoil):
     config, loader = spoil(path, resumed(tmp_path), make_loader())
     config.actor.optim.lr = 1.0
     before = everything_in(path)
+    monkeypatch.setattr(run_module, "check_before_start", lambda *_, **__: None)
     monkeypatch.setattr(run_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
     monkeypatch.setattr(run_module, "PromptLoader", lambda *_, **__: loader)
     with pytest.raises(UserError):
@@ -289,6 +291,7 @@ def test_a_run_that_fails_before_its_first_step_changes_nothing(tmp_path, monkey
         def __exit__(self, *_):
             return None
 
+    monkeypatch.setattr(run_module, "check_before_start", lambda *_, **__: None)
     monkeypatch.setattr(run_module, "load_data", lambda config: SimpleNamespace(train=[], val=[]))
     monkeypatch.setattr(run_module, "PromptLoader", lambda *_, **__: make_loader())
     monkeypatch.setattr(run_module, "training_cluster", lambda *_: Launched())
@@ -368,3 +371,8 @@ def test_a_saved_checkpoint_is_one_only_when_its_step_is_over(tmp_path, in_backg
     folder.finish_save()
     folder.drop_save()  # there is nothing left to do
     assert checkpoint_steps(checkpoints) == ([3] if keep else [])
+
+
+def test_a_run_started_from_python_is_checked_too():
+    with pytest.raises(ConfigError, match=r"rollout\.model\.model_path: is empty"):
+        train(Config())
