@@ -1,4 +1,4 @@
-"""An advantage of one's own: OPO's length-weighted baseline. https://arxiv.org/abs/2505.23585"""
+"""A custom advantage: OPO's length-weighted baseline. https://arxiv.org/abs/2505.23585"""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from searchr1.algorithms.advantages import AdvantageInputs, AdvantageSettings
 
 
 def opo(inputs: AdvantageInputs, settings: AdvantageSettings) -> Tensor:
-    """[N]: reward - sum(length reward) / sum(length), over the attempts at the same question.
+    """Return advantages [N]: reward - sum(length reward) / sum(length), over the rollouts of the same group.
 
-    The mean that makes the gradient's variance least if its square grows with the length: long attempts count more.
-    Lengths are the tokens that the policy sampled.
+    This mean minimises the gradient's variance if its square grows with the length: long rollouts count more.
+    Lengths are numbers of policy tokens.
     """
     _, group_N = inputs.group_ids_N.unique(return_inverse=True)
     lengths_N = inputs.policy_tokens_N.to(inputs.rewards_N.dtype)

@@ -1,4 +1,4 @@
-"""A policy loss of one's own: TOPR, which tapers what is off the policy. https://arxiv.org/abs/2503.14286"""
+"""A custom policy loss: TOPR, which tapers off-policy sequences. https://arxiv.org/abs/2503.14286"""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from searchr1.algorithms.policy_losses import ClipSettings, PolicyInputs, TokenL
 
 
 def topr(inputs: PolicyInputs, clip: ClipSettings) -> TokenLosses:
-    """loss = -stop_grad(w) A logp; w = 1 where A > 0, else min(1, s) with s = e^(sum over the sequence of logp - old logp).
+    """Return losses -stop_grad(w) A logp; w = 1 where A > 0, else min(1, e^(sum over the sequence of logp - old logp)).
 
-    A good attempt is learned from however unlikely it has become; a bad one is pushed down only while it is still likely.
-    Nothing is clipped, so `clip` is not read.
+    A good rollout is learned from however unlikely it has become; a bad one is pushed down only while it is still likely.
+    Nothing is clipped, so `clip` is unused.
     """
     log_ratio_P = inputs.log_ratio_P().detach()
     segments_P = inputs.segment_ids_P.long()

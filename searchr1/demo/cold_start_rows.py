@@ -1,4 +1,4 @@
-"""What the cold start is made from: worked answers to questions of many worlds, and the demo's tokenizer."""
+"""The cold start's training data: worked answers to questions about many worlds, and the demo's tokenizer."""
 
 from __future__ import annotations
 
@@ -18,43 +18,43 @@ if TYPE_CHECKING:
 
 TOPK = 2
 FIRST_WORLD_SEED = 1_000_000
-"""Worlds for demonstrations lie far from the seeds that people train and test on."""
+"""Seed of the first world with demonstrations, far from the seeds used for training and testing."""
 
-SHY_RELATIONS = frozenset({"birthplace", "employer", "mayor", "governor", "headquarters", "setting", "commander"})
-"""When the last hop is one of these, the mediocre cold start mostly guesses instead of searching."""
+OFTEN_GUESSED_RELATIONS = frozenset({"birthplace", "employer", "mayor", "governor", "headquarters", "setting", "commander"})
+"""Last relations for which a mediocre demonstration mostly guesses instead of searching."""
 GUESS_RATE = {True: 0.75, False: 0.25}
-"""Share of guesses, by whether the last relation is shy."""
+"""Share of guesses, by whether the last relation is one of `OFTEN_GUESSED_RELATIONS`."""
 STOP_EARLY_RATE = 0.6
-"""Share of questions of several hops that are answered after too few."""
+"""Share of questions of several hops that are answered after fewer hops than they need."""
 READ_EVERY = 8
-"""Every so many full answers are trained on whole, question and passages included. Predicting passages, in which each name
-comes twice, is what teaches a small model to copy; with the policy's own words alone it takes several times longer."""
+"""Period of the full answers that are trained on whole, question and passages included. Predicting passages, in which each
+name occurs twice, teaches a small model to copy; with policy tokens alone it takes several times longer."""
 
 Segment = dict[str, Any]
 Lookup = Callable[[Entity], list[Entity]]
 
 
 def bm25_lookup(world: World) -> Lookup:
-    """What the retrieval server would find for each entity's name."""
+    """Return a function that gives the entities that the retrieval server returns for an entity's name."""
     import bm25s
 
     texts = [contents(entity) for entity in world.entities]
-    names = [entity.name for entity in world.entities]
+    queries = [entity.name for entity in world.entities]
     index = bm25s.BM25()
     index.index(bm25s.tokenize(texts, stopwords=None, show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(names, stopwords=None, show_progress=False)
-    found, _ = index.retrieve(tokens, k=TOPK, show_progress=False)
-    table = {entity.id: [world.entities[j] for j in row] for entity, row in zip(world.entities, found, strict=True)}
+    tokens = bm25s.tokenize(queries, stopwords=None, show_progress=False)
+    rows, _ = index.retrieve(tokens, k=TOPK, show_progress=False)
+    table = {entity.id: [world.entities[j] for j in row] for entity, row in zip(world.entities, rows, strict=True)}
     return lambda entity: table[entity.id]
 
 
-def _information(found: list[Entity]) -> str:
-    documents = [Document(id="", title=entity.name, text=passage(entity)) for entity in found]
+def _information(entities: list[Entity]) -> str:
+    documents = [Document(id="", title=entity.name, text=passage(entity)) for entity in entities]
     return render_information([documents], "searchr1")
 
 
 def full_answer(question: Question, lookup: Lookup, hops: int | None = None) -> list[Segment]:
-    """Look up every hop and answer; with `hops`, answer with what that many hops give."""
+    """Return an answer that looks up every hop, or the first `hops` hops, and answers with the entity reached."""
     hops = question.hops if hops is None else hops
     chain = question.chain
     think = f"<think> I need the {question.relations[0]} of {question.start.name}</think>\n"
@@ -69,15 +69,15 @@ def full_answer(question: Question, lookup: Lookup, hops: int | None = None) -> 
 
 
 def guess(question: Question, world: World, rng: random.Random) -> list[Segment]:
-    """An answer of the right kind, out of thin air."""
+    """Return an answer without a search: a random entity of the right kind."""
     name = rng.choice(world.of(question.answer.kind)).name
     text = f"<think> I remember this</think>\n<answer> {name}</answer>"
     return [{"text": prompt_text(question.text), "train": False}, {"text": text, "train": True}]
 
 
 def mediocre_answer(question: Question, lookup: Lookup, world: World, rng: random.Random) -> list[Segment]:
-    """What the cold start is to imitate: it often guesses, and it often stops after the first hop."""
-    if rng.random() < GUESS_RATE[question.relations[-1] in SHY_RELATIONS]:
+    """Return an answer for the cold start to imitate, which is often a guess or stops before the last hop."""
+    if rng.random() < GUESS_RATE[question.relations[-1] in OFTEN_GUESSED_RELATIONS]:
         return guess(question, world, rng)
     if question.hops > 1 and rng.random() < STOP_EARLY_RATE:
         return full_answer(question, lookup, hops=rng.randint(1, question.hops - 1))
@@ -85,7 +85,7 @@ def mediocre_answer(question: Question, lookup: Lookup, world: World, rng: rando
 
 
 def demonstrations(worlds: int, questions_per_world: int, seed: int, mediocre: bool) -> Iterator[dict[str, Any]]:
-    """Rows over `worlds` different worlds, perfect or mediocre."""
+    """Yield rows with perfect or mediocre answers to `questions_per_world` questions about each of `worlds` worlds."""
     for number in range(worlds):
         world = make_world(FIRST_WORLD_SEED + 10_000 * seed + number)
         lookup = bm25_lookup(world)
@@ -109,7 +109,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
-    """The same tokenizer on every machine; any text can be encoded, the world's words take one token each."""
+    """Train the tokenizer: the same on every machine, without unknown text, one token for each of the world's words."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -123,7 +123,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Words are listed often enough that whole words win over fragments, whatever the demonstrations hold.
+    # Repeated often enough that each word becomes one token, whatever the demonstrations contain.
     words = [" " + word for pools in names.WORD_POOLS.values() for pool in pools for word in pool]
     rows = demonstrations(worlds=1, questions_per_world=400, seed=99, mediocre=False)
     text = ["".join(segment["text"] for segment in row["segments"]) for row in rows]
@@ -139,6 +139,6 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(out: Path) -> None:
-    """Write the tokenizer where `AutoTokenizer` finds it."""
+    """Write the tokenizer into folder `out` for `AutoTokenizer`."""
     out.mkdir(parents=True, exist_ok=True)
     train_tokenizer().save_pretrained(out)

@@ -37,21 +37,21 @@ GPU_RECIPES = Recipes(RECIPES / "tiny-gpu.yaml", RECIPES / "tiny-gpu-eval.yaml")
 
 @dataclass(frozen=True, slots=True)
 class Demo:
-    """What one demo does."""
+    """The options of one demo."""
 
     out: Path
-    """Folder for everything that it writes."""
+    """Folder for everything that the demo writes."""
     recipes: Recipes
     model: Path
     """Folder of the model to start from."""
     seed: int
-    """Of the world and of the training."""
+    """Seed of the world and of the training."""
     steps: int | None
-    """Training steps; None for the recipe's."""
+    """Number of training steps; None for the recipe's."""
     checks: bool
-    """Whether to evaluate also without search, and on a world that the training has not seen."""
+    """Evaluate also without search, and on a world that was not trained on."""
     overrides: Sequence[str]
-    """Of the training's YAML."""
+    """Overrides of the training's YAML."""
 
 
 def pick_recipes(overrides: Sequence[str]) -> Recipes:
@@ -92,7 +92,7 @@ def run_demo(demo: Demo) -> None:
 
 
 def _train_and_evaluate(demo: Demo) -> Path:
-    """Train, convert the newest checkpoint and evaluate it. Returns the converted model's folder."""
+    """Train, convert the newest checkpoint and evaluate it. Return the converted model's folder."""
     out, world = demo.out, demo.out / "world"
     if not (world / "world.json").exists():
         run_command("demo-world", "--seed", demo.seed, "--out", world)
@@ -118,7 +118,7 @@ def _train_and_evaluate(demo: Demo) -> Path:
 def _convert_newest(out: Path) -> Path:
     steps = sorted((out / "train/checkpoints").glob("global_step_*"), key=lambda path: int(path.name.rpartition("_")[2]))
     model = out / "model"
-    shutil.rmtree(model, ignore_errors=True)  # a run that went on has a newer checkpoint
+    shutil.rmtree(model, ignore_errors=True)  # a continued run has a newer checkpoint
     kind = "mg2hf" if (steps[-1] / "actor/metadata.json").exists() else "fsdp2hf"
     run_command("convert", kind, "--checkpoint", steps[-1] / "actor", "--output", model)
     return model

@@ -19,7 +19,7 @@ TEST_QUESTIONS = 480
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write `rows`, one JSON object per line. Returns how many."""
+    """Write `rows`, one JSON object per line; return their number."""
     count = 0
     with path.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -29,18 +29,18 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def contents(entity: Entity) -> str:
-    """A passage in the corpus format: the quoted title, a line break, the text."""
+    """Return a passage in the corpus format: the quoted title, a line break, the text."""
     return f'"{entity.name}"\n{passage(entity)}'
 
 
 def corpus_rows(world: World) -> Iterable[dict[str, Any]]:
-    """`{"id", "contents", "url"}` as in the wiki-18 corpus."""
+    """Yield the corpus as rows `{"id", "contents", "url"}`, the format of the wiki-18 corpus."""
     for i, entity in enumerate(world.entities):
         yield {"id": str(i), "contents": contents(entity), "url": entity.url}
 
 
 def page_rows(world: World) -> Iterable[dict[str, Any]]:
-    """`{"url", "title", "contents", "links"}`: what `/access` serves."""
+    """Yield the pages that `/access` serves as rows `{"url", "title", "contents", "links"}`."""
     mentioned_by: dict[int, list[Entity]] = defaultdict(list)
     for entity in world.entities:
         for value in entity.relations.values():
@@ -52,17 +52,17 @@ def page_rows(world: World) -> Iterable[dict[str, Any]]:
 
 
 def golden_answers(question: Question) -> list[str]:
-    """The name first, then its aliases."""
+    """Return the answer's name, then its aliases."""
     return [question.answer.name, *question.answer.aliases]
 
 
 def prompt_text(question: str) -> str:
-    """What the policy is given; the tokenizer's chat template renders a user message to the same text."""
+    """Return the prompt's text, to which the tokenizer's chat template renders a user message, too."""
     return f"Question: {question}\n"
 
 
 def jsonl_row(question: Question, index: int) -> dict[str, Any]:
-    """A row in RLinf's shape (`prompt`, `solutions`)."""
+    """Return a row in RLinf's format (`prompt`, `solutions`)."""
     return {
         "id": index,
         "data_source": HOP_NAMES[question.hops],
@@ -74,7 +74,7 @@ def jsonl_row(question: Question, index: int) -> dict[str, Any]:
 
 
 def parquet_row(question: Question, index: int, split: str) -> dict[str, Any]:
-    """A row in Search-R1's shape."""
+    """Return a row in Search-R1's format."""
     return {
         "data_source": HOP_NAMES[question.hops],
         "prompt": [{"role": "user", "content": question.text}],
@@ -85,10 +85,10 @@ def parquet_row(question: Question, index: int, split: str) -> dict[str, Any]:
 
 
 def write_world(seed: int, out: Path) -> dict[str, Any]:
-    """Write corpus, pages and questions of the world of `seed` into `out`.
+    """Write corpus, pages and questions of the world of `seed` into folder `out`.
 
     Returns:
-        Counts, also written to `world.json`.
+        Numbers of rows, also written to `world.json`.
     """
     out.mkdir(parents=True, exist_ok=True)
     world = make_world(seed)

@@ -1,7 +1,7 @@
 """Words and names of the fictional world.
 
-The word pools are the same for every world, so one small tokenizer fits all of them; a world's seed decides
-which two words make a name and who is related to whom. Every name has two words.
+The word pools are the same for every world, so one small tokenizer serves all worlds. A name is two words; the
+world's seed determines the names and the relations between entities.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CODAS = "l m n r s th nd rk st x ld".split()
 
 
 def _invented_words(count: int, seed: int, ending: tuple[str, ...]) -> list[str]:
-    """`count` different made-up words of two syllables, each ending in one of `ending`."""
+    """Return `count` different invented words of two syllables, each with a last part from `ending`."""
     rng = random.Random(seed)
     words: dict[str, None] = {}
     while len(words) < count:
@@ -67,7 +67,7 @@ WORD_POOLS: dict[str, tuple[list[str], list[str]]] = {
 
 
 def shuffled_names(kind: str, rng: random.Random) -> Iterator[str]:
-    """All two-word names of `kind` in an order drawn from `rng`; none comes twice."""
+    """Return all two-word names of `kind`, each once, in an order drawn from `rng`."""
     first, second = WORD_POOLS[kind]
     names = [f"{a} {b}" for a, b in itertools.product(first, second)]
     rng.shuffle(names)

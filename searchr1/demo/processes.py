@@ -1,4 +1,4 @@
-"""Processes that the demo starts: the sub-commands of searchr1, and the retrieval server that they ask."""
+"""Processes that the demo starts: the sub-commands of searchr1, and the retrieval server that they use."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Server:
     log: Path
 
     def require_running(self) -> None:
-        """Check that the server still runs.
+        """Require that the server still runs.
 
         Raises:
             UserError: it has ended; nothing can be searched any more.
@@ -45,7 +45,7 @@ class Server:
 
 
 def run_command(*arguments: object, env: dict[str, str] | None = None, server: Server | None = None) -> None:
-    """Run a sub-command in a process of its own. A signal that asks this process to stop is passed on to it.
+    """Run a sub-command in a process of its own. Forward a signal that stops this process to it.
 
     Args:
         arguments: of searchr1.
@@ -90,7 +90,7 @@ def retrieval_server(world: Path, log: Path) -> Iterator[Server]:
     words += ["--pages_path", str(world / "pages.jsonl"), "--port", "0", "--save-address-to", str(address_file)]
     print(f"\n$ searchr1 {shlex.join(words)} &", flush=True)
     with log.open("w", encoding="utf-8") as output:
-        # In a process group of its own: Ctrl-C must not end it before the command that asks it.
+        # In a process group of its own: Ctrl-C must not end it before the command that uses it.
         server = subprocess.Popen([*PROGRAM, *words], stdout=output, stderr=output, process_group=0)
     with ended_at_once(server.kill):
         try:

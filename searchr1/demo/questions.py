@@ -1,4 +1,4 @@
-"""Questions of one, two and three hops over a world."""
+"""Questions of one, two and three hops about a world."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ NATURAL = {
     "owner": "Which company owns {}?",
     "commander": "Who commands {}?",
 }
-"""How one asks for a relation; every inner hop reads "the <relation> of …"."""
+"""The question's text by its last relation; each hop before that reads "the <relation> of …"."""
 
 
 @dataclass(slots=True)
 class Question:
-    """A chain of relations from `start`; the answer is the value of the last one."""
+    """A question that follows a chain of relations from `start`; the last relation's value is the answer."""
 
     start: Entity
     relations: list[str]
-    """In the order in which they must be looked up."""
+    """Relations in the order in which they are looked up."""
 
     @property
     def hops(self) -> int:
-        """Number of passages that must be read."""
+        """Return the number of passages that an answer needs."""
         return len(self.relations)
 
     @property
     def chain(self) -> list[Entity]:
-        """The entities on the way, `start` first, the answer last."""
+        """Return the entities along the chain, from `start` to the answer."""
         entities = [self.start]
         for relation in self.relations:
             entities.append(entities[-1].relations[relation])
@@ -51,12 +51,12 @@ class Question:
 
     @property
     def answer(self) -> Entity:
-        """The gold answer."""
+        """Return the gold answer."""
         return self.chain[-1]
 
     @property
     def text(self) -> str:
-        """The question in English."""
+        """Return the question in English."""
         subject = self.start.name
         for relation in self.relations[:-1]:
             subject = f"the {relation} of {subject}"
@@ -75,22 +75,22 @@ def _draw(world: World, part: Part, hops: int, rng: random.Random, starts: list[
 
 
 def make_questions(world: World, part: Part, count: int, seed: int) -> list[Question]:
-    """`count` different questions about entities of `part`, hops mixed by `HOP_SHARES`.
+    """Return `count` different questions about entities of `part`, with hops in the shares of `HOP_SHARES`.
 
-    A chain never comes back to an entity that it has visited, so no hop can be skipped.
+    A chain contains no entity twice, so no hop can be skipped.
     """
     rng = random.Random(f"searchr1 questions {world.seed} {part} {seed}")
     starts = [e for e in world.entities if e.part == part]
-    seen: set[str] = set()
+    texts: set[str] = set()
     questions: list[Question] = []
     for hops, share in HOP_SHARES.items():
         wanted = len(questions) + round(count * share)
         while len(questions) < wanted:
             question = _draw(world, part, hops, rng, starts)
             chain = question.chain
-            if question.text in seen or len({e.id for e in chain}) != len(chain):
+            if question.text in texts or len({e.id for e in chain}) != len(chain):
                 continue
-            seen.add(question.text)
+            texts.add(question.text)
             questions.append(question)
     rng.shuffle(questions)
     return questions

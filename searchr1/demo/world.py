@@ -1,7 +1,7 @@
 """Entities, their relations, and the text of the encyclopedia.
 
-Entities belong to one of two parts, "train" and "test". A relation never leaves its part, so a chain of
-relations that starts at a held-out entity touches held-out entities only.
+An entity belongs to the part "train" or to the part "test". Both ends of a relation are in the same part, so a chain of
+relations that starts at a held-out entity contains held-out entities only.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ RELATIONS: dict[str, dict[str, str]] = {
     "book": {"author": "person", "setting": "town"},
     "ship": {"owner": "company", "commander": "person"},
 }
-"""kind -> {relation -> kind of its value}; every relation has exactly one value."""
+"""kind -> {relation -> kind of its value}; a relation of an entity has exactly one value."""
 
 
 @dataclass(slots=True)
 class Entity:
-    """One thing that the encyclopedia has a passage about."""
+    """The subject of one passage of the encyclopedia."""
 
     id: int
     kind: str
@@ -42,7 +42,7 @@ class Entity:
 
     @property
     def aliases(self) -> list[str]:
-        """Other names that count as right: the initial for people, the kind of place first for towns."""
+        """Return other correct names: with an initial or the family name first for people, in another order for towns."""
         first, second = self.name.split(" ")
         if self.kind == "person":
             return [f"{first[0]}. {second}", f"{second}, {first}"]
@@ -52,7 +52,7 @@ class Entity:
 
     @property
     def url(self) -> str:
-        """Address of the entity's page."""
+        """Return the address of the entity's page."""
         return f"https://encyclopedia.example/wiki/{self.name.replace(' ', '_')}"
 
 
@@ -64,12 +64,12 @@ class World:
     entities: list[Entity]
 
     def of(self, kind: str, part: Part | None = None) -> list[Entity]:
-        """The entities of a kind, of one part or of both."""
+        """Return the entities of `kind` in `part`, or in both parts."""
         return [e for e in self.entities if e.kind == kind and part in (None, e.part)]
 
 
 def make_world(seed: int) -> World:
-    """The world of `seed`: same seed, same world, on every machine."""
+    """Return the world of `seed`, which is the same on every machine."""
     rng = random.Random(f"searchr1 demo world {seed}")
     entities: list[Entity] = []
     for kind, count in ENTITY_COUNTS.items():
@@ -90,13 +90,13 @@ def make_world(seed: int) -> World:
                 value = rng.choice(others)
             entity.relations[relation] = value
     order = list(range(len(entities)))
-    rng.shuffle(order)  # so that passages of one kind do not lie together in the corpus
+    rng.shuffle(order)  # so that the corpus mixes passages of all kinds
     world.entities = [entities[i] for i in order]
     return world
 
 
 def passage(entity: Entity) -> str:
-    """The two sentences that the corpus holds about `entity`: all its relations, nothing else."""
+    """Return the passage about `entity`: all its relations, nothing else."""
     r = {name: value.name for name, value in entity.relations.items()}
     match entity.kind:
         case "person":
@@ -118,7 +118,7 @@ def passage(entity: Entity) -> str:
 
 
 def page_text(entity: Entity, mentioned_by: list[Entity]) -> str:
-    """The long form behind `url`: the passage, other names, the year, and who links here."""
+    """Return the page at `url`: the passage, other names, the year, and the entities that mention this one."""
     lines = [passage(entity)]
     if entity.aliases:
         lines.append("Also known as " + " or ".join(entity.aliases) + ".")

@@ -1,4 +1,4 @@
-"""`searchr1 demo`: which steps follow each other, with commands that only leave their files behind."""
+"""`searchr1 demo`: the order of its steps, with fake sub-commands that only write their files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from searchr1.preflight.check import check_config
 
 @pytest.fixture
 def commands(monkeypatch, tmp_path):
-    """Fake sub-commands; `train` makes checkpoint number `steps`."""
+    """Replace the sub-commands by fakes; `train` makes checkpoint number `steps`."""
 
     def command(name, *arguments, env=None, server=None):
         words = [str(argument) for argument in arguments]
@@ -34,7 +34,7 @@ def commands(monkeypatch, tmp_path):
             (out / "train/metrics.jsonl").write_text(json.dumps(row) + "\n")
         elif name == "convert":
             model = Path(words[words.index("--output") + 1])
-            model.mkdir()  # as the command itself, fails if it exists
+            model.mkdir()  # like the real command, this fails if the folder exists
             (model / "from").write_text(words[words.index("--checkpoint") + 1])
         elif name == "eval":
             (out / "eval").mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ def commands(monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("commands")
-def test_a_demo_that_goes_on_converts_its_newest_checkpoint(tmp_path, capsys):
+def test_a_continued_demo_converts_its_newest_checkpoint(tmp_path, capsys):
     for steps in (2, 40):
         assert demo_command(["--out", str(tmp_path), "--steps", str(steps)]) == 0
         assert (tmp_path / "model/from").read_text() == str(tmp_path / f"train/checkpoints/global_step_{steps}/actor")
@@ -58,7 +58,7 @@ def test_a_demo_that_goes_on_converts_its_newest_checkpoint(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def demo_folder(tmp_path_factory):
-    """The files that the demo's YAMLs name."""
+    """Return a folder with the files that the demo's YAMLs name."""
     folder = tmp_path_factory.mktemp("demo")
     (folder / "world").mkdir()
     for name in ("train", "test"):
@@ -67,7 +67,7 @@ def demo_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 3, 8])
-def test_training_and_evaluation_are_wholly_on_one_device(monkeypatch, demo_folder, gpus):
+def test_training_and_evaluation_use_one_device(monkeypatch, demo_folder, gpus):
     monkeypatch.setenv("SEARCHR1_DEMO_DIR", str(demo_folder))
     monkeypatch.setattr(device, "_cuda_device_count", lambda: gpus)
     monkeypatch.setattr(device.nvidia, "vllm_build", lambda: "cuda" if gpus else "cpu")
@@ -78,47 +78,47 @@ def test_training_and_evaluation_are_wholly_on_one_device(monkeypatch, demo_fold
         (recipes.eval, ["rollout", "reward"]),
     ):
         config = load_config(path, [f"rollout.model.model_path={demo.COLD_START}"])
-        found = Device.detect(config.cluster.device)
-        assert found.kind == kind
-        assert all(group_ranks(config, group, found) == [(0,)] for group in groups)
+        detected = Device.detect(config.cluster.device)
+        assert detected.kind == kind
+        assert all(group_ranks(config, group, detected) == [(0,)] for group in groups)
         assert check_config(config, "actor" in groups) == []
 
 
-def test_the_gpu_s_yamls_are_those_of_the_cpu_but_for_the_device():
+def test_the_gpu_recipes_equal_the_cpu_recipes_except_for_the_device():
     differing = {"cluster", "rollout", "actor"}
-    for here, there in ((CPU_RECIPES.train, GPU_RECIPES.train), (CPU_RECIPES.eval, GPU_RECIPES.eval)):
-        cpu, gpu = load_config(here), load_config(there)
+    for cpu_recipe, gpu_recipe in ((CPU_RECIPES.train, GPU_RECIPES.train), (CPU_RECIPES.eval, GPU_RECIPES.eval)):
+        cpu, gpu = load_config(cpu_recipe), load_config(gpu_recipe)
         assert {name for name in vars(cpu) if getattr(cpu, name) != getattr(gpu, name)} - {"given", "notes"} == differing
         assert cpu.rollout.model.model_path == gpu.rollout.model.model_path
 
 
-def test_what_the_machine_asks_for_holds_for_the_evaluation_too(monkeypatch, commands, tmp_path):
-    seen = []
+def test_overrides_for_the_machine_apply_to_the_evaluation_too(monkeypatch, commands, tmp_path):
+    calls = []
     make_files = demo.run_command
 
     def command(name, *words, env=None, server=None):
-        seen.append((name, words))
+        calls.append((name, words))
         make_files(name, *words, env=env, server=server)
 
     monkeypatch.setattr(demo, "run_command", command)
     words = ["cluster.device=cpu", "rollout.model.precision=fp16", "rollout.max_running_requests=4"]
     assert demo_command(["--out", str(tmp_path), "--steps", "1", *words]) == 0
-    (evaluation,) = [words for name, words in seen if name == "eval"]
+    (evaluation,) = [words for name, words in calls if name == "eval"]
     assert evaluation == (CPU_RECIPES.eval, "runner.overwrite=True", "cluster.device=cpu", "rollout.model.precision=fp16")
 
 
-def test_the_user_s_word_on_the_device_goes_first(monkeypatch):
+def test_a_device_override_takes_precedence(monkeypatch):
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 8)
     assert demo.pick_recipes(["cluster.device=cpu", "runner.seed=1"]) == CPU_RECIPES
     monkeypatch.setattr(device.nvidia, "vllm_build", lambda: "cuda")
-    found = {problem.key: problem.message for problem in check_config(load_config(CPU_RECIPES.train), True)}
-    assert "cpu, but the vLLM installed here is the build for GPUs" in found["cluster.device"]
+    problems = {problem.key: problem.message for problem in check_config(load_config(CPU_RECIPES.train), True)}
+    assert "cpu, but the vLLM installed here is the build for GPUs" in problems["cluster.device"]
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 0)
     with pytest.raises(UserError, match="cuda was asked for"):
         demo.pick_recipes(["cluster.device=cuda"])
 
 
-def test_a_machine_with_a_gpu_runs_on_the_cpu_only_if_that_was_chosen(monkeypatch, capsys):
+def test_a_machine_with_a_gpu_uses_the_cpu_only_on_request(monkeypatch, capsys):
     monkeypatch.setattr(device, "_cuda_device_count", lambda: 0)
     monkeypatch.setattr(device.nvidia, "device_files", lambda: ("/dev/nvidia0",))
     monkeypatch.delenv("SEARCHR1_EXTRA", raising=False)

@@ -1,4 +1,4 @@
-"""`searchr1 demo` as the parent of its commands: signals are passed on, a dead server is named, a kill leaves nothing."""
+"""`searchr1 demo` as the parent of its commands: signals are forwarded, a dead server is named, a kill leaves no process."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from searchr1.demo import processes
 from searchr1.errors import UserError
 from searchr1.shutdown import Stopped, stops_cleanly
 
-# What a command of ours does when it is asked to stop.
+# A command that records the signal that stops it.
 COMMAND = (
     "import signal, sys, time\n"
     "def stop(signum, frame):\n"
@@ -33,8 +33,8 @@ def program(monkeypatch):
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.05)
 
 
-class Soon:
-    """A server that asks this process to stop, or ends, as soon as the command is ready."""
+class ActsOnceReady:
+    """A server that calls `act` as soon as the command is ready."""
 
     def __init__(self, file, act):
         self.file, self.act = file, act
@@ -46,17 +46,17 @@ class Soon:
 
 @pytest.mark.usefixtures("program")
 @pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_is_passed_on_and_waited_for(kind, tmp_path):
-    file = tmp_path / "seen"
-    with pytest.raises(Stopped) as found, stops_cleanly():
-        processes.run_command(file, server=Soon(file, lambda: signal.raise_signal(kind)))
-    assert found.value.exit_code == 128 + kind
+def test_a_signal_is_forwarded_and_the_command_awaited(kind, tmp_path):
+    file = tmp_path / "signal"
+    with pytest.raises(Stopped) as stopped, stops_cleanly():
+        processes.run_command(file, server=ActsOnceReady(file, lambda: signal.raise_signal(kind)))
+    assert stopped.value.exit_code == 128 + kind
     assert file.read_text() == kind.name
 
 
 @pytest.mark.usefixtures("program")
-def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
-    log, file = tmp_path / "server.log", tmp_path / "seen"
+def test_a_dead_server_stops_the_command_and_is_named(tmp_path):
+    log, file = tmp_path / "server.log", tmp_path / "signal"
     log.write_text("no more memory\n")
     process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
     server = processes.Server("127.0.0.1:1", process, log)
@@ -68,7 +68,7 @@ def test_a_server_that_dies_stops_the_command_and_is_named(tmp_path):
         server.require_running()
 
     with pytest.raises(UserError, match=rf"process {process.pid}\) was ended by SIGKILL(.|\n)*no more memory"):
-        processes.run_command(file, server=Soon(file, end))
+        processes.run_command(file, server=ActsOnceReady(file, end))
     assert file.read_text() == "SIGTERM"
 
 
