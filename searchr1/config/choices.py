@@ -61,11 +61,11 @@ def choices_of(key: str) -> tuple[str | None, ...]:
 
 
 def choice_problems(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield key and problem of every value that is none of those that its type lists.
+    """Yield key and problem of every value that its type does not list.
 
     Args:
         section: a `Config`, or a section of one.
-        prefix: of its keys.
+        prefix: prefix of the keys in the result.
     """
     for name, hint in hints(type(section)).items():
         key, value = f"{prefix}{name}", getattr(section, name)

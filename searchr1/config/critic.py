@@ -1,4 +1,4 @@
-"""The critic's settings, filled up with the actor's."""
+"""The critic's settings, with the actor's where the critic has none."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def critic_model_path(config: Config) -> str:
 
 
 def critic_model(config: Config) -> ActorModelConfig:
-    """Return how the critic's model is held: its precision, parallel sizes and recomputation, in its backend's terms."""
+    """Return the critic's model settings for its backend: precision, parallel sizes and recomputation."""
     if critic_backend(config) == "megatron":
         return _on_megatron(config)
     return ActorModelConfig(

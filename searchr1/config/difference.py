@@ -1,4 +1,4 @@
-"""What differs between two configurations, and which of it changes what a run learns. Pure functions of plain trees."""
+"""Differences between two configurations, and whether each changes what a run learns. Pure functions of plain trees."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HARMLESS = {
     "runner.val_check_interval": "when the run is evaluated",
     "runner.val_before_train": "when the run is evaluated",
     "data.val_rollout_batch_size": "how an evaluation is cut into batches",
-    "data.train_data_paths": "a checkpoint holds a hash of the questions themselves; others are refused",
+    "data.train_data_paths": "a checkpoint holds a hash of the questions themselves; others are rejected",
     "cluster.num_nodes": "which machines it runs on",
     "cluster.component_placement": "which machines it runs on",
     "cluster.component_placement.*": "which machines it runs on",
@@ -50,13 +50,13 @@ HARMLESS = {
 """Keys (patterns) whose change is listed apart, with the reason: none of them changes a gradient."""
 
 NOT_COMPARED = ("runner.resume_dir", "runner.overwrite", "vars.unused_keys", "vars.given_keys")
-"""How the command was given, and notes of the loader's: no settings of the run."""
+"""Keys about how the command was called, and notes of the loader: no settings of the run."""
 
 LENGTH_KEYS = ("runner.max_steps", "runner.max_epochs")
-"""These change the learning rate after all where a schedule stretches over the whole run."""
+"""Harmless keys that change the learning rate where a schedule spans the whole run."""
 
-MOST_TEXT = 160
-"""Characters of a value that are shown."""
+MAX_VALUE_CHARS = 160
+"""Length limit of a value in a message, in characters."""
 
 
 class _NotSet:
@@ -65,7 +65,7 @@ class _NotSet:
 
 
 NOT_SET = _NotSet()
-"""Stands where one of the two has no such key."""
+"""Placeholder value of a key that one of the two trees lacks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Difference:
 
 
 def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys -> values; lists are values, sections without keys have none."""
+    """Flatten nested values into `{dotted key: value}`; lists are values, empty sections are dropped."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -94,24 +94,24 @@ def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(old: Tree, new: Tree) -> list[Difference]:
-    """Every key whose value differs, by name.
+    """Return every key whose value differs, sorted by name.
 
     A key that only one of the trees has counts as its default in the other, so that a tree written before a key existed
-    does not differ in it; nor does one with a key that no longer exists and said nothing.
+    does not differ in it. Retired keys are not compared.
     """
     before, after = flatten(old), flatten(new)
     defaults = flatten(dataclasses.asdict(Config()))
     stretched = _rates_follow_length(after)
-    found = []
+    changes = []
     for key in sorted({*before, *after}):
         if key in NOT_COMPARED or key in RETIRED:
             continue
-        mine, theirs = before.get(key, defaults.get(key, NOT_SET)), after.get(key, defaults.get(key, NOT_SET))
-        if mine != theirs or isinstance(mine, bool) != isinstance(theirs, bool):
-            found.append(Difference(key, mine, theirs, _is_harmless(key) and not (stretched and key in LENGTH_KEYS)))
-    # A section that became null, or the other way round: its keys say it already.
+        value, other = before.get(key, defaults.get(key, NOT_SET)), after.get(key, defaults.get(key, NOT_SET))
+        if value != other or isinstance(value, bool) != isinstance(other, bool):
+            changes.append(Difference(key, value, other, _is_harmless(key) and not (stretched and key in LENGTH_KEYS)))
+    # A section that became null, or the other way round, is listed by its keys already.
     sections = {key.rpartition(".")[0] for key in {*before, *after}}
-    return [d for d in found if not (NOT_SET in (d.old, d.new) and (d.key in sections or d.old in (None, "")))]
+    return [d for d in changes if not (NOT_SET in (d.old, d.new) and (d.key in sections or d.old in (None, "")))]
 
 
 def _is_harmless(key: str) -> bool:
@@ -119,7 +119,7 @@ def _is_harmless(key: str) -> bool:
 
 
 def _rates_follow_length(flat: Tree) -> bool:
-    """Whether a learning rate depends on how long the run is."""
+    """Return whether a learning rate depends on how long the run is."""
     return any(
         flat.get(f"{part}.lr_sched.lr_decay_iters") is None
         and (
@@ -134,4 +134,4 @@ def _shown(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "True", False: "False"}[value]
     text = value if isinstance(value, str) and value and value.isprintable() else repr(value)
-    return text if len(text) <= MOST_TEXT else f"{text[: MOST_TEXT - 20]} … ({len(text)} characters)"
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 20]} … ({len(text)} characters)"

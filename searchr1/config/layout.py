@@ -14,7 +14,7 @@ from searchr1.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Consecutive ranks are tensor-parallel; the pipeline's stages come last, as Megatron-Core orders them."""
+    """Ranks of one model. Consecutive ranks are tensor-parallel; pipeline stages vary slowest, as in Megatron-Core."""
 
     world: int
     tensor_parallel: int
@@ -22,7 +22,7 @@ class Layout:
 
     @classmethod
     def of(cls, world: int, tensor_parallel: int, pipeline_parallel: int, section: str = "actor") -> Layout:
-        """The layout of the group that a section of the YAML is about.
+        """Return the layout of the worker group that a section of the YAML configures.
 
         Raises:
             UserError: the sizes do not divide the ranks.
@@ -54,9 +54,9 @@ def model_layout(backend: str, model: ActorModelConfig, world: int, section: str
 
     Args:
         backend: `fsdp` or `megatron`.
-        model: with the parallel sizes.
-        world: ranks of the group.
-        section: of the YAML, for messages.
+        model: settings with the parallel sizes.
+        world: number of ranks of the group.
+        section: section of the YAML, for messages.
 
     Raises:
         UserError: the sizes do not divide the ranks.
@@ -85,7 +85,7 @@ def critic_layout(config: Config, world: int) -> Layout:
 
 
 def parse_slots(value: object, slots: int, key: str) -> list[int]:
-    """`all`, `3`, `0-3`, `0,2` or mixtures, also as a list -> slot numbers.
+    """Return the slot numbers of a placement: `all`, `3`, `0-3`, `0,2`, a mixture or a list of them.
 
     Raises:
         UserError: not such a value, or a slot that does not exist.
@@ -128,19 +128,19 @@ GROUPS = ("actor", "rollout", "reward", "inference", "critic")
 
 
 def placed_groups(config: Config) -> set[str]:
-    """The groups that `cluster.component_placement` names."""
+    """Return the groups that `cluster.component_placement` names."""
     return {name.strip() for names in config.cluster.component_placement for name in str(names).split(",")}
 
 
 def is_evaluation(config: Config) -> bool:
-    """Whether a YAML is for `searchr1 eval`: it says so, or it places no actor."""
+    """Return whether a YAML is for `searchr1 eval`: by `runner.task_type`, else because it places no actor."""
     if config.runner.task_type is not None:
         return config.runner.task_type == "reasoning_eval"
     return "actor" not in placed_groups(config)
 
 
 def total_slots(config: Config, device: Device) -> int:
-    """What `all` means.
+    """Return the number of slots that `all` stands for.
 
     Raises:
         UserError: `cluster.slots` is more than the GPUs there are, or no number of slots at all.
@@ -160,11 +160,11 @@ def total_slots(config: Config, device: Device) -> int:
 
 
 def visible_gpus(device: Device, environment: Mapping[str, str]) -> list[int]:
-    """The machine's numbers of the GPUs behind the slots: those that `CUDA_VISIBLE_DEVICES` names, in its order, or all.
+    """Return the physical GPU number of each slot: those in `CUDA_VISIBLE_DEVICES`, in its order, or all.
 
     Args:
-        device: GPUs.
-        environment: of the process that starts the workers.
+        device: the CUDA device.
+        environment: variables of the process that starts the workers.
 
     Raises:
         UserError: the variable names GPUs that workers cannot be given by number, or some that are not there.
@@ -198,7 +198,7 @@ def visible_gpus(device: Device, environment: Mapping[str, str]) -> list[int]:
 
 
 def describe_device(device: Device, environment: Mapping[str, str]) -> str:
-    """Name the device, and on CUDA the GPUs behind the slots, for people.
+    """Return the device's name and, on CUDA, the GPU number of each slot, for people.
 
     Raises:
         UserError: as `visible_gpus` does.
@@ -210,7 +210,7 @@ def describe_device(device: Device, environment: Mapping[str, str]) -> str:
 
 
 def group_slots(config: Config, component: str, device: Device) -> list[int]:
-    """Slots of a group. Inference group and critic share the actor's unless they are placed themselves."""
+    """Return the slots of a worker group. Without a placement, inference group and critic share the actor's."""
     # A group's own entry goes before one that it shares, so that `component_placement.actor=0-3` overrides a recipe.
     placement = sorted(config.cluster.component_placement.items(), key=lambda item: str(item[0]).count(","))
     for names, value in placement:
@@ -228,7 +228,7 @@ def group_slots(config: Config, component: str, device: Device) -> list[int]:
 
 
 def _model_parallel_size(config: Config, component: str) -> int:
-    """Processes that one copy of a group's model needs."""
+    """Return the number of processes that one copy of a group's model needs."""
     models = {
         "actor": (config.actor.training_backend, config.actor.model),
         "critic": (critic_backend(config), critic_model(config)),
@@ -240,7 +240,7 @@ def _model_parallel_size(config: Config, component: str) -> int:
 
 
 def group_ranks(config: Config, component: str, device: Device) -> list[tuple[int, ...]]:
-    """The processes of a group, each with its slots (several for an engine of several GPUs).
+    """Return the processes of a group, each with its slots (several for an engine of several GPUs).
 
     Raises:
         UserError: the placement does not fit the parallel sizes.
@@ -259,9 +259,9 @@ def group_ranks(config: Config, component: str, device: Device) -> list[tuple[in
 
 
 def shares_gpus(config: Config, device: Device) -> bool:
-    """Whether the engines of a training run stand on GPUs that its actor, critic or reference model uses too.
+    """Return whether the engines of a training run share GPUs with its actor, critic or reference model.
 
-    Then the engines sleep while these compute. Always False on a CPU.
+    If so, the engines sleep while these compute. Always False on a CPU.
 
     Raises:
         UserError: a placement that does not fit.

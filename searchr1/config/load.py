@@ -36,7 +36,7 @@ def recipe_names() -> list[str]:
 
 
 def find_config(config: str | Path) -> Path:
-    """Return the YAML that `config` means: a file, or else the recipe of that name, with or without its .yaml.
+    """Return the path of the YAML that `config` names: a file, or else the recipe of that name, with or without its .yaml.
 
     Raises:
         UserError: neither exists, or the file's name does not end in .yaml.
@@ -96,7 +96,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: UserError, key: str = "") -> Problem:
-        """Return the problem that an error describes; `key` stands in for a key that the error does not name."""
+        """Return the problem that an error describes; `key` is used if the error names none."""
         return cls(error.key or key, error.message)
 
     def __str__(self) -> str:
@@ -116,8 +116,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML (Hydra's `defaults` included), apply `key=value` overrides, and check names and types.
 
     `path` is a file or the name of a recipe (`searchr1/config/load.py`).
-    A tree that carries RLinf's marks is read as RLinf reads it (`searchr1/config/rlinf.py`). `Config.notes` says what became
-    of keys that are not ours.
+    A tree that carries RLinf's marks is read as RLinf reads it (`searchr1/config/rlinf.py`). `Config.notes` lists
+    the keys that are ignored, renamed or set, one line each.
 
     Raises:
         ConfigError: unknown keys, wrong types, unresolvable values.
@@ -152,7 +152,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def load_for_command(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """`load_config`, with a line on standard error for each key that is ignored, renamed or set.
+    """Load a configuration; print a line on standard error for each key that is ignored, renamed or set.
 
     Raises:
         UserError: as `load_config`.
@@ -164,17 +164,17 @@ def load_for_command(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def build_config(values: dict[str, Any]) -> tuple[Config, list[Problem]]:
-    """Build a configuration from plain values; what they leave out has its default. Returns every problem beside it."""
+    """Build a configuration from plain values and defaults; return it with every problem."""
     problems: list[Problem] = []
     return _build(Config, values, "", problems, list(known_keys())), problems
 
 
 def leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested values into `{dotted key: value}`; an empty section is a leaf."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for name, value in values.items():
-        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
-    return found
+        flat |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
+    return flat
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -183,12 +183,12 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def given_keys(config: Config) -> set[str]:
-    """Keys that the YAML and the overrides set, as they are called in the schema; the others have their defaults."""
+    """Return the keys that the YAML and the overrides set, by their names in the schema."""
     return set(config.given)
 
 
 def _with_advice(problem: Problem, written: dict[str, str]) -> Problem:
-    """How to write a value on the command line that was read as something else."""
+    """Return a problem with advice on how to quote the value, if an override was read as another type."""
     text = written.get(problem.key)
     if text is None:
         return problem
@@ -214,15 +214,15 @@ def _compose(path: Path, overrides: Sequence[Override]) -> DictConfig:
         require_bounded_references(path, OmegaConf.to_container(tree, resolve=False))
         return tree
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_refused(path, overrides, str(error))) from error
+        raise UserError(_hydra_problem(path, overrides, str(error))) from error
     except UserError:
         raise
     except Exception as error:  # the YAML parser's own errors have no common base outside the parser
         raise UserError(path, f"not readable as YAML: {error}") from error
 
 
-def _refused(path: Path, overrides: Sequence[Override], message: str) -> str:
-    """What Hydra refused, in our words where an override is the cause."""
+def _hydra_problem(path: Path, overrides: Sequence[Override], message: str) -> str:
+    """Return the text for an error of Hydra, reworded where an override is its cause."""
     for override in overrides:
         if repr(override.key) in message and message.startswith("Could not append"):
             return f"{override.key}: {path} sets it already; leave the + out"
@@ -233,18 +233,18 @@ def _refused(path: Path, overrides: Sequence[Override], message: str) -> str:
 
 
 def _resolve(tree: DictConfig, problems: list[Problem]) -> dict[str, Any]:
-    """Plain values; an interpolation that fails becomes a problem of its key."""
+    """Return plain values; add a problem for each interpolation that fails."""
 
     def walk(node: Any, prefix: str) -> Any:
         if OmegaConf.is_dict(node):
-            found = {}
+            plain = {}
             for name in node:
                 key = f"{prefix}{name}"
                 try:
-                    found[str(name)] = walk(node[name], f"{key}.")
+                    plain[str(name)] = walk(node[name], f"{key}.")
                 except OmegaConfBaseException as error:
                     problems.append(Problem(key, str(error).splitlines()[0]))
-            return found
+            return plain
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_list(node) else node
 
     result: dict[str, Any] = walk(tree, "")
@@ -262,7 +262,7 @@ def _rename_aliases(values: dict[str, Any], problems: list[Problem]) -> None:
 
 
 def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
-    """Every key of the schema, sections included."""
+    """Yield every key of the schema, sections included."""
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         yield prefix + field.name
@@ -272,7 +272,7 @@ def known_keys(cls: type = Config, prefix: str = "") -> Iterator[str]:
 
 
 def _build(cls: type, values: Any, prefix: str, problems: list[Problem], known: Sequence[str]) -> Any:
-    """An instance of dataclass `cls` from plain values; `known` are the keys that may be suggested for others."""
+    """Return an instance of dataclass `cls` from plain values; `known` are the keys to suggest for unknown ones."""
     if not isinstance(values, dict):
         problems.append(Problem(prefix.rstrip("."), f"expects a section with keys, found {values!r}"))
         return cls()
@@ -298,7 +298,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def _convert(value: Any, hint: Any) -> Any:
-    """`value` as `hint`; numbers are not made from booleans, text is not made from numbers."""
+    """Return `value` converted to `hint`; booleans are not converted to numbers, nor numbers to text."""
     if hint is Any:
         return value
     items = typing.get_args(hint)[0] if typing.get_origin(hint) is list else None

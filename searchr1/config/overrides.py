@@ -1,4 +1,4 @@
-"""`key=value` of the command line: what follows the first `=` is the value, read by Hydra's grammar or else as it stands."""
+"""Parse `key=value` arguments: the value is what follows the first `=`, read by Hydra's grammar or else as plain text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One of them."""
+    """One `key=value` argument."""
 
     key: str
     text: str
-    """The value as it was written."""
+    """The value as the user wrote it."""
     hydra: str
-    """The whole as Hydra's parser takes it."""
+    """The argument in the form that Hydra's parser accepts."""
 
 
 def read_override(argument: str) -> Override:
-    """Read one argument. A value that Hydra's grammar refuses, or reads as a sweep, is a text, or a list or mapping of them.
+    """Parse one argument; what Hydra's grammar rejects, or reads as a sweep, is text, or a list or mapping of texts.
 
     Raises:
-        UserError: no key, a key that can be none, no `=`, or an unreadable `${`.
+        UserError: no key, an invalid key, no `=`, or an unreadable `${`.
     """
     name, equals, text = argument.partition("=")
     mark = name[: len(name) - len(name.lstrip("+~"))]
@@ -46,12 +46,12 @@ def read_override(argument: str) -> Override:
             f"{text!r} holds a ${{ that begins no readable reference to a key; a text as it stands is written "
             f"{quoted(key, text)}",
         )
-    # `++` sets keys that the file leaves out as well; a misspelt one is found later, with the nearest name.
+    # `++` sets keys that the file leaves out as well; a misspelt one is reported later, with the nearest name.
     return Override(key, text, f"{mark or '++'}{key}={_readable(text)}")
 
 
 def quoted(key: str, text: str) -> str:
-    """The argument, as it is typed in a shell, that gives `key` this very text."""
+    """Return the shell argument that sets `key` to exactly this text."""
     escaped = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # a backslash keeps OmegaConf from reading a reference
     return shlex.quote(f"{key}={_quoted(escaped)}")
 
@@ -68,7 +68,7 @@ def _references_are_readable(text: str) -> bool:
 
 
 def _readable(text: str) -> str:
-    """A value as Hydra's parser takes it."""
+    """Return a value in a form that Hydra's parser accepts."""
     parsed = _parsed("key", text)
     if parsed is not None and not parsed.is_sweep_override():
         return text
@@ -85,14 +85,14 @@ def _readable(text: str) -> str:
 
 
 def _item(text: str) -> str:
-    """A value within a list or mapping, where a text's last backslash would take the comma behind it."""
+    """Return an item of a list or mapping, quoted so that a trailing backslash does not escape the next comma."""
     parsed = _parsed("key", text)
     value = None if parsed is None or parsed.is_sweep_override() else parsed.value()
     return _quoted(value) if isinstance(value, str) else _readable(text)
 
 
 def _parsed(key: str, text: str) -> Any:
-    """What Hydra makes of it; None if it refuses."""
+    """Return Hydra's parsed override, or None if its grammar rejects the text."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -105,11 +105,12 @@ def _parsed(key: str, text: str) -> Any:
 def _quoted(text: str) -> str:
     from hydra.core.override_parser.types import Quote, QuotedString
 
-    return QuotedString(text, Quote.double).with_quotes()
+    quoted_text: str = QuotedString(text, Quote.double).with_quotes()
+    return quoted_text
 
 
 def _split(text: str) -> Iterator[str]:
-    """The parts between commas that stand in no brackets and in no quotes."""
+    """Yield the parts between top-level commas: those outside of brackets and quotes."""
     part, open_brackets, quote = "", [], ""
     for char in text:
         if quote:

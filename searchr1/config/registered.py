@@ -11,12 +11,13 @@ class Registered:
     """Metadata of a schema field, as in `Annotated[str, Registered("package.module:REGISTRY")]`."""
 
     registry: str
-    """Where the dictionary of names is; it is imported when its names are asked for."""
+    """`module:attribute` of the dictionary of names; imported on first use."""
     more: tuple[str, ...] = ()
-    """Names beside those of the registry."""
+    """Further names that the registry lacks."""
     own: bool = False
-    """Whether a user's function, `package.module:function`, may stand instead of a name."""
+    """Whether a user's function, `package.module:function`, is allowed instead of a name."""
 
     def names(self) -> tuple[str, ...]:
+        """Return every allowed name."""
         module, _, attribute = self.registry.partition(":")
         return (*getattr(importlib.import_module(module), attribute), *self.more)

@@ -1,4 +1,4 @@
-"""Keys that change nothing: what earlier versions and RLinf's YAMLs say in them is ignored with a line, or rejected."""
+"""Retired keys: their values in older YAMLs and in RLinf's are ignored with a line, or rejected."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from searchr1.config.schema import Config
 
 @dataclass(frozen=True)
 class Restates:
-    """Says in other words what another key says, and must agree with it."""
+    """A key that repeats another key's setting and must agree with it."""
 
     reason: str
     contradiction: Callable[[Config, Any], str]
-    """Returns what is wrong with a value beside the other keys; empty if nothing is."""
+    """Function of the configuration and the value: the contradiction, or an empty text."""
 
 
 def _precision(name: str) -> Restates:
@@ -67,7 +67,7 @@ RETIRED: dict[str, Ignored | Only | Restates] = {
     "critic.optim.fp16": _precision("fp16"),
     "critic.lr_sched.max_lr": _peak("critic"),
 }
-"""By dotted key. `null` is ignored without a line."""
+"""Entries by dotted key. A `null` value is ignored without a line."""
 
 
 def take_retired(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""RLinf's YAMLs: what they mean in RLinf, said in our keys, and one line for each key that has no part in it.
+"""Translation of RLinf's YAMLs into the keys of this project, with one line for each key that has no effect.
 
-`translate` works on the plain values of a tree that carries RLinf's marks, before the schema reads them. A key that stands
+`translate` works on the plain values of a tree that carries RLinf's marks, before the schema reads them. A key that is
 neither in RLinf's table (`rlinf_keys.py`) nor in our schema is left for the schema to reject. See docs/guides/rlinf.md.
 """
 
@@ -30,9 +30,9 @@ DEFAULTS = {
     "rollout.gpu_memory_utilization": 0.65,
     "runner.val_before_train": False,
 }
-"""What RLinf does where its YAML says nothing, and our schema's default differs."""
+"""RLinf's defaults that differ from those of the schema."""
 OURS_TOO = ("reward.reward_scale", "actor.lr_sched.max_lr")
-"""Keys of our schema that RLinf's YAMLs have, and RLinf does not read."""
+"""Keys of the schema that appear in RLinf's YAMLs, although RLinf does not read them."""
 AGENT = {
     "agentloop.toolcall_parser": "searchr1-qwen",
     "agentloop.information_style": "rlinf",
@@ -41,26 +41,26 @@ AGENT = {
     "agentloop.end_token_ends": True,
     "agentloop.force_final_turn": True,
 }
-"""RLinf's Search-R1 agent; the turns and lengths follow from the YAML."""
+"""Settings of RLinf's Search-R1 agent; turns and lengths follow from the YAML."""
 PARSERS = {"qwen": "searchr1-qwen", "searchr1-qwen": "searchr1-qwen", "searchr1": "searchr1", "tags": "tags"}
-"""Parsers of tool calls by RLinf's names and ours; RLinf's others are of agents that are not in here."""
+"""Tool-call parsers by RLinf's names and ours; RLinf's other parsers belong to agents that are not supported."""
 TASKS = ("reasoning", "reasoning_eval")
 PRECISIONS = {"16": "fp16", "16-mixed": "fp16", "bf16-mixed": "bf16", "32": "fp32", "32-true": "fp32"}
-"""RLinf's further names."""
+"""Names of precisions that only RLinf has, and their equivalents."""
 LOSS_SCALE = "fp16's scaling of the loss, which FSDP2 does not need: it computes in bf16"
 LR_SCHED = "RLinf's FSDP does not read it: actor.optim.lr_scheduler and lr_warmup_steps_ratio count"
 MEGATRON_TRAIN_ITERS = 100_000
-"""Steps that RLinf's Megatron schedule spans where `lr_decay_iters` is left out."""
+"""Length in steps of RLinf's Megatron schedule if `lr_decay_iters` is not set."""
 CONSTANT_WINDOW = 2**31 - 1
 """Updates without overflow before a loss scale grows: never."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class Note:
-    """What became of one key."""
+    """How one key was treated."""
 
     kind: str
-    """`ignored`, `read` (under another name) or `set` (RLinf does so without being asked)."""
+    """`ignored`, `read` (under another name) or `set` (a default of RLinf)."""
     key: str
     text: str
 
@@ -69,7 +69,7 @@ class Note:
 
 
 def is_rlinf(values: Mapping[str, Any], named: Sequence[str] = ()) -> bool:
-    """Whether a tree is RLinf's; keys that the command line names do not make it one."""
+    """Return whether a tree is RLinf's; keys from the command line do not count."""
     tree = Tree(dict(values), named)
     return sum(tree.has(mark) and not tree.is_named(mark) for mark in MARKS) >= ENOUGH_MARKS
 
@@ -79,10 +79,10 @@ def translate(values: dict[str, Any], named: Sequence[str]) -> tuple[list[Note],
 
     Args:
         values: plain values, interpolations resolved.
-        named: keys that the command line names; what they say in our words stands.
+        named: keys set on the command line; their values are kept.
 
     Returns:
-        What became of RLinf's keys, and the problems as pairs of key and message.
+        Notes on how RLinf's keys were treated, and problems as pairs of key and message.
     """
     tree = Tree(values, named)
     _weights(tree)
@@ -105,7 +105,7 @@ def translate(values: dict[str, Any], named: Sequence[str]) -> tuple[list[Note],
 
 
 class Tree:
-    """Nested values by dotted keys, with what is to be said about them."""
+    """Nested values by dotted keys, with the notes and problems about them."""
 
     def __init__(self, values: dict[str, Any], named: Sequence[str]) -> None:
         self.values = values
@@ -114,7 +114,7 @@ class Tree:
         self.problems: list[tuple[str, str]] = []
 
     def is_named(self, key: str) -> bool:
-        """Whether the command line names a key, or a section around it."""
+        """Return whether the command line sets a key, or a section around it."""
         parts = key.split(".")
         return any(".".join(parts[:n]) in self.named for n in range(1, len(parts) + 1))
 
@@ -126,22 +126,22 @@ class Tree:
         return (holder if isinstance(holder, dict) else None), name
 
     def has(self, key: str) -> bool:
-        """Whether a key stands in the tree."""
+        """Return whether the tree has a key."""
         holder, name = self._holder(key)
         return holder is not None and name in holder
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Its value."""
+        """Return the value of a key."""
         holder, name = self._holder(key)
         return default if holder is None else holder.get(name, default)
 
     def pop(self, key: str, default: Any = None) -> Any:
-        """Take it out."""
+        """Remove a key and return its value."""
         holder, name = self._holder(key)
         return default if holder is None else holder.pop(name, default)
 
     def put(self, key: str, value: Any) -> None:
-        """Set a value, unless the command line names the key."""
+        """Set a value, unless the command line sets the key."""
         if self.is_named(key) and self.has(key):
             return
         holder: dict[str, Any] = self.values
@@ -154,37 +154,37 @@ class Tree:
         holder[name] = value
 
     def default(self, key: str, value: Any, why: str) -> None:
-        """Set a value that the tree leaves out, and say so."""
+        """Set a value that the tree lacks, with a note."""
         if not self.has(key):
             self.put(key, value)
             self.note("set", key, f"{value} ({why})")
 
     def note(self, kind: str, key: str, text: str) -> None:
-        """Keep a line for the user."""
+        """Record a line for the user."""
         self.notes.append(Note(kind, key, text))
 
     def ignore(self, key: str, reason: str) -> None:
-        """Drop a key that is there, and say why."""
+        """Drop a key if the tree has it, with a note of the reason."""
         if self.has(key):
             self.pop(key)
             self.note("ignored", key, reason)
 
-    def read(self, key: str, *found: tuple[str, Any]) -> None:
-        """Drop a key and set what it means."""
-        if not found:
+    def read(self, key: str, *settings: tuple[str, Any]) -> None:
+        """Replace a key by the settings that it stands for."""
+        if not settings:
             return self.ignore(key, "its parts are named themselves")
         self.pop(key)
-        for new, value in found:
+        for new, value in settings:
             self.put(new, value)
-        self.note("read", key, ", ".join(f"{new} = {self.get(new)}" for new, _ in found))
+        self.note("read", key, ", ".join(f"{new} = {self.get(new)}" for new, _ in settings))
 
     def reject(self, key: str, message: str) -> None:
-        """Take a key out and keep its problem."""
+        """Remove a key and record its problem."""
         self.pop(key)
         self.problems.append((key, message))
 
     def leaves(self) -> Iterator[str]:
-        """Keys of values, and of whole sections that the table knows."""
+        """Yield the keys of values, and of whole sections that the table lists."""
 
         def walk(node: dict[str, Any], prefix: str) -> Iterator[str]:
             for name, value in node.items():
@@ -198,7 +198,7 @@ class Tree:
 
 
 def _apply(tree: Tree, key: str) -> None:
-    """What the table says about one key; one of our own schema that the command line names is meant as ours."""
+    """Apply the table's entry for one key; a key of the schema that the command line sets is not RLinf's."""
     entry = None if key in OURS_TOO and tree.is_named(key) else KEYS.get(key)
     value = tree.get(key)
     match entry:
@@ -219,7 +219,7 @@ def _apply(tree: Tree, key: str) -> None:
 
 
 def _drop_empty(tree: Tree) -> None:
-    """Drop sections of RLinf's that are empty, or that the table has emptied."""
+    """Drop sections of RLinf that are empty, or that the translation has emptied."""
     sections = {key.rpartition(".")[0] for key in (*KEYS, *READ)}
     sections |= {section.rpartition(".")[0] for section in sections}
     for section in sorted(sections, key=lambda key: -key.count(".")):
@@ -228,7 +228,7 @@ def _drop_empty(tree: Tree) -> None:
 
 
 def _weights(tree: Tree) -> None:
-    """Where the weights and the tokenizer come from, and in which precision they are used."""
+    """Translate the paths of weights and tokenizer, and their precision."""
     for key in ("actor.model.precision", "rollout.model.precision", "rollout.precision"):
         if str(tree.get(key)) in PRECISIONS:
             tree.put(key, PRECISIONS[str(tree.get(key))])
@@ -244,15 +244,15 @@ def _weights(tree: Tree) -> None:
             tree.ignore(old, "the actor starts from rollout.model.model_path")
     tokenizer = "actor.tokenizer.tokenizer_model"
     if tree.has(tokenizer):
-        found = tree.get(tokenizer)
-        if found in (None, model) or tree.is_named("rollout.model.model_path"):
+        folder = tree.get(tokenizer)
+        if folder in (None, model) or tree.is_named("rollout.model.model_path"):
             tree.ignore(tokenizer, "the tokenizer is the model's own")
         else:
-            tree.reject(tokenizer, f"{found} is not the model's folder; put the tokenizer's files into {model}")
+            tree.reject(tokenizer, f"{folder} is not the model's folder; put the tokenizer's files into {model}")
 
 
 def _task(tree: Tree) -> bool:
-    """Whether the tree is for evaluation: by its task, by `is_eval`, or because no actor is placed."""
+    """Return whether the tree is for evaluation: by its task, by `is_eval`, or because it places no actor."""
     placement = tree.get("cluster.component_placement")
     places = placement if isinstance(placement, dict) else {}
     for names in [names for names in places if "agentloop" in str(names).split(",") and names != "agentloop"]:
@@ -276,7 +276,7 @@ def _task(tree: Tree) -> bool:
 
 
 def _agent(tree: Tree) -> None:
-    """The agent that RLinf runs on these settings."""
+    """Set what RLinf's agent does with these settings."""
     turns = "agentloop.max_turns"
     for old in ("agentloop.maxturn", "tools.maxturn"):
         if tree.has(old):
@@ -306,7 +306,7 @@ def _agent(tree: Tree) -> None:
 
 
 def _sampling(tree: Tree) -> None:
-    """Training and evaluation sample alike."""
+    """Translate the sampling settings, which RLinf uses for training and evaluation alike."""
     section = "algorithm.sampling_params"
     greedy = f"{section}.use_greedy"
     if tree.has(greedy):
@@ -328,7 +328,7 @@ def _sampling(tree: Tree) -> None:
 
 
 def _correction(tree: Tree) -> None:
-    """RLinf's importance-sampling fix: advantages times min(exp(recomputed - rollout), clip) for each token."""
+    """Translate RLinf's importance-sampling fix: advantages times min(exp(recomputed - rollout), clip) for each token."""
     fix, clip = "algorithm.importance_sampling_fix", "algorithm.importance_sampling_clip"
     if tree.get(fix):
         if not isinstance(tree.get(clip), int | float):
@@ -343,7 +343,7 @@ def _correction(tree: Tree) -> None:
 
 
 def _validation(tree: Tree) -> None:
-    """A training run without questions to evaluate."""
+    """Turn evaluation off if the tree has no questions of its own for it."""
     paths = tree.get("data.val_data_paths")
     reason = None
     if not paths:
@@ -370,7 +370,7 @@ def _optimizer(tree: Tree) -> None:
 
 
 def _fsdp(tree: Tree) -> None:
-    """Precision, learning rate and loss scale of RLinf's FSDP trainer."""
+    """Translate precision, learning rate and loss scale of RLinf's FSDP trainer."""
     config, precision = "actor.fsdp_config", "actor.model.precision"
     compute = tree.get(f"{config}.mixed_precision.param_dtype")
     if compute in (None, "fp32"):
@@ -420,7 +420,7 @@ def _fsdp_schedule(tree: Tree) -> None:
 
 
 def _megatron(tree: Tree) -> None:
-    """Loss scale and schedule of RLinf's Megatron trainer."""
+    """Translate loss scale and schedule of RLinf's Megatron trainer."""
     scale = "actor.optim.loss_scale"
     if tree.get(scale) is not None and tree.get("actor.model.precision") == "fp16":
         optim, value = "actor.optim", tree.get(scale)

@@ -1,7 +1,7 @@
-"""RLinf's keys that are not ours, each with what it becomes here: a name of ours, nothing (and why), or an error (and why).
+"""RLinf's keys that the schema lacks, each with its treatment: renamed, ignored with a reason, or rejected with a reason.
 
-The keys are listed one by one, so that a misspelt one is not taken for one of RLinf's. Free are only the sections that RLinf
-hands on unread.
+The keys are listed one by one, so that a misspelt key is reported. Only sections that RLinf passes on unread may hold any
+key.
 """
 
 from __future__ import annotations
@@ -11,28 +11,28 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Renamed:
-    """Means what one of our keys means."""
+    """A key of the schema by another name."""
 
     to: str
 
 
 @dataclass(frozen=True)
 class Ignored:
-    """Changes no result here."""
+    """A key that changes no result here."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Section:
-    """A whole section without effect, whatever is in it."""
+    """A whole section without effect, whatever its keys."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Only:
-    """Without effect at these values; any other would change the run."""
+    """A key without effect at these values; any other value is rejected."""
 
     values: tuple[object, ...]
     reason: str
@@ -40,7 +40,7 @@ class Only:
 
 @dataclass(frozen=True)
 class Rejected:
-    """Would change the run."""
+    """A key that would change the run."""
 
     reason: str
 
@@ -264,7 +264,7 @@ READ = (
     "actor.optim.lr_warmup_steps", "actor.optim.lr_warmup_steps_ratio",
     *(f"actor.fsdp_config.{name}" for name in FSDP_PRECISION.split()),
 )  # fmt: skip
-"""Keys of RLinf that take more than a new name: `searchr1/config/rlinf.py` reads them."""
+"""Keys of RLinf that need more than a new name; `searchr1/config/rlinf.py` translates them."""
 
 MARKS = (
     "runner.task_type", "runner.enable_dynamic_batch_size", "runner.logger.log_path",
@@ -276,6 +276,6 @@ MARKS = (
     "rollout.model_arch", "reward.tokenizer", "actor.tokenizer", "actor.enable_dp_load_balance", "actor.fsdp_config",
     "actor.megatron.ckpt_convertor", "actor.model.encoder_seq_length", "inference.load_from_actor",
 )  # fmt: skip
-"""Keys that every YAML of RLinf has many of, and that no YAML of this project needs."""
+"""Keys that occur in RLinf's YAMLs and that no YAML of this project needs."""
 ENOUGH_MARKS = 3
-"""So many make a tree RLinf's; a key or two that was copied from one of its YAMLs does not."""
+"""Number of marks from which a tree is RLinf's; one or two copied keys are not enough."""

@@ -1,6 +1,6 @@
 """The typed tree behind a run's YAML; key names are RLinf's, additions are ours.
 
-Each field has a type, a default and a line that says what it does. Every other key is an error; RLinf's YAMLs go through
+Each field has a type, a default and a line on its effect. Every other key is an error; RLinf's YAMLs go through
 `searchr1/config/rlinf.py` first.
 """
 
@@ -16,7 +16,7 @@ from searchr1.config.schema_reward import EvaluationConfig, HealthConfig, Reward
 
 DeviceSetting = Literal["auto", "cpu", "cuda"]
 ALIASES = {"agentloop.maxturn": "agentloop.max_turns"}
-"""Old spellings."""
+"""Old names of keys, and their new ones."""
 
 
 @dataclass
@@ -31,7 +31,7 @@ class ClusterConfig:
     device: DeviceSetting = "auto"
     """`auto` (a GPU if there is one), `cpu` or `cuda`."""
     slots: int | None = None
-    """What `all` means: null takes every GPU, or one process on a CPU."""
+    """Number of slots that `all` stands for: null takes every GPU, or one process on a CPU."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class RunnerConfig:
     """The loop."""
 
     task_type: Literal["reasoning", "reasoning_eval"] | None = None
-    """What the YAML is for: `reasoning` (training), `reasoning_eval` (evaluation), or null: an evaluation if
+    """Task of the YAML: `reasoning` (training), `reasoning_eval` (evaluation), or null: an evaluation if
     `cluster.component_placement` places no actor."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """See `LoggerConfig`."""
@@ -125,7 +125,7 @@ class MismatchCorrectionConfig:
     upper: float = 2.0
     """Largest weight."""
     veto: float = 0.0
-    """Drop a sequence in which a token became less likely than this factor says; 0 is off."""
+    """Drop a sequence in which a token's probability fell below this factor of the sampled one; 0 is off."""
     normalize: bool = False
     """Divide by the mini-batch's mean weight; takes a forward pass more for the first mini-batch of a step."""
 
@@ -135,7 +135,7 @@ class AlgorithmConfig:
     """What is optimised, and how."""
 
     group_size: int = 5
-    """Attempts at each question."""
+    """Rollouts per question."""
     n_minibatches: int = 1
     """Optimizer steps per rollout step; a group is never split."""
     recompute_logprobs: bool = True
@@ -168,7 +168,7 @@ class AlgorithmConfig:
     llds_coef: float = 0.0
     """Weight of LLDS, which keeps the likelihood of good actions from falling; 0 is off, the paper has 0.1."""
     llds_gate: LldsGate = "action"
-    """What LLDS judges as one: `action` (a turn) or `response`."""
+    """Unit that LLDS gates: `action` (a turn) or `response`."""
     mismatch_correction: MismatchCorrectionConfig = field(default_factory=MismatchCorrectionConfig)
     """See `MismatchCorrectionConfig`."""
     entropy_bonus: float = 0.0
@@ -185,12 +185,12 @@ class AlgorithmConfig:
     gae_lambda: float = 1.0
     """`adv_type: gae`: 1 is the whole return, less is less varied and more biased."""
     advantage_mode: Literal["trajectory", "turn"] = "trajectory"
-    """`trajectory`: all policy tokens of a trajectory share its advantage; `turn`: turns that search are also credited for
-    what they found (searchr1/algorithms/advantages/turn.py)."""
+    """`trajectory`: all policy tokens of a trajectory share its advantage; `turn`: turns that search also get an
+    advantage for what they retrieved (searchr1/algorithms/advantages/turn.py)."""
     turn_reward_weight: float = 1.0
     """`advantage_mode: turn`: weight of a turn's own part."""
     max_refills: int = 0
-    """Replace groups without spread by new questions, asking at most so many times a step (DAPO's dynamic sampling)."""
+    """Replace groups without reward variance by new questions, at most so many times a step (DAPO's dynamic sampling)."""
     normalize_advantages: bool = False
     """Whiten advantages over the step's policy tokens."""
     early_stop_imp_ratio: float | None = None
@@ -247,7 +247,7 @@ class SearchToolConfig:
     timeout_s: float = 30.0
     """Deadline of one call, retries included."""
     retries: int = 8
-    """Further attempts within the deadline, with growing pauses once every server has failed."""
+    """Further requests within the deadline, with growing pauses once every server has failed."""
     max_failure_rate: float = 0.5
     """End the run once a larger share of the latest calls has failed."""
     dummy_mode: bool = False
@@ -301,7 +301,7 @@ class DataConfig:
     shuffle: bool = True
     """Draw a new order each epoch."""
     seed: int = 1234
-    """Seed of that order."""
+    """Seed of the questions' order."""
 
 
 @dataclass
@@ -337,6 +337,6 @@ class Config:
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []
-        """What became of keys that are not ours. Like `given`, not part of the tree, and never written."""
+        """One line per key that was ignored, renamed or set. Like `given`, not part of the tree, and never written."""
         self.given: frozenset[str] = frozenset()
         """Keys that the YAML and the overrides set."""

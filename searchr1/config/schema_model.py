@@ -22,7 +22,7 @@ class RolloutModelConfig:
 
 
 MAX_NUM_BATCHED_TOKENS = 8192
-"""Tokens of an engine's step where `rollout.vllm.max_num_batched_tokens` is null. vLLM's own choice for an engine that runs
+"""Tokens of an engine's step if `rollout.vllm.max_num_batched_tokens` is null. vLLM's own choice for an engine that runs
 in the worker's process is 2048: a search result that joins 256 running sequences would be read in many small pieces."""
 
 
@@ -33,7 +33,7 @@ class VllmConfig:
     enable_chunked_prefill: bool = True
     """Prefill long prompts in parts (GPU only)."""
     enable_prefix_caching: bool = True
-    """Keep the prompt's cache between turns and between attempts at one question."""
+    """Keep the prompt's cache between turns and between rollouts of one question."""
     max_num_batched_tokens: int | None = None
     """Tokens per engine step; null: 8192."""
     kv_cache_memory_gb: float | None = None
@@ -103,9 +103,9 @@ class OptimConfig:
     lr: float = 1e-6
     """Peak learning rate."""
     adam_beta1: float = 0.9
-    """First moment."""
+    """Decay rate of the first moment."""
     adam_beta2: float = 0.95
-    """Second moment."""
+    """Decay rate of the second moment."""
     adam_eps: float = 1e-5
     """Added to the root of the second moment."""
     weight_decay: float = 0.01
@@ -113,9 +113,9 @@ class OptimConfig:
     clip_grad: float = 1.0
     """Largest norm of the gradient."""
     use_distributed_optimizer: bool = True
-    """Spread the optimizer's state over the replicas (Megatron)."""
+    """Shard the optimizer's state over the data-parallel copies (Megatron)."""
     overlap_grad_reduce: bool = False
-    """Sum gradients over the replicas while the backward pass still runs (Megatron, GPU)."""
+    """Sum gradients over the data-parallel copies while the backward pass still runs (Megatron, GPU)."""
     overlap_param_gather: bool = False
     """Gather updated weights while the next forward pass runs (Megatron, GPU)."""
     initial_loss_scale: float = 65536.0
@@ -151,7 +151,7 @@ class LoraConfig:
     """LoRA (fsdp): train small matrices beside frozen weights; see docs/guides/lora.md."""
 
     rank: int = 0
-    """Of the update of each matrix; 0 trains all weights instead."""
+    """Rank of the update of each matrix; 0 trains all weights instead."""
     alpha: float = 32.0
     """The update is scaled by `alpha / rank`."""
     target_modules: list[str] = field(
@@ -159,7 +159,7 @@ class LoraConfig:
     )
     """Names of the linear layers that get adapters."""
     base_precision: Literal["fp32", "compute"] = "fp32"
-    """Of the frozen weights: `fp32`, or `compute`, which holds them in `actor.model.precision`."""
+    """Precision of the frozen weights: `fp32`, or `compute` for that of `actor.model.precision`."""
     weight_update: Literal["merged", "adapter"] = "merged"
     """What the rollout engine gets: `merged` weights, or the `adapter` alone, beside the base model that it keeps."""
 
@@ -183,7 +183,8 @@ class MegatronConfig:
     """Megatron-Core."""
 
     ddp_bucket_size: int | None = None
-    """Parameters whose gradients are summed over the replicas in one message; null is Megatron's choice."""
+    """Parameters whose gradients are summed over the data-parallel copies in one message; null is
+    Megatron's choice."""
     distributed_timeout_minutes: float = 30.0
     """A collective that takes longer ends the run (either backend)."""
 

@@ -29,7 +29,7 @@ class JudgeConfig:
     api_key_env: str | None = None
     """Environment variable that holds the key; null sends none."""
     timeout_s: float = 120.0
-    """Deadline of one verdict, retries included, from when its turn has come; one attempt gets a third of it."""
+    """Deadline of one verdict, retries included, from when its turn has come; one request gets at most a third of it."""
     concurrency: int = 16
     """Requests at once, of each reward process."""
     cache_path: str | None = None
@@ -95,7 +95,7 @@ class EvaluationConfig:
     methods: list[Literal["direct", "cot", "rag", "search"]] = field(default_factory=lambda: ["search"])
     """Any of `direct`, `cot`, `rag` (one retrieval, passages in the prompt) and `search` (the loop), on the same model."""
     untagged: Literal["reject", "text"] = "reject"
-    """An attempt without an answer tag whose last turn has no tag at all is wrong (`reject`), or is scored by that turn's
+    """A rollout without an answer tag whose last turn has no tag at all is wrong (`reject`), or is scored by that turn's
     text (`text`), so that base models and other formats can be compared."""
     judge: bool = False
     """Also ask the judge of `reward.judge` about every answer."""
@@ -126,7 +126,7 @@ class HealthConfig:
     skipped_max: float | None = 0.5
     """Share of a step's updates that were left out because a gradient was not finite, at most."""
     uniform_groups_max: float | None = 0.95
-    """Share of groups whose attempts all earned the same, at most."""
+    """Share of groups whose rollouts all earned the same reward, at most."""
     reward_ratio_min: float | None = 0.4
     """Mean reward of five steps divided by the best such mean, at least."""
     window: int = 20

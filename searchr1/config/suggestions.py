@@ -1,4 +1,4 @@
-"""What an unknown key was probably meant to be: by its spelling, in another section, or by another system's name."""
+"""Suggestions for unknown keys: by spelling, by name in another section, or by another system's name."""
 
 from __future__ import annotations
 
@@ -123,29 +123,29 @@ data.data_size: max_samples limit num_examples train_max_samples
 data.prompt_template: template prompt_type system_prompt
 data.apply_chat_template: use_chat_template chat_template
 """
-"""A row: our keys, and after the colon what verl, TRL, slime, OpenRLHF, Hugging Face or Megatron call them (the last part
-of a key). An indented line goes on with the row above."""
+"""Each row: our keys, and after the colon their names in verl, TRL, slime, OpenRLHF, Hugging Face or Megatron (the last part
+of a key). An indented line continues the row above."""
 
 
 def _read_table(table: str) -> dict[str, tuple[str, ...]]:
-    found: dict[str, tuple[str, ...]] = {}
+    meanings: dict[str, tuple[str, ...]] = {}
     for row in table.strip().replace("\n    ", " ").splitlines():
         ours, _, theirs = row.partition(":")
         for name in theirs.split():
-            found[name] = (*found.get(name, ()), *(key.strip() for key in ours.split(",")))
-    return found
+            meanings[name] = (*meanings.get(name, ()), *(key.strip() for key in ours.split(",")))
+    return meanings
 
 
 MEANINGS = _read_table(MEANINGS_TABLE)
-MOST = 3
-"""Names that a message offers."""
+MAX_SUGGESTIONS = 3
+"""Number of keys that a message suggests, at most."""
 
 
 def suggest(key: str, known: Sequence[str]) -> list[str]:
-    """Known keys that `key` may stand for, the likeliest first.
+    """Return known keys that `key` may stand for, the likeliest first.
 
     Args:
-        key: the dotted key that the schema does not know.
+        key: the unknown dotted key.
         known: every key of the schema.
     """
     known = [other for other in known if other != key]
@@ -158,33 +158,33 @@ def suggest(key: str, known: Sequence[str]) -> list[str]:
     meant += _closest(key, [other for other in _as_written(key, MEANINGS.get(name, ())) if other in known])
     if not meant or name not in MEANINGS:
         meant += _closest(key, [other for other in known if other.rpartition(".")[2] == name])
-    meant = list(dict.fromkeys(meant))[:MOST]
+    meant = list(dict.fromkeys(meant))[:MAX_SUGGESTIONS]
     return meant or difflib.get_close_matches(key, siblings, 1, 0.75) or difflib.get_close_matches(key, known, 1, 0.7)
 
 
 def explain_unknown(key: str, known: Sequence[str]) -> str:
-    """What to say about a key that the schema does not know."""
+    """Return the message about an unknown key."""
     entry = KEYS.get(key)
     if isinstance(entry, Ignored | Section | Only):
         return f"is RLinf's and has no effect here ({entry.reason}); leave it out"
-    found = suggest(key, known)
-    return "unknown key" + (f"; did you mean {' or '.join(found)}?" if found else "; leave it out")
+    suggested = suggest(key, known)
+    return "unknown key" + (f"; did you mean {' or '.join(suggested)}?" if suggested else "; leave it out")
 
 
 def _as_written(key: str, meanings: Iterable[str]) -> list[str]:
-    """The meanings; of a key of the critic, also those in its own section."""
-    found = list(meanings)
+    """Return the meanings; for a key of the critic, those in its own section first."""
+    keys = list(meanings)
     if key.startswith("critic."):
-        found = [meaning.replace("actor.", "critic.", 1) for meaning in found] + found
-    return list(dict.fromkeys(found))
+        keys = [meaning.replace("actor.", "critic.", 1) for meaning in keys] + keys
+    return list(dict.fromkeys(keys))
 
 
-def _closest(key: str, found: list[str]) -> list[str]:
-    """Of several, those that share most of the key's sections."""
+def _closest(key: str, candidates: list[str]) -> list[str]:
+    """Return the candidates that share most of the key's sections."""
 
     def shared(other: str) -> int:
         pairs = zip(key.split("."), other.split("."), strict=False)
         return next((at for at, (a, b) in enumerate(pairs) if a != b), 0)
 
-    most = max(map(shared, found), default=0)
-    return [other for other in found if shared(other) == most]
+    most = max(map(shared, candidates), default=0)
+    return [other for other in candidates if shared(other) == most]

@@ -1,4 +1,4 @@
-"""Whether a YAML is small enough for a configuration: few lines of anchors or references can stand for very many values."""
+"""Limits on a YAML's size: a few lines of anchors or references can expand to very many values."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MAX_BYTES = 1 << 20
 MAX_VALUES = 100_000
 MAX_DEPTH = 100
 MAX_REFERRED = 16 << 20
-"""Characters and values that a key may stand for through its references."""
+"""Limit of characters and values that a key may expand to through its references."""
 _REFERENCE = re.compile(r"\$\{([^${}:]+)\}")
 
 
 def require_bounded(path: Path) -> None:
-    """Check a YAML, and those beside it that its `defaults` name, before anything is made of them.
+    """Check a YAML, and those beside it that its `defaults` name, before they are expanded.
 
     Raises:
         UserError: too large, nested too deeply, or too many values through its anchors.
@@ -40,11 +40,11 @@ def require_bounded(path: Path) -> None:
             _require_few(file, text)
             waiting += _named_files(path.parent, yaml.safe_load(text))
         except (yaml.YAMLError, ValueError, TypeError, LookupError):
-            continue  # what reads it says what is wrong
+            continue  # reported by whoever reads the file
 
 
 def _require_few(file: Path, text: bytes) -> None:
-    """Count the values, an alias as all that its anchor stands for."""
+    """Count the values, an alias with all values of its anchor; raise a `UserError` if there are too many."""
     sizes: dict[str | None, int] = {}
     open_nodes: list[tuple[str | None, int]] = []  # anchor, values so far
     total = 0
@@ -78,7 +78,7 @@ def _line(event: yaml.Event) -> int:
 
 
 def _named_files(folder: Path, values: Any) -> Iterator[Path]:
-    """Yield what a `defaults` list may mean."""
+    """Yield the files that a `defaults` list may name."""
     names = values.get("defaults") if isinstance(values, dict) else None
     for item in names if isinstance(names, list) else []:
         pairs = item.items() if isinstance(item, dict) else [("", item)]
@@ -89,19 +89,19 @@ def _named_files(folder: Path, values: Any) -> Iterator[Path]:
 
 
 def require_bounded_references(source: Path, tree: Any) -> None:
-    """Check how much the references (`${key}`) of a tree stand for, before they are followed.
+    """Check how much the references (`${key}`) of a tree expand to, before they are resolved.
 
     Args:
-        source: where the tree is from, for people.
+        source: the tree's file, for messages.
         tree: nested dictionaries and lists, with the references as text.
 
     Raises:
-        UserError: too much, or a reference leads over too many others.
+        UserError: too much, or a chain of too many references.
     """
     known: dict[str, tuple[int, int]] = {}
 
     def measure(value: Any, key: str, depth: int) -> tuple[int, int]:
-        """Return how much a value stands for, and over how many references."""
+        """Return the expanded size of a value, and the length of its longest chain of references."""
         if key in known:
             return known[key]
         known[key] = (0, 0)  # what refers to itself is reported by whoever follows it
@@ -113,7 +113,7 @@ def require_bounded_references(source: Path, tree: Any) -> None:
             text = value if isinstance(value, str) else ""
             size += len(text)
             targets = [_target(key, name.strip()) for name in _REFERENCE.findall(text)]
-            # Deeper than this is refused below; the count keeps this function's own depth within bounds.
+            # Deeper than this is rejected below; the count keeps this function's own depth within bounds.
             parts = [measure(_value_at(tree, target), target, depth + 1) for target in targets if depth <= MAX_DEPTH]
             hops = 1 if targets else 0
         for more, further in parts:
@@ -130,7 +130,7 @@ def require_bounded_references(source: Path, tree: Any) -> None:
 
 
 def _target(key: str, name: str) -> str:
-    """The key that a reference in `key` names, which may be relative: `.x` is beside it, `..x` a section above."""
+    """Return the key that a reference in `key` names; `.x` is in the same section, `..x` in the one above."""
     path = name.lstrip(".")
     dots = len(name) - len(path)
     sections = key.split(".")[:-dots] if dots else [""]

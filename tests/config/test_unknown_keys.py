@@ -6,7 +6,7 @@ import pytest
 
 from searchr1.cli import main
 from searchr1.config.load import ConfigError, known_keys, load_config
-from searchr1.config.suggestions import MEANINGS, MOST, explain_unknown, suggest
+from searchr1.config.suggestions import MAX_SUGGESTIONS, MEANINGS, explain_unknown, suggest
 from searchr1.preflight.check import check_config
 from tests.config.test_config_core import CONFIGS
 
@@ -137,7 +137,7 @@ def test_the_loader_reports_all_slips_at_once():
 def test_every_name_of_another_system_means_keys_that_are_there():
     known = set(known_keys())
     assert {key for keys in MEANINGS.values() for key in keys} <= known
-    assert all(len(suggest(f"algorithm.{name}", sorted(known))) <= MOST for name in MEANINGS)
+    assert all(len(suggest(f"algorithm.{name}", sorted(known))) <= MAX_SUGGESTIONS for name in MEANINGS)
 
 
 @pytest.mark.parametrize("key", ["rollout.sglang.attention_backend", "actor.tokenizer.use_fast", "data.num_workers"])
