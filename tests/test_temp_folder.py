@@ -108,7 +108,7 @@ def test_a_folder_that_is_missing_or_not_writable_is_reported(tmp_path, monkeypa
     (tmp_path / "file").touch()
     for name in ("file", "missing"):
         monkeypatch.setenv("TMPDIR", str(tmp_path / name))
-        with pytest.raises(UserError, match=rf"^TMPDIR: {tmp_path / name} is no folder; make it so, name another one"):
+        with pytest.raises(UserError, match=rf"^TMPDIR: {tmp_path / name} is not a folder; make it so, name another one"):
             shorten_temp_folder(RAY_BYTES)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(os, "access", lambda path, mode: False)

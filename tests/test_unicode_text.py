@@ -1,4 +1,4 @@
-"""Halves of surrogate pairs, wherever text comes in that is no file of rows."""
+"""Halves of surrogate pairs, wherever text comes in that is not a file of rows."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class CorrectionSettings:
     level: CorrectionLevel
     bound: CorrectionBound = "truncate"
     lower: float = 0.0
-    """0 is no bound."""
+    """0 is not a bound."""
     upper: float = 2.0
     veto: float = 0.0
     """0 is off."""

@@ -156,7 +156,7 @@ class AsyncChat:
         try:
             question.encode()
         except UnicodeEncodeError as error:
-            raise UserError("the question holds half of a surrogate pair; it is no text") from error
+            raise UserError("the question holds half of a surrogate pair; it is not text") from error
         # A number of its own: the same question twice is sampled twice, where sampling is on. Taken before any search, so
         # that the order in which questions come decides.
         number = next(self._ids)

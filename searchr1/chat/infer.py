@@ -34,7 +34,7 @@ def read_questions(prompts: list[str], file: Path | None) -> list[str]:
         try:
             questions += sys.stdin.read().split("\n") if prompt == "-" else [_typed(prompt)]
         except UnicodeDecodeError as error:
-            raise UserError(f"--prompt -: the input is no text ({error})") from error
+            raise UserError(f"--prompt -: the input is not text ({error})") from error
     if file is not None:
         questions += _of_rows(file) if file_format(file.name) else _of_lines(file)
     questions = [question.strip() for question in questions if question.strip()]

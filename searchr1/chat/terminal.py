@@ -180,7 +180,7 @@ class Conversation:
             except EOFError:
                 break
             except UnicodeDecodeError:
-                self._say("that line is no text in UTF-8", "yellow")
+                self._say("that line is not text in UTF-8", "yellow")
                 continue
             except KeyboardInterrupt:
                 self._say("\n(/quit or Ctrl-D to leave)", "bright_black")

@@ -69,7 +69,7 @@ class CheckpointReader(filesystem.FileSystemReader):
             return
         found = load_part(part)
         if not isinstance(found, Tensor):
-            raise ValueError("it is no tensor")
+            raise ValueError("it is not a tensor")
         found = narrow_tensor_by_index(found, item.storage_offsets, item.lengths)
         target = planner.resolve_tensor(item).detach()
         if target.shape != found.shape:

@@ -33,7 +33,7 @@ class FsdpRanks:
         self.tensors: dict[str, list[Any]] = {}
         for name, first in states[0].items():
             if not isinstance(first, Tensor):
-                raise UserError(f"{self._files[0]}: {name} is no tensor; convert it with the tools of its trainer")
+                raise UserError(f"{self._files[0]}: {name} is not a tensor; convert it with the tools of its trainer")
             if any(name not in state for state in states):
                 raise UserError(f"{self.folder}: {name} is not in every rank's file; copy it again")
             self.tensors[name] = [state[name] for state in states]

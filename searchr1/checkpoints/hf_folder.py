@@ -199,7 +199,7 @@ def weight_files(folder: Path) -> list[str]:
     others = [name for name in present if name != SINGLE]
     if others:
         raise UserError(
-            f"{folder}: has {_first(others)} beside {SINGLE}, which the engine would read too; move what is no part of the "
+            f"{folder}: has {_first(others)} beside {SINGLE}, which the engine would read too; move what is not part of the "
             "model elsewhere"
         )
     return [SINGLE]

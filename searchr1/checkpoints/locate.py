@@ -66,7 +66,7 @@ def locate(given: Path) -> Located:
         if steps
         else f"give a folder that has one of {METADATA}, mp_rank_*, model_world_size_*_rank_*.pt or {LATEST}"
     )
-    raise UserError(f"--checkpoint {given}: is no checkpoint folder (no {METADATA}); {advice}")
+    raise UserError(f"--checkpoint {given}: is not a checkpoint folder (no {METADATA}); {advice}")
 
 
 def _follow(folder: Path, given: Path) -> Located | None:

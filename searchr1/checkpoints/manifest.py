@@ -125,7 +125,7 @@ def read_contents(folder: Path) -> Contents:
         return _read(folder)
     except FileNotFoundError as error:
         raise UserError(
-            f"{folder}: is no complete checkpoint (it has no {MANIFEST}); give a folder named global_step_N"
+            f"{folder}: is not a complete checkpoint (it has no {MANIFEST}); give a folder named global_step_N"
         ) from error
     except OSError as error:
         raise UserError(f"{error.filename}: not readable ({error.strerror}); make it readable") from error

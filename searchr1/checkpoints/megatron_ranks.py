@@ -159,13 +159,13 @@ def _chunks(state: dict[str, Any], path: Path) -> list[dict[str, Tensor]]:
         )
     names = sorted((int(match.group(1) or 0), name) for name in state if (match := _CHUNK.fullmatch(name)))
     if not names:
-        raise UserError(f"{path}: has no model: it is no checkpoint of Megatron's")
+        raise UserError(f"{path}: has no model: it is not a checkpoint of Megatron's")
     return [_model(state[name], path) for _, name in names]
 
 
 def _model(state: object, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict):
-        raise UserError(f"{path}: its model is no dictionary of tensors: it is no checkpoint of Megatron-Core's")
+        raise UserError(f"{path}: its model is not a dictionary of tensors: it is not a checkpoint of Megatron-Core's")
     found: dict[str, Tensor] = {}
     for key, value in state.items():
         name = key
@@ -174,6 +174,6 @@ def _model(state: object, path: Path) -> dict[str, Tensor]:
         if name.endswith(("_extra_state", "inv_freq")) or value is None:
             continue
         if not isinstance(value, Tensor):
-            raise UserError(f"{path}: {name} is no tensor: it is no checkpoint of Megatron-Core's (use_legacy_models?)")
+            raise UserError(f"{path}: {name} is not a tensor: not a checkpoint of Megatron-Core's (use_legacy_models?)")
         found[name] = value
     return found

@@ -19,7 +19,7 @@ from searchr1.checkpoints.torch_dist import TensorFolder, TorchDistFolder
 from searchr1.errors import UserError
 
 MAX_PADDING = 8192
-"""Rows. Megatron pads the vocabulary to a multiple of 128 times the tensor-parallel size; more than this is no padding."""
+"""Rows. Megatron pads the vocabulary to a multiple of 128 times the tensor-parallel size; more than this is not padding."""
 
 _PREFIX = "model."
 _LAYERS = "decoder.layers."

@@ -86,7 +86,7 @@ def _refuse_size(path: Path) -> None:
         return
     stored = sum(entry.stat().st_blocks * 512 for entry in os.scandir(path.parent) if entry.name.endswith(".distcp"))
     if size > _SMALL_BYTES + stored // _BYTES_OF_DATA:
-        raise UserError(f"{path} has {size} bytes for {stored} bytes of tensors: it is no checkpoint's metadata")
+        raise UserError(f"{path} has {size} bytes for {stored} bytes of tensors: it is not a checkpoint's metadata")
 
 
 def _find(module: str, name: str, reader: Reader) -> Any:
@@ -131,7 +131,7 @@ def _check_entries(found: metadata.Metadata) -> None:
     """
     for index, info in found.storage_data.items():
         if type(index) is not metadata.MetadataIndex or type(info) is not filesystem._StorageInfo:
-            raise ValueError("says where something is that is no tensor")
+            raise ValueError("says where something is that is not a tensor")
         if info.transform_descriptors:
             raise ValueError(f"{index.fqn} is packed in an unknown way")
     for name, item in found.state_dict_metadata.items():

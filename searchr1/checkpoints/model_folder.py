@@ -71,7 +71,7 @@ _BELOW = 2
 
 
 def check_files(source: str | Path) -> None:
-    """Reject a local folder with files that no library should open; a hub name is no folder yet.
+    """Reject a local folder with files that no library should open; a hub name is not a folder yet.
 
     Raises:
         UserError: a Git LFS pointer, a damaged or hostile file, by name, or a model with adapters beside it.

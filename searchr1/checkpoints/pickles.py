@@ -172,7 +172,7 @@ class Reader(_Unpickler):
         arguments = self.stack.pop()
         kind = self.stack[-1]
         if type(kind) is not Sealed or type(arguments) is not tuple:
-            raise pickle.UnpicklingError("makes an object of something that is no class")
+            raise pickle.UnpicklingError("makes an object of something that is not a class")
         new: Callable[..., Any] = kind.__new__
         self.stack[-1] = new(kind, *arguments)
 
@@ -185,18 +185,18 @@ class Reader(_Unpickler):
 
     def _load_append(self) -> None:
         if type(self.stack[-2]) is not list:
-            raise pickle.UnpicklingError("appends to something that is no list")
+            raise pickle.UnpicklingError("appends to something that is not a list")
         _Unpickler.load_append(self)
 
     def _load_appends(self) -> None:
         items = self.pop_mark()
         if type(self.stack[-1]) is not list:
-            raise pickle.UnpicklingError("appends to something that is no list")
+            raise pickle.UnpicklingError("appends to something that is not a list")
         self.stack[-1].extend(items)
 
     def _load_setitem(self) -> None:
         if type(self.stack[-3]) not in (dict, Mapping):
-            raise pickle.UnpicklingError("sets items of something that is no dictionary")
+            raise pickle.UnpicklingError("sets items of something that is not a dictionary")
         self.count_hashed(self.stack[-2:-1])
         _Unpickler.load_setitem(self)
 
@@ -204,7 +204,7 @@ class Reader(_Unpickler):
         items = self.pop_mark()
         target = self.stack[-1]
         if type(target) not in (dict, Mapping):
-            raise pickle.UnpicklingError("sets items of something that is no dictionary")
+            raise pickle.UnpicklingError("sets items of something that is not a dictionary")
         self.count_hashed(items[::2])
         for index in range(0, len(items), 2):
             target[items[index]] = items[index + 1]
@@ -212,7 +212,7 @@ class Reader(_Unpickler):
     def _load_additems(self) -> None:
         items = self.pop_mark()
         if type(self.stack[-1]) is not set:
-            raise pickle.UnpicklingError("adds to something that is no set")
+            raise pickle.UnpicklingError("adds to something that is not a set")
         self.count_hashed(items)
         self.stack[-1].update(items)
 

@@ -62,7 +62,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 def _tensors(header: Any, data: int, size: int) -> dict[str, StoredTensor]:
     if type(header) is not dict:
-        raise ValueError("its header is no dictionary")
+        raise ValueError("its header is not a dictionary")
     notes = header.pop("__metadata__", {})
     if type(notes) is not dict or not all(type(value) is str for value in notes.values()):
         raise ValueError("its notes are no texts")

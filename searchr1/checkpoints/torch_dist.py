@@ -155,7 +155,7 @@ class TorchDistFolder:
             part = io.BufferedReader(FilePart(file, info.offset, info.length))
             found = load_part(part)
             if not isinstance(found, Tensor):
-                raise ValueError("it is no tensor")
+                raise ValueError("it is not a tensor")
             # torch.load leaves reference cycles that keep its storages; broken now, the memory goes when the tensor does.
             gc.collect(2 if found.nbytes >= _LARGE_BYTES else 0)
             if found.shape != chunk.sizes or found.dtype != self.dtype(name):

@@ -3,7 +3,7 @@
 Beside tensors they hold arguments, random states and classes of frameworks that are not installed here. A first reading
 (`check`, with the reader of pickles.py) makes nothing but stand-ins: each name must be on a list, and every tensor must lie
 within what is stored. Only then does `torch.load` read the file, with `weights_only=True` and stand-ins for what it does not
-know. The archive is looked at too: torch stores its parts as they are, so a packed part is no part of a checkpoint.
+know. The archive is looked at too: torch stores its parts as they are, so a packed part is not part of a checkpoint.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             f"{path} is damaged, cut short or no checkpoint ({_reason(error)}); copy it again or use another one"
         ) from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} holds no dictionary: it is no checkpoint")
+        raise UserError(f"{path} holds no dictionary: it is not a checkpoint")
     return found
 
 
@@ -185,12 +185,12 @@ def check(file: IO[bytes], *, old: bool = False) -> set[str]:
         sizes, data = _archive(file, length)
         return _describe(_TensorReader(data, lambda key: sizes.get(f"data/{key}")))
     if not old:
-        raise ValueError("it is no archive of torch.save")
+        raise ValueError("it is not an archive of torch.save")
     file.seek(0)
     # Four pickles in a row (a magic number, a version, the machine, the tensors), then the bytes of the tensors.
     source = io.BytesIO(file.read(_MAX_PICKLE))
     if Reader(source, _nothing).load() != torch.serialization.MAGIC_NUMBER:
-        raise ValueError("it is no file of torch.save")
+        raise ValueError("it is not a file of torch.save")
     for _ in range(2):
         Reader(source, _nothing).load()
     return _describe(_OldReader(source, length))
@@ -218,7 +218,7 @@ def _archive(file: IO[bytes], length: int) -> tuple[dict[str, int], bytes]:
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
         if not infos or len(infos) > _MAX_PARTS or archive.comment:
-            raise ValueError("it is no archive of torch.save")
+            raise ValueError("it is not an archive of torch.save")
         refuse_packed(archive)
         prefix = infos[0].filename.partition("/")[0] + "/"
         sizes: dict[str, int] = {}

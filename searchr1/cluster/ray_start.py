@@ -114,7 +114,7 @@ def cluster_address(num_nodes: int) -> str | None:
             "cluster's own HOST:PORT (its port is 6379 unless ray start got another)"
         )
     if given not in ("", "auto") and not is_host_and_port(given):
-        raise UserError(f"RAY_ADDRESS: {given} is no address; give HOST:PORT, or unset it")
+        raise UserError(f"RAY_ADDRESS: {given} is not an address; give HOST:PORT, or unset it")
     try:
         return bootstrap_address(given or "auto")
     except ConnectionError as error:

@@ -26,7 +26,7 @@ def read_messages(value: object, name: str) -> list[Message]:
         name: of the column, for messages about it.
 
     Raises:
-        UserError: no list of messages; a message without role or text; a part that is no text.
+        UserError: no list of messages; a message without role or text; a part that is not text.
     """
     if not isinstance(value, list) or not value:
         raise UserError(f"{name}: is {shown(value)}; {EXPECTED}")

@@ -37,7 +37,7 @@ def question_column(row: dict[str, Any]) -> str | None:
     """Return the question in a column of its own; None if there is none.
 
     Raises:
-        UserError: one that is no text.
+        UserError: one that is not text.
     """
     for key in QUESTION_KEYS:
         value = row.get(key)

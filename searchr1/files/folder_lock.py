@@ -257,7 +257,7 @@ def _read(path: Path) -> _Link | None:
         try:
             status = os.fstat(descriptor)  # after opening: a shared file system asks its server then
             if not stat.S_ISREG(status.st_mode):
-                raise OSError(errno.EINVAL, f"{path.name} is no plain file")
+                raise OSError(errno.EINVAL, f"{path.name} is not a plain file")
             content = os.read(descriptor, MOST_BYTES)
         finally:
             os.close(descriptor)

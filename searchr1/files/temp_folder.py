@@ -39,7 +39,7 @@ def shorten_temp_folder(most_bytes: int) -> None:
             continue
         folder = os.path.abspath(given)
         if not os.path.isdir(folder) or not os.access(folder, os.W_OK | os.X_OK):
-            what = "is not writable" if os.path.isdir(folder) else "is no folder"
+            what = "is not writable" if os.path.isdir(folder) else "is not a folder"
             raise UserError(f"{variable}: {folder} {what}; make it so, name another one, or unset {variable}")
         size = len(os.fsencode(folder))
         if size > most_bytes:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 MAX_LINE_BYTES = 64 << 20
-"""A longer line is no row; without a bound, a file without line ends would be read into memory whole."""
+"""A longer line is not a row; without a bound, a file without line ends would be read into memory whole."""
 MAX_DEPTH = 200
-"""Lists and objects inside each other: more is no data, and what writes JSON stops at about 250."""
+"""Lists and objects inside each other: more is not data, and what writes JSON stops at about 250."""
 TOO_DEEP = f"not valid JSON (lists and objects are nested more than {MAX_DEPTH} deep)"
 BLOCK_BYTES = 1 << 20
 

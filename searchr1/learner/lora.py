@@ -38,7 +38,7 @@ def add_adapters(model: Any, config: LoraConfig) -> None:
     The adapters are in fp32 whatever the base is in, because they are the optimizer's master copy.
 
     Raises:
-        UserError: a name that no layer has, that is no linear layer, or that is tied to the embedding.
+        UserError: a name that no layer has, that is not a linear layer, or that is tied to the embedding.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model

@@ -36,7 +36,7 @@ class GrowingMetrics:
         self._read, self._line, self._tail = 0, 0, b""
         self.rows: list[Row] = []
         self.problem = ""
-        """The first line that is no row of metrics; such lines are skipped."""
+        """The first line that is not a row of metrics; such lines are skipped."""
 
     def refresh(self) -> bool:
         """Read what was appended; everything if the file was replaced or cut. Returns whether anything changed."""

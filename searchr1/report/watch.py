@@ -209,7 +209,7 @@ def _version(stamp: Stamp) -> dict[str, Any]:
 def _number(query: dict[str, str], name: str) -> int:
     text = query.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise UserError(f"{name} is no number")
+        raise UserError(f"{name} is not a number")
     return int(text)
 
 

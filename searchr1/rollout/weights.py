@@ -355,7 +355,7 @@ def release(manifest: WeightManifest) -> None:
 def _dtype(part: TensorPart) -> torch.dtype:
     dtype = getattr(torch, part.dtype, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{part.dtype!r} is no dtype of torch: {part}")
+        raise ValueError(f"{part.dtype!r} is not a dtype of torch: {part}")
     return dtype
 
 

@@ -21,7 +21,7 @@ def run_path(config: Config) -> Path:
     path = Path(config.runner.output_dir) / config.runner.experiment_name
     there = next(folder for folder in (path, *path.absolute().parents) if os.path.lexists(folder))
     if not there.is_dir():
-        raise UserError(f"runner.output_dir: cannot write {path}: {there} is no folder; give another one")
+        raise UserError(f"runner.output_dir: cannot write {path}: {there} is not a folder; give another one")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"runner.output_dir: cannot write {path}: {there} is not writable; give another one")
     return path

@@ -270,7 +270,7 @@ def _resume_from(path: Path, resume_dir: str | None) -> Path | None:
     folder = Path(resume_dir)
     if not (folder / RUNNER_STATE).is_file():
         raise UserError(
-            f"runner.resume_dir: {folder} is no checkpoint ({RUNNER_STATE} is missing); give a folder named "
+            f"runner.resume_dir: {folder} is not a checkpoint ({RUNNER_STATE} is missing); give a folder named "
             "global_step_N, or auto"
         )
     verify_checkpoint(folder)

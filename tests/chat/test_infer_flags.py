@@ -149,7 +149,7 @@ def test_questions_come_from_flags_input_and_files(tmp_path, monkeypatch):
     (tmp_path / "q.csv").write_text("question;answer\nsix;x\n")
     assert read_questions([], tmp_path / "q.csv") == ["six"]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
-    with pytest.raises(UserError, match="--prompt -: the input is no text"):
+    with pytest.raises(UserError, match="--prompt -: the input is not text"):
         read_questions(["-"], None)
     (tmp_path / "bad.jsonl").write_text('{"question": "a"}\n{"q": 1}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl:2"):

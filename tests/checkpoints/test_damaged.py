@@ -160,8 +160,8 @@ def test_a_part_that_no_file_has_is_refused(root, actor):
 
 def test_what_is_no_checkpoint_is_refused(root, actor):
     refused("does not exist", mg2hf, root / "nowhere", root / "out")
-    refused("is no checkpoint folder.*it has global_step_5: give one of them", mg2hf, root / "run", root / "out")
-    refused(r"is no checkpoint folder \(no \.metadata\); give a folder that has one of", mg2hf, root / "hf", root / "out")
+    refused("is not a checkpoint folder.*it has global_step_5: give one of them", mg2hf, root / "run", root / "out")
+    refused(r"is not a checkpoint folder \(no \.metadata\); give a folder that has one of", mg2hf, root / "hf", root / "out")
     (actor / ".metadata").unlink()
     refused(r"has \.distcp files, but no \.metadata", mg2hf, actor, root / "out")
 
@@ -236,7 +236,7 @@ def test_the_other_kind_of_checkpoint_is_told_apart(root, actor, tmp_path):
     writer = TorchDistWriter(fsdp)
     writer.add("something", torch.zeros(2))
     writer.finish()
-    refused("is no Megatron checkpoint", mg2hf, fsdp, root / "out", root / "hf")
+    refused("is not a Megatron checkpoint", mg2hf, fsdp, root / "out", root / "hf")
     refused("has no tensors of a model", fsdp2hf, fsdp, root / "out", root / "hf")
 
 

@@ -99,7 +99,7 @@ def test_release_and_what_is_unclear(models, tmp_path):
     (saved / LATEST).write_text("../../etc")
     refused(r"says '\.\./\.\./etc' instead of an iteration", mg2hf, saved, tmp_path / "out2", hf)
     (saved / LATEST).unlink()
-    refused("is no checkpoint folder.*it has release: give one of them", mg2hf, saved, tmp_path / "out2", hf)
+    refused("is not a checkpoint folder.*it has release: give one of them", mg2hf, saved, tmp_path / "out2", hf)
     shutil.copytree(saved / "release", saved / "iter_0000001")
     shutil.copytree(saved / "release", saved / "iter_0000002")
     refused("to choose from iter_0000001, iter_0000002; give one", mg2hf, saved, tmp_path / "out2", hf)

@@ -104,7 +104,7 @@ def test_a_folder_with_neither_is_no_checkpoint(tmp_path: Path) -> None:
     (folder / MANIFEST).unlink()
     assert checkpoint_steps(tmp_path) == []
     assert latest_checkpoint(tmp_path) is None
-    with pytest.raises(UserError, match=r"is no complete checkpoint \(it has no manifest\.json\)"):
+    with pytest.raises(UserError, match=r"is not a complete checkpoint \(it has no manifest\.json\)"):
         verify_checkpoint(folder)
 
 

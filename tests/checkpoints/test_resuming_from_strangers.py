@@ -129,7 +129,7 @@ def test_other_places_run_nothing(checkpoint, marker, shape):
 
 def test_a_plain_pickle_in_place_of_an_object_runs_nothing(checkpoint, marker):
     replace(checkpoint, BytesStorageMetadata, RUN["global, protocol 0"](marker))
-    refused(r"\.distcp is damaged where \S+ should be \(it is no archive of torch\.save\)", checkpoint)
+    refused(r"\.distcp is damaged where \S+ should be \(it is not an archive of torch\.save\)", checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_which_cluster_is_joined(monkeypatch, given, nodes, expected):
 @pytest.mark.parametrize("given", ["head", "head:", ":6379", "head:port", "head:0", "head:70000", "a b"])
 def test_what_is_no_address_is_refused(monkeypatch, given):
     monkeypatch.setenv("RAY_ADDRESS", given)
-    with pytest.raises(UserError, match=rf"^RAY_ADDRESS: {given} is no address; give HOST:PORT"):
+    with pytest.raises(UserError, match=rf"^RAY_ADDRESS: {given} is not an address; give HOST:PORT"):
         cluster_address(1)
 
 

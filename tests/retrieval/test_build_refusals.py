@@ -63,7 +63,7 @@ def test_a_folder_of_somebody_else_stays(tmp_path, words):
     (tmp_path / "index" / "embedding").mkdir(parents=True)
     (tmp_path / "index" / "embedding" / "part-000000").write_text("mine")
     for more in ([], ["--overwrite"]):
-        with pytest.raises(UserError, match="is no folder of this command"):
+        with pytest.raises(UserError, match="is not a folder of this command"):
             build.main([*words, *more])
     assert (tmp_path / "index" / "embedding" / "part-000000").read_text() == "mine"
 

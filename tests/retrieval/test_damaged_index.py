@@ -145,17 +145,17 @@ def put(place, value):
         (INDICES, put(-1, 2**31 - 1), "names a passage that does not exist"),
         (INDICES, lambda values: values[::-1].copy(), "is out of order"),
         (INDICES, lambda values: values[:-1], "its files do not belong together"),
-        (INDICES, lambda values: values.astype(np.int16), "is no array of <i4 or <i8 in one dimension"),
-        (INDICES, lambda values: values.astype(">i4"), "is no array of <i4 or <i8 in one dimension"),
-        (INDICES, lambda values: values.reshape(1, -1), "is no array of <i4 or <i8 in one dimension"),
-        (INDICES, lambda values: np.asfortranarray(np.stack([values, values])), "is no array of <i4 or <i8"),
+        (INDICES, lambda values: values.astype(np.int16), "is not an array of <i4 or <i8 in one dimension"),
+        (INDICES, lambda values: values.astype(">i4"), "is not an array of <i4 or <i8 in one dimension"),
+        (INDICES, lambda values: values.reshape(1, -1), "is not an array of <i4 or <i8 in one dimension"),
+        (INDICES, lambda values: np.asfortranarray(np.stack([values, values])), "is not an array of <i4 or <i8"),
         (INDICES, lambda values: values[:0], "is empty"),
-        (DATA, put(7, np.nan), "entry 7 (nan) is no score of BM25"),
-        (DATA, put(7, np.inf), "entry 7 (inf) is no score of BM25"),
-        (DATA, put(7, 0), "entry 7 (0.0) is no score of BM25"),
-        (DATA, put(7, -1), "entry 7 (-1.0) is no score of BM25"),
-        (DATA, put(7, 1000), "entry 7 (1000.0) is no score of BM25"),
-        (DATA, lambda values: values.astype(object), "is no array of <f4 or <f8"),
+        (DATA, put(7, np.nan), "entry 7 (nan) is not a score of BM25"),
+        (DATA, put(7, np.inf), "entry 7 (inf) is not a score of BM25"),
+        (DATA, put(7, 0), "entry 7 (0.0) is not a score of BM25"),
+        (DATA, put(7, -1), "entry 7 (-1.0) is not a score of BM25"),
+        (DATA, put(7, 1000), "entry 7 (1000.0) is not a score of BM25"),
+        (DATA, lambda values: values.astype(object), "is not an array of <f4 or <f8"),
         (INDPTR, put(3, 10**12), "the list of word 3 ends before it begins"),
         (INDPTR, put(3, -5), "the list of word 2 ends before it begins"),
         (INDPTR, put(0, 1), "does not cover"),
@@ -180,12 +180,12 @@ def test_arrays_that_lead_astray(index, name, change, problem):
     ("header", "problem"),
     [
         ("{'descr': '<i4', 'fortran_order': False, 'shape': (999999999999999999,), }\n", "bytes instead of"),
-        ("{'descr': '<i4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ",), }\n", "is no array"),
-        ("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,), }\n", "is no array"),
-        ("{'descr': '|O', 'fortran_order': False, 'shape': (3,), }\n", "is no array"),
-        ("__import__('os').system('touch /tmp/run')\n", "is no array"),
-        ("(" * 9000, "is no array"),
-        ("", "is no array"),
+        ("{'descr': '<i4', 'fortran_order': False, 'shape': (" + "9" * 4000 + ",), }\n", "is not an array"),
+        ("{'descr': '<i4', 'fortran_order': False, 'shape': (-1,), }\n", "is not an array"),
+        ("{'descr': '|O', 'fortran_order': False, 'shape': (3,), }\n", "is not an array"),
+        ("__import__('os').system('touch /tmp/run')\n", "is not an array"),
+        ("(" * 9000, "is not an array"),
+        ("", "is not an array"),
     ],
 )
 def test_headers_that_lie(index, header, problem):
@@ -203,13 +203,13 @@ def words(**changed):
     [
         (lambda vocabulary: dict(list(vocabulary.items())[1:]), "words for .* lists"),
         (words(another=3), "words for .* lists"),
-        (words(w1=10**6), "1000000 is no number of a word"),
-        (words(w1=-1), "-1 is no number of a word"),
-        (words(w1=True), "True is no number of a word"),
-        (words(w1=1.0), "1.0 is no number of a word"),
-        (words(w1=10**40), "is no number of a word"),
-        (words(w1="0"), "'0' is no number of a word"),
-        (words(w1=[[]]), "is no number of a word"),
+        (words(w1=10**6), "1000000 is not a number of a word"),
+        (words(w1=-1), "-1 is not a number of a word"),
+        (words(w1=True), "True is not a number of a word"),
+        (words(w1=1.0), "1.0 is not a number of a word"),
+        (words(w1=10**40), "is not a number of a word"),
+        (words(w1="0"), "'0' is not a number of a word"),
+        (words(w1=[[]]), "is not a number of a word"),
         (lambda vocabulary: vocabulary | {"w1": vocabulary["w2"]}, "two words have the same number"),
         (lambda vocabulary: list(vocabulary), "does not hold what it should"),
     ],
@@ -274,22 +274,22 @@ def test_parameters_that_lead_astray(index, changed, problem):
 def test_fewer_passages_than_the_lists_name(index):
     path = index / PARAMETERS
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_docs": ROWS - 1}))
-    with pytest.raises(UserError, match=r"names a passage that does not exist|is no score of BM25"):
+    with pytest.raises(UserError, match=r"names a passage that does not exist|is not a score of BM25"):
         Bm25Index.load(index)
 
 
 @pytest.mark.parametrize(
     ("changed", "problem"),
     [
-        ({"files": {"../corpus.jsonl": {"bytes": 1, "xxh3": "0" * 32}}}, "'../corpus.jsonl' is no name of a file"),
-        ({"files": {"/etc/passwd": {"bytes": 1, "xxh3": "0" * 32}}}, "'/etc/passwd' is no name of a file"),
-        ({"files": {"..": {"bytes": 1, "xxh3": "0" * 32}}}, "is no name of a file"),
+        ({"files": {"../corpus.jsonl": {"bytes": 1, "xxh3": "0" * 32}}}, "'../corpus.jsonl' is not a name of a file"),
+        ({"files": {"/etc/passwd": {"bytes": 1, "xxh3": "0" * 32}}}, "'/etc/passwd' is not a name of a file"),
+        ({"files": {"..": {"bytes": 1, "xxh3": "0" * 32}}}, "is not a name of a file"),
         ({"files": {}}, "has no checksum of data.csc.index.npy"),
-        ({"files": {name: {"bytes": "1", "xxh3": "0" * 32} for name in BM25_FILES}}, "is no size and checksum"),
-        ({"files": {name: {"bytes": 1, "xxh3": "zz"} for name in BM25_FILES}}, "is no size and checksum"),
+        ({"files": {name: {"bytes": "1", "xxh3": "0" * 32} for name in BM25_FILES}}, "is not a size and checksum"),
+        ({"files": {name: {"bytes": 1, "xxh3": "zz"} for name in BM25_FILES}}, "is not a size and checksum"),
         ({"files": 3}, "has no checksums"),
-        ({"kind": "dense", "file": "../../etc/passwd", "dimension": 3}, "is no name of a file"),
-        ({"kind": "dense", "file": "a\0b", "dimension": 3}, "is no name of a file"),
+        ({"kind": "dense", "file": "../../etc/passwd", "dimension": 3}, "is not a name of a file"),
+        ({"kind": "dense", "file": "a\0b", "dimension": 3}, "is not a name of a file"),
         ({"kind": "dense", "file": "x.index"}, "has no entry dimension"),
         ({"kind": "other"}, "kind is 'other'"),
         ({"rows": True}, "rows is True"),
@@ -363,7 +363,7 @@ def test_what_the_parent_has_checked_is_not_checked_again_unless_it_changed(inde
 
 
 def test_a_folder_that_is_no_index(tmp_path):
-    assert "is no finished index" in str(next(verify(tmp_path)))
+    assert "is not a finished index" in str(next(verify(tmp_path)))
 
 
 def test_several_workers_are_told_once(index, made, monkeypatch, capsys):

@@ -253,7 +253,7 @@ def test_closing_fails_what_waits():
 def test_what_is_no_cross_encoder_is_told(tmp_path, model_path):
     with pytest.raises(UserError, match="cannot load a cross-encoder"):
         CrossEncoder(str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match="is no cross-encoder"):
+    with pytest.raises(UserError, match="is not a cross-encoder"):
         CrossEncoder(str(MINILM))
     with pytest.raises(UserError, match="has 3 classes"):
         CrossEncoder(make_model(tmp_path / "three", 3))
@@ -281,7 +281,7 @@ def test_a_score_that_is_no_number_is_told(tmp_path):
 
     file = Path(make_model(tmp_path, 1)) / "model.safetensors"
     save_file(load_file(file) | {"classifier.bias": torch.tensor([float("nan")])}, file, {"format": "pt"})
-    with pytest.raises(UserError, match="a score is no number"):
+    with pytest.raises(UserError, match="a score is not a number"):
         CrossEncoder(str(tmp_path))
 
 

@@ -98,8 +98,8 @@ def test_a_step_is_given_on_demand(server):
     [
         ("/api/rows?file=0-eval-5&from=0", 409, "this step is not there"),
         ("/api/rows?file=../../secret&from=0", 409, "this step is not there"),
-        ("/api/rows?file=0-eval-4", 409, "from is no number"),
-        ("/api/bodies?file=0-eval-4&from=-1&count=5", 409, "from is no number"),
+        ("/api/rows?file=0-eval-4", 409, "from is not a number"),
+        ("/api/bodies?file=0-eval-4&from=-1&count=5", 409, "from is not a number"),
         ("/../../../etc/passwd", 404, "no such page"),
         ("/%2e%2e/%2e%2e/etc/passwd", 404, "no such page"),
         ("/..%2f..%2fetc%2fpasswd", 404, "no such page"),

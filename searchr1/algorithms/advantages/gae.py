@@ -1,6 +1,6 @@
 """Generalised advantage estimation over the policy's tokens. https://arxiv.org/abs/1506.02438
 
-What the environment wrote is no action: after one policy token the next state is the one before the next policy token,
+What the environment wrote is not action: after one policy token the next state is the one before the next policy token,
 however much was retrieved in between. With r_t the token's reward and V_t the critic's value of the state before it,
 
     delta_t = r_t + gamma V_{t+1} - V_t        A_t = delta_t + gamma lambda A_{t+1}        return_t = A_t + V_t

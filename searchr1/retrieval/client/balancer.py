@@ -82,13 +82,13 @@ class Balancer:
             self.rests += 1
 
     def cancelled(self, number: int) -> None:
-        """Record that the caller cancelled a call, which is no evidence about the server."""
+        """Record that the caller cancelled a call, which is not evidence about the server."""
         server = self._servers[number]
         server.in_flight -= 1
         server.trying = False
 
     def busy(self, number: int, seconds: float) -> None:
-        """Record the end of a call that the server answered with "try later"; that is no failure."""
+        """Record the end of a call that the server answered with "try later"; that is not a failure."""
         server = self._servers[number]
         server.in_flight -= 1
         server.trying = False

@@ -61,9 +61,9 @@ def base_url(address: str) -> str:
         url = urlsplit(text)
         valid = url.scheme in ("http", "https") and bool(url.hostname) and (url.port is None or url.port > 0)
     except ValueError as error:
-        raise UserError(f"tools.search.server_addr: {address!r} is no address ({error}); give host:port") from error
+        raise UserError(f"tools.search.server_addr: {address!r} is not an address ({error}); give host:port") from error
     if not valid:
-        raise UserError(f"tools.search.server_addr: {address!r} is no address; give host:port of the retrieval server")
+        raise UserError(f"tools.search.server_addr: {address!r} is not an address; give host:port of the retrieval server")
     return text.rstrip("/").removesuffix("/retrieve").replace("://0.0.0.0", "://127.0.0.1")
 
 
@@ -197,7 +197,7 @@ class SearchClient:
         raise SearchUnavailable(problem)
 
     def _record_status(self, server: int, answer: _ErrorStatus) -> None:
-        """Record what a status means for its server: not the client's own mistakes, and "try later" is no failure."""
+        """Record what a status means for its server: not the client's own mistakes, and "try later" is not a failure."""
         if answer.status in (429, 503) and answer.retry_after_s is not None:
             self._balancer.busy(server, answer.retry_after_s)
         else:
@@ -217,7 +217,7 @@ class SearchClient:
                 raise _ErrorStatus(response.status, await read_error(response), response.headers.get("retry-after"))
             result = (await read_json(response, asked))["result"]
         if not isinstance(result, list):
-            raise ValueError("result is no list")
+            raise ValueError("result is not a list")
         return result
 
 

@@ -73,7 +73,7 @@ class EmbeddingFolder:
                 self._forget_changed()
                 return
         elif self._folder.exists() and any(not file.name.endswith(".partial") for file in self._folder.iterdir()):
-            raise UserError(f"{self._folder}: is no folder of this command; give another --save_dir")
+            raise UserError(f"{self._folder}: is not a folder of this command; give another --save_dir")
         free, wanted = shutil.disk_usage(self.vectors.parent).free, self.bytes + more_bytes
         if free < wanted:
             raise UserError(
@@ -156,7 +156,7 @@ class EmbeddingFolder:
         return self.plan.header_bytes + self.rows_of(part).start * self._row_bytes
 
     def write_header(self, header: bytes) -> None:
-        """Write the header, last: a file without it is no index.
+        """Write the header, last: a file without it is not an index.
 
         Raises:
             UserError: the disk is full.

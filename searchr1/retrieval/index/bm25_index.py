@@ -83,7 +83,7 @@ def open_array(path: Path, dtypes: tuple[str, ...]) -> npt.NDArray[Any]:
     except OSError as error:
         raise DamagedIndex(path, f"cannot be read ({error.strerror})") from error
     if header is None or (dtype := header["dtype"].decode()) not in dtypes:
-        raise DamagedIndex(path, f"is no array of {' or '.join(dtypes)} in one dimension")
+        raise DamagedIndex(path, f"is not an array of {' or '.join(dtypes)} in one dimension")
     count, wanted = int(header["size"]), 10 + length + int(header["size"]) * np.dtype(dtype).itemsize
     if size != wanted or count == 0:
         raise DamagedIndex(path, f"has {size} bytes instead of {wanted}" if count else "is empty")
@@ -136,7 +136,7 @@ def check_vocabulary(path: Path, vocabulary: dict[str, Any], words: int) -> None
     numbers = vocabulary.values()
     wrong = next((number for number in numbers if type(number) is not int or not 0 <= number < words), None)
     if wrong is not None:
-        raise DamagedIndex(path, f"is damaged: {wrong!r:.40} is no number of a word")
+        raise DamagedIndex(path, f"is damaged: {wrong!r:.40} is not a number of a word")
     if len(set(numbers)) != words:
         raise DamagedIndex(path, "is damaged: two words have the same number")
 
@@ -175,7 +175,7 @@ def check_lists(folder: Path, lists: PostingLists, advance: Callable[[int], obje
             problem = "names a passage that does not exist" if reason == compiled.NO_PASSAGE else "is out of order"
             raise DamagedIndex(folder / INDICES_FILE, f"is damaged: {problem} at entry {entry} ({lists.indices[entry]})")
         if reason == compiled.NO_SCORE:
-            raise DamagedIndex(folder / DATA_FILE, f"is damaged: entry {entry} ({lists.data[entry]}) is no score of BM25")
+            raise DamagedIndex(folder / DATA_FILE, f"is damaged: entry {entry} ({lists.data[entry]}) is not a score of BM25")
         if largest is not None:
             actual = compiled.largest_scores(lists.data, lists.indptr[first : last + 1])
             if (wrong := np.flatnonzero(actual != largest[first:last])).size:

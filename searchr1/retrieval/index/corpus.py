@@ -27,7 +27,7 @@ class Corpus:
         """Open a corpus. Packed formats are unpacked beside the file, and every row is checked, at the first use.
 
         Raises:
-            UserError: missing, empty, or a row is no passage; names its line.
+            UserError: missing, empty, or a row is not a passage; names its line.
         """
         self.path = path
         self._rows = Rows(path, "--corpus_path", "passages", _check)
@@ -124,7 +124,7 @@ class Pages:
         """Open the pages. Packed formats are unpacked beside the file, and every row is checked, at the first use.
 
         Raises:
-            UserError: missing, empty, or a row is no page; names its line.
+            UserError: missing, empty, or a row is not a page; names its line.
         """
         self._rows = Rows(path, "--pages_path", "pages", _row_key)
 

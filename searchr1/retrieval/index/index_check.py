@@ -155,7 +155,7 @@ def check_vectors(path: Path, rows: int, dimension: int) -> None:
         DamagedIndex: it is another, or the name says no number format.
     """
     if path.suffix not in VECTOR_DTYPES:
-        raise DamagedIndex(path, f"is no file of vectors ({' or '.join(VECTOR_DTYPES)})")
+        raise DamagedIndex(path, f"is not a file of vectors ({' or '.join(VECTOR_DTYPES)})")
     size = path.stat().st_size if path.is_file() else 0
     if size != (wanted := rows * dimension * np.dtype(VECTOR_DTYPES[path.suffix]).itemsize):
         raise DamagedIndex(path, f"has {size} bytes instead of {wanted}")

@@ -103,7 +103,7 @@ def open_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a folder; None if it has none.
 
     Raises:
-        DamagedIndex: it cannot be read, has changed, or is no manifest.
+        DamagedIndex: it cannot be read, has changed, or is not a manifest.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -165,7 +165,7 @@ def plain(name: Any) -> str:
         ValueError: it leads out of the folder.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\0" in name:
-        raise ValueError(f"{name!r:.80} is no name of a file in the folder")
+        raise ValueError(f"{name!r:.80} is not a name of a file in the folder")
     return name
 
 
@@ -177,7 +177,7 @@ def file_sum(value: Any) -> FileSum:
     """
     size, digest = (value.get("bytes"), value.get("xxh3")) if isinstance(value, dict) else (None, None)
     if type(size) is not int or not isinstance(digest, str) or not re.fullmatch("[0-9a-f]{32}", digest):
-        raise ValueError(f"{value!r:.80} is no size and checksum")
+        raise ValueError(f"{value!r:.80} is not a size and checksum")
     return FileSum(size, digest)
 
 

@@ -185,7 +185,7 @@ def _load(folder: Path, name: str, dtype: type, rows: int) -> Array:
     try:
         column = np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
     except (EOFError, SyntaxError, TypeError, OverflowError) as error:  # what numpy lets through of damaged headers
-        raise ValueError(f"{name}.npy is no array ({error})") from error
+        raise ValueError(f"{name}.npy is not an array ({error})") from error
     if not isinstance(column, np.ndarray) or column.dtype != dtype or column.shape != (rows,):
         raise ValueError(f"{name}.npy is not a column of {rows} numbers")
     return column

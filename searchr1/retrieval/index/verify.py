@@ -54,7 +54,7 @@ def check_bare(folder: Path) -> Iterator[Damage]:
     """Yield what is wrong with the form of the FAISS files in a folder."""
     files = sorted(folder.glob("*.index"))
     if not files:
-        yield Damage(folder, "has neither a manifest.json nor a FAISS file (*.index): it is no finished index")
+        yield Damage(folder, "has neither a manifest.json nor a FAISS file (*.index): it is not a finished index")
     for file in files:
         print_note(f"{file}: has no checksum to compare it with; only its structure is checked")
         yield from check_form(folder, None, file)

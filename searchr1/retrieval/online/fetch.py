@@ -126,7 +126,7 @@ class PageFetcher:
         """Pages that could not be fetched, counted by reason."""
 
     async def fetch(self, url: str) -> Page | None:
-        """Return the page as text; None if it cannot be fetched, is no text, or has none."""
+        """Return the page as text; None if it cannot be fetched, is not text, or has none."""
         try:
             async with self._free, asyncio.timeout(self._timeout_s):
                 body, charset, kind, final = await self._get(url)

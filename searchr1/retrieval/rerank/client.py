@@ -38,7 +38,7 @@ class RemoteReranker:
         try:
             self._url = f"{base_url(address.rstrip('/').removesuffix('/rerank'))}/rerank"
         except UserError as error:
-            raise UserError(f"--reranker_url {address}: is no address; give host:port of the rerank server") from error
+            raise UserError(f"--reranker_url {address}: is not an address; give host:port of the rerank server") from error
         self._timeout_s = timeout_s
         self._session: aiohttp.ClientSession | None = None
 

@@ -82,7 +82,8 @@ class CrossEncoder:
         except (OSError, ValueError, KeyError, AttributeError, ImportError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--reranker_model {path}: cannot load a cross-encoder: {error}") from error
         if loaded["missing_keys"]:
-            raise UserError(f"--reranker_model {path}: is no cross-encoder: it has no {next(iter(loaded['missing_keys']))}")
+            missing = next(iter(loaded["missing_keys"]))
+            raise UserError(f"--reranker_model {path}: is not a cross-encoder: it has no {missing}")
         if model.config.num_labels not in (1, 2):
             raise UserError(f"--reranker_model {path}: has {model.config.num_labels} classes; 1 or 2 are understood")
         limit = getattr(model.config, "max_position_embeddings", None) or max_length
@@ -110,7 +111,7 @@ class CrossEncoder:
             inputs = self._tokenizer.pad({key: [ids[key][row] for row in rows] for key in ids}, return_tensors="pt")
             scores[rows] = self._forward(inputs.to(self._device))
         if not np.isfinite(scores).all():
-            raise ValueError("a score is no number; if the model runs in fp16, use --dtype bf16 or fp32")
+            raise ValueError("a score is not a number; if the model runs in fp16, use --dtype bf16 or fp32")
         return scores
 
     def _readable(self, text: str) -> str:
