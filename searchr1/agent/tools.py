@@ -86,7 +86,7 @@ class FailureMonitor:
             raise UserError(
                 f"{self._what}: {rate:.0%} of the latest {len(self._latest)} calls failed, more than "
                 f"tools.search.max_failure_rate = {self._max_rate:g}; the last one: {error}. Start the retrieval server "
-                "(examples/searchr1/launch_local_server.sh), check tools.search.server_addr, or raise tools.search.timeout_s"
+                "(searchr1 retrieval-server), check tools.search.server_addr, or raise tools.search.timeout_s"
             )
 
 

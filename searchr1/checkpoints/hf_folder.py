@@ -71,7 +71,7 @@ def check_names(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int
     Raises:
         UserError: missing, unexpected or misshapen tensors, by name, with the likely cause.
     """
-    refuse_misfits(
+    reject_misfits(
         [name for name in expected if name not in found],
         [name for name in found if name not in expected and not name.endswith("rotary_emb.inv_freq")],
         {name: (found[name], shape) for name, shape in expected.items() if name in found and found[name] != shape},
@@ -79,7 +79,7 @@ def check_names(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int
     )
 
 
-def refuse_misfits(
+def reject_misfits(
     missing: list[str],
     unexpected: list[str],
     misshapen: dict[str, tuple[tuple[int, ...], tuple[int, ...]]],

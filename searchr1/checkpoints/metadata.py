@@ -20,7 +20,7 @@ from torch.distributed.checkpoint import filesystem, metadata, planner
 
 from searchr1.checkpoints.pickles import Call, Mapping, Reader, Sealed, StandIn, container
 from searchr1.errors import UserError
-from searchr1.files.lfs import refuse_pointer
+from searchr1.files.lfs import reject_pointer
 
 METADATA = ".metadata"
 _SMALL_BYTES = 16 << 20
@@ -51,9 +51,9 @@ def read_metadata(folder: Path) -> metadata.Metadata:
         UserError: it is damaged, or names something that it should not, or a file is missing or cut short.
     """
     path = folder / METADATA
-    refuse_pointer(path)
+    reject_pointer(path)
     try:
-        _refuse_size(path)
+        _reject_size(path)
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
@@ -80,7 +80,7 @@ def reason(error: BaseException) -> str:
     return lines[0][:200]
 
 
-def _refuse_size(path: Path) -> None:
+def _reject_size(path: Path) -> None:
     size = path.stat().st_size
     if size <= _SMALL_BYTES:
         return
@@ -184,7 +184,7 @@ def _check_files(folder: Path, found: metadata.Metadata) -> None:
             raise UserError(f"{folder / METADATA} points to {name!r}, outside of the checkpoint; use another one")
         if not path.is_file():
             raise UserError(f"{path} is missing: the checkpoint is damaged; copy it again or use another one")
-        refuse_pointer(path)
+        reject_pointer(path)
         if path.stat().st_size < end:
             raise UserError(
                 f"{path} has {path.stat().st_size} bytes instead of {end} or more: the checkpoint is damaged; copy it "
@@ -211,10 +211,10 @@ def _sealed(kind: type[Any], **fields: Callable[[Any], bool]) -> Any:
                 raise pickle.UnpicklingError(f"has a {kind.__name__} without {field}")
         object.__setattr__(self, "__class__", kind)
 
-    def refuse_hash(self: Any) -> int:
+    def reject_hash(self: Any) -> int:
         raise pickle.UnpicklingError(f"uses a {kind.__name__} without fields")
 
-    return Sealed(f"{kind.__name__}WithoutFields", (kind,), {"__setstate__": set_state, "__hash__": refuse_hash})
+    return Sealed(f"{kind.__name__}WithoutFields", (kind,), {"__setstate__": set_state, "__hash__": reject_hash})
 
 
 class _Properties(metadata.TensorProperties, metaclass=Sealed):

@@ -12,7 +12,7 @@ from pathlib import Path
 from searchr1.checkpoints.safetensors_header import read_header
 from searchr1.errors import UserError
 from searchr1.files.checksums import Damage, FileSum, LaterFormat, damaged, read_sums, take_all, write_sums
-from searchr1.files.lfs import refuse_pointer
+from searchr1.files.lfs import reject_pointer
 from searchr1.progress import Advance, ProgressBar
 
 BLOCK_BYTES = 16 << 20
@@ -80,7 +80,7 @@ def check_files(source: str | Path) -> None:
     if not folder.is_dir():
         return
     for path in _files(folder, _BELOW):
-        refuse_pointer(path)
+        reject_pointer(path)
         if path.suffix == ".safetensors":
             read_header(path)
         elif path.suffix == ".json" and path.name not in _LONG_JSON:

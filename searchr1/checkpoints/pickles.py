@@ -11,7 +11,7 @@ from typing import IO, Any, ClassVar
 
 _MAX_DEPTH = 100
 """Of tuples in tuples."""
-_REFUSED = (
+_REJECTED = (
     pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID, pickle.BYTEARRAY8,
     pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
 )  # fmt: skip
@@ -224,7 +224,7 @@ class Reader(_Unpickler):
     def _load_frame(self) -> None:
         self.read(8)  # its length, which helps whoever reads from a slow file
 
-    def _refuse(self) -> None:
+    def _reject(self) -> None:
         raise pickle.UnpicklingError("has an instruction that has no place in a checkpoint")
 
     dispatch[pickle.TUPLE[0]] = _load_tuple
@@ -241,7 +241,7 @@ class Reader(_Unpickler):
     dispatch[pickle.ADDITEMS[0]] = _load_additems
     dispatch[pickle.FRAME[0]] = _load_frame
     dispatch[pickle.FROZENSET[0]] = _load_frozenset
-    dispatch |= dict.fromkeys([code[0] for code in _REFUSED], _refuse)
+    dispatch |= dict.fromkeys([code[0] for code in _REJECTED], _reject)
 
 
 def call(called: Any, arguments: tuple[Any, ...]) -> Any:

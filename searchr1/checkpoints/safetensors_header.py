@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1.errors import UserError
-from searchr1.files.lfs import refuse_pointer
+from searchr1.files.lfs import reject_pointer
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -42,7 +42,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing")
-    refuse_pointer(path)
+    reject_pointer(path)
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -52,7 +52,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             if length > _MAX_HEADER:
                 raise ValueError(f"its header has {length} bytes, more than {_MAX_HEADER}")
             text = file.read(length)
-        header = json.loads(text.decode(), object_pairs_hook=_distinct, parse_constant=_refuse_constant)
+        header = json.loads(text.decode(), object_pairs_hook=_distinct, parse_constant=_reject_constant)
         return _tensors(header, 8 + length, size)
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror}") from error
@@ -104,5 +104,5 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse_constant(text: str) -> Any:
+def _reject_constant(text: str) -> Any:
     raise ValueError(f"its header has {text}")

@@ -69,11 +69,11 @@ def check_ranks(folder: Path, advance: Advance) -> Iterator[Damage]:
 
 def check_torch_file(path: Path, advance: Advance) -> Iterator[Damage]:
     """Compare the checksums that `torch.save` stored."""
-    from searchr1.checkpoints.torch_files import refuse_packed
+    from searchr1.checkpoints.torch_files import reject_packed
 
     try:
         with zipfile.ZipFile(path) as archive:
-            refuse_packed(archive)
+            reject_packed(archive)
             bad = archive.testzip()
         advance(path.stat().st_size)
     except (OSError, ValueError, NotImplementedError, RuntimeError, EOFError, zipfile.BadZipFile) as error:

@@ -26,7 +26,7 @@ from torch.distributed.tensor import _dtensor_spec as spec
 
 from searchr1.checkpoints.pickles import Call, Mapping, Reader, StandIn, call, container
 from searchr1.errors import UserError
-from searchr1.files.lfs import refuse_pointer
+from searchr1.files.lfs import reject_pointer
 
 _MAX_PICKLE = 32 << 20
 """The most bytes of the part that describes the tensors: thousands of them need a megabyte."""
@@ -71,7 +71,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: the checkpoint is damaged; copy it again or use another one")
-    refuse_pointer(path)
+    reject_pointer(path)
     try:
         with path.open("rb") as file:
             inert = check(file)
@@ -109,7 +109,7 @@ def check_weights(path: Path) -> bool:
     Raises:
         UserError: damaged, or it holds more than tensors.
     """
-    refuse_pointer(path)
+    reject_pointer(path)
     try:
         with path.open("rb") as file:
             inert = check(file, old=True)
@@ -204,9 +204,9 @@ def _describe(reader: _TensorReader) -> set[str]:
     try:
         reader.load()
     except pickle.UnpicklingError as error:
-        if reader.refused:
+        if reader.rejected:
             raise HasNoPlaceError(
-                f"names {', '.join(reader.refused)}, which has no place in a checkpoint and is not run"
+                f"names {', '.join(reader.rejected)}, which has no place in a checkpoint and is not run"
             ) from error
         raise
     return reader.inert
@@ -219,7 +219,7 @@ def _archive(file: IO[bytes], length: int) -> tuple[dict[str, int], bytes]:
         infos = archive.infolist()
         if not infos or len(infos) > _MAX_PARTS or archive.comment:
             raise ValueError("it is not an archive of torch.save")
-        refuse_packed(archive)
+        reject_packed(archive)
         prefix = infos[0].filename.partition("/")[0] + "/"
         sizes: dict[str, int] = {}
         for info in infos:
@@ -236,7 +236,7 @@ def _archive(file: IO[bytes], length: int) -> tuple[dict[str, int], bytes]:
         return sizes, archive.read(prefix + "data.pkl")
 
 
-def refuse_packed(archive: zipfile.ZipFile) -> None:
+def reject_packed(archive: zipfile.ZipFile) -> None:
     """Reject an archive whose parts take more room when they are read.
 
     Raises:
@@ -279,7 +279,7 @@ class _TensorReader(Reader):
         self._size_of = size_of
         self._storages: dict[str, tuple[torch.dtype | None, int]] = {}
         self.inert: set[str] = set()
-        self.refused: list[str] = []
+        self.rejected: list[str] = []
         self._calls: dict[str, Call] = {
             "torch._utils._rebuild_tensor": Call(self._tensor),
             "torch._utils._rebuild_tensor_v2": Call(self._tensor_v2),
@@ -312,7 +312,7 @@ class _TensorReader(Reader):
         if _INERT.fullmatch(full):
             self.inert.add(full)
             return StandIn
-        self.refused.append(full[:100])
+        self.rejected.append(full[:100])
         return None
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -404,7 +404,7 @@ def check_checksums(path: Path) -> None:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            refuse_packed(archive)
+            reject_packed(archive)
             bad = archive.testzip()
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged ({error}); copy it again or use another one") from error

@@ -22,7 +22,7 @@ from searchr1.checkpoints.hf_folder import (
     OUTPUT_LAYER,
     StoredWeights,
     check_shapes,
-    refuse_misfits,
+    reject_misfits,
 )
 from searchr1.checkpoints.model_folder import ADAPTER, check_files
 from searchr1.checkpoints.model_shape import read_hf_config
@@ -173,7 +173,7 @@ def load_pretrained(kind: Any, path: str, *, decoder_only: bool = False, **setti
     allowed = (OUTPUT_LAYER, *HEADS) if decoder_only else ()
     unexpected = sorted(name for name in report["unexpected_keys"] if not name.startswith(allowed or ("\0",)))
     misshapen = {name: (tuple(found), tuple(own)) for name, found, own in report["mismatched_keys"]}
-    refuse_misfits(sorted(report["missing_keys"]), unexpected, misshapen, path)
+    reject_misfits(sorted(report["missing_keys"]), unexpected, misshapen, path)
     output = model.get_output_embeddings()
     untied = output is not None and output.weight is not model.get_input_embeddings().weight
     if untied and model.config.tie_word_embeddings and not output.weight.is_meta:

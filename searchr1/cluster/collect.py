@@ -31,7 +31,7 @@ class RolloutStats:
     """From then until the last one had its reference log-probabilities."""
     generated_tokens: int
     search_retries: int
-    search_rests: int
+    search_opens: int
     engine_busy_share: float
     """Share of the rollout during which the engines had something to do, mean over ranks."""
 
@@ -45,7 +45,7 @@ class RolloutStats:
             reference_seconds=self.reference_seconds + other.reference_seconds,
             generated_tokens=self.generated_tokens + other.generated_tokens,
             search_retries=self.search_retries + other.search_retries,
-            search_rests=self.search_rests + other.search_rests,
+            search_opens=self.search_opens + other.search_opens,
             engine_busy_share=busy / max(seconds, 1e-9),
         )
 
@@ -58,7 +58,7 @@ class RolloutStats:
             "rollout/tokens_per_second": self.generated_tokens / max(self.rollout_seconds, 1e-9),
             "rollout/engine_busy": self.engine_busy_share,
             "tool/retries": float(self.search_retries),
-            "tool/server_rests": float(self.search_rests),
+            "tool/server_rests": float(self.search_opens),
         }
 
 
@@ -150,7 +150,7 @@ class Collection:
             reference_seconds=reference_seconds,
             generated_tokens=sum(report.generated_tokens for report in reports),
             search_retries=sum(report.search_retries for report in reports),
-            search_rests=sum(report.search_rests for report in reports),
+            search_opens=sum(report.search_opens for report in reports),
             engine_busy_share=sum(report.engine_busy_seconds / report.seconds for report in reports) / len(reports),
         )
 

@@ -37,7 +37,7 @@ class RolloutReport:
     engine_busy_seconds: float
     search_retries: int = 0
     """Requests of the search client beyond the first of each call."""
-    search_rests: int = 0
+    search_opens: int = 0
     """How often it left a server alone for a while."""
 
 
@@ -152,7 +152,7 @@ class RolloutWorker(Worker):
             seconds=time.perf_counter() - started,
             engine_busy_seconds=after.busy_seconds - before.busy_seconds,
             search_retries=search.retries - searched.retries,
-            search_rests=search.rests - searched.rests,
+            search_opens=search.opens - searched.opens,
         )
 
     @reported

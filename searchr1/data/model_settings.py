@@ -69,7 +69,7 @@ class ModelSettings:
                 data = file.read(_MOST_BYTES + 1)
             if len(data) > _MOST_BYTES:
                 raise ValueError(f"more than {_MOST_BYTES} bytes")
-            tree = json.loads(data.decode(), parse_constant=_refuse_constant)
+            tree = json.loads(data.decode(), parse_constant=_reject_constant)
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: not readable ({error}); remove it, or convert the model again") from error
         if not isinstance(tree, dict) or type(tree.get("format")) is not int:
@@ -293,7 +293,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "…"
 
 
-def _refuse_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
 
 

@@ -98,7 +98,7 @@ async def _search(search: SearchToolConfig, queries: Sequence[str], progress: Ca
             raise first from None
         raise UserError(
             f"tools.search.server_addr: {first}. Start the retrieval server "
-            "(examples/searchr1/launch_local_server.sh), or raise tools.search.timeout_s"
+            "(searchr1 retrieval-server), or raise tools.search.timeout_s"
         ) from None
     finally:
         await client.aclose()

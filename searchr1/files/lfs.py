@@ -22,7 +22,7 @@ def is_pointer(path: Path) -> bool:
         return False
 
 
-def refuse_pointer(path: Path) -> None:
+def reject_pointer(path: Path) -> None:
     """Reject a Git LFS pointer.
 
     Raises:

@@ -240,7 +240,7 @@ def test_a_judged_row_is_judged_whatever_reward_it_names(config, tmp_path):
 
 def test_a_server_that_is_down_is_reported_before_anything_starts(config):
     config.tools.search = replace(config.tools.search, server_addr="127.0.0.1:9", retries=0, timeout_s=5)
-    with pytest.raises(UserError, match=r"tools\.search\.server_addr: .*127\.0\.0\.1:9.*launch_local_server"):
+    with pytest.raises(UserError, match=r"tools\.search\.server_addr: .*127\.0\.0\.1:9.*searchr1 retrieval-server"):
         require_server(config)
     with pytest.raises(UserError, match=r"tools\.search\.server_addr"):
         retrieve_passages(config, "searchr1", ["q"] * 100, lambda count: None)

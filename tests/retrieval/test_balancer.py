@@ -7,7 +7,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1.retrieval.client.balancer import BREAK_AFTER, LONGEST_REST_S, Balancer
+from searchr1.retrieval.client.balancer import BREAK_AFTER, LONGEST_OPEN_S, Balancer
 
 
 class Clock:
@@ -51,7 +51,7 @@ def test_failures_in_a_row_make_a_server_rest_and_one_call_finds_out():
     balancer.choose([1])
     balancer.done(0, worked=True)  # not in a row any more
     fail(balancer, 0, BREAK_AFTER)
-    assert balancer.rests == 1
+    assert balancer.opens == 1
     assert [balancer.choose() for _ in range(6)] == [1] * 6
     clock.now += 1.0
     assert balancer.choose() == 0
@@ -64,14 +64,14 @@ def test_failures_in_a_row_make_a_server_rest_and_one_call_finds_out():
 def test_rests_double_up_to_a_limit():
     balancer, clock = make(2)
     fail(balancer, 0, BREAK_AFTER)
-    rests = []
+    opens = []
     for _ in range(9):
         until = balancer._servers[0].until
-        rests.append(until - clock.now)
+        opens.append(until - clock.now)
         clock.now = until
         fail(balancer, 0)
-    for number, seconds in enumerate(rests):
-        whole = min(2.0**number, LONGEST_REST_S)
+    for number, seconds in enumerate(opens):
+        whole = min(2.0**number, LONGEST_OPEN_S)
         assert whole / 2 <= seconds <= whole
 
 
@@ -102,7 +102,7 @@ def test_a_busy_server_rests_as_long_as_it_said_but_not_forever():
     balancer.choose([1])
     balancer.busy(0, 1000)
     assert balancer.choose() == 1
-    clock.now += LONGEST_REST_S
+    clock.now += LONGEST_OPEN_S
     assert balancer.choose() == 0
 
 

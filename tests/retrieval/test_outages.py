@@ -116,7 +116,7 @@ def test_a_watch_follows_every_server_and_counts():
     first, second = serve(), serve()
     ports = [first.server_port, second.server_port]
     addresses = [f"127.0.0.1:{port}" for port in ports]
-    with OutageWatch([*addresses, addresses[0]], 20, every_s=0.02, say=lines.put) as watch:
+    with OutageWatch([*addresses, addresses[0]], 20, every_s=0.02, report=lines.put) as watch:
         assert watch.metrics() == {"tool/server_outages": 0.0}
         end(second)
         assert lines.get(timeout=10) == (

@@ -142,7 +142,7 @@ def test_the_other_server_answers_at_once_when_one_is_dead():
     assert answered == 50
     assert all(hits[0][0].id == "7" for hits in found)
     assert stats.retries <= 20, "the dead one is left alone after a few failures"
-    assert stats.rests == 1
+    assert stats.opens == 1
 
 
 def test_a_server_that_comes_back_is_waited_for():
@@ -182,7 +182,7 @@ def test_a_busy_server_is_left_alone_for_as_long_as_it_says():
 
     first, second, stats = asyncio.run(run())
     assert (first, second) == (1, 10)
-    assert (stats.retries, stats.failures, stats.rests) == (1, 0, 1)
+    assert (stats.retries, stats.failures, stats.opens) == (1, 0, 1)
 
 
 def test_a_token_goes_along_and_proxies_of_the_environment_are_not_asked(monkeypatch):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 BREAK_AFTER = 5
 """Failures in a row that open a server's circuit breaker."""
-FIRST_REST_S = 1.0
-LONGEST_REST_S = 30.0
+FIRST_OPEN_S = 1.0
+LONGEST_OPEN_S = 30.0
 
 
 @dataclass(slots=True)
@@ -18,7 +18,7 @@ class _Server:
     asked: int = 0
     failures: int = 0
     """In a row."""
-    rests: int = 0
+    opens: int = 0
     """Openings of the breaker in a row: each lasts twice as long as the one before."""
     until: float = 0.0
     """The breaker is open until then."""
@@ -34,24 +34,25 @@ class Balancer:
         self._servers = [_Server() for _ in range(servers)]
         self._clock = clock
         self._rng = rng or random.Random()
-        self.rests = 0
+        self.opens = 0
         """How often a circuit breaker was opened, or a server asked for time."""
 
     def choose(self, tried: Collection[int] = ()) -> int:
         """Return the number of the server for the next attempt; the caller reports the outcome with `done`.
 
-        Of those that neither rest nor were tried, the one with the fewest calls in flight, then with the fewest so far. If
-        there is none: one that rests before one that was tried, the one whose rest ends first; somebody is always asked.
+        Of those whose breaker is closed and that were not tried, the one with the fewest calls in flight, then with the
+        fewest so far. If there is none: one with an open breaker before one that was tried, first the one whose breaker
+        closes first; one is always asked.
         """
         now = self._clock()
 
         def order(number: int) -> tuple[bool, bool, float, int, int, float]:
             server = self._servers[number]
-            resting = server.until > now or server.trying
+            is_open = server.until > now or server.trying
             return (
                 number in tried,
-                resting,
-                server.until if resting else 0.0,
+                is_open,
+                server.until if is_open else 0.0,
                 server.in_flight,
                 server.asked,
                 self._rng.random(),
@@ -61,7 +62,7 @@ class Balancer:
         server = self._servers[number]
         server.in_flight += 1
         server.asked += 1
-        if server.rests and server.until <= now:
+        if server.opens and server.until <= now:
             server.trying = True
         return number
 
@@ -71,15 +72,15 @@ class Balancer:
         server.in_flight -= 1
         was_trying, server.trying = server.trying, False
         if worked:
-            server.failures = server.rests = 0
+            server.failures = server.opens = 0
             server.until = 0.0
             return
         server.failures += 1
         if (was_trying or server.failures >= BREAK_AFTER) and server.until <= self._clock():
-            seconds = min(FIRST_REST_S * 2**server.rests, LONGEST_REST_S) * self._rng.uniform(0.5, 1.0)
-            server.rests += 1
+            seconds = min(FIRST_OPEN_S * 2**server.opens, LONGEST_OPEN_S) * self._rng.uniform(0.5, 1.0)
+            server.opens += 1
             server.until = self._clock() + seconds
-            self.rests += 1
+            self.opens += 1
 
     def cancelled(self, number: int) -> None:
         """Record that the caller cancelled a call, which is not evidence about the server."""
@@ -92,5 +93,5 @@ class Balancer:
         server = self._servers[number]
         server.in_flight -= 1
         server.trying = False
-        server.until = max(server.until, self._clock() + min(seconds, LONGEST_REST_S))
-        self.rests += 1
+        server.until = max(server.until, self._clock() + min(seconds, LONGEST_OPEN_S))
+        self.opens += 1

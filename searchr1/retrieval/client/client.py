@@ -45,7 +45,7 @@ class ClientStats:
     calls: int = 0
     retries: int = 0
     failures: int = 0
-    rests: int = 0
+    opens: int = 0
     """How often a circuit breaker was opened."""
 
 
@@ -123,7 +123,7 @@ class SearchClient:
     @property
     def stats(self) -> ClientStats:
         """Return the counts since the start."""
-        return replace(self._stats, rests=self._balancer.rests)
+        return replace(self._stats, opens=self._balancer.opens)
 
     async def search(self, queries: Sequence[str]) -> list[list[RetrievedDocument]]:
         """Return the passages for each query, best first.

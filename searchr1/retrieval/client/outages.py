@@ -45,7 +45,7 @@ class ServerState:
         self._awaited = awaited
         self._problems = 0
         self._down_since: float | None = None
-        self._said_at = 0.0
+        self._reported_at = 0.0
         self.outages = 0
 
     def note(self, problem: str | None, now: float) -> str | None:
@@ -60,12 +60,12 @@ class ServerState:
         if not self._awaited or self._problems < IN_A_ROW:
             return None
         if self._down_since is None:
-            self._down_since = self._said_at = now
+            self._down_since = self._reported_at = now
             self.outages += 1
             return f"{self._name} does not answer ({problem}); {self._consequence}"
-        if now - self._said_at < REMIND_EVERY_S:
+        if now - self._reported_at < REMIND_EVERY_S:
             return None
-        self._said_at = now
+        self._reported_at = now
         seconds = now - self._down_since
         return f"{self._name} has not answered for {seconds:.0f} s ({problem}); {self._consequence}"
 
@@ -82,7 +82,7 @@ class OutageWatch:
         limit: str = " (tools.search.timeout_s)",
         awaited: bool = True,
         every_s: float = ASK_EVERY_S,
-        say: Callable[[str], None] | None = None,
+        report: Callable[[str], None] | None = None,
     ) -> None:
         """Prepare.
 
@@ -93,7 +93,7 @@ class OutageWatch:
             limit: what `timeout_s` was given as, if it can be changed.
             awaited: whether a server is missed before it has answered once.
             every_s: between two questions to one server.
-            say: in place of printing.
+            report: what to call with a line, in place of printing it.
         """
         urls = list(dict.fromkeys(base_url(address) for address in addresses))
         retried = f"searches are tried again for up to {timeout_s:g} s each{limit}"
@@ -101,7 +101,7 @@ class OutageWatch:
             retried = f"the other {'one is' if len(urls) == 2 else f'{len(urls) - 1} are'} asked instead; {retried}"
         self._states = {url: ServerState(f"{key}: {url}", retried, awaited) for url in urls}
         self._every_s = every_s
-        self._say = say or _print
+        self._report = report or _print
         self._over = threading.Event()
         self._reported = 0
 
@@ -128,7 +128,7 @@ class OutageWatch:
             if self._over.is_set():
                 return
             if text := state.note(problem, time.monotonic()):
-                self._say(text)
+                self._report(text)
             self._over.wait(self._every_s if problem is None else min(AGAIN_AFTER_S, self._every_s))
 
 
