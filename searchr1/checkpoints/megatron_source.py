@@ -51,7 +51,7 @@ class MegatronSource:
             UserError: FSDP's checkpoint; missing, unexpected or misshapen tensors, by name.
         """
         if not is_megatron(folder):
-            kind = "an FSDP checkpoint: use searchr1 convert fsdp2hf" if _is_fsdp(folder) else "no Megatron checkpoint"
+            kind = "an FSDP checkpoint: use searchr1 convert fsdp2hf" if _is_fsdp(folder) else "not a Megatron checkpoint"
             raise UserError(f"{folder.folder} is {kind}")
         self.folder = folder
         self.entries = entries(arch)
