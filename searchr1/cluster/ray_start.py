@@ -140,9 +140,9 @@ def require_cluster(address: str) -> None:
             f"RAY_ADDRESS: nothing answers at {address} ({reason}); start the cluster (ray start), or unset RAY_ADDRESS "
             "where a Ray of the run's own will do"
         ) from error
-    words = [sys.executable, "-c", JOIN]
+    words, env = [sys.executable, "-c", JOIN], os.environ | {"PYTHONUTF8": "1", "RAY_ADDRESS": address}
     try:
-        tried = subprocess.run(words, capture_output=True, timeout=JOIN_S, check=False, env=os.environ | {"PYTHONUTF8": "1"})
+        tried = subprocess.run(words, capture_output=True, timeout=JOIN_S, check=False, env=env)
     except subprocess.TimeoutExpired:
         raise UserError(
             f"RAY_ADDRESS: {address} answers, but not as a Ray cluster does within {JOIN_S:.0f} s; restart the cluster, or "

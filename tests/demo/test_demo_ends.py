@@ -29,8 +29,15 @@ COMMAND = (
 
 @pytest.fixture
 def program(monkeypatch):
+    # Started with nohup or in the background, the tests ignore signals, and so would what they start.
+    before = {
+        kind: signal.signal(kind, signal.default_int_handler) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
     monkeypatch.setattr(processes, "PROGRAM", (sys.executable, "-c", COMMAND))
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.05)
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
 
 
 class ActsOnceReady:
