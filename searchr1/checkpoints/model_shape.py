@@ -260,11 +260,13 @@ def rotary_frequencies(config: Any) -> Tensor:
     kind = parameters.get("rope_type", "default")
     if kind == "default":
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+        inverse: Tensor = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim))
+        return inverse
     frequencies, attention_factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     if attention_factor != 1.0 or kind in ("dynamic", "longrope"):
         raise UserError("config.json", f"rope_type {kind!r} is not supported with training_backend: megatron; use fsdp")
-    return frequencies
+    scaled: Tensor = frequencies
+    return scaled
 
 
 def _qwen25(h: int, f: int, layers: int, heads: int, kv: int, vocab: int, tied: bool, head_dim: int = 128) -> ModelShape:

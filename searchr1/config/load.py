@@ -137,7 +137,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         problems += [Problem(key, message) for key, message in rejected]
     _rename_aliases(values, problems)
     taken = take_retired(values)
-    config = _build(Config, values, "", problems, known)
+    config: Config = _build(Config, values, "", problems, known)
     for key, text, is_problem in explain_retired(taken, config):
         if is_problem:
             problems.append(Problem(key, text))

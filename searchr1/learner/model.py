@@ -250,7 +250,8 @@ def shard_model(
     fully_shard(model, reshard_after_forward=False, **shard)
     if folder is not None:
         fill(model, folder, on_host=cpu_offload)
-    return model
+    sharded: nn.Module = model
+    return sharded
 
 
 def policy_logprobs(model: nn.Module, batch: PackedBatch, temperature: float, with_entropy: bool = False) -> TokenLogprobs:

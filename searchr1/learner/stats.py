@@ -78,4 +78,4 @@ def training_flops(config: Any, lengths: Sequence[int], policy_tokens: int) -> f
     linear = 2 * per_token * sum(lengths)
     attention = sum(2 * 2 * queries * length * (length + 1) / 2 for length in lengths)
     logits = 2 * hidden * config.vocab_size * policy_tokens
-    return 3.0 * (config.num_hidden_layers * (linear + attention) + logits)
+    return float(3.0 * (config.num_hidden_layers * (linear + attention) + logits))

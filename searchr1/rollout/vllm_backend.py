@@ -67,7 +67,7 @@ class VllmBackend:
     @property
     def has_work(self) -> bool:
         """True while a request is unfinished: until its last output has come back, not only until it was computed."""
-        return self._llm.has_unfinished_requests()
+        return bool(self._llm.has_unfinished_requests())
 
     def add(self, request_id: str, prompt_ids: list[int], params: GenerateParams, on_text: OnText | None = None) -> None:
         """Queue a generation; with `on_text`, `step` passes on its text so far.

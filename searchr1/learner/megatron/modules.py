@@ -126,7 +126,8 @@ class PolicyModel(GPTModel):
         """Return logits [P, V / T]."""
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _bias = self.output_layer(hidden_P1H, weight=weight)
-        return logits.squeeze(1)
+        squeezed: Tensor = logits.squeeze(1)
+        return squeezed
 
 
 class ValueModel(PolicyModel):

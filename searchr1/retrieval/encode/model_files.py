@@ -21,7 +21,7 @@ def local_folder(path: str) -> str:
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(path, ignore_patterns=UNUSED_FILES, etag_timeout=10)
+        return str(snapshot_download(path, ignore_patterns=UNUSED_FILES, etag_timeout=10))
     except (OSError, ValueError) as error:  # the hub's errors are one or the other
         reason = str(error).partition("\n")[0]
         raise UserError(

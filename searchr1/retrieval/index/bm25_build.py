@@ -268,7 +268,7 @@ def take_places(words: npt.NDArray[np.int32], heads: npt.NDArray[np.int64]) -> n
     starts = run_starts(words)
     lengths = np.diff(starts, append=len(words))
     present = words[starts]
-    places = np.repeat(heads[present] - starts, lengths) + np.arange(len(words))
+    places: npt.NDArray[np.int64] = np.repeat(heads[present] - starts, lengths) + np.arange(len(words))
     heads[present] += lengths
     return places
 

@@ -67,7 +67,7 @@ def lists_of(factory: str) -> int | None:
 
 def list_count(rows: int) -> int:
     """Return about 4 sqrt(rows), a power of two, as long as there are enough vectors to train on."""
-    wanted = 2 ** round(math.log2(4 * math.sqrt(max(rows, 1))))
+    wanted: int = 2 ** round(math.log2(4 * math.sqrt(max(rows, 1))))
     return max(min(wanted, rows // POINTS_PER_LIST), 1)
 
 

@@ -46,7 +46,7 @@ class Metrics:
     def text(self) -> bytes:
         """Return the counters in Prometheus' text format; with several processes, their sum."""
         if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
-            return generate_latest(self._registry)
+            return bytes(generate_latest(self._registry))
         together = CollectorRegistry()
         MultiProcessCollector(together)
-        return generate_latest(together)
+        return bytes(generate_latest(together))
