@@ -51,7 +51,7 @@ WITH_LIBRARIES = {
 
 
 def usage() -> str:
-    """The help text: one line per command."""
+    """Return the help text: one line per command."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
@@ -61,7 +61,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "searchr1 COMMAND --help tells more.",
+            "searchr1 COMMAND --help explains a command.",
         ]
     )
 

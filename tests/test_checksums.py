@@ -55,7 +55,7 @@ def test_missing_and_shortened_files_are_named_without_reading(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../outside", "a/../../b", ""])
-def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str) -> None:
+def test_names_that_lead_out_of_the_folder_are_rejected(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="leads out"):
         list(damaged(tmp_path, {name: FileSum(0, "")}))
 

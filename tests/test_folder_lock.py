@@ -87,7 +87,7 @@ def elsewhere(folder: Path, silent_s: float = 0.0, **changes: object) -> Path:
     return path
 
 
-def test_a_second_process_is_refused_and_learns_who_has_the_folder(tmp_path, holder):
+def test_a_second_process_is_rejected_and_learns_who_has_the_folder(tmp_path, holder):
     with pytest.raises(UserError) as caught:
         take(tmp_path / "run")
     message = str(caught.value)

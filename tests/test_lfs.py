@@ -11,7 +11,7 @@ POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\n
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "__0_0.distcp", "e5_Flat.index"])
-def test_a_pointer_is_refused_by_name(tmp_path, name):
+def test_a_pointer_is_rejected_by_name(tmp_path, name):
     path = tmp_path / name
     path.write_text(POINTER)
     with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer, not the file; run git lfs pull"):

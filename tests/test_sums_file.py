@@ -77,7 +77,7 @@ GOOD = {"bytes": 1, "xxh3": "0" * 32}
         ({"format": 1, "files": {"a": GOOD | {"xxh3": "A" * 32}}}, "checksum 'AAA"),
     ],
 )
-def test_a_strangers_file_is_refused(path: Path, content: object, problem: str) -> None:
+def test_a_strangers_file_is_rejected(path: Path, content: object, problem: str) -> None:
     path.write_bytes(signed(content))
     with pytest.raises(ValueError, match=problem):
         read_sums(path)
@@ -87,7 +87,7 @@ DEEP = [b"[" * 200_000, b'{"a":' * 100_000]
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b"\xff", b'{"files": {}}', b"9" * 5000, *DEEP])
-def test_what_is_no_table_is_refused(path: Path, data: bytes) -> None:
+def test_what_is_no_table_is_rejected(path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"is damaged|has changed"):
         read_sums(path)

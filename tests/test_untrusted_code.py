@@ -57,7 +57,7 @@ def folder(tmp_path, monkeypatch):
     assert not marker.exists()
 
 
-def test_a_model_with_code_of_its_own_is_refused_where_it_is_checked(folder):
+def test_a_model_with_code_of_its_own_is_rejected_where_it_is_checked(folder):
     from searchr1.checkpoints.weight_check import check_model_folder
 
     for trained in (True, False):
@@ -65,7 +65,7 @@ def test_a_model_with_code_of_its_own_is_refused_where_it_is_checked(folder):
             check_model_folder(folder, trained=trained)
 
 
-def test_its_tokenizer_and_configuration_are_refused(folder):
+def test_its_tokenizer_and_configuration_are_rejected(folder):
     from searchr1.chat.load import load_tokenizer
     from searchr1.preflight.check_models import model_positions
 
@@ -74,7 +74,7 @@ def test_its_tokenizer_and_configuration_are_refused(folder):
     assert model_positions(str(folder)) is None
 
 
-def test_an_encoder_and_a_reranker_with_code_of_their_own_are_refused(folder):
+def test_an_encoder_and_a_reranker_with_code_of_their_own_are_rejected(folder):
     from searchr1.retrieval.encode.encoder import Encoder
     from searchr1.retrieval.rerank.reranker import CrossEncoder
 

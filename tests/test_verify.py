@@ -113,7 +113,7 @@ def test_machines_are_answered_in_json(world, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "notes.md", "empty"])
-def test_what_it_does_not_know_is_refused(tmp_path, capsys, name):
+def test_what_it_does_not_know_is_rejected(tmp_path, capsys, name):
     (tmp_path / "notes.md").write_text("x")
     (tmp_path / "empty").mkdir()
     code, out, err = run(capsys, tmp_path / name)

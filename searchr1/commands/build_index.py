@@ -91,6 +91,6 @@ def check_dense(args: argparse.Namespace, given: set[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the sub-command. Return its exit code."""
     build_index(parse(argv))
     return 0

@@ -15,7 +15,7 @@ from searchr1.preflight.check_models import check_models
 
 
 def explain(config: Config, for_training: bool) -> str:
-    """Groups, placement, batch arithmetic and limits, for people."""
+    """Describe groups, placement, batch arithmetic and limits, for people."""
     device = Device.detect(config.cluster.device)
     runner, algorithm, data, agent = config.runner, config.algorithm, config.data, config.agentloop
     groups = ["rollout", "reward"]
@@ -32,12 +32,12 @@ def explain(config: Config, for_training: bool) -> str:
         trajectories = data.rollout_batch_size * algorithm.group_size
         layout = actor_layout(config, len(group_ranks(config, "actor", device)))
         lines += [
-            f"step        {data.rollout_batch_size} questions x {algorithm.group_size} attempts = {trajectories} "
+            f"step        {data.rollout_batch_size} questions x {algorithm.group_size} rollouts = {trajectories} "
             f"trajectories, {algorithm.n_minibatches} optimizer step{'s' if algorithm.n_minibatches > 1 else ''} of "
             f"{trajectories // algorithm.n_minibatches}",
             f"actor       {config.actor.training_backend}, tensor x pipeline x data parallel {layout.tensor_parallel} x "
             f"{layout.pipeline_parallel} x {layout.data_parallel}; {trajectories // layout.data_parallel} trajectories "
-            f"a replica, in packed micro-batches of at most {runner.max_tokens_per_mbs} tokens",
+            f"a data-parallel copy, in packed micro-batches of at most {runner.max_tokens_per_mbs} tokens",
             *([_critic(config, device)] if config.critic.use_critic_model else []),
             f"algorithm   {algorithm.adv_type}, {algorithm.loss_agg_func}, KL {algorithm.kl_beta:g} "
             f"({algorithm.kl_penalty_type}), learning rate {config.actor.optim.lr:g} "
@@ -63,8 +63,8 @@ def explain(config: Config, for_training: bool) -> str:
 def _evaluation(config: Config) -> str:
     from searchr1.evaluation.methods import METHODS, agent_settings, sampling_note
 
-    methods, attempts = config.evaluation.methods, config.algorithm.group_size
-    return f"{', '.join(methods)}; {sampling_note(agent_settings(config, METHODS[methods[0]]), attempts)}"
+    methods, rollouts = config.evaluation.methods, config.algorithm.group_size
+    return f"{', '.join(methods)}; {sampling_note(agent_settings(config, METHODS[methods[0]]), rollouts)}"
 
 
 def _critic(config: Config, device: Device) -> str:
@@ -77,7 +77,7 @@ def _critic(config: Config, device: Device) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the sub-command. Return its exit code."""
     parser = argparse.ArgumentParser(prog="searchr1 check-config", description=__doc__)
     parser.add_argument("config", help=config_help("tiny-cpu"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")

@@ -9,7 +9,7 @@ from searchr1.errors import UserError
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the sub-command. Return its exit code."""
     parser = argparse.ArgumentParser(
         prog="searchr1 demo-world",
         description="Write a fictional encyclopedia (corpus.jsonl, pages.jsonl) and questions about it "

@@ -40,7 +40,7 @@ NOT_MEASURED = "Computed, not measured: see docs/guides/layouts.md for what the 
 
 
 def find_model(config: Config, model_config: str | None, shape: str | None) -> tuple[ModelShape, str]:
-    """The model's sizes and where they are from.
+    """Return the model's sizes and where they are from.
 
     Raises:
         UserError: nothing says what model it is.
@@ -64,7 +64,7 @@ def find_model(config: Config, model_config: str | None, shape: str | None) -> t
 
 
 def describe(layout: Layout) -> str:
-    """The layout in one line."""
+    """Return the layout in one line."""
     megatron = layout.backend == "megatron"
     words = [
         f"{layout.backend}, {layout.gpus} GPU{'s' if layout.gpus > 1 else ''}",
@@ -80,7 +80,7 @@ def describe(layout: Layout) -> str:
 
 
 def show_table(console: Console, plan: MemoryPlan, phases: Sequence[str], title: str, limit: int | None) -> None:
-    """The lines of a plan, and their sum in each phase."""
+    """Format the lines of a plan, and their sum in each phase."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column(title)
     for phase in phases:
@@ -97,7 +97,7 @@ def show_table(console: Console, plan: MemoryPlan, phases: Sequence[str], title:
 
 
 def show(console: Console, plan: MemoryPlan, model: ModelShape, layout: Layout, gpu_bytes: int) -> None:
-    """The table, the verdict and what to change."""
+    """Format the table, the verdict and what to change."""
     title = "GiB on the fullest GPU" if plan.where == "actor" else f"GiB on the {plan.where}'s GPU"
     show_table(console, plan, PHASES, title, gpu_bytes)
     if plan.problem:
@@ -122,12 +122,12 @@ def show(console: Console, plan: MemoryPlan, model: ModelShape, layout: Layout, 
 
 
 def host_fits(plan: MemoryPlan, host_bytes: int | None) -> bool:
-    """Whether the host's memory is enough, as far as it is known."""
+    """Report whether the host's memory is enough, as far as that is known."""
     return not plan.problem and (host_bytes is None or plan.peak <= host_bytes)
 
 
 def show_host(console: Console, plan: MemoryPlan, host_bytes: int | None) -> None:
-    """The host memory of a run on GPUs."""
+    """Format the host memory of a run on GPUs."""
     parts = ", ".join(f"{line.name} {line.size / GIB:.1f}" for line in plan.lines if line.size)
     console.print(f"Host memory, all processes together: {plan.peak / GIB:.0f} GiB ({parts}).", markup=False)
     if not host_fits(plan, host_bytes):
@@ -139,7 +139,7 @@ def show_host(console: Console, plan: MemoryPlan, host_bytes: int | None) -> Non
 
 
 def show_cpu(console: Console, plan: MemoryPlan, for_training: bool, host_bytes: int) -> None:
-    """The plan of a run on a CPU."""
+    """Format the plan of a run on a CPU."""
     phases = CPU_PHASES if for_training else CPU_PHASES[:1]
     show_table(console, plan, phases, "GiB of host memory, all processes", host_bytes)
     if plan.problem:
@@ -155,18 +155,18 @@ def show_cpu(console: Console, plan: MemoryPlan, for_training: bool, host_bytes:
 
 
 def plan_json(plan: MemoryPlan, phases: Sequence[str] = PHASES) -> dict[str, Any]:
-    """A plan's lines and sums."""
+    """Return a plan's lines and sums."""
     lines = [dataclasses.asdict(line) for line in plan.lines]
     return {"lines": lines, "totals": {phase: plan.total(phase) for phase in phases}, "problem": plan.problem}
 
 
 def model_json(model: ModelShape, source: str) -> dict[str, Any]:
-    """The model's sizes."""
+    """Return the model's sizes."""
     return {"model": dataclasses.asdict(model) | {"parameters": model.parameters, "source": source}}
 
 
 def as_json(plan: MemoryPlan, layout: Layout, model: ModelShape, gpu_bytes: int) -> dict[str, Any]:
-    """Everything of a run on GPUs, for programs; sizes in bytes."""
+    """Return everything of a run on GPUs, for programs; sizes in bytes."""
     fits = plan.fits(gpu_bytes)
     return plan_json(plan) | {
         "layout": dataclasses.asdict(layout) | {"dp": layout.dp},
@@ -185,7 +185,7 @@ def as_json(plan: MemoryPlan, layout: Layout, model: ModelShape, gpu_bytes: int)
 
 
 def show_evaluation(console: Console, plan: MemoryPlan, gpu_bytes: int) -> None:
-    """The plan of an evaluation: a list, and the verdict."""
+    """Format the plan of an evaluation: a list, and the verdict."""
     console.print("an evaluation: the engine alone, on each of its GPUs")
     for line in plan.lines:
         console.print(f"  {line.name:<15} {line.size / GIB:7.2f} GiB  {line.formula}", markup=False)
@@ -249,12 +249,12 @@ def _on_gpus(config: Config, model: ModelShape, source: str, args: argparse.Name
 
 
 def _console() -> Console:
-    """Wide enough for the table where nobody is watching."""
+    """Return a console that is wide enough for the table where nobody is watching."""
     return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 150)
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command. Exit code 0 if the run fits, 1 if not."""
+    """Run the sub-command. Return 0 if the run fits, 1 if not."""
     parser = argparse.ArgumentParser(prog="searchr1 plan-memory", description=__doc__)
     parser.add_argument("config", nargs="?", help=config_help("tiny-gpu"))
     parser.add_argument("overrides", nargs="*", metavar="key=value")

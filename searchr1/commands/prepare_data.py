@@ -28,11 +28,11 @@ examples:
   searchr1 prepare-data --input mine=questions.csv --split train --format jsonl --rows rlinf --out data/mine
   searchr1 prepare-data --sets nq --split test --template rag --search 127.0.0.1:8000 --out data/rag
 
-docs/guides/data.md tells the row shapes and the templates."""
+docs/guides/data.md lists the row shapes and the templates."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's flags."""
+    """Return the command's flags."""
     found = argparse.ArgumentParser(
         prog="searchr1 prepare-data",
         description="Question sets into files that training and evaluation read: OUT/SPLIT.parquet, OUT/stats.json.",

@@ -19,7 +19,7 @@ from searchr1.retrieval.server.processes import peak_memory_mib, serve_app
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """The flags; those of Search-R1 keep their names.
+    """Return the flags; those of Search-R1 keep their names.
 
     Raises:
         UserError: a value out of range.
@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the sub-command. Return its exit code."""
     args = parse(argv)
     started = time.perf_counter()
     listener = bind(args.host, args.port)

@@ -124,7 +124,7 @@ def parse(argv: list[str]) -> ServerOptions:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the sub-command. Return its exit code."""
     options = parse(argv)
     started = time.perf_counter()
     listener = bind(options.host, options.port)

@@ -24,7 +24,7 @@ from searchr1.training.sft import SftConfig, train
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of the sub-command."""
+    """Run the sub-command. Return its exit code."""
     config = parse(argv)
     lead = os.environ.get("RANK", "0") == "0"
     with folder_lock(config.output, "--output", "searchr1 sft") if lead else nullcontext():

@@ -306,7 +306,7 @@ class _MiniBatch:
 
 
 def _as_trajectory(ids: list[int]) -> Trajectory:
-    """A probe: everything after the first token counts as sampled."""
+    """Return the trajectory of a probe: everything after the first token counts as sampled."""
     response = np.array(ids[1:], dtype=np.int32)
     return Trajectory(
         sample=Sample("probe/0", 0, ids[:1], "", []),

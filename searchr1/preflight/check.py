@@ -47,7 +47,7 @@ def check_before_start(config: Config, for_training: bool) -> None:
 
 
 def check_config(config: Config, for_training: bool) -> list[Problem]:
-    """Every problem across keys and with files."""
+    """Return all problems across keys and with files."""
     found = [
         *(Problem(key, message) for key, message in choice_problems(config)),
         *_sizes(config),
@@ -68,7 +68,7 @@ def check_config(config: Config, for_training: bool) -> list[Problem]:
 
 
 def warnings(config: Config, for_training: bool = True) -> list[str]:
-    """What will run, but perhaps not as meant."""
+    """Return warnings: what will run, but perhaps not as meant."""
     found = [*precision_warnings(config, for_training)]
     if for_training:
         found += _training_warnings(config)

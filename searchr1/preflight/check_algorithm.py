@@ -14,14 +14,14 @@ NO_FILTER_TOP_K = 100_000
 
 
 def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[Problem]:
-    """Every problem. `with_critic` is `critic.use_critic_model`."""
+    """Yield every problem. `with_critic` is `critic.use_critic_model`."""
     for name in ("kl_beta", "llds_coef", "turn_reward_weight", "max_refills"):
         if getattr(algorithm, name) < 0:
             yield Problem(f"algorithm.{name}", f"must be 0 or more, found {getattr(algorithm, name)}")
     if algorithm.early_stop_imp_ratio is not None and algorithm.early_stop_imp_ratio <= 1:
         yield Problem("algorithm.early_stop_imp_ratio", "must be more than 1, which is what the ratio is without any change")
     if algorithm.max_refills > 0 and algorithm.group_size == 1:
-        yield Problem("algorithm.max_refills", "needs a group_size of 2 or more: one attempt alone has no spread")
+        yield Problem("algorithm.max_refills", "needs a group_size of 2 or more: one rollout alone has no reward variance")
     if not 0 < algorithm.gamma <= 1:
         yield Problem("algorithm.gamma", f"must be more than 0 and at most 1, found {algorithm.gamma:g}")
     if not 0 <= algorithm.gae_lambda <= 1:
@@ -45,7 +45,7 @@ def check_algorithm(algorithm: AlgorithmConfig, with_critic: bool) -> Iterator[P
     if with_critic != (algorithm.adv_type == "gae"):
         yield Problem("critic.use_critic_model", "must be True for algorithm.adv_type: gae, and False for any other")
     if algorithm.adv_type == "gae" and algorithm.advantage_mode == "turn":
-        yield Problem("algorithm.advantage_mode", "gae gives every token its own credit; use trajectory")
+        yield Problem("algorithm.advantage_mode", "gae gives every token an advantage of its own; use trajectory")
 
 
 def _correction(correction: MismatchCorrectionConfig) -> Iterator[Problem]:
@@ -58,7 +58,7 @@ def _correction(correction: MismatchCorrectionConfig) -> Iterator[Problem]:
 
 
 def algorithm_warnings(algorithm: AlgorithmConfig) -> Iterator[str]:
-    """What will run, but perhaps not as meant."""
+    """Yield warnings: what will run, but perhaps not as meant."""
     correction, sampling = algorithm.mismatch_correction, algorithm.sampling_params
     adv_type = algorithm.adv_type
     if algorithm.group_size == 1 and adv_type not in ("reinforce++", "gae") and not is_dotted_path(adv_type):
@@ -70,8 +70,8 @@ def algorithm_warnings(algorithm: AlgorithmConfig) -> Iterator[str]:
         )
     if algorithm.kl_beta > 0 and algorithm.kl_in == "reward" and adv_type in ("grpo", "grpo_dynamic"):
         yield (
-            f"algorithm.kl_in: reward with adv_type: {adv_type}, which divides by the group's spread: attempts that earned "
-            "the same are told apart by their KL alone, at full strength; rloo, dr_grpo and reinforce++ do not do that"
+            f"algorithm.kl_in: reward with adv_type: {adv_type}, which divides by the group's standard deviation: rollouts "
+            "that earned the same differ by their KL alone, at full strength; rloo, dr_grpo and reinforce++ do not do that"
         )
     on_policy = algorithm.recompute_logprobs and algorithm.n_minibatches == 1
     if algorithm.llds_coef > 0 and on_policy:

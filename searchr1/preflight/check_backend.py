@@ -16,7 +16,7 @@ from searchr1.learner.trainer_config import TrainerConfig
 
 
 def check_backends(config: Config) -> Iterator[Problem]:
-    """Of the actor, and of the critic if there is one."""
+    """Yield problems of the actor, and of the critic if there is one."""
     if config.actor.training_backend == "megatron":
         yield from _megatron_actor(config)
         yield from _layout(config, TrainerConfig.for_actor(config))
@@ -85,7 +85,7 @@ MAX_ENGINE_RANK = 512
 
 
 def check_lora(config: Config) -> Iterator[Problem]:
-    """Adapters that cannot be, and a backend that has none."""
+    """Yield problems of adapters, and a backend that has none."""
     actor = config.actor
     if actor.lora.rank < 0:
         yield Problem("actor.lora.rank", f"must be 0 (off) or more, found {actor.lora.rank}")
@@ -123,5 +123,5 @@ def _adapter_updates(config: Config) -> Iterator[Problem]:
 
 
 def without_adapters(config: Config) -> Config:
-    """The run as an engine sees it that nobody trains: the model's folder has everything, no adapter will come."""
+    """Return the run without LoRA, for an engine that nobody trains: the model's folder has everything."""
     return replace(config, actor=replace(config.actor, lora=LoraConfig()))

@@ -92,7 +92,7 @@ def check_positions(config: Config, for_training: bool) -> Iterator[Problem]:
 
 
 def model_positions(path: str) -> int | None:
-    """Positions of a model: of a local folder, or of a hub name that has been downloaded; None if nothing says so."""
+    """Return a model's positions: of a local folder, or of a hub name that has been downloaded; None if nothing says so."""
     from transformers import AutoConfig
 
     folder = Path(path)
@@ -105,7 +105,7 @@ def model_positions(path: str) -> int | None:
 
 
 def positions_of(values: Mapping[str, Any]) -> int | None:
-    """Positions that a transformers configuration gives its model, rotary scaling included."""
+    """Return the positions that a transformers configuration gives its model, rotary scaling included."""
     text = values.get("text_config")
     if isinstance(text, Mapping):
         values = text
@@ -122,7 +122,7 @@ def positions_of(values: Mapping[str, Any]) -> int | None:
 
 
 def _ropes(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Rotary settings: one set, or one for each kind of layer."""
+    """Return rotary settings: one set, or one for each kind of layer."""
     ropes = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if any(isinstance(one, Mapping) for one in ropes.values()):
         yield from (one for one in ropes.values() if isinstance(one, Mapping))

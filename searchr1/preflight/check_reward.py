@@ -13,7 +13,7 @@ from searchr1.errors import UserError
 
 
 def check_evaluation(config: Config) -> Iterator[Problem]:
-    """Every problem."""
+    """Yield every problem."""
     methods = config.evaluation.methods
     key = "evaluation.methods"
     if not methods:
@@ -33,7 +33,7 @@ def check_evaluation(config: Config) -> Iterator[Problem]:
 
 
 def check_health(health: HealthConfig) -> Iterator[Problem]:
-    """Limits that no run could keep, or none could break."""
+    """Yield limits that no run could keep, or none could break."""
     for name in ("window", "min_history", "patience"):
         if getattr(health, name) < 1:
             yield Problem(f"runner.health.{name}", f"must be 1 or more, found {getattr(health, name)}")
@@ -59,7 +59,7 @@ def check_health(health: HealthConfig) -> Iterator[Problem]:
 
 
 def check_reward(reward: RewardConfig, response_limit: int) -> Iterator[Problem]:
-    """Every problem. `response_limit` is how many tokens a response may have at most."""
+    """Yield every problem. `response_limit` is how many tokens a response may have at most."""
     yield from (Problem(*problem) for problem in choice_problems(reward, "reward."))
     if reward.concurrency < 1:
         yield Problem("reward.concurrency", f"must be 1 or more, found {reward.concurrency}")

@@ -53,7 +53,7 @@ class Processes:
 
     @classmethod
     def of(cls, config: Config, device: Device, for_training: bool) -> Processes:
-        """Those that a run starts.
+        """Return the processes that a run starts.
 
         Raises:
             UserError: a placement that does not fit.
@@ -130,7 +130,7 @@ def _cpu_engine(model: ModelShape, config: Config, processes: Processes) -> list
 
 
 def _cpu_training(model: ModelShape, layout: Layout, ranks: int, name: str) -> list[Line]:
-    """State, which stays, and what training needs beside it."""
+    """Return the state, which stays, and what training needs beside it."""
     plans = [(state_lines(model, layout, s), train_lines(model, layout, s)) for s in range(layout.pp)]
     state, work = max(plans, key=lambda found: in_phase([*found[0], *found[1]], "train"))
     held, moment = in_phase(state, "rollout"), in_phase([*state, *work], "train")
@@ -170,7 +170,7 @@ def plan_gpu_host(model: ModelShape, config: Config, layout: Layout | None, gpus
 
 
 def _parts(model: ModelShape, layout: Layout, kind: str) -> list[Line]:
-    """Lines of one kind of state, over all ranks."""
+    """Return lines of one kind of state, over all ranks."""
     on_gpu = replace(layout, cpu_offload=False)
     names = {"weights": ("weights",), "optimizer": ("fp32 master", "Adam"), "gradients": ("gradients (fp32)",)}[kind]
     ranks = layout.gpus // layout.pp
@@ -179,7 +179,7 @@ def _parts(model: ModelShape, layout: Layout, kind: str) -> list[Line]:
 
 
 def _outside(model: ModelShape, layout: Layout, name: str) -> list[Line]:
-    """What a trained model keeps in host memory: always, or while somebody else uses the GPU."""
+    """Return what a trained model keeps in host memory: always, or while somebody else uses the GPU."""
     kinds = {"weights": layout.offload_weight, "optimizer": layout.offload_optimizer}
     if layout.cpu_offload:
         kinds = dict.fromkeys(("weights", "optimizer", "gradients"), True)

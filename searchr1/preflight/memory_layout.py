@@ -62,7 +62,7 @@ class Layout:
     base_bytes: int = 4
     """FSDP: of a number of the weights as they are held; 4 unless they are frozen."""
     critic: Layout | None = None
-    """How a value model of the same shape is spread, with its optimizer; None: there is none."""
+    """How a value model of the same shape is sharded, with its optimizer; None: there is none."""
     section: str = "actor"
     """Of the YAML, for messages."""
     shared: bool = True
@@ -120,11 +120,11 @@ class Layout:
             self.critic.check(model)
 
     def both(self, **changes: Any) -> Layout:
-        """With keys changed that concern actor and critic alike."""
+        """Change keys that concern actor and critic alike."""
         return replace(self, **changes, critic=self.critic and replace(self.critic, **changes))
 
     def variants(self) -> list[tuple[str, Layout]]:
-        """The same with one key changed."""
+        """Return a copy with one key changed."""
         more = replace(self.both(gpus=2 * self.gpus), reference_gpus=2 * self.reference_gpus)
         changes: list[tuple[str, Layout]] = [
             (f"runner.max_tokens_per_mbs: {self.max_tokens // 2}", self.both(max_tokens=self.max_tokens // 2)),
@@ -178,7 +178,7 @@ class Layout:
 def layout_of(
     config: Config, gpus: int, policy_share: float = 1.0, section: str = "actor", device: Device | None = None
 ) -> Layout:
-    """The layout that a run's YAML asks for.
+    """Return the layout that a run's YAML asks for.
 
     Args:
         config: of the run.

@@ -38,17 +38,17 @@ class Line:
 
 
 def in_phase(lines: Iterable[Line], phase: str) -> int:
-    """Bytes of all lines together in a phase."""
+    """Return bytes of all lines together in a phase."""
     return sum(line.size for line in lines if phase in line.phases)
 
 
 def _where(resident: bool, *needed: str) -> tuple[str, ...]:
-    """Every phase, or, of what leaves the GPU when nobody needs it, those that need it."""
+    """Return every phase, or, of what leaves the GPU when nobody needs it, those that need it."""
     return PHASES if resident else tuple(phase for phase in PHASES if phase in needed)
 
 
 def layer_activation(model: ModelShape, layout: Layout) -> float:
-    """Bytes a token that one layer keeps for its backward pass, without recomputation.
+    """Return bytes a token that one layer keeps for its backward pass, without recomputation.
 
     After Korthikanti et al. (arXiv 2205.05198), for GQA, SwiGLU, no dropout and attention that keeps no scores:
     what both norms keep, and the inputs of the linear layers behind them; queries, keys and values; attention's output
@@ -72,7 +72,7 @@ def layer_activation(model: ModelShape, layout: Layout) -> float:
 
 
 def kept_activations(model: ModelShape, layout: Layout, stage: int = 0) -> tuple[int, int]:
-    """Bytes kept from forward to backward by one rank's layers, and bytes that recomputing makes again at a time.
+    """Return bytes kept from forward to backward by one rank's layers, and bytes that recomputing makes again at a time.
 
     Stage s of a pipeline holds `pp - s` micro-batches at once.
     """
@@ -91,7 +91,7 @@ def kept_activations(model: ModelShape, layout: Layout, stage: int = 0) -> tuple
 
 
 def state_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
-    """Weights, optimizer state and gradients of the actor, or of a critic, which sends its weights to nobody.
+    """Return weights, optimizer state and gradients of the actor, or of a critic, which sends its weights to nobody.
 
     At the start everything is there at once, the moments too if the run goes on from a checkpoint; then what
     `actor.offload_…` names leaves the GPU.
@@ -156,7 +156,7 @@ def _fsdp_weights(held: int, trained: int, shard: int, layout: Layout, where: st
 
 
 def train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
-    """What one micro-batch needs."""
+    """Return what one micro-batch needs."""
     c, tokens, last = layout.compute_bytes, layout.max_tokens, stage == layout.pp - 1
     kept, again = kept_activations(model, layout, stage)
     vocab, policy = model.vocab_size, ceil(tokens * layout.policy_share)
@@ -190,7 +190,7 @@ def train_lines(model: ModelShape, layout: Layout, stage: int) -> list[Line]:
 
 
 def forward_bytes(model: ModelShape, layout: Layout, tokens: int, policy: int) -> int:
-    """What a forward pass without gradients needs for a moment: one layer's tensors at a time, then the logits."""
+    """Return what a forward pass without gradients needs for a moment: one layer's tensors at a time, then the logits."""
     c, root = layout.compute_bytes, sum(map(prod, model.root_tensors))
     vocab = model.vocab_size if layout.backend == "fsdp" else model.padded_vocab // layout.tp
     gathered = c * (3 * model.layer_parameters + root) if layout.backend == "fsdp" else 0
@@ -198,7 +198,7 @@ def forward_bytes(model: ModelShape, layout: Layout, tokens: int, policy: int) -
 
 
 def reference_lines(model: ModelShape, layout: Layout) -> list[Line]:
-    """The frozen model, always on FSDP2: it scores finished rollouts while the engine generates others."""
+    """Return the frozen model, always on FSDP2: it scores finished rollouts while the engine generates others."""
     scoring = replace(layout, backend="fsdp", tp=1, sequence_parallel=False)
     shard, tokens = shard_parameters(model, layout.reference_gpus), layout.max_tokens
     policy = ceil(tokens * layout.policy_share)
@@ -211,7 +211,7 @@ def reference_lines(model: ModelShape, layout: Layout) -> list[Line]:
 
 
 def engine_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line]:
-    """An engine that takes turns with the models that train on its GPUs."""
+    """Return an engine that takes turns with the models that train on its GPUs."""
     weights = round(layout.engine_bytes * model.parameters / layout.engine_tp)
     share = f"gpu_memory_utilization {layout.engine_share:g} x {gpu_bytes / GIB:g} GiB"
     if layout.engine_cache is not None:
@@ -234,25 +234,25 @@ def engine_lines(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[Line
 
 
 def engine_room(model: ModelShape, layout: Layout, gpu_bytes: int) -> int:
-    """What vLLM takes of a GPU beside its context."""
+    """Return what vLLM takes of a GPU beside its context."""
     if layout.engine_cache is None:
         return round(layout.engine_share * gpu_bytes)
     return round(layout.engine_bytes * model.parameters / layout.engine_tp) + ENGINE_WORK + layout.engine_cache
 
 
 def cache_token_bytes(model: ModelShape, layout: Layout) -> int:
-    """Keys and values of one token on one of an engine's GPUs, which has one head at least."""
+    """Count the bytes of keys and values of one token on one of an engine's GPUs, which has one head at least."""
     width = max(model.head_dim, model.key_size // layout.engine_tp)
     return 2 * layout.engine_bytes * model.num_hidden_layers * width
 
 
 def bucket_bytes(model: ModelShape, layout: Layout) -> int:
-    """Of one buffer that weights travel in."""
+    """Return the bytes of one buffer that weights travel in."""
     return min(BUCKET_BYTES, layout.engine_bytes * model.parameters)
 
 
 def update_lines(model: ModelShape, layout: Layout) -> list[Line]:
-    """What the actor gathers to send its weights, and its side of the probe of the first update."""
+    """Return what the actor gathers to send its weights, and its side of the probe of the first update."""
     # FSDP casts its shards and gathers them; Megatron gathers the parts of a layer, then joins them.
     fsdp, bucket = layout.backend == "fsdp", bucket_bytes(model, layout)
     full = layout.engine_bytes if fsdp else layout.compute_bytes * (2 if layout.tp > 1 else 1)

@@ -55,7 +55,7 @@ class MemoryPlan:
     """Whose GPU it is."""
 
     def total(self, phase: str) -> int:
-        """Bytes in a phase."""
+        """Return bytes in a phase."""
         return in_phase(self.lines, phase)
 
     @property
@@ -69,12 +69,12 @@ class MemoryPlan:
         return max(PHASES, key=self.total)
 
     def fits(self, gpu_bytes: int) -> bool:
-        """Whether every phase fits."""
+        """Return whether every phase fits."""
         return not self.problem and self.peak <= gpu_bytes
 
 
 def _critic_lines(model: ModelShape, layout: Layout, actor: list[Line]) -> list[Line]:
-    """The critic trains before the actor: what it holds, and what it needs then beyond what the actor will.
+    """Add the critic, which trains before the actor: what it holds, and what it needs then beyond the actor.
 
     Which of the critic's stages shares a GPU with which of the actor's depends on both layouts; the worst one counts.
     """
@@ -128,7 +128,7 @@ def _margin(lines: list[Line]) -> Line:
 
 
 def _other_plans(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[MemoryPlan]:
-    """Of GPUs without an actor."""
+    """Plan the GPUs without an actor."""
     found = []
     if layout.critic is not None and layout.critic_apart:
         value_model = replace(model, value_head=True)
@@ -160,7 +160,7 @@ def engine_problem(model: ModelShape, layout: Layout, gpu_bytes: int) -> str:
 
 
 def plan_memory(model: ModelShape, layout: Layout, gpu_bytes: int = 80 * GIB) -> MemoryPlan:
-    """The plan of the GPU that needs most: in its worst phase if that is too much, else of the actor's in training.
+    """Return the plan of the GPU that needs most: in its worst phase if that is too much, else of the actor's in training.
 
     Raises:
         UserError: the layout does not fit the model's sizes.
@@ -172,7 +172,7 @@ def plan_memory(model: ModelShape, layout: Layout, gpu_bytes: int = 80 * GIB) ->
 
 
 def knobs(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[tuple[str, Layout, MemoryPlan]]:
-    """Single changes that lower the peak, the best first: the key and its value, and what comes of it."""
+    """Try single changes that lower the peak, the best first: the key and its value, and what comes of it."""
     now, found = plan_memory(model, layout, gpu_bytes), []
     for text, changed in layout.variants():
         try:
@@ -185,7 +185,7 @@ def knobs(model: ModelShape, layout: Layout, gpu_bytes: int) -> list[tuple[str, 
 
 
 def remedy(model: ModelShape, layout: Layout, gpu_bytes: int) -> tuple[list[str], MemoryPlan]:
-    """Changes that together make the run fit on the GPUs it has, found by taking the best one at a time.
+    """Search for changes that together make the run fit on its GPUs, taking the best one at a time.
 
     The plan returned does not fit if none do.
     """
@@ -201,7 +201,7 @@ def remedy(model: ModelShape, layout: Layout, gpu_bytes: int) -> tuple[list[str]
 
 
 def plan_evaluation(model: ModelShape, config: Config, gpus: int, gpu_bytes: int) -> MemoryPlan:
-    """The plan of one GPU of an engine.
+    """Return the plan of one GPU of an engine.
 
     Raises:
         UserError: a placement that does not fit, or a precision that is not known.
@@ -229,7 +229,7 @@ HEAD = f"| model | GPUs | TP | PP | DP | recompute | offload | engine | {' | '.j
 
 
 def candidates(backend: str, gpus: int) -> Iterator[tuple[float, Layout]]:
-    """Layouts with a rough price each: recomputing costs a third, the rest is rated by rule of thumb."""
+    """Yield layouts with a rough price each: recomputing costs a third, the rest is rated by rule of thumb."""
     base = Layout(backend=backend, gpus=gpus, reference_gpus=gpus, max_tokens=TOKENS)
     powers = [size for size in (1, 2, 4, 8) if size <= gpus]
     megatron = backend == "megatron"
@@ -251,7 +251,7 @@ def candidates(backend: str, gpus: int) -> Iterator[tuple[float, Layout]]:
 
 
 def best_layout(model: ModelShape, backend: str, gpus: int) -> tuple[Layout, MemoryPlan]:
-    """The cheapest layout that fits, or, where none does, the one that comes nearest."""
+    """Return the cheapest layout that fits, or, where none does, the one that comes nearest."""
     fitting: list[tuple[float, int, Layout, MemoryPlan]] = []
     nearest: list[tuple[bool, int, int, Layout, MemoryPlan]] = []
     for number, (price, layout) in enumerate(candidates(backend, gpus)):
@@ -266,7 +266,7 @@ def best_layout(model: ModelShape, backend: str, gpus: int) -> tuple[Layout, Mem
 
 
 def row(name: str, layout: Layout, plan: MemoryPlan) -> str:
-    """One line of the table."""
+    """Return one line of the table."""
     largest = max((line for line in plan.lines if "train" in line.phases), key=lambda line: line.size)
     totals = [f"{plan.total(phase) / GIB:.1f}" for phase in SHOWN]
     away = "always (cpu_offload)" if layout.cpu_offload else "in rollout" if layout.offload_weight else "no"
@@ -283,7 +283,7 @@ def row(name: str, layout: Layout, plan: MemoryPlan) -> str:
 
 
 def layouts_table() -> str:
-    """Both backends' tables, in Markdown."""
+    """Return both backends' tables, in Markdown."""
     found = []
     for backend in ("fsdp", "megatron"):
         found += [f"### training_backend: {backend}", "", HEAD, "|" + "---|" * HEAD.count(" | ") + "---|"]

@@ -137,7 +137,7 @@ def test_no_search_turns_at_all():
     assert t.stop == "answer"
 
 
-def test_invalid_action_is_told_and_counted():
+def test_invalid_action_is_reported_and_counted():
     t = run(ScriptedEngine("just talk", ANSWER))
     assert masked_text(t, False) == "\nInvalid.\n"
     assert t.invalid_actions == 1

@@ -119,7 +119,7 @@ def test_an_aborted_generation_ends_the_trajectory():
     assert len(t.response_ids) == 2
 
 
-def test_lengths_that_disagree_are_refused():
+def test_lengths_that_disagree_are_rejected():
     with pytest.raises(ValueError, match="2 tokens with 1"):
         run(Generation([1, 2], [-1.0], "x", "stop", 1))
 
@@ -314,7 +314,7 @@ def test_a_group_runs_at_once_and_keeps_its_order():
     assert time.perf_counter() - started < 0.29
 
 
-def test_a_failed_attempt_cancels_the_others_and_is_told_as_it_is():
+def test_a_failed_attempt_cancels_the_others_and_is_reported_as_it_is():
     cancelled = []
 
     async def attempt(*, rollout_id, **kwargs):

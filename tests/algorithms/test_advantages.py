@@ -94,7 +94,7 @@ def test_unsupported_settings_name_their_key(settings: dict[str, object], key: s
         advantages([1.0, 0.0], [0, 0], **settings)
 
 
-def test_a_reward_that_is_not_finite_is_refused() -> None:
+def test_a_reward_that_is_not_finite_is_rejected() -> None:
     with pytest.raises(ValueError, match="finite"):
         advantages([1.0, float("nan")], [0, 0])
 

@@ -84,7 +84,7 @@ def test_uniform_entropy() -> None:
     torch.testing.assert_close(found.entropy_M, torch.full((2,), 64.0).log())
 
 
-def test_wrong_shapes_and_temperatures_are_refused() -> None:
+def test_wrong_shapes_and_temperatures_are_rejected() -> None:
     with pytest.raises(ValueError, match="do not fit"):
         logprobs_from_logits(torch.zeros(3, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="temperature"):

@@ -103,7 +103,7 @@ def test_an_empty_micro_batch_is_zero_with_a_graph_and_the_same_keys() -> None:
     assert all(math.isfinite(value) for value in loss_metrics(empty.sums).values())
 
 
-def test_missing_parts_are_refused() -> None:
+def test_missing_parts_are_rejected() -> None:
     inputs = make_inputs(0, [4])
     with pytest.raises(ValueError, match="reference"):
         policy_gradient_loss(replace(inputs, ref_logprobs_T=None), config("token-mean"))

@@ -114,14 +114,14 @@ def test_topr_takes_a_micro_batch_without_policy_tokens():
         ("opo:", "algorithm.loss_type: cannot import 'opo:'"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_told(path, message):
+def test_what_is_wrong_with_a_path_is_reported(path, message):
     with pytest.raises(UserError) as caught:
         policy_loss(path)
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("result", [torch.zeros(5), torch.zeros(6, 1), torch.full((6,), math.nan)])
-def test_an_advantage_of_another_shape_or_not_finite_is_told(monkeypatch, result):
+def test_an_advantage_of_another_shape_or_not_finite_is_reported(monkeypatch, result):
     import opo
 
     monkeypatch.setattr(opo, "opo", lambda *_: result)

@@ -23,7 +23,7 @@ def one_each(logp_P: torch.Tensor, old_P: torch.Tensor, advantage_P: torch.Tenso
     return PolicyInputs(logp_P, old_P, advantage_P, torch.arange(len(logp_P)))
 
 
-def test_which_limit_decided_is_told() -> None:
+def test_which_limit_decided_is_reported() -> None:
     log_ratio_P = torch.tensor([0.5, 0.5, -0.5, -0.5, 2.0, 0.0], dtype=torch.float64)
     advantage_P = torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0], dtype=torch.float64)
     token = ppo_clip(one_each(log_ratio_P, torch.zeros_like(log_ratio_P), advantage_P), CLIP)

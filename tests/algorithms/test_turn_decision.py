@@ -55,7 +55,7 @@ def test_turn_credit_has_no_effect_on_the_decision_to_search():
     assert expected_gradient(among_all) == pytest.approx(0.15, abs=1e-12)
 
 
-def test_it_is_zero_in_every_group_and_still_tells_good_searches_from_bad_ones():
+def test_it_is_zero_in_every_group_and_still_reports_good_searches_from_bad_ones():
     for group in itertools.product(OUTCOMES, repeat=ATTEMPTS):
         credit = turn_credit(group)
         assert sum(c for c, (searched, _) in zip(credit, group, strict=True) if searched) == pytest.approx(0, abs=1e-12)

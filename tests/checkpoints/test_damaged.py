@@ -140,7 +140,7 @@ def test_code_in_the_metadata_is_not_run(root, actor, attack, tmp_path, monkeypa
     assert not (tmp_path / "evil").exists()
 
 
-def test_metadata_that_point_outside_are_refused(root, actor):
+def test_metadata_that_point_outside_are_rejected(root, actor):
     def outside(metadata):
         for info in metadata.storage_data.values():
             info.relative_path = "../../../hf/model.safetensors"
@@ -149,7 +149,7 @@ def test_metadata_that_point_outside_are_refused(root, actor):
     refused("outside of the checkpoint", mg2hf, actor, root / "out")
 
 
-def test_a_part_that_no_file_has_is_refused(root, actor):
+def test_a_part_that_no_file_has_is_rejected(root, actor):
     def forget(metadata):
         item = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"]
         item.chunks = [chunk for chunk in item.chunks if chunk.offsets[0] != 2]
@@ -158,7 +158,7 @@ def test_a_part_that_no_file_has_is_refused(root, actor):
     refused(r"linear_fc2\.weight is not whole: 6144 of its elements", mg2hf, actor, root / "out")
 
 
-def test_what_is_no_checkpoint_is_refused(root, actor):
+def test_what_is_no_checkpoint_is_rejected(root, actor):
     refused("does not exist", mg2hf, root / "nowhere", root / "out")
     refused("is not a checkpoint folder.*it has global_step_5: give one of them", mg2hf, root / "run", root / "out")
     refused(r"is not a checkpoint folder \(no \.metadata\); give a folder that has one of", mg2hf, root / "hf", root / "out")
@@ -169,7 +169,7 @@ def test_what_is_no_checkpoint_is_refused(root, actor):
 # Its tensors
 
 
-def test_a_config_of_another_model_is_refused_by_name(root, actor):
+def test_a_config_of_another_model_is_rejected_by_name(root, actor):
     config = json.loads((root / "hf/config.json").read_text())
     for change, match in (
         ({"num_hidden_layers": 5, "layer_types": None}, r"missing decoder\.layers\.4\."),
@@ -204,14 +204,14 @@ def rewrite(source, target, change=lambda name, tensor: tensor, more=()):
     return target
 
 
-def test_tensors_that_the_model_does_not_have_are_refused_and_the_optimizers_ignored(root, actor, tmp_path):
+def test_tensors_that_the_model_does_not_have_are_rejected_and_the_optimizers_ignored(root, actor, tmp_path):
     folder = rewrite(actor, tmp_path / "more", more=["decoder.layers.0.mlp.router.weight"])
     refused(r"unexpected decoder\.layers\.0\.mlp\.router\.weight", mg2hf, folder, root / "out", root / "hf")
     folder = rewrite(actor, tmp_path / "moments", more=["optimizer.state.exp_avg.decoder.layers.x", "chained_0.optimizer.y"])
     mg2hf(folder, tmp_path / "out", root / "hf")
 
 
-def test_a_larger_padding_is_cut_off_and_a_far_larger_one_refused(root, actor, tmp_path):
+def test_a_larger_padding_is_cut_off_and_a_far_larger_one_rejected(root, actor, tmp_path):
     def pad(rows):
         return lambda name, tensor: torch.cat([tensor, torch.full((rows, 64), 9.0)]) if name.startswith("embed") else tensor
 
@@ -221,7 +221,7 @@ def test_a_larger_padding_is_cut_off_and_a_far_larger_one_refused(root, actor, t
     refused("has 9384 rows, but config.json says vocab_size=300", mg2hf, far, root / "out", root / "hf")
 
 
-def test_the_other_kind_of_checkpoint_is_told_apart(root, actor, tmp_path):
+def test_the_other_kind_of_checkpoint_is_reported_apart(root, actor, tmp_path):
     refused("is a Megatron checkpoint: use searchr1 convert mg2hf", fsdp2hf, actor, root / "out")
     fsdp = tmp_path / "fsdp"
     fsdp.mkdir()
@@ -243,7 +243,7 @@ def test_the_other_kind_of_checkpoint_is_told_apart(root, actor, tmp_path):
 # The Hugging Face folder
 
 
-def test_damaged_hugging_face_folders_are_refused(root):
+def test_damaged_hugging_face_folders_are_rejected(root):
     refused("has no config.json; give a local model folder", hf2mg, root / "run", root / "out")
     weights = root / "hf/model.safetensors"
     data = weights.read_bytes()
@@ -266,7 +266,7 @@ def test_damaged_hugging_face_folders_are_refused(root):
 
 
 @pytest.mark.parametrize("to_megatron", [False, True])
-def test_a_full_disk_is_told_and_leaves_nothing(root, monkeypatch, to_megatron):
+def test_a_full_disk_is_reported_and_leaves_nothing(root, monkeypatch, to_megatron):
     actor = root / "run/global_step_5/actor"
 
     def convert():
@@ -286,7 +286,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(root, monkeypatch, to_megatron):
         refused(r"--output \S+out: needs 0\.0 GiB, but the disk has 0\.0 GiB free", convert)
 
 
-def test_an_output_in_use_is_refused_and_untouched(root, tmp_path):
+def test_an_output_in_use_is_rejected_and_untouched(root, tmp_path):
     used = tmp_path / "used"
     used.mkdir()
     (used / "precious").write_text("x")
@@ -301,7 +301,7 @@ def test_an_output_in_use_is_refused_and_untouched(root, tmp_path):
     assert (used / "config.json").is_file()
 
 
-def test_what_cannot_be_made_is_told(root, tmp_path):
+def test_what_cannot_be_made_is_reported(root, tmp_path):
     (tmp_path / "file").write_text("")
     refused("cannot write", mg2hf, root / "run/global_step_5/actor", tmp_path / "file/out")
 

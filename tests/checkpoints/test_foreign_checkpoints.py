@@ -105,7 +105,7 @@ def test_release_and_what_is_unclear(models, tmp_path):
     refused("to choose from iter_0000001, iter_0000002; give one", mg2hf, saved, tmp_path / "out2", hf)
 
 
-def test_a_folder_is_never_told_to_be_itself(tmp_path):
+def test_a_folder_is_never_reported_to_be_itself(tmp_path):
     actor = tmp_path / "global_step_5/actor"
     actor.mkdir(parents=True)
     with pytest.raises(UserError) as caught:

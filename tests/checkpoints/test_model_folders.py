@@ -68,7 +68,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_headers_that_lie_are_refused(name, tmp_path):
+def test_headers_that_lie_are_rejected(name, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(LIES[name])
     for read in (read_header, lambda path: check_files(path.parent)):
@@ -90,7 +90,7 @@ def test_the_library_does_not_read_them_either(name, tmp_path):
         safe_open(tmp_path / "x", "pt")
 
 
-def test_a_giant_header_is_refused_before_it_is_read(tmp_path):
+def test_a_giant_header_is_rejected_before_it_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     path.write_bytes((40 << 20).to_bytes(8, "little"))
     os.truncate(path, 41 << 20)
@@ -120,14 +120,14 @@ def folder(tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "tokenizer.json", "config.json", "vocab.txt", "1_Pooling/config.json"]
 )
-def test_pointers_of_git_lfs_are_refused(folder, name):
+def test_pointers_of_git_lfs_are_rejected(folder, name):
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text(POINTER)
     with pytest.raises(UserError, match=rf"{name}: is a Git LFS pointer, not the file; run git lfs pull"):
         check_files(folder)
 
 
-def test_settings_nested_too_deeply_and_too_long_are_refused(folder):
+def test_settings_nested_too_deeply_and_too_long_are_rejected(folder):
     (folder / "generation_config.json").write_text('{"a":' * 100_000)
     with pytest.raises(UserError, match=r"generation_config\.json: is nested too deeply"):
         check_files(folder)
@@ -142,7 +142,7 @@ def test_settings_with_long_lines_are_no_attack(folder):
     check_files(folder)
 
 
-def test_adapters_beside_a_model_are_refused(folder):
+def test_adapters_beside_a_model_are_rejected(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
     with pytest.raises(UserError, match=r"LoRA adapters .* beside a model, and libraries differ"):
         check_files(folder)
@@ -184,7 +184,7 @@ def test_names_on_the_hub_are_no_folders():
 @pytest.mark.parametrize(
     "target", ["/etc/passwd", "../x.safetensors", "a/b.safetensors", "", ".", "x\0.safetensors", 3, None]
 )
-def test_an_index_that_leads_out_of_the_folder_is_refused(folder, target):
+def test_an_index_that_leads_out_of_the_folder_is_rejected(folder, target):
     from searchr1.checkpoints.hf_folder import weight_files
 
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": target}}))

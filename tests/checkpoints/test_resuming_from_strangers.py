@@ -190,7 +190,7 @@ LIES = {
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_metadata_that_lie_are_refused_before_anything_is_read(checkpoint, name):
+def test_metadata_that_lie_are_rejected_before_anything_is_read(checkpoint, name):
     change, message = LIES[name]
     crafted(checkpoint, change)
     with pytest.raises(UserError, match=message):

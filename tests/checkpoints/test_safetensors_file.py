@@ -88,7 +88,7 @@ def test_precision_is_changed_piece_by_piece(tmp_path, monkeypatch):
     assert torch.equal(load_file(tmp_path / "x")["a"], tensor.bfloat16())
 
 
-def test_values_beyond_fp16_are_refused(tmp_path):
+def test_values_beyond_fp16_are_rejected(tmp_path):
     tensor = torch.tensor([1.0, float("inf"), 7e4])
     spec = TensorSpec("layer.weight", (3,), torch.float16)
     with pytest.raises(UserError, match=r"layer\.weight has values beyond fp16.*--dtype bf16"):
@@ -119,7 +119,7 @@ def test_a_file_cut_short_is_named(tmp_path, cut):
         json.dumps({"a": 3}).encode(),
     ],
 )
-def test_a_wrong_header_is_refused(tmp_path, header):
+def test_a_wrong_header_is_rejected(tmp_path, header):
     (tmp_path / "x").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match="x is damaged"):
         SafetensorsReader(tmp_path / "x")

@@ -87,7 +87,7 @@ def test_nothing_is_run(place, name, tmp_path, marker):
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", [*REFUSED, *LARGE])
-def test_what_has_no_place_or_no_measure_is_refused(place, name, tmp_path):
+def test_what_has_no_place_or_no_measure_is_rejected(place, name, tmp_path):
     write, read = PLACES[place]
     write(tmp_path / "x", (REFUSED | LARGE)[name])
     with pytest.raises(UserError) as caught:
@@ -164,14 +164,14 @@ HOSTILE = {
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", HOSTILE)
-def test_archives_that_lie_are_refused(name, tmp_path):
+def test_archives_that_lie_are_rejected(name, tmp_path):
     data, message = HOSTILE[name]
     with pytest.raises(UserError, match=message) as caught:
         read_archive(tmp_path, data)
     sentence(caught)
 
 
-def test_a_size_of_a_terabyte_in_the_archives_directory_is_refused(tmp_path):
+def test_a_size_of_a_terabyte_in_the_archives_directory_is_rejected(tmp_path):
     data = bytearray(archive(tensor_pickle(4), {"data/0": FOUR}))
     place = data.rindex(b"archive/data/0") - 46
     assert data[place : place + 4] == b"PK\x01\x02"
@@ -193,7 +193,7 @@ def test_packed_parts_are_not_unpacked_to_verify_them(tmp_path):
         check_checksums(path)
 
 
-def test_a_pickle_too_long_is_refused_before_it_is_read(tmp_path):
+def test_a_pickle_too_long_is_rejected_before_it_is_read(tmp_path):
     with pytest.raises(UserError, match="in too many words"):
         read_archive(tmp_path, archive(b"N" * (33 << 20)))
 

@@ -91,7 +91,7 @@ def test_processes_without_a_gpu_are_launched_as_on_a_machine_without(cluster):
     assert cluster.get_node_info(0).num_accelerators == 8  # for the next group
 
 
-def test_a_gpu_that_the_driver_does_not_list_is_told_before_workers_start(cluster):
+def test_a_gpu_that_the_driver_does_not_list_is_reported_before_workers_start(cluster):
     with pytest.raises(UserError, match=r"cluster\.device: torch uses GPU 11, but .* lists 8 GPUs"):
         launched(cluster, "actor", "3,11", "all")
 

@@ -54,14 +54,14 @@ def test_which_cluster_is_joined(monkeypatch, given, nodes, expected):
 
 
 @pytest.mark.parametrize("given", ["head", "head:", ":6379", "head:port", "head:0", "head:70000", "a b"])
-def test_what_is_no_address_is_refused(monkeypatch, given):
+def test_what_is_no_address_is_rejected(monkeypatch, given):
     monkeypatch.setenv("RAY_ADDRESS", given)
     with pytest.raises(UserError, match=rf"^RAY_ADDRESS: {given} is not an address; give HOST:PORT"):
         cluster_address(1)
 
 
 @pytest.mark.parametrize("given", ["ray://head:10001", "http://head:8265", "anyscale://x"])
-def test_addresses_for_clients_are_refused(monkeypatch, given):
+def test_addresses_for_clients_are_rejected(monkeypatch, given):
     monkeypatch.setenv("RAY_ADDRESS", given)
     with pytest.raises(UserError, match=f"^RAY_ADDRESS: {given} is an address for clients.*the cluster's own HOST:PORT"):
         cluster_address(1)

@@ -40,7 +40,7 @@ def algorithm(**values: object) -> AlgorithmConfig:
         ({"mismatch_correction__veto": 1.0}, "mismatch_correction.veto"),
     ],
 )
-def test_what_makes_no_sense_is_told_before_anything_starts(values, key):
+def test_what_makes_no_sense_is_reported_before_anything_starts(values, key):
     assert [problem.key for problem in check_algorithm(algorithm(**values), False)] == [f"algorithm.{key}"]
 
 
@@ -80,6 +80,6 @@ def test_the_critic_and_gae_belong_together():
         ({"sampling_params__top_k": 1_000_000}, []),
     ],
 )  # fmt: skip
-def test_what_has_no_effect_is_told(values, words):
+def test_what_has_no_effect_is_reported(values, words):
     found = list(algorithm_warnings(algorithm(**values)))
     assert [line[: len(word)] for line, word in zip(found, words, strict=True)] == words

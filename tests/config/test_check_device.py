@@ -42,12 +42,12 @@ RLINF = Path(__file__).parent / "fixtures/rlinf-train.yaml"
         (plan_memory_command, [RLINF, NODES, "--shape", "qwen2.5-3b"]),
     ],
 )
-def test_several_machines_are_refused_by_every_command(command, arguments):
+def test_several_machines_are_rejected_by_every_command(command, arguments):
     with pytest.raises(UserError, match=r"cluster\.num_nodes: 2 machines are not supported yet.*set it to 1"):
         command([str(argument) for argument in arguments])
 
 
-def test_several_machines_are_refused_for_chat():
+def test_several_machines_are_rejected_for_chat():
     args = flags.parser("chat", "").parse_args(["--model_path", "/nowhere", NODES])
     with pytest.raises(UserError, match=r"cluster\.num_nodes: 2 machines"):
         flags.plan_of(args)
@@ -186,7 +186,7 @@ def test_operations_that_are_not_fused_are_named(backend, liger, compiled, has_l
 
 
 @pytest.mark.parametrize("has_gpu", [True, False])
-def test_kernels_that_cannot_run_here_are_refused(has_gpu, monkeypatch):
+def test_kernels_that_cannot_run_here_are_rejected(has_gpu, monkeypatch):
     if has_gpu:
         on_gpu(monkeypatch, has_liger=False)
     config = run_of("fsdp", "bf16")

@@ -75,7 +75,7 @@ def test_the_unedited_recipe_names_the_three_paths():
     assert set(found) == {"rollout.model.model_path", "data.train_data_paths", "data.val_data_paths"}
 
 
-def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
+def test_all_problems_are_reported_at_once_and_the_command_exits_with_2(files):
     result = check(
         CONFIGS / "tiny-cpu.yaml", *files, "algorithm.group_siz=3", "runner.max_steps=many", "rollout.detokenize=1",
         "nonsense.key=1",
@@ -112,12 +112,12 @@ def test_all_problems_are_told_at_once_and_the_command_exits_with_2(files):
         ("algorithm.kl_beta=null", "algorithm.kl_beta"),
     ],
 )
-def test_each_bad_value_is_told_with_its_key(files, override, key):
+def test_each_bad_value_is_reported_with_its_key(files, override, key):
     found = problems(CONFIGS / "tiny-cpu.yaml", *files, override)
     assert any(name.startswith(key) for name in found), found
 
 
-def test_one_mistake_is_told_once(files):
+def test_one_mistake_is_reported_once(files):
     config = load_config(
         CONFIGS / "tiny-cpu.yaml",
         [*files, "actor.training_backend=megatron", "cluster.component_placement.actor=99"],
@@ -173,7 +173,7 @@ def test_defaults_are_valid_values():
 @given(
     st.sampled_from([key for key in known_keys() if key.count(".") == 1 and not key.startswith("vars")]), st.integers(0, 20)
 )
-def test_a_misspelt_key_is_told_with_the_right_one_near(key, position):
+def test_a_misspelt_key_is_reported_with_the_right_one_near(key, position):
     section, _, name = key.partition(".")
     wrong = name[: position % len(name)] + "q" + name[position % len(name) :]
     with pytest.raises(ConfigError) as caught:
@@ -199,7 +199,7 @@ def test_a_misspelt_key_is_told_with_the_right_one_near(key, position):
         ("actor.model.megatron_checkpoint=/nowhere", "actor.model.megatron_checkpoint", "no torch_dist checkpoint"),
     ],
 )
-def test_what_megatron_cannot_do_is_refused_with_the_key(files, override, key, message):
+def test_what_megatron_cannot_do_is_rejected_with_the_key(files, override, key, message):
     found = problems(FIXTURES / "rlinf-train.yaml", *files, override)
     assert list(found) == [key]
     assert message in found[key]

@@ -45,7 +45,7 @@ def load(tmp_path):
         ),
     ],
 )  # fmt: skip
-def test_the_critic_follows_the_actor_unless_told_otherwise(load, overrides, backend, cut, processes):
+def test_the_critic_follows_the_actor_unless_reported_otherwise(load, overrides, backend, cut, processes):
     config = load(*overrides)
     assert check_config(config, for_training=True) == []
     trainer = TrainerConfig.for_critic(config)
@@ -94,7 +94,7 @@ def test_recomputing_is_the_actors_in_the_backends_own_words(load, overrides, re
         (("critic.warmup_steps=-1",), "critic.warmup_steps", "must be 0 or more"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused_with_the_key(load, overrides, key, message):
+def test_what_cannot_be_is_rejected_with_the_key(load, overrides, key, message):
     try:
         problems = check_config(load(*overrides), for_training=True)
     except ConfigError as error:

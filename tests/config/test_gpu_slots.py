@@ -107,7 +107,7 @@ def test_engines_of_several_gpus_may_leave_slots_out():
         (-1, "cluster.slots: must be"),
     ],
 )
-def test_more_slots_than_gpus_are_refused(slots, message):
+def test_more_slots_than_gpus_are_rejected(slots, message):
     config = Config()
     config.cluster.slots = slots
     with pytest.raises(UserError, match=message):

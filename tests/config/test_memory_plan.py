@@ -694,7 +694,7 @@ def test_command(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["model"]["source"] == f"{tmp_path}/config.json"
 
 
-def test_mistakes_are_told(tmp_path):
+def test_mistakes_are_reported(tmp_path):
     path = tmp_path / "config.json"
     for words, arguments in (
         ("qwen2.5-3b", [RECIPE, "--shape", "qwen9"]),

@@ -132,7 +132,7 @@ def changed(path, value):
         (changed("template_text", "{question}" + "x" * (1 << 20)), "more than"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_refused_by_key(config, tmp_path, change, message):
+def test_a_file_that_cannot_be_used_is_rejected_by_key(config, tmp_path, change, message):
     folder = tmp_path / "model"
     written(ModelSettings.of(config), folder)
     tree = json.loads((folder / FILE).read_text())
@@ -149,7 +149,7 @@ def test_a_file_that_cannot_be_used_is_refused_by_key(config, tmp_path, change, 
         st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.dictionaries(st.text(), x) | st.lists(x)
     )
 )
-def test_any_json_is_read_or_refused_in_words(tmp_path_factory, tree):
+def test_any_json_is_read_or_rejected_in_words(tmp_path_factory, tree):
     folder = tmp_path_factory.mktemp("any")
     if isinstance(tree, dict):
         tree = {"format": 1, "data": tree, "agentloop": tree}

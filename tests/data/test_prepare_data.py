@@ -319,7 +319,7 @@ def test_commands_on_the_pages_are_understood(page):
         assert settings.out.parts[0] == "data"
 
 
-def test_the_command_is_known_and_tells_mistakes_without_a_traceback(tmp_path, capsys):
+def test_the_command_is_known_and_reports_mistakes_without_a_traceback(tmp_path, capsys):
     assert searchr1(["prepare-data", "--sets", "popqa", "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.startswith("searchr1 prepare-data: --sets popqa")
 

@@ -183,7 +183,7 @@ def test_hostile_and_foreign_files_are_named(tmp_path, name, content, message):
         list(read_records(tmp_path / name))
 
 
-def test_long_lines_are_read_and_endless_ones_refused(tmp_path, monkeypatch):
+def test_long_lines_are_read_and_endless_ones_rejected(tmp_path, monkeypatch):
     long = "x" * 10_000_000
     for name, content in (("x.jsonl", json.dumps({"id": long})), ("x.csv", f'id,question\n"{long}",\n')):
         (tmp_path / name).write_text(content)
@@ -196,7 +196,7 @@ def test_long_lines_are_read_and_endless_ones_refused(tmp_path, monkeypatch):
             list(read_records(tmp_path / name))
 
 
-def test_a_packed_list_that_is_a_bomb_is_refused(tmp_path, monkeypatch):
+def test_a_packed_list_that_is_a_bomb_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr("searchr1.data.reading.USUAL_BYTES", 1 << 20)
     (tmp_path / "x.json.gz").write_bytes(gzip.compress(b"[" + b" " * (20 << 20) + b"]"))
     with pytest.raises(UserError, match=r"x\.json\.gz: holds more than 1 MiB of JSON"):

@@ -33,7 +33,7 @@ def test_templates_take_the_question(tokenizer):
     )
 
 
-def test_the_searchr1_template_tells_the_protocol(tokenizer):
+def test_the_searchr1_template_reports_the_protocol(tokenizer):
     text = render_prompt(None, "Who?", tokenizer, "searchr1", False)
     assert text.endswith("Question: Who?\n")
     for tag in ("think", "search", "information", "answer"):
@@ -115,7 +115,7 @@ def test_chat_messages_are_their_text_where_the_tokenizer_has_no_chat_template(b
         render_prompt("Who?", None, bare_tokenizer, None, True)
 
 
-def test_parts_are_one_text_and_a_template_that_leaves_the_question_out_is_refused(tokenizer, bare_tokenizer):
+def test_parts_are_one_text_and_a_template_that_leaves_the_question_out_is_rejected(tokenizer, bare_tokenizer):
     parts = [{"role": "user", "content": [{"type": "text", "text": "Who "}, {"type": "text", "text": "is it?"}]}]
     assert render_prompt(parts, None, tokenizer, None, False) == "<user>Who is it?</user><assistant>"
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]

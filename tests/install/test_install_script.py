@@ -100,7 +100,7 @@ def test_no_gpu_takes_the_cpu_build(machine):
 
 @pytest.mark.parametrize("driver", ["550.54", "550.54.15", "470.256.02", "579.99"])
 @pytest.mark.parametrize("forced", [{}, {"SEARCHR1_EXTRA": "gpu"}])
-def test_an_old_driver_is_refused_before_anything_is_downloaded(machine, driver, forced):
+def test_an_old_driver_is_rejected_before_anything_is_downloaded(machine, driver, forced):
     machine.smi(driver)
     result = machine.install(**forced)
     assert result.returncode != 0
@@ -188,7 +188,7 @@ def test_an_environment_from_before_the_record_is_known_by_its_stamp(machine):
     assert "has the cpu build: it is made anew" in machine.install(CUDA_WORKS="1").stdout
 
 
-def test_an_unknown_extra_is_refused(machine):
+def test_an_unknown_extra_is_rejected(machine):
     result = machine.install(SEARCHR1_EXTRA="cuda")
     assert result.returncode != 0
     assert "SEARCHR1_EXTRA must be cpu or gpu, not 'cuda'" in result.stderr

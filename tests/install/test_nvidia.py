@@ -189,7 +189,7 @@ def test_versions_as_the_driver_writes_them(tmp_path, text, version):
         ({}, None),
     ],
 )
-def test_an_engine_of_another_build_is_refused(monkeypatch, installed, build):
+def test_an_engine_of_another_build_is_rejected(monkeypatch, installed, build):
     def version(name):
         if name not in installed:
             raise importlib.metadata.PackageNotFoundError(name)

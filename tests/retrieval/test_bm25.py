@@ -163,7 +163,7 @@ def test_a_mapped_index_survives_being_replaced(tmp_path):
     assert Bm25Index.load(tmp_path).rows == 20
 
 
-def test_too_little_room_is_told_before_the_work(tmp_path, monkeypatch):
+def test_too_little_room_is_reported_before_the_work(tmp_path, monkeypatch):
     corpus = zipf(3000)
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2**20))
@@ -189,7 +189,7 @@ def test_the_guess_is_near_the_truth(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("limit", "where"), [(8_000, "write_block"), (200_000, "reserve")])
-def test_a_write_that_the_system_refuses(tmp_path, monkeypatch, limit, where):
+def test_a_write_that_the_system_rejects(tmp_path, monkeypatch, limit, where):
     """As on a full disk."""
     monkeypatch.setattr(bm25_build, "PASSAGES", 500)  # small blocks: of about 100 kB each
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -50,7 +50,7 @@ def test_threads_and_batches_change_nothing(tmp_path, threads):
     assert together == Bm25Index.build(passages).search(queries, 5)
 
 
-def test_an_index_of_another_method_is_refused(tmp_path):
+def test_an_index_of_another_method_is_rejected(tmp_path):
     retriever = bm25s.BM25(method="robertson")
     retriever.index(bm25s.tokenize(["one two", "two three"], show_progress=False), show_progress=False)
     retriever.save(str(tmp_path), show_progress=False)
@@ -58,7 +58,7 @@ def test_an_index_of_another_method_is_refused(tmp_path):
         Bm25Index.load(tmp_path)
 
 
-def test_files_that_do_not_belong_together_are_refused(tmp_path):
+def test_files_that_do_not_belong_together_are_rejected(tmp_path):
     for name, message in (("indices.csc.index.npy", "do not belong together"), ("largest.npy", "is of another index")):
         Bm25Index.build(["one two", "two three four"]).save(tmp_path)
         Bm25Index.load(tmp_path)
@@ -67,12 +67,12 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path):
             Bm25Index.load(tmp_path)
 
 
-def test_texts_without_words_are_told():
+def test_texts_without_words_are_reported():
     with pytest.raises(UserError, match="has no words"):
         Bm25Index.build(["", "? !"])
 
 
-def test_nowhere_to_keep_compiled_code_is_told(monkeypatch):
+def test_nowhere_to_keep_compiled_code_is_reported(monkeypatch):
     import sys
 
     class Blocked:

@@ -200,7 +200,7 @@ def test_a_part_that_was_half_written_is_written_again(tmp_path, whole, encoder_
     assert contents(tmp_path / "index") == contents(expected)
 
 
-def test_a_worker_that_dies_is_told_and_the_next_start_goes_on(tmp_path, whole, encoder_path, monkeypatch):
+def test_a_worker_that_dies_is_reported_and_the_next_start_goes_on(tmp_path, whole, encoder_path, monkeypatch):
     corpus, _ = whole
     words = command(corpus, tmp_path / "index", encoder_path, "--processes", "2")
     from searchr1.retrieval.encode import embed
@@ -239,7 +239,7 @@ def test_a_lossy_index_finds_what_an_exact_one_finds(tmp_path, whole, encoder_pa
         load_index(flags(index_path=folder, ef_search=5, **common), corpus)
 
 
-def test_vectors_of_the_wrong_size_and_other_weights_are_refused(tmp_path, whole, encoder_path):
+def test_vectors_of_the_wrong_size_and_other_weights_are_rejected(tmp_path, whole, encoder_path):
     corpus_path, folder = whole
     shutil.copytree(folder, tmp_path / "index")
     with (tmp_path / "index" / "vectors.f16").open("r+b") as file:
@@ -291,7 +291,7 @@ def list_of(index, name, word):
     return scores[name][scores["indptr"][word] : scores["indptr"][word + 1]]
 
 
-def test_a_corpus_without_words_is_told(tmp_path):
+def test_a_corpus_without_words_is_reported(tmp_path):
     (tmp_path / "corpus.jsonl").write_text('{"contents": "? !"}\n')
     with pytest.raises(UserError, match="has no words"):
         build.main(

@@ -89,7 +89,7 @@ def interrupted(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_another_plan_is_refused_until_overwritten(tmp_path, words, monkeypatch):
+def test_another_plan_is_rejected_until_overwritten(tmp_path, words, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(index_build, "write_index", interrupted)
         with pytest.raises(KeyboardInterrupt):
@@ -138,7 +138,7 @@ def test_flags_that_cannot_be_followed_leave_the_older_index(tmp_path, words, fl
     assert names(tmp_path / "index") == ["e5_Flat.index", "manifest.json"]
 
 
-def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, words, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_the_work(tmp_path, words, monkeypatch):
     usage = namedtuple("usage", "free")
     needed = 50 * 32 * 2 * 2  # vectors in two bytes, and the index as much again
     monkeypatch.setattr(embedding_folder.shutil, "disk_usage", lambda _: usage(needed - 1))
@@ -149,7 +149,7 @@ def test_a_disk_that_is_too_small_is_told_before_the_work(tmp_path, words, monke
     assert build.main([*words, "--faiss_type", "SQ8"]) == 0
 
 
-def test_vectors_that_are_no_numbers_are_told(words, monkeypatch):
+def test_vectors_that_are_no_numbers_are_reported(words, monkeypatch):
     encode = Encoder.encode
 
     def overflowing(self, texts, role):
@@ -200,7 +200,7 @@ def test_search_r1s_names_of_the_flags():
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_in_a_worker_is_told(words, monkeypatch):
+def test_what_goes_wrong_in_a_worker_is_reported(words, monkeypatch):
     monkeypatch.setattr(embedding_folder.EmbeddingPlan.__init__, "__defaults__", (0, 10))  # parts of ten rows
     with pytest.raises(UserError, match="--device cuda:7: this machine has"):
         build.main([*words, "--devices", "cpu,cuda:7"])

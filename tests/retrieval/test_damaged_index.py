@@ -366,7 +366,7 @@ def test_a_folder_that_is_no_index(tmp_path):
     assert "is not a finished index" in str(next(verify(tmp_path)))
 
 
-def test_several_workers_are_told_once(index, made, monkeypatch, capsys):
+def test_several_workers_are_reported_once(index, made, monkeypatch, capsys):
     passed = []
     monkeypatch.setattr(
         server_cli, "serve_in_workers", lambda listener, worker, count, ready: passed.append(worker.run) or 0

@@ -132,7 +132,7 @@ def test_which_types_round_their_vectors(factory, lossy):
     assert is_lossy(factory) is lossy
 
 
-def test_damaged_files_and_missing_gpus_are_told(tmp_path, vectors):
+def test_damaged_files_and_missing_gpus_are_reported(tmp_path, vectors):
     (tmp_path / "index").write_bytes(b"IxFI" + b"\x00" * 20)
     with pytest.raises(UserError, match="index: has 24 bytes, less than the header of a FAISS index"):
         load_faiss(tmp_path / "index", DIMENSION)

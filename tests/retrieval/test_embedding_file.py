@@ -54,7 +54,7 @@ def test_embeddings_are_kept_and_give_the_same_index_again(tmp_path, corpus, enc
     assert not kept.exists(), "it was of the index that was replaced"
 
 
-def test_embeddings_of_something_else_are_refused(tmp_path, corpus, encoder_path, vectors):
+def test_embeddings_of_something_else_are_rejected(tmp_path, corpus, encoder_path, vectors):
     path = tmp_path / "emb.memmap"
     words = command(corpus, tmp_path / "index", encoder_path, "--embedding_path", str(path))
     with pytest.raises(UserError, match=r"no such file; 11520 bytes are expected \(90 passages x 32"):

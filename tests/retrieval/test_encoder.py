@@ -177,7 +177,7 @@ def test_no_texts_are_no_vectors(name):
     assert Encoder(name, MINILM).encode([], "query").shape == (0, 384)
 
 
-def test_damaged_and_partial_weights_are_told(tmp_path, bert):
+def test_damaged_and_partial_weights_are_reported(tmp_path, bert):
     shutil.copytree(bert, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])

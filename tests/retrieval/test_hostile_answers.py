@@ -82,7 +82,7 @@ def test_a_hostile_answer_is_a_failed_attempt(monkeypatch, body, headers, proble
     asyncio.run(run())
 
 
-def test_a_refusal_without_end_is_read_to_its_first_words():
+def test_a_rejection_without_end_is_read_to_its_first_words():
     async def run():
         async with answering(b"too long " * (1 << 20), status=422, headers={"retry-after": "9" * 400}) as address:
             client = SearchClient([address], timeout_s=5, retries=0)
@@ -135,7 +135,7 @@ class Searcher:
     ],
     ids=lambda value: "" if isinstance(value, set) else value[:24].decode("latin-1"),
 )
-def test_a_hostile_request_is_refused_with_one_clear_answer(path, body, statuses):
+def test_a_hostile_request_is_rejected_with_one_clear_answer(path, body, statuses):
     async def run():
         service = RetrievalService(Searcher(), Limits(), Metrics())
         app = create_app(ServerState(3, Backend(service, None, {})), Metrics())

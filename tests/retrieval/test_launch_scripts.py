@@ -45,7 +45,7 @@ def test_flags_are_understood(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if "/path/to" in s.read_text()], ids=lambda path: path.name)
-def test_a_path_that_was_not_edited_is_told(script, tmp_path):
+def test_a_path_that_was_not_edited_is_reported(script, tmp_path):
     result = run(script, tmp_path)
     assert result.returncode == 2
     assert "set " in result.stderr

@@ -221,7 +221,7 @@ def test_a_slow_or_absent_engine_is_a_failed_search():
     asyncio.run(absent())
 
 
-def test_a_missing_key_is_told(monkeypatch):
+def test_a_missing_key_is_reported(monkeypatch):
     monkeypatch.delenv("GOOGLE_CSE_ID")
     with pytest.raises(UserError, match="GOOGLE_CSE_ID"):
         OnlineSearcher(ENGINES["google"])

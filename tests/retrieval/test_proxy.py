@@ -144,7 +144,7 @@ def test_pages_go_through_the_proxy_to_the_address_that_was_checked(monkeypatch)
     assert failures == {"ClientHttpProxyError": 2, "OSError": 1}
 
 
-def test_private_addresses_are_refused_behind_a_proxy_too(monkeypatch):
+def test_private_addresses_are_rejected_behind_a_proxy_too(monkeypatch):
     async def run():
         async with proxy_server() as (port, asked):
             monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{port}")

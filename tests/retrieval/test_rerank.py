@@ -219,7 +219,7 @@ def test_large_requests_are_scored_in_parts_and_given_up_when_nobody_waits(monke
     assert after[-1] == 1
 
 
-def test_a_full_queue_refuses_and_takes_again():
+def test_a_full_queue_rejects_and_takes_again():
     async def run():
         reranker = LocalReranker(Scorer(), max_pending=4)
         running = asyncio.create_task(reranker.rerank(["q"], [DOCUMENTS], 3))  # 5 pairs: an idle server takes them
@@ -250,7 +250,7 @@ def test_closing_fails_what_waits():
     assert len(asyncio.run(run())[0]) == 3
 
 
-def test_what_is_no_cross_encoder_is_told(tmp_path, model_path):
+def test_what_is_no_cross_encoder_is_reported(tmp_path, model_path):
     with pytest.raises(UserError, match="cannot load a cross-encoder"):
         CrossEncoder(str(tmp_path / "nothing"))
     with pytest.raises(UserError, match="is not a cross-encoder"):
@@ -261,7 +261,7 @@ def test_what_is_no_cross_encoder_is_told(tmp_path, model_path):
         CrossEncoder(model_path, device="nowhere")
 
 
-def test_a_model_that_cannot_score_is_told_at_the_start(tmp_path):
+def test_a_model_that_cannot_score_is_reported_at_the_start(tmp_path):
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     # RoBERTa counts positions from 2: 512 of them are too few for 512 tokens.
@@ -275,7 +275,7 @@ def test_a_model_that_cannot_score_is_told_at_the_start(tmp_path):
         CrossEncoder(str(tmp_path))
 
 
-def test_a_score_that_is_no_number_is_told(tmp_path):
+def test_a_score_that_is_no_number_is_reported(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
 
@@ -295,7 +295,7 @@ def test_a_score_that_is_no_number_is_told(tmp_path):
         (["--max_pending", "0"], "--max_pending 0"),
     ],
 )
-def test_flags_out_of_range_are_told(flags, problem):
+def test_flags_out_of_range_are_reported(flags, problem):
     with pytest.raises(UserError, match=problem):
         parse(["--reranker_model", "m", *flags])
 
@@ -376,7 +376,7 @@ def test_every_answer_is_what_the_schema_says(rerank_server):
     check()
 
 
-def test_a_request_that_takes_too_long_is_refused():
+def test_a_request_that_takes_too_long_is_rejected():
     async def run():
         app = create_rerank_app(LocalReranker(Scorer()), 3, 0.001, Metrics())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:

@@ -115,7 +115,7 @@ def test_a_bad_answer_is_tried_again(bad):
     assert (stats.calls, stats.retries, stats.failures) == (1, 1, 0)
 
 
-def test_a_refusal_is_not_tried_again_and_says_where_and_why():
+def test_a_rejection_is_not_tried_again_and_says_where_and_why():
     async def run():
         async with server(lambda n: answer(b"too long", "422 Unprocessable Entity")) as (address, requests):
             client = SearchClient([address], timeout_s=10, retries=5)
@@ -303,7 +303,7 @@ def test_addresses(address, url):
 
 
 @pytest.mark.parametrize("address", ["", "  ", "http://", "ftp://x:1", "host:port", ":8000"])
-def test_what_is_no_address_is_told(address):
+def test_what_is_no_address_is_reported(address):
     with pytest.raises(UserError, match="server_addr"):
         base_url(address)
 

@@ -165,7 +165,7 @@ def test_a_join_that_was_killed_goes_on(hub, tmp_path, appended):
     assert not (wiki / "part_ab").exists()
 
 
-def test_a_lost_connection_is_told_and_the_next_run_goes_on(hub, tmp_path):
+def test_a_lost_connection_is_reported_and_the_next_run_goes_on(hub, tmp_path):
     hub.refuse = {"part_ab"}
     result = run(hub, tmp_path)
     assert result.returncode == 2
@@ -177,7 +177,7 @@ def test_a_lost_connection_is_told_and_the_next_run_goes_on(hub, tmp_path):
     assert sorted(hub.asked) == ["config.json", "model.safetensors", "part_ab"]
 
 
-def test_a_hub_that_does_not_answer_is_told(hub, tmp_path):
+def test_a_hub_that_does_not_answer_is_reported(hub, tmp_path):
     hub.address = "http://127.0.0.1:9"
     result = run(hub, tmp_path)
     assert result.returncode == 2
@@ -216,7 +216,7 @@ def test_rows_of_another_archive_are_written_again(module, tmp_path, capsys, old
         assert said in capsys.readouterr().out.replace("\n", "")
 
 
-def test_damaged_archive_is_told_and_leaves_nothing(module, tmp_path):
+def test_damaged_archive_is_reported_and_leaves_nothing(module, tmp_path):
     archive = tmp_path / "a.jsonl.gz"
     archive.write_bytes(gzip.compress(b"x" * 1000)[:-9])
     with pytest.raises(module.UserError, match="cannot unpack"):
@@ -224,7 +224,7 @@ def test_damaged_archive_is_told_and_leaves_nothing(module, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl.gz"]
 
 
-def test_too_little_space_is_told_before_anything_is_fetched(module, tmp_path, monkeypatch):
+def test_too_little_space_is_reported_before_anything_is_fetched(module, tmp_path, monkeypatch):
     class Big:
         def files(self, item):
             return [module.RemoteFile(item, item.file or "config.json", 30 << 30, None)]

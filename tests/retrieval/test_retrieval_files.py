@@ -57,14 +57,14 @@ def test_a_packed_file_is_unpacked_once_and_again_when_it_changes(tmp_path, caps
 
 
 @pytest.mark.parametrize(("name", "content"), [("c.jsonl.gz", b"no gzip"), ("c.parquet", b"no parquet"), ("c.txt", b"x")])
-def test_damaged_or_unknown_files_are_told(tmp_path, name, content):
+def test_damaged_or_unknown_files_are_reported(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"--corpus_path .*{name}"):
         Corpus(path)
 
 
-def test_truncated_archive_is_told_and_leaves_nothing(tmp_path):
+def test_truncated_archive_is_reported_and_leaves_nothing(tmp_path):
     path = write(tmp_path / "c.jsonl.gz")
     path.write_bytes(path.read_bytes()[:-12])
     with pytest.raises(UserError, match="cannot unpack"):
@@ -109,7 +109,7 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(tmp_path, monkeypatch):
     assert list((tmp_path / "cache").rglob("summary.json"))
 
 
-def test_nowhere_to_write_is_told(tmp_path, monkeypatch):
+def test_nowhere_to_write_is_reported(tmp_path, monkeypatch):
     path = write(tmp_path / "c.jsonl")
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -148,14 +148,14 @@ def test_line_offsets_skip_blank_lines_whatever_the_block_size(tmp_path_factory,
 
 
 @pytest.mark.parametrize("content", ["", "not json\n", '{"contents": "x"}\n', '{"url": 3}\n', "[]\n"])
-def test_bad_pages_are_told(tmp_path, content):
+def test_bad_pages_are_reported(tmp_path, content):
     path = tmp_path / "pages.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match="--pages_path"):
         Pages(path)
 
 
-def test_missing_files_are_told(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     with pytest.raises(UserError, match=r"--corpus_path .*no such file"):
         Corpus(tmp_path / "c.jsonl")
     with pytest.raises(UserError, match=r"--pages_path .*no such file"):

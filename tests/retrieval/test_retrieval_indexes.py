@@ -41,7 +41,7 @@ def test_saved_bm25_index_finds_what_the_one_in_memory_finds(tmp_path):
     assert saved.search(["word3"], 1)[0][0][0] == 3
 
 
-def test_index_of_another_corpus_is_refused(tmp_path):
+def test_index_of_another_corpus_is_rejected(tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl")
     build.main(["--corpus_path", str(corpus.path), "--save_dir", str(tmp_path / "index"), "--retriever_name", "bm25"])
     other = write_corpus(tmp_path / "other.jsonl", count=61)
@@ -63,7 +63,7 @@ def test_dense_index_finds_the_nearest_passage_and_never_row_minus_one(tmp_path,
     assert np.allclose([score for _, score in found], np.sort(passages @ query[0])[::-1], atol=1e-5)
 
 
-def test_corrupt_index_and_wrong_encoder_are_told(tmp_path, encoder_path):
+def test_corrupt_index_and_wrong_encoder_are_reported(tmp_path, encoder_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl", count=5)
     bad = tmp_path / "e5_Flat.index"
     bad.write_bytes(b"not an index")
@@ -122,7 +122,7 @@ def test_manifest_says_what_the_index_is(tmp_path, encoder_path):
     assert sorted(file.name for file in (tmp_path / "index").iterdir()) == ["e5_Flat.index", "manifest.json"]
 
 
-def test_another_retriever_than_the_indexs_is_refused(tmp_path, encoder_path):
+def test_another_retriever_than_the_indexs_is_rejected(tmp_path, encoder_path):
     corpus = built(tmp_path, "--retriever_name", "e5", "--retriever_model", encoder_path, count=5)
     with pytest.raises(UserError, match="is a e5 index"):
         load_index(flags(index_path=tmp_path / "index"), corpus)
@@ -142,7 +142,7 @@ def test_bare_published_index_loads_and_its_rows_are_counted(tmp_path, encoder_p
         load_index(args, write_corpus(tmp_path / "other.jsonl", count=6))
 
 
-def test_an_unfinished_or_damaged_bm25_folder_is_refused(tmp_path):
+def test_an_unfinished_or_damaged_bm25_folder_is_rejected(tmp_path):
     corpus = built(tmp_path, "--retriever_name", "bm25")
     folder = tmp_path / "index"
     (folder / "vocab.index.json").write_text("{")
@@ -156,7 +156,7 @@ def test_an_unfinished_or_damaged_bm25_folder_is_refused(tmp_path):
         load_index(flags(index_path=folder), corpus)
 
 
-def test_a_bad_corpus_is_told_before_an_older_index_is_touched(tmp_path):
+def test_a_bad_corpus_is_reported_before_an_older_index_is_touched(tmp_path):
     built(tmp_path, "--retriever_name", "bm25")
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write("broken\n")
@@ -202,7 +202,7 @@ def test_a_fingerprint_sees_a_change_of_one_letter(tmp_path):
         assert Corpus(path).fingerprint() != before
 
 
-def test_a_missing_gpu_is_told(encoder_path):
+def test_a_missing_gpu_is_reported(encoder_path):
     import torch
 
     if torch.cuda.is_available():

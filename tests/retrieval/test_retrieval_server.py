@@ -164,7 +164,7 @@ def test_a_long_query_is_searched_by_its_beginning(server):
     assert result.json()["result"][0][0]["id"] == "0"
 
 
-def test_a_huge_body_is_refused(server):
+def test_a_huge_body_is_rejected(server):
     answer = httpx.post(f"http://{server}/retrieve", content=b" " * (17 << 20), timeout=20, trust_env=False)
     assert answer.status_code == 413
 
@@ -281,7 +281,7 @@ def test_listening_everywhere_announces_an_address_that_others_reach():
     assert reachable_address("::1", 8000) == "[::1]:8000"
 
 
-def test_port_in_use_is_told(server, files):
+def test_port_in_use_is_reported(server, files):
     port = server.rpartition(":")[2]
     words = [sys.executable, "-m", "searchr1.cli", "retrieval-server", "--retriever_name", "bm25"]
     words += ["--corpus_path", str(files / "corpus.jsonl"), "--port", port]
@@ -292,7 +292,7 @@ def test_port_in_use_is_told(server, files):
 
 
 @pytest.mark.parametrize(("host", "port"), [("127.0.0.1", 70_000), ("192.0.2.77", 0)])
-def test_what_cannot_be_bound_is_told(host, port):
+def test_what_cannot_be_bound_is_reported(host, port):
     with pytest.raises(UserError, match="cannot listen"):
         bind(host, port)
 

@@ -232,7 +232,7 @@ def test_unusual_lines_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_line_without_end_is_refused_and_does_not_fill_the_memory(tmp_path, monkeypatch, packed):
+def test_a_line_without_end_is_rejected_and_does_not_fill_the_memory(tmp_path, monkeypatch, packed):
     for module in ("searchr1.files.text_rows", "searchr1.retrieval.index.unpack"):
         monkeypatch.setattr(f"{module}.MAX_LINE_BYTES", 1 << 20)
     content = b'{"contents": "x"}\n' + b"y" * (3 << 20)

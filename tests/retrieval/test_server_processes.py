@@ -218,6 +218,6 @@ def test_clients_that_go_away_do_no_harm(files):
         (["--engine", "serper", "--corpus_path", "c"], "takes no --corpus_path"),
     ],
 )
-def test_flags_that_do_not_go_together_are_told(flags, message):
+def test_flags_that_do_not_go_together_are_reported(flags, message):
     with pytest.raises(UserError, match=message):
         parse(flags)

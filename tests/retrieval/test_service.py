@@ -94,7 +94,7 @@ def test_answers_are_cached_by_all_that_they_depend_on():
     assert json.loads(scored) == {"result": [[{"document": {"id": "a", "contents": "a 0"}, "score": 1.0}]]}
 
 
-def test_a_full_queue_refuses_and_takes_again():
+def test_a_full_queue_rejects_and_takes_again():
     async def run():
         searcher = SlowSearcher()
         service = make(searcher, max_pending=2, cache_bytes=0)

@@ -167,7 +167,7 @@ def test_pages_go_the_same_way(tmp_path):
 
 
 @pytest.mark.parametrize("index_path", [True, False])
-def test_an_index_of_a_corpus_with_other_contents_is_refused(tmp_path, index_path):
+def test_an_index_of_a_corpus_with_other_contents_is_rejected(tmp_path, index_path):
     path = tmp_path / "c.jsonl"
     path.write_bytes(BEFORE)
     words = ["--retriever_name", "bm25", "--corpus_path", str(path)]

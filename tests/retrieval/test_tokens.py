@@ -190,7 +190,7 @@ def test_the_part_of_a_page_without_spaces_that_answers():
     assert len(best_part(page, "锡港的玻璃灯塔")) > PASSAGE_CHARACTERS * 0.9
 
 
-def test_many_passages_are_told_apart():
+def test_many_passages_are_reported_apart():
     """A name of two characters among 400 passages of the same few thousand characters."""
     rng = random.Random(0)
     letters = [chr(code) for code in range(0x4E00, 0x5500)]

@@ -173,7 +173,7 @@ def test_nobody_there():
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 302])
-def test_a_refusal_is_told_at_once_without_the_key(code, monkeypatch):
+def test_a_rejection_is_reported_at_once_without_the_key(code, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", "sk-secret")
     server = Server(status(code, "wrong key: sk-secret", Location="http://127.0.0.1:9/"))
     with pytest.raises(UserError, match=f"refused with status {code}") as told:

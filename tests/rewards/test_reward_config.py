@@ -57,7 +57,7 @@ def test_what_is_right_passes(values):
         ),
     ],
 )
-def test_what_is_wrong_is_told_with_its_key(values, keys):
+def test_what_is_wrong_is_reported_with_its_key(values, keys):
     assert set(problems(**values)) == {f"reward.{key}" for key in keys}
 
 

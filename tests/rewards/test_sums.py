@@ -165,11 +165,11 @@ def test_what_awaits_runs_together_up_to_the_limit_and_what_does_not_one_at_a_ti
     assert [t.reward for t in many] == [0.5] * 12
 
 
-def test_the_first_failure_is_told_as_it_is(own):
+def test_the_first_failure_is_reported_as_it_is(own):
     with pytest.raises(UserError, match="told"):
         asyncio.run(Scorer(RewardConfig(reward_type="own_rewards:fails")).score_all([trajectory(turn("x"))] * 3))
 
 
-def test_unknown_names_are_told_with_their_key():
+def test_unknown_names_are_reported_with_their_key():
     with pytest.raises(UserError, match=r"reward\.weights: 'f2'"):
         Scorer(RewardConfig(weights={"f2": 1.0}))

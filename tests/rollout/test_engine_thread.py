@@ -324,7 +324,7 @@ def test_weights_wake_and_change_before_the_cache_wakes() -> None:
     play(scene)
 
 
-def test_sleeping_or_waking_twice_is_refused_and_harms_nothing() -> None:
+def test_sleeping_or_waking_twice_is_rejected_and_harms_nothing() -> None:
     async def scene(engine: Engine, backend: ScriptedBackend) -> None:
         with pytest.raises(EngineError, match="what is away is nothing"):
             await engine.wake()

@@ -27,7 +27,7 @@ def test_points_are_by_step_and_finite_and_the_last_of_a_step_counts():
     assert points_of(rows, "x") == [(1, 3), (2, 5)]
 
 
-def test_tiles_tell_first_and_last_or_the_median():
+def test_tiles_report_first_and_last_or_the_median():
     rows = [{"step": 1, "reward/mean": 0.25, "time/step": 9.0}, {"step": 2, "reward/mean": 0.5, "time/step": 1.0}]
     rows.append({"step": 3, "time/step": 2.0})
     assert tiles(rows) == [("Training reward", "0.25 → 0.5"), ("Seconds a step, median", "2")]

@@ -269,7 +269,7 @@ def test_without_a_good_checkpoint_the_stop_message_says_start_again(tmp_path):
     assert "resume_dir" not in message
 
 
-def test_a_checkpoint_due_at_an_unhealthy_step_is_left_out_and_told(caplog):
+def test_a_checkpoint_due_at_an_unhealthy_step_is_left_out_and_reported(caplog):
     health = Health(config(patience=9), Path("none"))
     run(health, [USUAL] * 3)
     assert health.allows_saving(3)
@@ -292,7 +292,7 @@ def test_a_checkpoint_due_at_an_unhealthy_step_is_left_out_and_told(caplog):
         ("entropy_max", 0.005), ("entropy_min", -0.1), ("mismatch_kl_max", 0.0),
     ],
 )  # fmt: skip
-def test_limits_that_cannot_be_meant_are_refused(key, value):
+def test_limits_that_cannot_be_meant_are_rejected(key, value):
     assert not [problem for problem in check_config(config(), False) if problem.key.startswith("runner.health")]
     problems = [p for p in check_config(config(**{key: value}), False) if p.key.startswith("runner.health")]
     assert {problem.key for problem in problems} == {f"runner.health.{'entropy_max' if key == 'entropy_min' else key}"}

@@ -41,7 +41,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("command", [train.train, evaluate.evaluate], ids=["train", "eval"])
 @pytest.mark.parametrize("way", WAYS)
-def test_a_second_run_is_refused_however_it_is_asked_for(tmp_path, command, way):
+def test_a_second_run_is_rejected_however_it_is_asked_for(tmp_path, command, way):
     config = config_in(tmp_path, *WAYS[way])
     folder = run_path(config)
     with folder_lock(folder, "key", "searchr1 train"):

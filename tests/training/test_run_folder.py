@@ -82,7 +82,7 @@ def resumed(tmp_path, **runner):
     return make_config(tmp_path, **{"resume_dir": "auto"} | runner)
 
 
-def test_used_folder_is_refused_unless_asked_for(tmp_path):
+def test_used_folder_is_rejected_unless_asked_for(tmp_path):
     path = trained(make_config(tmp_path), 7, save_at=[7]).path
     with pytest.raises(UserError, match=r"already holds a run.*resume_dir=auto"):
         RunFolder.open(make_config(tmp_path), make_loader())
@@ -259,7 +259,7 @@ REFUSED = [other_seed, other_questions, no_critic, truncated, flipped_bit, damag
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
-def test_a_resume_that_is_refused_changes_nothing(tmp_path, monkeypatch, spoil):
+def test_a_resume_that_is_rejected_changes_nothing(tmp_path, monkeypatch, spoil):
     """Through train() itself: what refuses does so before any group starts."""
     path = trained(make_config(tmp_path), 6, save_at=[4]).path
     config, loader = spoil(path, resumed(tmp_path), make_loader())

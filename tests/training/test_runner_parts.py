@@ -105,7 +105,7 @@ def test_light_parts_import_without_the_heavy_libraries(module):
     assert found.stdout.strip() == "[]"
 
 
-def test_a_missing_library_is_told_with_the_command_that_brings_it():
+def test_a_missing_library_is_reported_with_the_command_that_brings_it():
     code = "import sys; sys.modules['uvicorn'] = None; from searchr1.cli import main; sys.exit(main(['retrieval-server']))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 2

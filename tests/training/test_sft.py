@@ -71,7 +71,7 @@ def test_only_assistant_messages_are_trained(tokenizer, tmp_path):
     "row",
     [{}, {"prompt": "a"}, {"segments": [{"text": "a", "train": False}]}, {"messages": [{"role": "user", "content": "a"}]}],
 )
-def test_rows_without_anything_to_train_on_are_told(row, tokenizer):
+def test_rows_without_anything_to_train_on_are_reported(row, tokenizer):
     with pytest.raises(UserError):
         segments_of(row, tokenizer)
 
@@ -160,7 +160,7 @@ LOSES = {
         ("roles", [USER, {"role": "tool", "content": "r"}, {"role": "assistant", "content": "b"}], "refuses .*no tools"),
     ],
 )
-def test_a_chat_template_that_leaves_something_out_is_refused(template, messages, message, tokenizer):
+def test_a_chat_template_that_leaves_something_out_is_rejected(template, messages, message, tokenizer):
     other = copy.deepcopy(tokenizer)
     other.chat_template = LOSES[template]
     with pytest.raises(UserError, match=message):
@@ -413,14 +413,14 @@ def test_adapters_are_merged_into_the_output(start, tmp_path):
         (["--backend", "megatron", "--pipeline-parallel", "3"], "does not divide the 4 processes"),
     ],
 )
-def test_flags_that_exclude_each_other_are_told(start, tmp_path, more, message):
+def test_flags_that_exclude_each_other_are_reported(start, tmp_path, more, message):
     args = parse(flags_of(start, tmp_path / "out", *more))
     with pytest.raises(UserError, match=message):
         trainer_config(args, "model", world=4)
 
 
 @pytest.mark.parametrize("more", [["--lora-rank", "-1"], ["--tensor-parallel", "0"], ["--lora-alpha", "0"]])
-def test_sizes_that_cannot_be_are_told(start, tmp_path, more):
+def test_sizes_that_cannot_be_are_reported(start, tmp_path, more):
     with pytest.raises(UserError, match="must be more than 0"):
         parse(flags_of(start, tmp_path / "out", *more))
 
