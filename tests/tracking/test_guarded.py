@@ -110,6 +110,7 @@ def test_an_evaluations_results_are_written_before_a_service_can_fail(tmp_path, 
         raise ConnectionError("no network")
 
     for name, stand_in in {
+        "check_before_start": lambda *_, **__: None,
         "with_judge": lambda config: config,
         "without_adapters": lambda config: config,
         "load_questions": lambda config: types.SimpleNamespace(described="none"),
@@ -143,6 +144,7 @@ def test_a_key_is_looked_for_before_anything_starts(tmp_path, monkeypatch, comma
     stand_ins: dict[str, Any] = {
         "load_data": lambda config: types.SimpleNamespace(train=[], val=[]),
         "PromptLoader": lambda *_, **__: types.SimpleNamespace(total_steps=1),
+        "check_before_start": lambda *_, **__: None,
         "with_judge": lambda config: config,
         "without_adapters": lambda config: config,
         "load_questions": lambda config: types.SimpleNamespace(described="none"),
